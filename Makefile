@@ -1,0 +1,58 @@
+# `make demo` and `make test` need Python 3.10 or newer and make, nothing else: each sets up .venv first.
+# Another interpreter: make PYTHON=/path/to/python3.12 test
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help:
+	@echo "make demo     build a tiny bundle and make a picture with it (build/demo)"
+	@echo "make test     ruff, mypy and the tests"
+	@echo "make format   let ruff rewrite the sources"
+	@echo "make clean    delete build/ and the caches; .venv stays"
+
+install: $(INSTALLED)
+
+# The first interpreter that starts and is new enough; a version manager's shim may be on PATH and still not start.
+define FIND_PYTHON
+for candidate in $(if $(PYTHON),"$(PYTHON)",python3.11 python3 python); do \
+	"$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break; \
+	candidate=; \
+done
+endef
+
+# The lock names versions that need Python 3.11; on 3.10 the ranges of pyproject.toml decide.
+$(INSTALLED): pyproject.toml requirements.lock
+	@$(FIND_PYTHON); \
+	if [ -z "$$candidate" ]; then \
+		echo "No Python 3.10 or newer was found; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 2; \
+	fi; \
+	if ! "$$candidate" -m venv $(VENV); then \
+		rm -rf $(VENV); \
+		echo "$$candidate could not make a virtual environment; on Debian or Ubuntu: apt install python3-venv" >&2; exit 2; \
+	fi
+	@lock=$$($(BIN)/python -c 'import sys; print("-c requirements.lock" if sys.version_info >= (3, 11) else "")'); \
+	echo "Installing into $(VENV)"; \
+	$(BIN)/python -m pip install --disable-pip-version-check $$lock -e '.[export,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/python examples/demo.py
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf build .mypy_cache .pytest_cache .ruff_cache
