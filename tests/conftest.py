@@ -1,0 +1,65 @@
+"""Fixtures that every package's tests share, and the skipping of tests whose device or library is not here."""
+
+import importlib.util
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def _has_gpu() -> bool:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return False
+    listed = subprocess.run([command, "-L"], capture_output=True, text=True, check=False)
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+def _has_tensorrt() -> bool:
+    return any(importlib.util.find_spec(name) is not None for name in ("tensorrt", "tensorrt_rtx"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    requirements = (
+        ("gpu", _has_gpu, "needs an NVIDIA GPU"),
+        ("tensorrt", _has_tensorrt, "needs tensorrt or tensorrt_rtx"),
+    )
+    for marker, available, reason in requirements:
+        marked = [item for item in items if item.get_closest_marker(marker) is not None]
+        if marked and not available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's root."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The committed outputs of the original implementation; tests/goldens/README.md says what they hold."""
+    return REPOSITORY / "tests" / "goldens"
+
+
+@pytest.fixture(scope="session")
+def hub(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints behind `goldens`, unpacked: folders named as on the hub, and checkpoints/."""
+    folder = tmp_path_factory.mktemp("goldens")
+    with tarfile.open(goldens / "hub.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "hub"
+
+
+@pytest.fixture(scope="session")
+def large_goldens() -> Path:
+    """The large golden set, kept beside the repository; tests that use it are skipped where it is not."""
+    folder = REPOSITORY.parent / "shared" / "goldens"
+    if not (folder / "context" / "trace.npz").is_file():
+        pytest.skip("the large golden set is not beside the repository")
+    return folder
