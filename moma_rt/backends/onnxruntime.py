@@ -1,0 +1,135 @@
+"""The CPU backend: ONNX Runtime on buffers that are bound once."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from moma_rt.backends.base import Array, Buffer
+from moma_rt.errors import BundleError
+from moma_rt.specs import NetworkSpec
+
+_LOG_FATAL = 4
+_ORT_ERROR = "onnxruntime"
+
+
+@dataclass(frozen=True, eq=False)
+class OrtBuffer:
+    """A NumPy array and ONNX Runtime's view of the same memory."""
+
+    array: Array
+    value: ort.OrtValue
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class OrtBound:
+    """A session and one binding of it. ONNX Runtime's binding does not own the memory, so the buffers are kept."""
+
+    session: ort.InferenceSession
+    binding: ort.IOBinding
+    buffers: tuple[OrtBuffer, ...]
+
+    def enqueue(self) -> None:
+        self.session.run_with_iobinding(self.binding)
+
+
+@dataclass(frozen=True, eq=False)
+class OrtNetwork:
+    """A loaded session and what the manifest says of it."""
+
+    spec: NetworkSpec
+    session: ort.InferenceSession
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> OrtBound:
+        binding = self.session.io_binding()
+        kept = []
+        for tensor in self.spec.inputs:
+            buffer = _own(buffers[tensor.name])
+            binding.bind_ortvalue_input(tensor.name, buffer.value)
+            kept.append(buffer)
+        for tensor in self.spec.outputs:
+            buffer = _own(buffers[tensor.name])
+            binding.bind_ortvalue_output(tensor.name, buffer.value)
+            kept.append(buffer)
+        return OrtBound(self.session, binding, tuple(kept))
+
+
+class OnnxRuntimeBackend:
+    """ONNX Runtime on the CPU, with `threads` threads a network (None: one a physical core)."""
+
+    name = "onnxruntime"
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+
+    def load(self, spec: NetworkSpec, onnx: Path) -> OrtNetwork:
+        try:
+            session = ort.InferenceSession(str(onnx), self._options(), providers=["CPUExecutionProvider"])
+        except Exception as error:
+            if not _is_ort_error(error):
+                raise
+            raise BundleError(f"{onnx}: ONNX Runtime {ort.__version__} cannot load it: {_first_line(error)}") from None
+        _check_names(onnx, "inputs", spec.inputs, session.get_inputs())
+        _check_names(onnx, "outputs", spec.outputs, session.get_outputs())
+        return OrtNetwork(spec, session)
+
+    def _options(self) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.log_severity_level = _LOG_FATAL
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        # Eight sessions share the cores: the threads of one that has finished must not spin against the next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Memory patterns are kept for every shape ever run; prompts come in many lengths.
+        options.enable_mem_pattern = False
+        return options
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> OrtBuffer:
+        array = np.zeros(shape, np.dtype(dtype))
+        return OrtBuffer(array, ort.OrtValue.ortvalue_from_numpy(array))
+
+    def upload(self, buffer: Buffer, array: Array) -> None:
+        target = _own(buffer).array
+        if array.shape != target.shape:
+            raise ValueError(f"an array of shape {array.shape} does not fit a buffer of shape {target.shape}")
+        np.copyto(target, array, casting="same_kind")
+
+    def download(self, buffer: Buffer) -> Array:
+        return _own(buffer).array.copy()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: a run has ended when `enqueue` returns."""
+
+
+def _own(buffer: Buffer) -> OrtBuffer:
+    if not isinstance(buffer, OrtBuffer):
+        raise TypeError(f"a {type(buffer).__name__} is not a buffer of the onnxruntime backend")
+    return buffer
+
+
+def _check_names(path: Path, what: str, expected: Iterable[Any], found: Iterable[Any]) -> None:
+    want, have = {t.name for t in expected}, {t.name for t in found}
+    if want != have:
+        raise BundleError(
+            f"{path}: its {what} are not the manifest's: missing {sorted(want - have)}, further {sorted(have - want)}"
+        )
+
+
+def _is_ort_error(error: Exception) -> bool:
+    # ONNX Runtime raises a dozen unrelated classes of its extension module, and RuntimeError for some of them.
+    return isinstance(error, RuntimeError) or type(error).__module__.startswith(_ORT_ERROR)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
