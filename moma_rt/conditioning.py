@@ -1,0 +1,127 @@
+"""What a prompt contributes: text tokens, context tokens, and the language model's prefix of a subject."""
+
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moma_rt.backends.base import Array
+from moma_rt.bundle import LANGUAGE_TOKENIZER, TEXT_TOKENIZER
+from moma_rt.errors import BundleError, SubjectError
+from moma_rt.lru import Lru
+from moma_rt.networks import Networks
+from moma_rt.prompts import LanguageTokenizer, TextTokenizer, common_prefix_length
+from moma_rt.specs import LanguageGeometry
+from moma_rt.stages import Stages
+from moma_rt.subject import Origin, Prefix, Subject
+
+_CACHED_TEXTS = 64
+
+
+class Conditioner:
+    """Computes each text once: the last `_CACHED_TEXTS` texts and (subject, prompt) pairs are kept."""
+
+    def __init__(self, networks: Networks) -> None:
+        self._networks = networks
+        self._text: Lru[str, Array] = Lru(_CACHED_TEXTS)
+        self._context: Lru[tuple[str, str], Array] = Lru(_CACHED_TEXTS)
+        self._unconditional: Lru[None, Array] = Lru(1)
+
+    @cached_property
+    def text_tokenizer(self) -> TextTokenizer:
+        self._networks.bundle.verified([TEXT_TOKENIZER])
+        return TextTokenizer(self._networks.bundle.path(TEXT_TOKENIZER))
+
+    @cached_property
+    def language_tokenizer(self) -> LanguageTokenizer:
+        self._networks.bundle.verified([LANGUAGE_TOKENIZER])
+        return LanguageTokenizer(self._networks.bundle.path(LANGUAGE_TOKENIZER))
+
+    def text_tokens(self, text: str, stages: Stages) -> tuple[Array, NDArray[np.int32]]:
+        """The text encoder's tokens, float32 [77,768], and the CLIP ids, int32 [77]. Warns of a text that is cut."""
+        ids = self.text_tokenizer.encode(text)
+
+        def encode() -> Array:
+            return self._networks.run("text_encoder", {"token_ids": ids[None]}, stages)["text_tokens"][0]
+
+        return self._text.get_or_make(text, encode), ids
+
+    def context_tokens(self, subject: Subject, prompt: str, stages: Stages) -> Array:
+        """Context tokens of a prompt, float32 [4,768], from the subject's prefix and the prompt's own tokens.
+
+        Raises:
+            SubjectError: the subject has no prefix, or one of another language model.
+            BundleError: the bundle has no language model.
+        """
+
+        def compute() -> Array:
+            return self.project(self._embedding(subject, prompt, stages), stages)
+
+        return self._context.get_or_make((subject.identity, prompt), compute)
+
+    def unconditional_context_tokens(self, stages: Stages) -> Array:
+        """Context tokens of the half without guidance, float32 [4,768]: the projection of zeros, as in the original."""
+        width = self._networks.geometry.embedding_width
+        return self._unconditional.get_or_make(None, lambda: self.project(np.zeros(width, np.float32), stages))
+
+    def project(self, embedding: Array, stages: Stages) -> Array:
+        """Context tokens, float32 [4,768], of an embedding, float32 [1024]."""
+        return self._networks.run("context_projector", {"embedding": embedding[None]}, stages)["context_tokens"][0]
+
+    def prefix(self, name: str, pixels: Array, stages: Stages) -> Prefix | None:
+        """Run the language model over the photo, float32 [1,3,336,336], and the name; None if there is none."""
+        language = self._networks.geometry.language
+        if language is None or not self._networks.bundle.has("vision_encoder", "language_model"):
+            return None
+        ids = self.language_tokenizer.prefix(name, language.vocabulary, language.image_tokens)
+        image_tokens = self._networks.run("vision_encoder", {"pixels": pixels}, stages)["image_tokens"]
+        past_kv = np.zeros((language.layers, 2, language.kv_heads, 0, language.head_width), np.float32)
+        outputs = self._language_model(ids, image_tokens, past_kv, stages)
+        return Prefix(ids, outputs["new_kv"])
+
+    def _embedding(self, subject: Subject, prompt: str, stages: Stages) -> Array:
+        language = self._check_language(subject)
+        assert subject.prefix is not None
+        ids = self.language_tokenizer.encode(subject.name, prompt, language.vocabulary, language.image_tokens)
+        # The prompt's first token may have merged with the prefix's last; the last token must be run in any case.
+        kept = min(common_prefix_length(ids, subject.prefix.ids), len(ids) - 1)
+        if (ids[kept:] >= language.vocabulary).any():
+            raise SubjectError(f"subject {subject.name!r}: its prefix does not cover the photo: enroll it again")
+        no_image = np.zeros((1, 1, language.width), np.float32)
+        past_kv = subject.prefix.kv[:, :, :, :kept]
+        return self._language_model(ids[kept:], no_image, past_kv, stages)["embedding"][0]
+
+    def _language_model(
+        self, ids: NDArray[np.int32], image_tokens: Array, past_kv: Array, stages: Stages
+    ) -> dict[str, Array]:
+        past = past_kv.shape[3]
+        inputs = {
+            "token_ids": ids[None],
+            "image_tokens": image_tokens,
+            "positions": np.arange(past, past + len(ids), dtype=np.int32)[None],
+            "past_kv": past_kv,
+        }
+        return self._networks.run("language_model", inputs, stages)
+
+    def _check_language(self, subject: Subject) -> LanguageGeometry:
+        bundle = self._networks.bundle
+        language = bundle.manifest.geometry.language
+        if language is None or not bundle.has("language_model"):
+            raise BundleError(f"{bundle.root} has no language_model network: give context_embedding, or build it")
+        if subject.prefix is None:
+            raise SubjectError(
+                f"subject {subject.name!r} was enrolled with a bundle without a language model: "
+                "give context_embedding, or enroll it again"
+            )
+        here = Origin.of(bundle)
+        if subject.origin.language != here.language:
+            raise SubjectError(
+                f"subject {subject.name!r} was enrolled with another language model than that of {bundle.root}: "
+                "enroll it again"
+            )
+        wanted = (language.layers, 2, language.kv_heads, len(subject.prefix.ids), language.head_width)
+        if subject.prefix.kv.shape != wanted:
+            raise SubjectError(
+                f"subject {subject.name!r}: prefix_kv has shape {subject.prefix.kv.shape}, this bundle needs {wanted}"
+            )
+        return language

@@ -1,0 +1,145 @@
+"""The sampling loop, its settings and its result."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from moma_rt.buffers import GenerationBuffers
+from moma_rt.errors import Cancelled, InputError
+from moma_rt.noise import MAX_SEED, check_seed
+from moma_rt.schedules import Column, schedule
+
+MAX_STRENGTH = 2.0
+MAX_IMAGES = 64
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """A step that was done: number `step` (from 1) of `steps`, at `timestep` (999 to 0).
+
+    `steps` counts those of the whole call, which is more than one pass if its images do not fit one batch.
+    """
+
+    step: int
+    steps: int
+    timestep: int
+
+
+OnStep = Callable[[StepInfo], bool | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The pictures of one call.
+
+    Attributes:
+        images: RGB pictures.
+        foreground_masks: one a picture, float32 [H,W] in 0..1: where the denoiser saw the subject at the end.
+        seeds: one a picture.
+        seconds: how long each stage took; a stage whose result was cached is absent.
+    """
+
+    images: list[Image.Image]
+    foreground_masks: list[FloatArray]
+    seeds: list[int]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of one call, checked. Ranges are those of `Runtime.generate`."""
+
+    strength: float
+    steps: int
+    guidance_scale: float
+    scheduler: str
+    seed: int
+    num_images: int
+
+    def __post_init__(self) -> None:
+        _check_number("strength", self.strength, 0.0, MAX_STRENGTH)
+        _check_number("guidance_scale", self.guidance_scale, 0.0, math.inf)
+        if isinstance(self.num_images, bool) or not isinstance(self.num_images, int | np.integer):
+            raise InputError(f"num_images is {self.num_images!r}: it must be a whole number from 1 to {MAX_IMAGES}")
+        if not 1 <= self.num_images <= MAX_IMAGES:
+            raise InputError(f"num_images is {self.num_images}: it must be from 1 to {MAX_IMAGES}")
+        if check_seed(self.seed) + self.num_images - 1 > MAX_SEED:
+            raise InputError(f"seed is {self.seed}: {self.num_images} images need seeds up to {MAX_SEED} at most")
+        self.rows  # noqa: B018 - raises now, not after the networks were loaded
+
+    @cached_property
+    def rows(self) -> FloatArray:
+        """The schedule, float32 [steps,64]."""
+        return schedule(self.scheduler, self.steps, self.guidance_scale)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional half is computed at all."""
+        return self.guidance_scale != 1.0
+
+    @property
+    def seeds(self) -> list[int]:
+        return [int(self.seed) + i for i in range(self.num_images)]
+
+
+def sample(buffers: GenerationBuffers, rows: FloatArray, noise: FloatArray | None, done: OnStep) -> None:
+    """Denoise what `buffers` holds, one row of the schedule a step.
+
+    Args:
+        rows: float32 [steps,64].
+        noise: float32 [steps,B,4,h,w] for schedulers that add noise; None for the others.
+        done: called after each step with the StepInfo of this pass; False ends the generation.
+
+    Raises:
+        Cancelled: `done` returned False.
+    """
+    for index, row in enumerate(rows):
+        buffers.upload("schedule_row", row)
+        if noise is not None:
+            buffers.upload("noise", noise[index])
+        buffers.step()
+        if done(StepInfo(index + 1, len(rows), int(row[Column.TIMESTEP]))) is False:
+            raise Cancelled(f"cancelled after step {index + 1} of {len(rows)}")
+
+
+def pictures(images_bhwc: NDArray[np.uint8]) -> list[Image.Image]:
+    """One RGB picture a sample."""
+    return [Image.fromarray(image) for image in images_bhwc]
+
+
+def upsample(masks_b1hw: FloatArray, size: int) -> list[FloatArray]:
+    """Masks of the latents' grid as masks of the picture's pixels, nearest: float32 [size,size] each."""
+    factor = size // masks_b1hw.shape[-1]
+    return [mask[0].repeat(factor, axis=0).repeat(factor, axis=1) for mask in masks_b1hw]
+
+
+def check_array(name: str, array: object, shape: tuple[int, ...]) -> FloatArray:
+    """A finite float32 array of `shape`.
+
+    Raises:
+        InputError: not an array of numbers, another shape, or NaN or infinity in it.
+    """
+    try:
+        result = np.asarray(array, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} is not an array of numbers but {type(array).__name__}") from None
+    if result.shape != shape:
+        raise InputError(f"{name} has shape {list(result.shape)}: it must be {list(shape)}")
+    if not np.isfinite(result).all():
+        raise InputError(f"{name} contains NaN or infinity: every number must be finite")
+    return result
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value) and low <= float(value) <= high:
+        return
+    limits = f"a finite number of at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+    raise InputError(f"{name} is {value!r}: it must be {limits}")
