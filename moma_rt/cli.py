@@ -1,0 +1,250 @@
+"""The `moma-rt` command: enroll a photo, generate pictures of its subject, inspect bundles and subjects.
+
+Whatever can be wrong is looked for before work starts; files are written completely or not at all.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moma_rt import __version__
+from moma_rt.errors import InputError, run_command
+from moma_rt.files import atomic_write
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from moma_rt.generation import FloatArray, Result, StepInfo
+    from moma_rt.subject import Subject
+
+PROGRAM = "moma-rt"
+IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+# Where the terminal cannot rewrite a line, one line in this many steps is enough.
+_STEPS_A_LINE = 10
+
+_DESCRIPTION = "Put the subject of one photo into new pictures, with no training."
+_EPILOG = """\
+examples:
+  moma-rt enroll bundles/tiny car.jpg car-mask.png --name car --out car.subject
+  moma-rt generate bundles/tiny car.subject "A car on a beach." --out beach.png
+  moma-rt generate bundles/tiny car.subject "A car made of glass." --strength 0.4 --num-images 4 --out glass.png
+  moma-rt inspect bundles/tiny
+
+A bundle is the folder that `python -m export.build` makes. Mistakes in what is given end with one line
+and exit code 2.
+"""
+_ENROLL_EPILOG = """\
+The mask has the photo's aspect ratio; everything that is not black belongs to the subject.
+
+example:
+  moma-rt enroll bundles/tiny bear.jpg bear-mask.png --name "teddy bear" --out bear.subject
+"""
+_GENERATE_EPILOG = """\
+strength 1.0 puts the subject into a new context, 0.4 gives it a new texture. The same seed gives the same
+picture; picture i of several has seed SEED + i. With --num-images above 1, --out beach.png and --save-mask
+become beach-0.png, beach-1.png and so on.
+
+example:
+  moma-rt generate bundles/tiny car.subject "A car in the snow." --seed 7 --out snow.png --contact-sheet sheet.png
+"""
+
+
+def entry(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, 2 for a mistake of the user, 130 when interrupted."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    return run_command(PROGRAM, lambda: command(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        PROGRAM, description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_enroll(commands)
+    _add_generate(commands)
+    inspect = commands.add_parser(
+        "inspect", help="show what a bundle or a subject file holds", description="Show what a file holds."
+    )
+    inspect.add_argument("path", type=Path, metavar="BUNDLE|SUBJECT")
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _add_enroll(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "enroll",
+        help="compute once what a photo contributes, into a subject file",
+        description="Compute once what a photo contributes to every picture of its subject.",
+        epilog=_ENROLL_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder made by python -m export.build")
+    parser.add_argument("photo", type=Path, metavar="PHOTO", help="any image, any size")
+    parser.add_argument("mask", type=Path, metavar="MASK", help="image that is black outside the subject")
+    parser.add_argument("--name", required=True, help='what prompts call the subject: car, "teddy bear"')
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="subject file to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise in the reference (default: 0)")
+    _add_run_options(parser)
+    parser.set_defaults(command=_enroll)
+
+
+def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="make pictures of a subject",
+        description="Make pictures of an enrolled subject.",
+        epilog=_GENERATE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("bundle", type=Path, metavar="BUNDLE", help="of the base the subject was enrolled with")
+    add("subject", type=Path, metavar="SUBJECT", help="file made by moma-rt enroll")
+    add("prompt", metavar="PROMPT", help='a sentence with the subject in it: "A car on a beach."')
+    add("--out", required=True, type=Path, metavar="FILE", help=f"picture to write: {', '.join(IMAGE_FORMATS)}")
+    add("--negative-prompt", default="", metavar="TEXT", help="what the picture should not show")
+    add("--strength", type=float, default=1.0, metavar="S", help="of the subject, 0 to 2 (default: 1.0)")
+    add("--steps", type=int, default=50, metavar="N", help="of denoising (default: 50)")
+    add("--guidance-scale", type=float, default=7.5, metavar="G", help="of the prompt; 1 is none (default: 7.5)")
+    add("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    add("--num-images", type=int, default=1, metavar="N", help="1 to 64 (default: 1)")
+    add("--scheduler", default="ddim", metavar="NAME", help="table of the denoising steps (default: ddim)")
+    add("--contact-sheet", type=Path, metavar="FILE", help="also write photo, mask, pictures and masks side by side")
+    add("--save-mask", type=Path, metavar="FILE", help="also write where the model saw the subject, as gray images")
+    _add_run_options(parser)
+    parser.set_defaults(command=_generate)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a core)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+
+
+def _enroll(arguments: argparse.Namespace) -> int:
+    _check_writable(arguments.out)
+    from moma_rt.runtime import Runtime
+
+    start = time.perf_counter()
+    runtime = Runtime.load(arguments.bundle, threads=arguments.threads)
+    subject = runtime.enroll(arguments.photo, arguments.mask, arguments.name, seed=arguments.seed)
+    with _writing(arguments.out):
+        subject.save(arguments.out)
+    if not arguments.quiet:
+        _print_seconds(subject.seconds, time.perf_counter() - start)
+        print(arguments.out)
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    for path in (arguments.out, arguments.contact_sheet, arguments.save_mask):
+        if path is not None:
+            _check_image_path(path)
+    from moma_rt.runtime import Runtime
+    from moma_rt.subject import Subject
+
+    start = time.perf_counter()
+    runtime = Runtime.load(arguments.bundle, threads=arguments.threads)
+    subject = Subject.load(arguments.subject)
+    result = runtime.generate(
+        subject,
+        arguments.prompt,
+        strength=arguments.strength,
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        negative_prompt=arguments.negative_prompt,
+        seed=arguments.seed,
+        num_images=arguments.num_images,
+        scheduler=arguments.scheduler,
+        on_step=None if arguments.quiet else _progress,
+    )
+    written = _write_result(arguments, subject, result)
+    if not arguments.quiet:
+        _print_seconds(result.seconds, time.perf_counter() - start)
+        print(*written, sep="\n")
+    return 0
+
+
+def _write_result(arguments: argparse.Namespace, subject: "Subject", result: "Result") -> list[Path]:
+    from PIL import Image
+
+    from moma_rt.images import contact_sheet
+
+    masks = [_gray(mask) for mask in result.foreground_masks]
+    files = dict(zip(numbered(arguments.out, len(masks)), result.images, strict=True))
+    if arguments.save_mask is not None:
+        files |= dict(zip(numbered(arguments.save_mask, len(masks)), masks, strict=True))
+    if arguments.contact_sheet is not None:
+        items = [("photo", Image.fromarray(subject.photo)), ("mask", Image.fromarray(subject.mask))]
+        for seed, picture, mask in zip(result.seeds, result.images, masks, strict=True):
+            items += [(f"seed {seed}", picture), ("foreground", mask)]
+        files[arguments.contact_sheet] = contact_sheet(items)
+    for path, image in files.items():
+        with _writing(path), atomic_write(path) as temporary:
+            image.save(temporary, format=IMAGE_FORMATS[path.suffix.lower()])
+    return list(files)
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """`path` itself for one file, else path-0, path-1 and so on before the suffix."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+
+
+def _gray(mask_hw: "FloatArray") -> "Image.Image":
+    from PIL import Image
+
+    return Image.fromarray((mask_hw * 255.0).round().astype("uint8"))
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from moma_rt.inspection import describe
+
+    print(describe(arguments.path))
+    return 0
+
+
+def _check_image_path(path: Path) -> None:
+    if path.suffix.lower() not in IMAGE_FORMATS:
+        raise InputError(
+            f"{path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(IMAGE_FORMATS)}"
+        )
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a place that cannot be written before minutes are spent on what would go there."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give a file to write")
+    folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+    if not folder.is_dir():
+        raise InputError(f"cannot write {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {path}: no permission to write in {folder}")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _progress(info: "StepInfo") -> None:
+    line = f"step {info.step}/{info.steps} (t = {info.timestep})"
+    last = info.step == info.steps
+    if sys.stderr.isatty():
+        print(f"\r{line:<40}", end="\n" if last else "", file=sys.stderr, flush=True)
+    elif last or info.step % _STEPS_A_LINE == 0:
+        print(line, file=sys.stderr)
+
+
+def _print_seconds(seconds: Mapping[str, float], total: float) -> None:
+    for stage, value in seconds.items():
+        print(f"{stage:<20}{value:8.2f} s", file=sys.stderr)
+    print(f"{'total':<20}{total:8.2f} s", file=sys.stderr)

@@ -1,0 +1,85 @@
+"""What a bundle or a subject file holds, as text."""
+
+from pathlib import Path
+
+from moma_rt.bundle import Bundle, Manifest, NetworkEntry
+from moma_rt.errors import InputError
+from moma_rt.specs import TensorSpec
+from moma_rt.subject import Subject
+
+
+def describe(path: Path) -> str:
+    """Describe a bundle's folder or a subject file.
+
+    Raises:
+        InputError: there is nothing at `path`.
+        BundleError: a folder that is not a bundle.
+        SubjectError: a file that is not a subject.
+    """
+    if path.is_dir():
+        return describe_bundle(Bundle.open(path))
+    if path.exists():
+        return describe_subject(Subject.load(path))
+    raise InputError(f"{path}: nothing there; give a bundle's folder or a subject file")
+
+
+def describe_bundle(bundle: Bundle) -> str:
+    """Base, geometry, networks with their tensors, and sources."""
+    manifest = bundle.manifest
+    geometry = manifest.geometry
+    grids = ", ".join(f"{grid}x{grid}" for grid in geometry.grids)
+    lines = [
+        f"bundle      {bundle.root}",
+        f"base        {manifest.base}",
+        f"made by     {manifest.created_by}",
+        f"size        {_bytes(sum(f.size for f in manifest.files.values()))} in {len(manifest.files)} files",
+        f"pictures    {geometry.image_size} x {geometry.image_size}",
+        f"injection   {len(geometry.self_attention)} self-attention layers on {grids}",
+    ]
+    if geometry.language is not None:
+        language = geometry.language
+        lines.append(f"language    {language.layers} layers of width {language.width}, {language.vocabulary} tokens")
+    for entry in manifest.networks.values():
+        lines += ["", *_network(entry, manifest)]
+    lines += ["", "sources", *(f"  {s.role:<20} {s.name}  {s.sha256[:12]}" for s in manifest.sources)]
+    return "\n".join(lines)
+
+
+def describe_subject(subject: Subject) -> str:
+    """Name, base, and what is kept of the photo."""
+    kept = ", ".join(f"{count} of {grid * grid} on {grid}x{grid}" for grid, count in subject.token_counts().items())
+    size = sum(t.nbytes for group in (subject.reference_k, subject.reference_v) for t in group.values())
+    lines = [
+        f"subject     {subject.name}",
+        f"base        {subject.origin.base} ({subject.origin.fingerprint[:12]})",
+        f"photo       {subject.photo.shape[1]} x {subject.photo.shape[0]}, {subject.mask.mean():.1%} subject",
+        f"reference   {_bytes(size)}, tokens: {kept}",
+    ]
+    if subject.prefix is None:
+        lines.append("prefix      none: generating needs a context embedding")
+    else:
+        lines.append(f"prefix      {len(subject.prefix.ids)} tokens, {_bytes(subject.prefix.kv.nbytes)}")
+    return "\n".join(lines)
+
+
+def _network(entry: NetworkEntry, manifest: Manifest) -> list[str]:
+    files = {entry.onnx, *entry.files}
+    size = sum(manifest.files[name].size for name in files)
+    lines = [f"{entry.spec.name}  {entry.precision.value}, {_bytes(size)}, key {entry.key[:12]}"]
+    lines += [f"  in   {_tensor(t)}" for t in entry.spec.inputs]
+    lines += [f"  out  {_tensor(t)}" for t in entry.spec.outputs]
+    return lines
+
+
+def _tensor(tensor: TensorSpec) -> str:
+    dims = [str(d) if isinstance(d, int) else f"{d.name} {d.min}..{d.max}" for d in tensor.shape]
+    return f"{tensor.name} {tensor.dtype} [{', '.join(dims)}]"
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"
