@@ -1,0 +1,6 @@
+"""Checkpoints in their original formats, and synthetic ones: `load_checkpoint(CheckpointRequest(...))`."""
+
+from export.checkpoints.load import CheckpointRequest, load_checkpoint
+from export.checkpoints.model import NETWORK_ROLES, ROLES, Checkpoint, Component, roles_for
+
+__all__ = ["NETWORK_ROLES", "ROLES", "Checkpoint", "CheckpointRequest", "Component", "load_checkpoint", "roles_for"]

@@ -1,0 +1,238 @@
+"""What Stable Diffusion 1.5's networks must look like, and the names and shapes their configs imply."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from export.checkpoints.model import LANGUAGE, TEXT_ENCODER, UNET, VAE, VISION
+from export.checkpoints.weights import one_line
+from moma_rt.errors import CheckpointError
+
+Config = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+
+TEXT_TOKENS = 77
+LATENT_CHANNELS = 4
+SCALING_FACTOR = 0.18215
+_LLAMA_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "rms_norm_eps",
+    "rope_theta",
+    "hidden_act",
+    "max_position_embeddings",
+    "attention_bias",
+)
+_UNET_DEFAULTS: Config = {"sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1280}
+_REQUIRED_UNET: Config = {
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "layers_per_block": 2,
+    "transformer_layers_per_block": 1,
+    "use_linear_projection": False,
+    "only_cross_attention": False,
+    "dual_cross_attention": False,
+    "attention_type": "default",
+    "class_embed_type": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "addition_embed_type": None,
+    "time_cond_proj_dim": None,
+    "resnet_time_scale_shift": "default",
+    "act_fn": "silu",
+}
+# transformers leaves these out of a config where they have CLIP's default values.
+_CLIP_TEXT_DEFAULTS: Config = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "vocab_size": 49408,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-05,
+}
+_OTHER_INPUTS = {9: "an inpainting checkpoint", 8: "an instruction-editing checkpoint", 7: "an upscaling checkpoint"}
+_ALLOWED_IF_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention of the UNet: its diffusers path, width, heads, and whether it is self-attention (`attn1`)."""
+
+    path: str
+    channels: int
+    heads: int
+    is_self: bool
+
+
+def attention_layers(unet_config: Config) -> tuple[AttentionLayer, ...]:
+    """All attentions in the adapter file's order, which is that of `unet.attn_processors`: down, up, mid.
+
+    Even indices are self-attentions, odd ones the cross-attentions of the same transformer block.
+    """
+    layers = []
+    for path, level in _transformers(unet_config):
+        channels = unet_config["block_out_channels"][level]
+        # diffusers named the number of heads `attention_head_dim` in SD1.5's configs and keeps reading it so.
+        heads = unet_config.get("num_attention_heads") or unet_config.get("attention_head_dim", 8)
+        count = heads[level] if isinstance(heads, list | tuple) else heads
+        for attention in ("attn1", "attn2"):
+            name = f"{path}.transformer_blocks.0.{attention}"
+            layers.append(AttentionLayer(name, channels, count, attention == "attn1"))
+    return tuple(layers)
+
+
+def _transformers(config: Config) -> Iterator[tuple[str, int]]:
+    """Path and resolution level (0 is the finest) of each spatial transformer."""
+    levels = len(config["block_out_channels"])
+    per_block = config.get("layers_per_block", 2)
+    for block, kind in enumerate(config.get("down_block_types", _REQUIRED_UNET["down_block_types"])):
+        for index in range(per_block if kind.startswith("CrossAttn") else 0):
+            yield f"down_blocks.{block}.attentions.{index}", block
+    for block, kind in enumerate(config.get("up_block_types", _REQUIRED_UNET["up_block_types"])):
+        for index in range(per_block + 1 if kind.startswith("CrossAttn") else 0):
+            yield f"up_blocks.{block}.attentions.{index}", levels - 1 - block
+    yield "mid_block.attentions.0", levels - 1
+
+
+def check_unet(config: Config, where: object) -> Config:
+    """`config` with diffusers' defaults filled in, if it is a text-to-image UNet of SD1.5's architecture (any widths).
+
+    Raises:
+        CheckpointError: another architecture; the message says which, where it is a known one.
+    """
+    config = {**_UNET_DEFAULTS, **config}
+    cross = config["cross_attention_dim"]
+    if config.get("addition_embed_type") == "text_time" or cross == 2048:
+        raise CheckpointError(f"{where} is an SDXL checkpoint; MoMA's adapters need Stable Diffusion 1.5")
+    if cross == 1024 or config.get("use_linear_projection"):
+        raise CheckpointError(f"{where} is a Stable Diffusion 2 checkpoint; MoMA's adapters need 1.5")
+    inputs = config.get("in_channels", LATENT_CHANNELS)
+    if inputs != LATENT_CHANNELS:
+        kind = _OTHER_INPUTS.get(inputs, "of another architecture")
+        raise CheckpointError(f"{where} is {kind} (in_channels {inputs}); a text-to-image one has {LATENT_CHANNELS}")
+    _check_class(config, "UNet2DConditionModel", where)
+    _check_values(config, _REQUIRED_UNET, where)
+    widths, size = config["block_out_channels"], config["sample_size"]
+    if not (isinstance(widths, list | tuple) and len(widths) == 4 and all(_is_size(w) for w in widths)):
+        raise CheckpointError(f"{where} has block_out_channels {widths!r}; Stable Diffusion 1.5 has four widths")
+    if not _is_size(cross) or not _is_size(size):
+        raise CheckpointError(f"{where} has cross_attention_dim {cross!r} and sample_size {size!r}; both must be whole")
+    return config
+
+
+def check_vae(config: Config, where: object) -> Config:
+    """`config` with `scaling_factor` filled in, if it is a VAE that Stable Diffusion 1.5 can use.
+
+    Raises:
+        CheckpointError: another class, other latents (SDXL's, for one), or not a factor of 8.
+    """
+    config = {"scaling_factor": SCALING_FACTOR, **config}
+    _check_class(config, "AutoencoderKL", where)
+    factor = config["scaling_factor"]
+    if not isinstance(factor, int | float) or abs(factor - SCALING_FACTOR) > 1e-6:
+        raise CheckpointError(
+            f"{where} is another model's VAE (scaling_factor {factor!r}, SDXL's is 0.13025); 1.5 needs {SCALING_FACTOR}"
+        )
+    _check_values(config, {"latent_channels": LATENT_CHANNELS, "in_channels": 3, "out_channels": 3}, where)
+    widths = config.get("block_out_channels")
+    if not isinstance(widths, list | tuple) or len(widths) != 4:
+        raise CheckpointError(f"{where} has block_out_channels {widths!r}; a VAE of factor 8 has four widths")
+    return config
+
+
+def check_text_encoder(config: Config, where: object, width: int) -> Config:
+    """`config` with CLIP's defaults filled in, if it is a text encoder of 77 tokens and of `width`, the UNet's.
+
+    Raises:
+        CheckpointError: another model, length or width.
+    """
+    if config.get("model_type") == "clip" and isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    if config.get("model_type", "clip_text_model") != "clip_text_model":
+        raise CheckpointError(f"{where} is a {config['model_type']}, not a CLIP text encoder")
+    config = {**_CLIP_TEXT_DEFAULTS, **config}
+    _check_values(config, {"max_position_embeddings": TEXT_TOKENS}, where)
+    if config["hidden_size"] != width:
+        raise CheckpointError(f"{where} has width {config['hidden_size']}, the UNet's cross-attention takes {width}")
+    return config
+
+
+def _check_class(config: Config, expected: str, where: object) -> None:
+    found = config.get("_class_name", expected)
+    if found != expected:
+        raise CheckpointError(f"{where} is a {found}; Stable Diffusion 1.5 has a {expected}")
+
+
+def _check_values(config: Config, required: Config, where: object) -> None:
+    for key, value in required.items():
+        found = config.get(key, _ALLOWED_IF_ABSENT)
+        found = tuple(found) if isinstance(found, list) else found
+        if found is not _ALLOWED_IF_ABSENT and found != value:
+            raise CheckpointError(f"{where} is not Stable Diffusion 1.5's: {key} is {found!r}, expected {value!r}")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def image_size(unet_config: Config, vae_config: Config) -> int:
+    """Side of the square pictures: latent side times the VAE's factor."""
+    return int(unet_config["sample_size"]) * 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def expected_shapes(role: str, config: Config, where: object) -> Shapes:
+    """Names and shapes of the weights that `config` implies, from the role's class built without memory.
+
+    Raises:
+        CheckpointError: a config that the class does not accept.
+    """
+    try:
+        with torch.device("meta"):
+            module = _build(role, config)
+    except Exception as error:
+        # Configs are users' files and the classes check them with errors of every type.
+        raise CheckpointError(f"{where} does not describe a usable {role}: {one_line(error)}") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if role == LANGUAGE:
+        width, vision = config["hidden_size"], config["mm_hidden_size"]
+        shapes |= {"mm_projector.0.weight": (width, vision), "mm_projector.0.bias": (width,)}
+        shapes |= {"mm_projector.2.weight": (width, width), "mm_projector.2.bias": (width,)}
+    return shapes
+
+
+def llama_config(config: Config) -> Config:
+    """The keyword arguments of transformers' `LlamaConfig` in a LLaVA config."""
+    return {key: config[key] for key in _LLAMA_FIELDS if config.get(key) is not None}
+
+
+def _build(role: str, config: Config) -> torch.nn.Module:
+    """The role's module, uninitialised. The libraries are imported here: they take seconds."""
+    if role == UNET:
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel.from_config(config)
+    if role == VAE:
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL.from_config(config)
+    if role == TEXT_ENCODER:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        return CLIPTextModel(CLIPTextConfig(**config))
+    if role == VISION:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        return CLIPVisionModel(CLIPVisionConfig(**config))
+    from transformers import LlamaConfig, LlamaModel
+
+    return LlamaModel(LlamaConfig(**llama_config(config)))

@@ -1,0 +1,136 @@
+"""A base model as a diffusers folder: model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.checkpoints import presets
+from export.checkpoints.architectures import check_text_encoder, check_unet, check_vae, expected_shapes
+from export.checkpoints.matching import Origin, fit
+from export.checkpoints.model import TEXT_ENCODER, UNET, VAE, Component, StateDict
+from export.checkpoints.weights import content_hash, open_weights, read_json
+from moma_rt.errors import CheckpointError
+
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+_SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The parts of a base model."""
+
+    unet: Component
+    vae: Component
+    text_encoder: Component
+    tokenizer: Path | None
+
+
+def read_base(folder: Path, vae: Path | None, roles: frozenset[str]) -> Base:
+    """Read a diffusers folder, with the VAE from the folder `vae` if one is given.
+
+    Weights are opened and hashed for `roles` only; other components have their configs.
+
+    Raises:
+        CheckpointError: not a diffusers folder, another architecture than SD1.5's, or files that are missing, damaged
+            or do not fit their configs.
+    """
+    unet_config = _unet_config(folder)
+    unet = _component(UNET, folder, folder / "unet", unet_config, roles)
+    vae_component = read_vae(vae, roles) if vae is not None else _vae_of_base(folder, roles)
+    text_config = _config_or_preset(
+        folder / "text_encoder",
+        TEXT_ENCODER in roles,
+        lambda config, where: check_text_encoder(config, where, unet_config["cross_attention_dim"]),
+        presets.SD15.text_encoder,
+    )
+    text_encoder = _component(TEXT_ENCODER, folder, folder / "text_encoder", text_config, roles)
+    tokenizer = _tokenizer(folder / "tokenizer") if TEXT_ENCODER in roles else None
+    return Base(unet, vae_component, text_encoder, tokenizer)
+
+
+def _unet_config(folder: Path) -> dict[str, Any]:
+    """The UNet's config, once all that the folder says about its architecture has been checked."""
+    if folder.is_file():
+        kind = "a single-file checkpoint" if folder.suffix in _SINGLE_FILES else "a file"
+        raise CheckpointError(f"{folder} is {kind}; a base is a diffusers folder (model_index.json, unet/, vae/, …)")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist; a base is tiny, sd15 or a diffusers folder")
+    index, unet = folder / "model_index.json", folder / "unet" / "config.json"
+    if not index.is_file() and not unet.is_file():
+        raise CheckpointError(f"{folder} is not a diffusers folder: it has no model_index.json and no unet/config.json")
+    pipeline = str(read_json(index).get("_class_name", _PIPELINES[0])) if index.is_file() else _PIPELINES[0]
+    if pipeline.startswith("StableDiffusionXL"):
+        raise CheckpointError(f"{folder} is an SDXL checkpoint ({pipeline}); MoMA's adapters need Stable Diffusion 1.5")
+    # The UNet's own file names the architecture (inpainting, SD2) better than the pipeline's class, so it goes first.
+    config = check_unet(read_json(unet), folder) if unet.is_file() or pipeline in _PIPELINES else {}
+    if pipeline not in _PIPELINES:
+        raise CheckpointError(f"{folder} is a {pipeline}; MoMA's adapters need a {_PIPELINES[0]}")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    prediction = read_json(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else "epsilon"
+    if prediction != "epsilon":
+        raise CheckpointError(f"{folder} predicts {prediction} (as Stable Diffusion 2 does); 1.5 predicts epsilon")
+    return config
+
+
+def read_vae(folder: Path, roles: frozenset[str]) -> Component:
+    """The VAE in a folder of its own (config.json and weights).
+
+    Raises:
+        CheckpointError: no such folder, another kind of VAE, or weights that are damaged or do not fit.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; --vae takes a folder with config.json and weights")
+    return _component(VAE, folder, folder, check_vae(read_json(folder / "config.json"), folder), roles)
+
+
+def _vae_of_base(folder: Path, roles: frozenset[str]) -> Component:
+    if VAE in roles and not (folder / "vae" / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no vae/config.json; give a VAE with --vae")
+    config = _config_or_preset(folder / "vae", VAE in roles, check_vae, presets.SD15.vae)
+    return _component(VAE, folder, folder / "vae", config, roles)
+
+
+def _config_or_preset(folder: Path, needed: bool, check: Callable[..., Any], preset: dict[str, Any]) -> dict[str, Any]:
+    """The folder's config; SD1.5's own where the folder is absent and its weights are not needed."""
+    path = folder / "config.json"
+    if not needed and not path.is_file():
+        return dict(preset)
+    return dict(check(read_json(path), folder))
+
+
+def _component(role: str, source: Path, folder: Path, config: dict[str, Any], roles: frozenset[str]) -> Component:
+    name = source.resolve().name
+    if role not in roles:
+
+        def refuse() -> StateDict:
+            raise CheckpointError(f"the weights of the {role} were not asked for")
+
+        return Component(role, name, config, "", refuse)
+    weights = open_weights(folder)
+    origin = Origin(name, config, content_hash((folder / "config.json", *weights.files)))
+    rename = {UNET: str, VAE: _vae_name, TEXT_ENCODER: _text_encoder_name}[role]
+    return fit(role, origin, weights, expected_shapes(role, config, folder / "config.json"), rename)
+
+
+def _vae_name(name: str) -> str:
+    match = re.fullmatch(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
+    return f"{match[1]}.{_OLD_VAE_ATTENTION[match[2]]}.{match[3]}" if match else name
+
+
+def _text_encoder_name(name: str) -> str | None:
+    """A CLIP text tensor's name without its prefix; None for the rest of a full CLIP model."""
+    if name.endswith(".position_ids") or name.startswith(("vision_model.", "visual_projection.")):
+        return None
+    if name in ("logit_scale", "text_projection.weight"):
+        return None
+    return name.removeprefix("text_model.")
+
+
+def _tokenizer(folder: Path) -> Path:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(f"{folder} has no tokenizer: looked for {' and '.join(_TOKENIZER_FILES)}")
+    return folder

@@ -1,0 +1,168 @@
+"""The language model and the vision encoder: LLaVA's own format, and CLIP folders.
+
+The language checkpoint carries a copy of the vision tower. The original takes the vision weights from the CLIP folder
+and ignores the copy; here the copy is used only where no CLIP folder is given.
+"""
+
+import re
+from pathlib import Path
+
+from export.checkpoints.architectures import Config, expected_shapes
+from export.checkpoints.matching import Origin, fit
+from export.checkpoints.model import LANGUAGE, VISION, Component
+from export.checkpoints.presets import SD15
+from export.checkpoints.weights import content_hash, open_weights, read_json
+from moma_rt.errors import CheckpointError
+
+_TOWER = "model.vision_tower."
+_KNOWN_TOWER = "openai/clip-vit-large-patch14-336"
+# transformers leaves these out of a config where they have CLIP's default values.
+_VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-05,
+}
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_OTHER_CLIP_PARTS = ("text_model.", "text_projection.", "visual_projection.")
+_REQUIRED = {
+    "mm_projector_type": ("mlp2x_gelu", "linear"),
+    "mm_vision_select_layer": (-2, None),
+    "mm_vision_select_feature": ("patch", "patch"),
+    "mm_use_im_start_end": (False, False),
+    "hidden_act": ("silu", "silu"),
+    "rope_scaling": (None, None),
+}
+
+
+def read_language_config(folder: Path) -> Config:
+    """The config of a language model in LLaVA's own format.
+
+    Raises:
+        CheckpointError: no such folder, another format or model, or a variant that MoMA does not use.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; --mllm takes a LLaVA folder (config.json, shards, tokenizer)")
+    config = read_json(folder / "config.json")
+    architectures = config.get("architectures") or ["unknown"]
+    if "LlavaLlamaForCausalLM" not in architectures:
+        raise CheckpointError(
+            f"{folder} is a {architectures[0]}; MoMA's language model is a LlavaLlamaForCausalLM (LLaVA's own format)"
+        )
+    for key, (required, default) in _REQUIRED.items():
+        if config.get(key, default) != required:
+            raise CheckpointError(f"{folder} has {key} {config.get(key, default)!r}; only {required!r} is supported")
+    for key in (*_SIZES, "mm_hidden_size"):
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            raise CheckpointError(f"{folder / 'config.json'} has no usable {key}: {config.get(key)!r}")
+    kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    defaults = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048, "attention_bias": False}
+    return {**defaults, **config, "num_key_value_heads": kv_heads}
+
+
+def read_language(folder: Path) -> Component:
+    """The language model with its image projection; the LM head and the vision tower are left on disk.
+
+    Raises:
+        CheckpointError: as `read_language_config`, no tokenizer, or weights that are damaged or do not fit.
+    """
+    config = read_language_config(folder)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(f"{folder} has no tokenizer: looked for {' and '.join(_TOKENIZER_FILES)}")
+    weights = open_weights(folder)
+    origin = Origin(folder.resolve().name, config, content_hash((folder / "config.json", *weights.files)))
+    return fit(LANGUAGE, origin, weights, expected_shapes(LANGUAGE, config, folder / "config.json"), _language_name)
+
+
+def has_vision_tower(folder: Path) -> bool:
+    """Whether a LLaVA folder carries a copy of its vision tower."""
+    return any(name.startswith(_TOWER) for name in open_weights(folder).shapes)
+
+
+def read_vision_copy(folder: Path, sha256: str) -> Component:
+    """The copy of the vision tower inside a LLaVA folder whose content has the given hash.
+
+    Raises:
+        CheckpointError: a tower whose config is not known or does not fit; a CLIP folder (--vision) then helps.
+    """
+    config = read_language_config(folder)
+    own = config.get("vision_config")
+    if not isinstance(own, dict) and config.get("mm_vision_tower", _KNOWN_TOWER) != _KNOWN_TOWER:
+        raise CheckpointError(
+            f"{folder} has the vision tower {config['mm_vision_tower']!r}; give its folder by --vision"
+        )
+    vision = {**_VISION_DEFAULTS, **own} if isinstance(own, dict) else dict(SD15.vision)
+    weights = open_weights(folder)
+    expected = expected_shapes(VISION, vision, folder / "config.json")
+    try:
+        return fit(VISION, Origin(folder.resolve().name, vision, sha256), weights, expected, _copied_vision_name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (its vision tower is read as {_KNOWN_TOWER}; or give --vision)") from None
+
+
+def read_vision_config(folder: Path) -> Config:
+    """The vision half's config of a CLIP folder.
+
+    Raises:
+        CheckpointError: no such folder, or another model.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; --vision takes a CLIP folder with config.json and weights")
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type", "unknown")
+    vision = config.get("vision_config") if kind == "clip" else config if kind == "clip_vision_model" else None
+    if not isinstance(vision, dict):
+        raise CheckpointError(f"{folder} is a {kind}; the vision encoder is a clip or a clip_vision_model")
+    return {**_VISION_DEFAULTS, **vision}
+
+
+def read_vision(folder: Path) -> Component:
+    """The vision encoder of a CLIP folder: a full CLIP model or its vision half alone.
+
+    Raises:
+        CheckpointError: as `read_vision_config`, or weights that are damaged or do not fit.
+    """
+    vision = read_vision_config(folder)
+    weights = open_weights(folder)
+    origin = Origin(folder.resolve().name, vision, content_hash((folder / "config.json", *weights.files)))
+    return fit(VISION, origin, weights, expected_shapes(VISION, vision, folder / "config.json"), _vision_name)
+
+
+def check_widths(language: Config, vision: Config) -> None:
+    """Check that the image projection takes what the vision encoder gives.
+
+    Raises:
+        CheckpointError: their widths differ.
+    """
+    found, needed = vision["hidden_size"], language["mm_hidden_size"]
+    if found != needed:
+        raise CheckpointError(f"the vision encoder has width {found}, the language model's projection takes {needed}")
+
+
+def language_width(folder: Path) -> int:
+    """The width of the language model in a LLaVA folder."""
+    return int(read_language_config(folder)["hidden_size"])
+
+
+def _language_name(name: str) -> str | None:
+    if name.startswith(("lm_head.", _TOWER)) or name.endswith(".rotary_emb.inv_freq"):
+        return None
+    return name.removeprefix("model.")
+
+
+def _vision_name(name: str) -> str | None:
+    if name.startswith(_OTHER_CLIP_PARTS) or name == "logit_scale" or name.endswith(".position_ids"):
+        return None
+    return name.removeprefix("vision_model.")
+
+
+def _copied_vision_name(name: str) -> str | None:
+    if not name.startswith(_TOWER):
+        return None
+    return _vision_name(re.sub(r"^model\.vision_tower\.(vision_tower\.)?", "", name))

@@ -1,0 +1,84 @@
+"""Fitting a file's tensors to the names and shapes a network expects, strictly."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from export.checkpoints.model import Component, StateDict
+from export.checkpoints.weights import Weights
+from moma_rt.errors import CheckpointError
+
+Shapes = dict[str, tuple[int, ...]]
+Rename = Callable[[str], str | None]
+_LISTED = 4
+_CLASS_PREFIXES = ("text_model.", "vision_model.")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a component comes from: its name for the manifest, its config, and the hash of its content."""
+
+    name: str
+    config: dict[str, Any]
+    sha256: str
+
+
+def fit(role: str, origin: Origin, weights: Weights, expected: Shapes, rename: Rename) -> Component:
+    """The component whose tensors are `weights` under new names; `rename` gives None for what is to be left out.
+
+    `rename` gives names without the prefix that some versions of the libraries put before all of a class's tensors;
+    they are loaded with the prefix that `expected` has.
+
+    Raises:
+        CheckpointError: tensors missing, unexpected, named twice, or of another shape; the message lists them.
+    """
+    stored: dict[str, str] = {}
+    prefix = class_prefix(expected)
+    for name in weights.shapes:
+        new = rename(name)
+        new = new if new is None else prefix + new
+        if new in stored:
+            raise CheckpointError(f"{weights.location} has {new} twice, as {stored[new]} and as {name}")
+        if new is not None:
+            stored[new] = name
+    report_mismatch(str(weights.location), {new: weights.shapes[old] for new, old in stored.items()}, expected)
+
+    def load() -> StateDict:
+        tensors = weights.read(stored.values())
+        return {new: tensors[old].reshape(expected[new]) for new, old in stored.items()}
+
+    return Component(role, origin.name, origin.config, origin.sha256, load)
+
+
+def class_prefix(expected: Shapes) -> str:
+    """`text_model.` or `vision_model.` if the installed transformers puts it before all tensors of a CLIP half."""
+    return next((p for p in _CLASS_PREFIXES if all(name.startswith(p) for name in expected)), "")
+
+
+def report_mismatch(what: str, found: Shapes, expected: Shapes) -> None:
+    """Compare names and shapes; a trailing 1×1 (linear layers stored as convolutions) is no difference.
+
+    Raises:
+        CheckpointError: they differ; the message lists how.
+    """
+    faults = []
+    if missing := expected.keys() - found.keys():
+        faults.append(f"missing {_listed(missing)}")
+    if unexpected := found.keys() - expected.keys():
+        faults.append(f"unexpected {_listed(unexpected)}")
+    common = (name for name in expected if name in found)
+    shapes = [
+        f"{name} is {list(found[name])} instead of {list(expected[name])}"
+        for name in common
+        if found[name] not in (expected[name], (*expected[name], 1, 1))
+    ]
+    if shapes:
+        faults.append(_listed(shapes))
+    if faults:
+        raise CheckpointError(f"{what} does not fit: {'; '.join(faults)}")
+
+
+def _listed(names: Any) -> str:
+    names = sorted(names)
+    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + rest

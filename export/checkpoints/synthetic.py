@@ -1,0 +1,64 @@
+"""Seeded random weights for any component, so that every path can be run without a download.
+
+A tensor's values depend only on (generator version, role, tensor name, shape, seed): not on the libraries' own
+initialisation, the order of creation or the number of threads.
+"""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import torch
+
+from export.checkpoints.adapters import CONTEXT_TOKENS, EMBEDDING_WIDTH, AdapterGeometry
+from export.checkpoints.adapters import expected_shapes as adapter_shapes
+from export.checkpoints.architectures import Config, Shapes, expected_shapes
+from export.checkpoints.matching import class_prefix
+from export.checkpoints.model import ADAPTERS, Component, StateDict
+from export.checkpoints.presets import Preset
+
+# Part of every hash: raise it when the values change.
+_GENERATOR_VERSION = 1
+
+
+def random_component(role: str, config: Config, seed: int) -> Component:
+    """A UNet, VAE, text encoder, language model or vision encoder of random weights, made when it is loaded."""
+    return _random(role, dict(config), {}, seed)
+
+
+def random_adapters(unet_config: Config, language_width: int, preset: Preset, seed: int) -> Component:
+    """Adapters for a UNet and a language width; `preset` gives the mapping's inner width."""
+    geometry = AdapterGeometry(
+        CONTEXT_TOKENS, unet_config["cross_attention_dim"], EMBEDDING_WIDTH, language_width, preset.mapping_width
+    )
+    return _random(ADAPTERS, geometry.to_config(), adapter_shapes(unet_config, geometry), seed)
+
+
+def _random(role: str, config: Config, known_shapes: Shapes, seed: int) -> Component:
+    identity = [_GENERATOR_VERSION, role, config, sorted(known_shapes.items()), seed]
+    sha256 = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def load() -> StateDict:
+        shapes = known_shapes or expected_shapes(role, config, f"the {role} preset")
+        prefix = class_prefix(shapes)
+        dtype = torch.float16 if config.get("torch_dtype") == "float16" else torch.float32
+        return {n: _tensor(role, n.removeprefix(prefix), shapes, prefix, seed).to(dtype) for n in shapes}
+
+    return Component(role, f"random weights, seed {seed}", config, sha256, load)
+
+
+def _tensor(role: str, name: str, shapes: Shapes, prefix: str, seed: int) -> torch.Tensor:
+    """Linear and convolution layers as PyTorch initialises them; embeddings of variance 1; norms 1 and 0."""
+    shape = shapes[prefix + name]
+    weight = shapes.get(prefix + name.removesuffix("bias") + "weight", shape) if name.endswith("bias") else shape
+    if name.endswith("scale_learnable") or (len(shape) == 1 and name.endswith("weight")):
+        return torch.ones(shape)
+    if name.endswith("bias") and len(weight) == 1:
+        return torch.zeros(shape)
+    is_embedding = "embed" in name.split(".")[-2] and len(shape) == 2 or name.endswith("class_embedding")
+    bound = math.sqrt(3) if is_embedding else 1 / math.sqrt(math.prod(weight[1:]))
+    digest = hashlib.sha256(f"{role}/{name}/{seed}".encode()).digest()
+    generator = np.random.Generator(np.random.SFC64(np.frombuffer(digest, np.uint32)))
+    values = torch.from_numpy(generator.random(shape, np.float32))
+    return values.mul_(2 * bound).sub_(bound)
