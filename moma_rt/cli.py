@@ -180,7 +180,8 @@ def _write_result(arguments: argparse.Namespace, subject: "Subject", result: "Re
     if arguments.save_mask is not None:
         files |= dict(zip(numbered(arguments.save_mask, len(masks)), masks, strict=True))
     if arguments.contact_sheet is not None:
-        items = [("photo", Image.fromarray(subject.photo)), ("mask", Image.fromarray(subject.mask))]
+        photo = Image.fromarray(subject.photo)
+        items = [("photo", photo), ("mask", Image.fromarray(subject.mask).resize(photo.size))]
         for seed, picture, mask in zip(result.seeds, result.images, masks, strict=True):
             items += [(f"seed {seed}", picture), ("foreground", mask)]
         files[arguments.contact_sheet] = contact_sheet(items)

@@ -30,7 +30,7 @@ class Conditioner:
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
         self._networks.bundle.verified([TEXT_TOKENIZER])
-        return TextTokenizer(self._networks.bundle.path(TEXT_TOKENIZER))
+        return TextTokenizer(self._networks.bundle.path(TEXT_TOKENIZER), self._networks.geometry.text_tokens)
 
     @cached_property
     def language_tokenizer(self) -> LanguageTokenizer:
@@ -42,7 +42,8 @@ class Conditioner:
         ids = self.text_tokenizer.encode(text)
 
         def encode() -> Array:
-            return self._networks.run("text_encoder", {"token_ids": ids[None]}, stages)["text_tokens"][0]
+            tokens: Array = self._networks.run("text_encoder", {"token_ids": ids[None]}, stages)["text_tokens"][0]
+            return tokens
 
         return self._text.get_or_make(text, encode), ids
 
@@ -66,10 +67,12 @@ class Conditioner:
 
     def project(self, embedding: Array, stages: Stages) -> Array:
         """Context tokens, float32 [4,768], of an embedding, float32 [1024]."""
-        return self._networks.run("context_projector", {"embedding": embedding[None]}, stages)["context_tokens"][0]
+        outputs = self._networks.run("context_projector", {"embedding": embedding[None]}, stages)
+        tokens: Array = outputs["context_tokens"][0]
+        return tokens
 
     def prefix(self, name: str, pixels: Array, stages: Stages) -> Prefix | None:
-        """Run the language model over the photo, float32 [1,3,336,336], and the name; None if there is none."""
+        """Run the language model over the photo, float32 [1,3,336,336], and the name; None without one."""
         language = self._networks.geometry.language
         if language is None or not self._networks.bundle.has("vision_encoder", "language_model"):
             return None
@@ -83,13 +86,14 @@ class Conditioner:
         language = self._check_language(subject)
         assert subject.prefix is not None
         ids = self.language_tokenizer.encode(subject.name, prompt, language.vocabulary, language.image_tokens)
-        # The prompt's first token may have merged with the prefix's last; the last token must be run in any case.
-        kept = min(common_prefix_length(ids, subject.prefix.ids), len(ids) - 1)
+        # Not the whole prefix: the prompt's first token may have merged with its last.
+        kept = common_prefix_length(subject.prefix.ids, ids)
         if (ids[kept:] >= language.vocabulary).any():
             raise SubjectError(f"subject {subject.name!r}: its prefix does not cover the photo: enroll it again")
         no_image = np.zeros((1, 1, language.width), np.float32)
         past_kv = subject.prefix.kv[:, :, :, :kept]
-        return self._language_model(ids[kept:], no_image, past_kv, stages)["embedding"][0]
+        embedding: Array = self._language_model(ids[kept:], no_image, past_kv, stages)["embedding"][0]
+        return embedding
 
     def _language_model(
         self, ids: NDArray[np.int32], image_tokens: Array, past_kv: Array, stages: Stages

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from moma_rt import backends
 from moma_rt.backends.base import Array, Backend
@@ -25,19 +24,17 @@ from moma_rt.generation import (
     sample,
     upsample,
 )
-from moma_rt.images import load_mask, load_photo, prepare
+from moma_rt.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
 from moma_rt.lru import Lru
 from moma_rt.networks import Networks, largest
 from moma_rt.noise import Stream, check_seed, draw
-from moma_rt.prompts import check_prompt, check_subject_name, text_prompt
+from moma_rt.prompts import check_prompt, text_prompt
 from moma_rt.schedules import Column
 from moma_rt.stages import Stages
 from moma_rt.subject import Origin, Prefix, Subject
 
 # One set for a full batch and one for what is left over; at SD1.5's size a set is hundreds of megabytes.
 _BUFFER_SETS = 2
-
-Photo = str | Path | Image.Image
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +77,8 @@ class Runtime:
 
     def enroll(
         self,
-        image: Photo,
-        mask: Photo,
+        image: ImageSource,
+        mask: ImageSource,
         name: str,
         *,
         seed: int = 0,
@@ -102,7 +99,7 @@ class Runtime:
             InputError: a photo, mask, name, seed or noise that cannot be used.
             BundleError: a network that enrolling needs is missing or was altered.
         """
-        check_subject_name(name)
+        self._conditioner.text_tokenizer.check_subject(name)
         seed = check_seed(seed)
         geometry = self.bundle.manifest.geometry
         shape = (1, geometry.latent_channels, geometry.latent_size, geometry.latent_size)
@@ -112,7 +109,8 @@ class Runtime:
             if reference_noise is None
             else check_array("reference_noise", reference_noise, shape),
         )
-        prepared = prepare(load_photo(image), load_mask(mask), geometry.image_size)
+        vision_size = VISION_SIZE if geometry.language is None else geometry.language.vision_image_size
+        prepared = prepare(load_photo(image), load_mask(mask), geometry.image_size, vision_size)
         origin = Origin.of(self.bundle)
         stages = Stages()
         with self._lock:
@@ -172,7 +170,7 @@ class Runtime:
         """
         settings = Settings(strength, steps, guidance_scale, scheduler, seed, num_images)
         check_prompt(prompt)
-        check_prompt(negative_prompt)
+        check_prompt(negative_prompt, "negative prompt")
         geometry = self.bundle.manifest.geometry
         shape = (geometry.latent_channels, geometry.latent_size, geometry.latent_size)
         if latents is not None:

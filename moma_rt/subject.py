@@ -64,8 +64,8 @@ class Subject:
         reference_k: by self-attention layer, float32 [N_g, C]: keys of the tokens inside the mask.
         reference_v: likewise, the values.
         object_mask: by grid side g, float32 [N_g]: 1 where a reference token counts.
-        photo: uint8 [H,W,3], the photo as the networks saw it.
-        mask: bool [H,W], True on the subject.
+        photo: uint8 [h,w,RGB], a thumbnail for people.
+        mask: bool [H,W], True on the subject, as the networks saw it.
         prefix: None if the bundle had no language model.
         origin: the weights all this was computed with.
         seconds: how long each stage of the enrolment took; not kept in the file.

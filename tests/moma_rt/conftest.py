@@ -1,0 +1,366 @@
+"""A runtime whose networks are a few lines of NumPy each: its logic is tested without an export.
+
+The fake networks depend on every input they have, so that a wrong or stale input changes the picture.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from moma_rt.bundle import (
+    LANGUAGE_TOKENIZER,
+    TEXT_TOKENIZER,
+    Bundle,
+    FileEntry,
+    Manifest,
+    NetworkEntry,
+    Source,
+    write_manifest,
+)
+from moma_rt.files import sha256_file
+from moma_rt.runtime import Runtime
+from moma_rt.schedules import Column
+from moma_rt.specs import (
+    Dim,
+    Geometry,
+    LanguageGeometry,
+    NetworkSpec,
+    Precision,
+    SelfAttentionLayer,
+    TensorSpec,
+)
+from moma_rt.subject import Subject
+
+SIZE, LATENT, TEXT_WIDTH, EMBEDDING = 64, 8, 6, 16
+MAX_BATCH = 4
+LAYERS = (
+    SelfAttentionLayer("down_blocks.0.attentions.0", 8, 4, 2),
+    SelfAttentionLayer("up_blocks.1.attentions.0", 4, 6, 2),
+    SelfAttentionLayer("up_blocks.2.attentions.0", 8, 4, 2),
+)
+LANGUAGE = LanguageGeometry(
+    vocabulary=300, width=5, layers=2, kv_heads=1, head_width=3, vision_image_size=14, image_tokens=7
+)
+GEOMETRY = Geometry(SIZE, 4, LATENT, 77, TEXT_WIDTH, 4, EMBEDDING, LAYERS, LANGUAGE)
+
+B, GB = Dim("batch", 1, 1, MAX_BATCH), Dim("guided_batch", 1, 2, 2 * MAX_BATCH)
+S, P, M = Dim("sequence", 1, 20, 2048), Dim("past", 0, 20, 2048), Dim("image_sequence", 1, 7, 7)
+N = {grid: Dim(f"reference_tokens_{grid}", 1, grid * grid, grid * grid) for grid in GEOMETRY.grids}
+
+
+def _f32(name: str, *shape: int | Dim) -> TensorSpec:
+    return TensorSpec(name, "float32", shape)
+
+
+def _reference(batch: int | Dim, tokens: Callable[[int], int | Dim]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        _f32(f"reference_{kind}.{layer.name}", batch, tokens(layer.grid), layer.channels)
+        for layer in LAYERS
+        for kind in "kv"
+    )
+
+
+_KV = (LANGUAGE.layers, 2, LANGUAGE.kv_heads)
+_LATENTS = (4, LATENT, LATENT)
+SPECS = {
+    spec.name: spec
+    for spec in (
+        NetworkSpec(
+            "text_encoder", (TensorSpec("token_ids", "int32", (B, 77)),), (_f32("text_tokens", B, 77, TEXT_WIDTH),)
+        ),
+        NetworkSpec(
+            "vae_encoder",
+            (_f32("image", 1, 3, SIZE, SIZE), _f32("noise", 1, *_LATENTS)),
+            (_f32("latents", 1, *_LATENTS),),
+        ),
+        NetworkSpec(
+            "subject_encoder",
+            (_f32("latents", 1, *_LATENTS), _f32("noise", 1, *_LATENTS), _f32("text_tokens", 1, 77, TEXT_WIDTH)),
+            _reference(1, lambda grid: grid * grid),
+        ),
+        NetworkSpec("vision_encoder", (_f32("pixels", 1, 3, 14, 14),), (_f32("image_tokens", 1, 7, LANGUAGE.width),)),
+        NetworkSpec(
+            "language_model",
+            (
+                TensorSpec("token_ids", "int32", (1, S)),
+                _f32("image_tokens", 1, M, LANGUAGE.width),
+                TensorSpec("positions", "int32", (1, S)),
+                _f32("past_kv", *_KV, P, LANGUAGE.head_width),
+            ),
+            (_f32("embedding", 1, EMBEDDING), _f32("new_kv", *_KV, S, LANGUAGE.head_width)),
+        ),
+        NetworkSpec(
+            "context_projector", (_f32("embedding", B, EMBEDDING),), (_f32("context_tokens", B, 4, TEXT_WIDTH),)
+        ),
+        NetworkSpec(
+            "denoiser",
+            (
+                _f32("latents", B, *_LATENTS),
+                _f32("history", B, *_LATENTS),
+                _f32("noise", B, *_LATENTS),
+                _f32("schedule_row", 64),
+                _f32("strength", B),
+                _f32("text_tokens", GB, 77, TEXT_WIDTH),
+                _f32("context_tokens", GB, 4, TEXT_WIDTH),
+                _f32("subject_weights", B, 77),
+                _f32("foreground_mask", B, 1, LATENT, LATENT),
+                *(_f32(f"object_mask.{grid}", B, N[grid]) for grid in GEOMETRY.grids),
+                *_reference(B, lambda grid: N[grid]),
+            ),
+            (
+                _f32("next_latents", B, *_LATENTS),
+                _f32("next_history", B, *_LATENTS),
+                _f32("next_foreground_mask", B, 1, LATENT, LATENT),
+            ),
+        ),
+        NetworkSpec(
+            "vae_decoder", (_f32("latents", B, *_LATENTS),), (TensorSpec("image", "uint8", (B, SIZE, SIZE, 3)),)
+        ),
+    )
+}
+
+Arrays = dict[str, np.ndarray]
+
+
+def _text_encoder(i: Arrays) -> Arrays:
+    return {"text_tokens": np.sin(i["token_ids"][..., None] * np.linspace(0.1, 1.0, TEXT_WIDTH))}
+
+
+def _vae_encoder(i: Arrays) -> Arrays:
+    pooled = i["image"].mean(1).reshape(1, 1, LATENT, 8, LATENT, 8).mean((3, 5))
+    return {"latents": pooled + 0.1 * i["noise"]}
+
+
+def _subject_encoder(i: Arrays) -> Arrays:
+    outputs = {}
+    plane = (i["latents"] + i["noise"])[0].mean(0) + i["text_tokens"].mean()
+    for index, layer in enumerate(LAYERS):
+        stride = LATENT // layer.grid
+        tokens = plane[::stride, ::stride].reshape(1, -1, 1) + np.arange(layer.channels) + 10 * index
+        outputs |= {f"reference_k.{layer.name}": tokens, f"reference_v.{layer.name}": np.cos(tokens)}
+    return outputs
+
+
+def _vision_encoder(i: Arrays) -> Arrays:
+    return {"image_tokens": i["pixels"].mean() + np.arange(7 * LANGUAGE.width).reshape(1, 7, -1)}
+
+
+def _language_model(i: Arrays) -> Arrays:
+    ids, images = i["token_ids"][0], i["image_tokens"][0].mean(-1)
+    image_index = np.clip(ids - LANGUAGE.vocabulary, 0, len(images) - 1)
+    tokens = np.where(ids >= LANGUAGE.vocabulary, images[image_index], ids / 50.0) * (1.0 + 0.01 * i["positions"][0])
+    new_kv = np.broadcast_to(tokens[:, None], (*_KV, len(ids), LANGUAGE.head_width))
+    total = i["past_kv"][0, 0, 0, :, 0].sum(dtype=np.float64) + tokens.sum(dtype=np.float64)
+    return {"embedding": np.sin(total * np.linspace(0.01, 0.1, EMBEDDING))[None], "new_kv": new_kv}
+
+
+def _context_projector(i: Arrays) -> Arrays:
+    return {"context_tokens": i["embedding"][:, None, :TEXT_WIDTH] * np.arange(1, 5)[:, None] + 0.5}
+
+
+def _denoiser(i: Arrays) -> Arrays:
+    row, batch = i["schedule_row"], len(i["latents"])
+
+    def per_sample(x: np.ndarray) -> np.ndarray:
+        return x.reshape(len(x), -1).mean(1)[:, None, None, None]
+
+    text = np.concatenate([i["text_tokens"]] * (1 if len(i["text_tokens"]) > batch else 2))
+    context = np.concatenate([i["context_tokens"]] * (1 if len(i["context_tokens"]) > batch else 2))
+    halves = per_sample(text) + 0.5 * per_sample(context)
+    eps = 0.1 * i["latents"] + halves[:batch] + row[Column.GUIDANCE] * (halves[-batch:] - halves[:batch])
+    weighted = (i["subject_weights"] * i["text_tokens"][-batch:].mean(2)).sum(1)
+    for layer in LAYERS:
+        mask = i[f"object_mask.{layer.grid}"][..., None]
+        k, v = i[f"reference_k.{layer.name}"], i[f"reference_v.{layer.name}"]
+        reference = ((k + v) * mask).sum((1, 2)) / mask.sum((1, 2))
+        scale = row[Column.INJECTION] * i["strength"] * 0.01
+        eps = eps + (scale * (reference + weighted))[:, None, None, None] * i["foreground_mask"]
+    following = (
+        row[Column.LATENTS] * i["latents"]
+        + row[Column.EPS] * eps
+        + row[Column.HISTORY] * i["history"]
+        + row[Column.NOISE] * i["noise"]
+    )
+    history = row[Column.HISTORY_EPS] * eps + row[Column.HISTORY_HISTORY] * i["history"]
+    foreground = 1 / (1 + np.exp(-following.mean(1, keepdims=True))) * (0.5 + 0.5 * i["foreground_mask"])
+    return {"next_latents": following, "next_history": history, "next_foreground_mask": foreground}
+
+
+def _vae_decoder(i: Arrays) -> Arrays:
+    levels = np.tanh(i["latents"][:, :3] / 4) * 127.5 + 127.5
+    return {"image": levels.transpose(0, 2, 3, 1).repeat(8, 1).repeat(8, 2).round().astype(np.uint8)}
+
+
+FUNCTIONS: dict[str, Callable[[Arrays], Arrays]] = {
+    "text_encoder": _text_encoder,
+    "vae_encoder": _vae_encoder,
+    "subject_encoder": _subject_encoder,
+    "vision_encoder": _vision_encoder,
+    "language_model": _language_model,
+    "context_projector": _context_projector,
+    "denoiser": _denoiser,
+    "vae_decoder": _vae_decoder,
+}
+
+
+@dataclass
+class FakeBound:
+    network: "FakeNetwork"
+    buffers: Mapping[str, np.ndarray]
+
+    def enqueue(self) -> None:
+        spec = self.network.spec
+        inputs = {t.name: self.buffers[t.name].copy() for t in spec.inputs}
+        self.network.backend.runs.append((spec.name, inputs))
+        outputs = FUNCTIONS[spec.name](inputs)
+        for tensor in spec.outputs:
+            assert outputs[tensor.name].shape == self.buffers[tensor.name].shape, tensor.name
+            self.buffers[tensor.name][...] = outputs[tensor.name]
+
+
+@dataclass
+class FakeNetwork:
+    spec: NetworkSpec
+    backend: "FakeBackend"
+
+    def bind(self, buffers: Mapping[str, np.ndarray]) -> FakeBound:
+        used = {t.name: buffers[t.name] for t in (*self.spec.inputs, *self.spec.outputs)}
+        assert len({id(buffer) for buffer in used.values()}) == len(used), "overlapping buffers"
+        self.backend.binds.append(self.spec.name)
+        return FakeBound(self, used)
+
+
+@dataclass
+class FakeBackend:
+    """Records what the runtime does: loads, allocations, binds, and every run with copies of its inputs."""
+
+    name: str = "fake"
+    loads: list[str] = field(default_factory=list)
+    allocations: list[tuple[int, ...]] = field(default_factory=list)
+    binds: list[str] = field(default_factory=list)
+    runs: list[tuple[str, Arrays]] = field(default_factory=list)
+
+    def load(self, spec: NetworkSpec, onnx: Path) -> FakeNetwork:
+        assert onnx.is_file()
+        self.loads.append(spec.name)
+        return FakeNetwork(spec, self)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        self.allocations.append(shape)
+        return np.zeros(shape, dtype)
+
+    def upload(self, buffer: np.ndarray, array: np.ndarray) -> None:
+        assert buffer.shape == array.shape
+        np.copyto(buffer, array, casting="same_kind")
+
+    def download(self, buffer: np.ndarray) -> np.ndarray:
+        return buffer.copy()
+
+    def synchronize(self) -> None:
+        pass
+
+    def inputs_of(self, name: str) -> list[Arrays]:
+        """The inputs of every run of a network so far."""
+        return [inputs for ran, inputs in self.runs if ran == name]
+
+
+def _byte_tokenizer(path: Path, special: tuple[str, ...], template: str) -> None:
+    """One token a byte: real enough for every rule of moma_rt.prompts."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate((*special, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(token, vocabulary[token]) for token in special]
+    )
+    path.parent.mkdir(exist_ok=True)
+    tokenizer.save(str(path))
+
+
+def make_bundle(root: Path, base: str = "fake", without: tuple[str, ...] = ()) -> Path:
+    """A bundle folder for `FakeBackend`: real manifest, hashes and tokenizers, no graphs."""
+    entries, files = {}, []
+    for name, spec in SPECS.items():
+        if name in without:
+            continue
+        onnx = f"networks/{name}/model.onnx"
+        (root / onnx).parent.mkdir(parents=True)
+        (root / onnx).write_text(f"{base} {name}")
+        files.append(onnx)
+        entries[name] = NetworkEntry(spec, Precision.FP32, f"{base}-{name}", onnx, (onnx,))
+    _byte_tokenizer(root / TEXT_TOKENIZER, ("<b>", "<e>"), "<b> $A <e>")
+    _byte_tokenizer(root / LANGUAGE_TOKENIZER, ("<s>",), "<s> $A")
+    files += [TEXT_TOKENIZER, LANGUAGE_TOKENIZER]
+    hashes = {f: FileEntry(sha256_file(root / f), (root / f).stat().st_size) for f in files}
+    source = Source("base", "hand-made", "0" * 64)
+    write_manifest(root, Manifest(base, "tests", GEOMETRY, entries, hashes, (source,)))
+    return root
+
+
+def edit_manifest(root: Path, change: Callable[[dict], None]) -> None:
+    """Apply `change` to the manifest's JSON."""
+    path = root / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.fixture(scope="session")
+def fakes() -> SimpleNamespace:
+    """What this file defines, for tests that build their own bundles or compare with the fake networks."""
+    return SimpleNamespace(
+        make_bundle=make_bundle,
+        edit_manifest=edit_manifest,
+        FakeBackend=FakeBackend,
+        geometry=GEOMETRY,
+        layers=LAYERS,
+        language=LANGUAGE,
+        functions=FUNCTIONS,
+        specs=SPECS,
+        max_batch=MAX_BATCH,
+    )
+
+
+@pytest.fixture(scope="session")
+def fake_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+def runtime(fake_bundle: Path, backend: FakeBackend) -> Runtime:
+    return Runtime(Bundle.open(fake_bundle), backend)
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.fixture(scope="session")
+def mask() -> Image.Image:
+    """A rectangle off centre, so that rows and columns cannot be confused."""
+    values = np.zeros((96, 96), np.uint8)
+    values[24:48, 12:84] = 255
+    return Image.fromarray(values)
+
+
+@pytest.fixture
+def subject(runtime: Runtime, backend: FakeBackend, photo: Image.Image, mask: Image.Image) -> Subject:
+    """An enrolled "car"; the record of runs and allocations is cleared afterwards."""
+    subject = runtime.enroll(photo, mask, "car")
+    backend.runs.clear()
+    backend.allocations.clear()
+    return subject
