@@ -1,0 +1,220 @@
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moma_rt.bundle import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Bundle,
+    FileEntry,
+    Manifest,
+    NetworkEntry,
+    Source,
+    write_manifest,
+)
+from moma_rt.errors import BundleError
+from moma_rt.files import sha256_file
+from moma_rt.specs import Dim, Geometry, LanguageGeometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec
+
+ONNX = "networks/text_encoder-k1/model.onnx"
+WEIGHTS = "networks/text_encoder-k1/weights.bin"
+BATCH = Dim("batch", 1, 1, 8)
+
+
+def make_manifest(files: dict[str, FileEntry]) -> Manifest:
+    spec = NetworkSpec(
+        "text_encoder",
+        (TensorSpec("token_ids", "int32", (BATCH, 77)),),
+        (TensorSpec("text_tokens", "float32", (BATCH, 77, 768)),),
+    )
+    layers = (SelfAttentionLayer("down_blocks.0.attentions.0", 64, 16, 8), SelfAttentionLayer("mid_block", 8, 32, 8))
+    return Manifest(
+        base="tiny",
+        created_by="moma-rt test",
+        geometry=Geometry(512, 4, 64, 77, 768, 4, 1024, layers, LanguageGeometry(32000, 128, 3, 4, 32, 336, 576)),
+        networks={"text_encoder": NetworkEntry(spec, Precision.FP32, "k1", ONNX, (WEIGHTS,))},
+        files=files,
+        sources=(Source("base", "tiny", "0" * 64),),
+    )
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A complete bundle with one network of two files."""
+    folder = tmp_path / "bundle"
+    for name, content in ((ONNX, b"graph"), (WEIGHTS, b"weights" * 100)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    files = {n: FileEntry(sha256_file(folder / n), (folder / n).stat().st_size) for n in (ONNX, WEIGHTS)}
+    write_manifest(folder, make_manifest(files))
+    return folder
+
+
+def edit(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = root / MANIFEST_NAME
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def open_error(root: Path) -> str:
+    with pytest.raises(BundleError) as error:
+        Bundle.open(root)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def rename_file(data: dict[str, Any], name: str) -> None:
+    data["networks"]["text_encoder"]["files"] = [name]
+    data["files"][name] = data["files"].pop(WEIGHTS)
+
+
+class TestOpen:
+    def test_round_trip(self, root: Path):
+        manifest = Bundle.open(root).manifest
+        assert manifest == make_manifest(manifest.files)
+        assert Manifest.from_json(copy.deepcopy(manifest.to_json())) == manifest
+        assert manifest.geometry.grids == (64, 8)
+
+    def test_geometry_without_language_model(self, root: Path):
+        edit(root, lambda data: data["geometry"].update(language=None))
+        assert Bundle.open(str(root)).manifest.geometry.language is None
+
+    @pytest.mark.parametrize("exists", [True, False])
+    def test_not_a_bundle(self, tmp_path: Path, exists: bool):
+        folder = tmp_path / "empty"
+        if exists:
+            folder.mkdir()
+        assert "is not a bundle" in open_error(folder)
+
+    def test_newer_format(self, root: Path):
+        edit(root, lambda data: data.update(format_version=FORMAT_VERSION + 1, networks="unknown to this version"))
+        message = open_error(root)
+        assert f"bundle format {FORMAT_VERSION + 1}" in message
+        assert "upgrade" in message
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"format_version": "x"}', b"\xff\xfe\x00"])
+    def test_unreadable_manifest(self, root: Path, content: bytes):
+        (root / MANIFEST_NAME).write_bytes(content)
+        assert "cannot be read as a manifest" in open_error(root)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda d: d.pop("geometry"),
+            lambda d: d.pop("files"),
+            lambda d: d.update(networks=[]),
+            lambda d: d.update(files=None),
+            lambda d: d["geometry"].pop("grids", None) or d["geometry"].update(extra=1),
+            lambda d: d["geometry"].pop("language"),
+            lambda d: d["geometry"]["self_attention"][0].pop("heads"),
+            lambda d: d["networks"]["text_encoder"].update(precision="fp7"),
+            lambda d: d["networks"]["text_encoder"].pop("spec"),
+            lambda d: d["networks"]["text_encoder"]["spec"]["inputs"][0]["shape"][0].pop("max"),
+            lambda d: d["files"][ONNX].update(size="many"),
+            lambda d: d["files"].update({ONNX: "hash"}),
+            lambda d: d["sources"].append({}),
+        ],
+    )
+    def test_malformed_manifest(self, root: Path, change: Callable[[dict[str, Any]], None]):
+        edit(root, change)
+        assert "is malformed" in open_error(root)
+
+    def test_missing_file(self, root: Path):
+        (root / WEIGHTS).unlink()
+        assert f"{WEIGHTS} is missing" in open_error(root)
+
+    def test_folder_in_place_of_a_file(self, root: Path):
+        (root / WEIGHTS).unlink()
+        (root / WEIGHTS).mkdir()
+        assert f"{WEIGHTS} is missing" in open_error(root)
+
+    def test_truncated_file(self, root: Path):
+        (root / WEIGHTS).write_bytes(b"weights")
+        message = open_error(root)
+        assert f"{WEIGHTS} has 7 bytes" in message
+        assert "700" in message
+
+    @pytest.mark.parametrize("name", [ONNX, WEIGHTS])
+    def test_used_file_without_a_hash(self, root: Path, name: str):
+        edit(root, lambda data: data["files"].pop(name))
+        assert f"uses {name!r} but gives no hash" in open_error(root)
+
+    @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "networks/../../outside", "a\\..\\b", ""])
+    def test_unsafe_path(self, root: Path, name: str):
+        edit(root, lambda data: rename_file(data, name))
+        assert "unsafe manifest" in open_error(root)
+
+    def test_link_out_of_the_bundle(self, root: Path):
+        outside = root.parent / "outside.bin"
+        (root / WEIGHTS).rename(outside)
+        (root / WEIGHTS).symlink_to(outside)
+        assert "through a link" in open_error(root)
+
+
+class TestVerified:
+    def test_untouched_files_pass(self, root: Path):
+        Bundle.open(root).verified([ONNX, WEIGHTS])
+
+    def test_altered_file_of_the_same_size(self, root: Path):
+        (root / WEIGHTS).write_bytes(b"weightz" * 100)
+        bundle = Bundle.open(root)
+        bundle.verified([ONNX])
+        with pytest.raises(BundleError, match=f"{WEIGHTS} was altered") as error:
+            bundle.verified([ONNX, WEIGHTS])
+        assert sha256_file(root / WEIGHTS)[:12] in str(error.value)
+        assert bundle.manifest.files[WEIGHTS].sha256[:12] in str(error.value)
+
+    def test_file_that_the_manifest_does_not_list(self, root: Path):
+        (root / "extra.onnx").write_bytes(b"x")
+        with pytest.raises(BundleError, match=r"does not list extra\.onnx"):
+            Bundle.open(root).verified(["extra.onnx"])
+
+
+class TestNetworks:
+    def test_absent_network_names_what_there_is(self, root: Path):
+        bundle = Bundle.open(root)
+        assert bundle.network("text_encoder").onnx == ONNX
+        with pytest.raises(BundleError, match=r"no denoiser network \(it has: text_encoder\).*--only denoiser"):
+            bundle.network("denoiser")
+
+    def test_has(self, root: Path):
+        bundle = Bundle.open(root)
+        assert bundle.has("text_encoder")
+        assert bundle.has()
+        assert not bundle.has("text_encoder", "denoiser")
+
+    def test_fingerprint_follows_the_keys(self, root: Path):
+        before = Bundle.open(root).fingerprint("text_encoder")
+        edit(root, lambda data: data.update(created_by="another version"))
+        assert Bundle.open(root).fingerprint("text_encoder") == before
+        edit(root, lambda data: data["networks"]["text_encoder"].update(key="k2"))
+        assert Bundle.open(root).fingerprint("text_encoder") != before
+
+
+def test_manifest_is_replaced_whole(root: Path, monkeypatch: pytest.MonkeyPatch):
+    before = (root / MANIFEST_NAME).read_bytes()
+    monkeypatch.setattr(Manifest, "to_json", lambda _: {"not": object()})
+    with pytest.raises(TypeError):
+        write_manifest(root, make_manifest({}))
+    assert (root / MANIFEST_NAME).read_bytes() == before
+    assert {path.name for path in root.iterdir()} == {MANIFEST_NAME, "networks"}
+
+
+class TestSpecs:
+    def test_shapes_of_the_profile(self):
+        spec = TensorSpec("x", "float32", (Dim("batch", 1, 2, 8), 77, Dim("tokens", 0, 4, 9)))
+        assert spec.min_shape == (1, 77, 0)
+        assert spec.opt_shape == (2, 77, 4)
+        assert spec.max_shape == (8, 77, 9)
+        assert spec.resolve(batch=3, tokens=5) == (3, 77, 5)
+        assert [(axis, dim.name) for axis, dim in spec.dynamic_axes.items()] == [(0, "batch"), (2, "tokens")]
+        assert TensorSpec.from_json(spec.to_json()) == spec
+
+    def test_unresolved_dimension(self):
+        with pytest.raises(KeyError, match="batch"):
+            TensorSpec("x", "float32", (BATCH,)).resolve(tokens=1)

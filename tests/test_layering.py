@@ -1,0 +1,72 @@
+"""The direction of imports, read from the sources, so that an import inside a function counts too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGES = {"moma_rt", "kernels", "engines", "export", "benchmarks", "tests", "examples"}
+MODEL_LIBRARIES = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "onnx", "onnxscript", "triton"}
+FORBIDDEN = {
+    "moma_rt": (PACKAGES - {"moma_rt"}) | MODEL_LIBRARIES,
+    "kernels": (PACKAGES - {"kernels"}) | {"transformers", "diffusers"},
+    # Engines are built on the target machine, where neither torch nor Triton need be installed.
+    "engines": (PACKAGES - {"engines", "moma_rt", "kernels"}) | (MODEL_LIBRARIES - {"onnx"}),
+    "export": PACKAGES - {"export", "engines", "kernels", "moma_rt"},
+}
+# The inductor backend and engine exist to run torch; nothing imports them unless they are asked for.
+TORCH_ALLOWED = {"moma_rt/backends/inductor.py", "engines/inductor.py"}
+
+
+def imported(source: str) -> set[tuple[int, str]]:
+    """Line and top-level module of every absolute import, conditional and function-level ones included."""
+    found: set[tuple[int, str]] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {(node.lineno, alias.name.partition(".")[0]) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            found.add((node.lineno, node.module.partition(".")[0]))
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                found.add((node.lineno, node.args[0].value.partition(".")[0]))
+    return found
+
+
+@pytest.mark.parametrize("package", sorted(FORBIDDEN))
+def test_imports_point_down(repository: Path, package: str):
+    wrong = []
+    for path in sorted((repository / package).rglob("*.py")):
+        name = path.relative_to(repository).as_posix()
+        forbidden = FORBIDDEN[package] - ({"torch"} if name in TORCH_ALLOWED else set())
+        wrong += [f"{name}:{line}: {module}" for line, module in imported(path.read_text()) if module in forbidden]
+    assert wrong == []
+
+
+def test_tensorrt_plugins_need_only_tensorrt_and_numpy(repository: Path):
+    for path in (repository / "kernels").rglob("tensorrt_plugin.py"):
+        assert {module for _, module in imported(path.read_text())} & (MODEL_LIBRARIES | PACKAGES) == set(), path
+
+
+@pytest.mark.parametrize(
+    ("source", "module"),
+    [
+        ("import torch.nn as nn", "torch"),
+        ("from torch.nn import functional", "torch"),
+        ("def f():\n    import torch", "torch"),
+        ("try:\n    import a, torch\nexcept ImportError:\n    pass", "torch"),
+        ("importlib.import_module('torch.fx')", "torch"),
+    ],
+)
+def test_the_scan_sees_every_kind_of_import(source: str, module: str):
+    assert module in {name for _, name in imported(source)}
+
+
+def test_relative_imports_are_not_mistaken_for_packages():
+    assert imported("from .torch import x\nfrom . import kernels") == set()
+
+
+def test_hugging_face_does_not_take_our_kernels_for_its_own():
+    # Its optional package is named `kernels` too, and is found by that name.
+    import_utils = pytest.importorskip("transformers.utils.import_utils")
+    assert not import_utils.is_kernels_available()
