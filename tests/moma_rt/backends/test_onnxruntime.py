@@ -1,0 +1,208 @@
+"""The ONNX Runtime backend on graphs of a few nodes."""
+
+import gc
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from moma_rt import backends
+from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
+from moma_rt.errors import BundleError, InputError
+from moma_rt.specs import Dim, NetworkSpec, TensorSpec
+
+BATCH = Dim("batch", 1, 2, 8)
+SPEC = NetworkSpec(
+    "step",
+    (TensorSpec("x", "float32", (BATCH, 3)), TensorSpec("ids", "int32", (BATCH, 3))),
+    (TensorSpec("next_x", "float32", (BATCH, 3)), TensorSpec("image", "uint8", (BATCH, 3))),
+)
+PAST = NetworkSpec(
+    "past",
+    (TensorSpec("past", "float32", (2, Dim("past", 0, 1, 9))), TensorSpec("new", "float32", (2, Dim("s", 1, 1, 9)))),
+    (TensorSpec("kv", "float32", (2, Dim("s", 1, 1, 9))), TensorSpec("total", "float32", (1, 1))),
+)
+
+
+def save(path, nodes, inputs, outputs, initializers=()):
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, list(initializers))
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def step_onnx(tmp_path_factory):
+    """next_x = x + ids; image = ids as uint8."""
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["x", "floats"], ["next_x"]),
+        helper.make_node("Cast", ["ids"], ["image"], to=TensorProto.UINT8),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", 3]),
+        helper.make_tensor_value_info("ids", TensorProto.INT32, ["b", 3]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("next_x", TensorProto.FLOAT, ["b", 3]),
+        helper.make_tensor_value_info("image", TensorProto.UINT8, ["b", 3]),
+    ]
+    return save(tmp_path_factory.mktemp("onnx") / "step.onnx", nodes, inputs, outputs)
+
+
+@pytest.fixture(scope="module")
+def past_onnx(tmp_path_factory):
+    """kv = new * 2; total = sum of past and new."""
+    nodes = [
+        helper.make_node("Add", ["new", "new"], ["kv"]),
+        helper.make_node("Concat", ["past", "new"], ["all"], axis=1),
+        helper.make_node("ReduceSum", ["all"], ["total"], keepdims=1),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("past", TensorProto.FLOAT, [2, "p"]),
+        helper.make_tensor_value_info("new", TensorProto.FLOAT, [2, "s"]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("kv", TensorProto.FLOAT, [2, "s"]),
+        helper.make_tensor_value_info("total", TensorProto.FLOAT, [1, 1]),
+    ]
+    return save(tmp_path_factory.mktemp("onnx") / "past.onnx", nodes, inputs, outputs)
+
+
+@pytest.fixture
+def backend():
+    return OnnxRuntimeBackend(threads=1)
+
+
+def allocate(backend, spec, **sizes):
+    return {t.name: backend.allocate(t.resolve(**sizes), t.dtype) for t in (*spec.inputs, *spec.outputs)}
+
+
+def test_two_bindings_of_one_network_hand_the_state_to_and_fro(backend, step_onnx):
+    network = backend.load(SPEC, step_onnx)
+    even = allocate(backend, SPEC, batch=2)
+    odd = {**even, "x": even["next_x"], "next_x": even["x"]}
+    steps = [network.bind(even), network.bind(odd)]
+    backend.upload(even["x"], np.zeros((2, 3), np.float32))
+    backend.upload(even["ids"], np.arange(6, dtype=np.int32).reshape(2, 3))
+    for i in range(4):
+        steps[i % 2].enqueue()
+    np.testing.assert_array_equal(backend.download(even["x"]), 4 * np.arange(6).reshape(2, 3))
+    np.testing.assert_array_equal(backend.download(even["next_x"]), 3 * np.arange(6).reshape(2, 3))
+    image = backend.download(even["image"])
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, np.arange(6).reshape(2, 3))
+
+
+def test_a_run_writes_into_the_bound_memory(backend, step_onnx):
+    network = backend.load(SPEC, step_onnx)
+    buffers = allocate(backend, SPEC, batch=1)
+    address = buffers["next_x"].array.ctypes.data
+    bound = network.bind(buffers)
+    for value in (1, 2):
+        backend.upload(buffers["x"], np.full((1, 3), value, np.float32))
+        bound.enqueue()
+        assert (buffers["next_x"].array == value).all()
+    assert buffers["next_x"].array.ctypes.data == address
+
+
+def test_a_binding_keeps_its_buffers_alive(backend, step_onnx):
+    network = backend.load(SPEC, step_onnx)
+    kept = backend.allocate((2, 3), "float32")
+    bound = network.bind({**allocate(backend, SPEC, batch=2), "next_x": kept})
+    del network
+    gc.collect()
+    filler = [np.full((2, 3), np.nan, np.float32) for _ in range(100)]
+    bound.enqueue()
+    np.testing.assert_array_equal(backend.download(kept), np.zeros((2, 3)))
+    assert len(filler) == 100
+
+
+def test_a_dimension_may_be_zero(backend, past_onnx):
+    network = backend.load(PAST, past_onnx)
+    for past in (0, 3):
+        buffers = allocate(backend, PAST, past=past, s=2)
+        backend.upload(buffers["past"], np.ones((2, past), np.float32))
+        backend.upload(buffers["new"], np.ones((2, 2), np.float32))
+        network.bind(buffers).enqueue()
+        assert backend.download(buffers["total"]) == 2 * (past + 2)
+
+
+def test_downloads_are_copies(backend):
+    buffer = backend.allocate((3,), "float32")
+    before = backend.download(buffer)
+    backend.upload(buffer, np.ones(3, np.float32))
+    assert not before.any()
+    assert (backend.download(buffer) == 1).all()
+
+
+def test_uploads_convert_between_floats_and_refuse_everything_else(backend):
+    buffer = backend.allocate((2, 3), "float32")
+    backend.upload(buffer, np.full((2, 3), 0.5, np.float64))
+    assert (backend.download(buffer) == 0.5).all()
+    with pytest.raises(ValueError, match=r"shape \(3,\) does not fit a buffer of shape \(2, 3\)"):
+        backend.upload(buffer, np.zeros(3, np.float32))
+    ids = backend.allocate((1,), "int32")
+    with pytest.raises(TypeError):
+        backend.upload(ids, np.ones(1, np.float32))
+
+
+def test_buffers_of_another_backend_are_refused(backend, step_onnx):
+    with pytest.raises(TypeError, match="a ndarray is not a buffer of the onnxruntime backend"):
+        backend.load(SPEC, step_onnx).bind({"x": np.zeros((1, 3))})
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0a" * 30])
+def test_a_file_that_is_no_graph_is_one_line(backend, tmp_path, content):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"model\.onnx: ONNX Runtime .* cannot load it: ") as caught:
+        backend.load(SPEC, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_external_weights_are_one_line(backend, tmp_path):
+    weights = numpy_helper.from_array(np.ones(1000, np.float32), "w")
+    node = helper.make_node("Add", ["x", "w"], ["y"])
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1000]) for name in "xy"]
+    path = save(tmp_path / "m.onnx", [node], info[:1], info[1:], [weights])
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    (tmp_path / "weights.bin").unlink()
+    spec = NetworkSpec("n", (TensorSpec("x", "float32", (1000,)),), (TensorSpec("y", "float32", (1000,)),))
+    with pytest.raises(BundleError, match="cannot load it") as caught:
+        backend.load(spec, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_operator_is_one_line(backend, tmp_path):
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    path = save(tmp_path / "m.onnx", [helper.make_node("Levitate", ["x"], ["y"])], info[:1], info[1:])
+    spec = NetworkSpec("n", (TensorSpec("x", "float32", (1,)),), (TensorSpec("y", "float32", (1,)),))
+    with pytest.raises(BundleError, match="Levitate"):
+        backend.load(spec, path)
+
+
+def test_a_graph_with_other_tensors_than_the_manifest_is_refused(backend, step_onnx):
+    spec = NetworkSpec("step", SPEC.inputs[:1], SPEC.outputs)
+    with pytest.raises(BundleError, match=r"its inputs are not the manifest's: missing \[\], further \['ids'\]"):
+        backend.load(spec, step_onnx)
+
+
+def test_loading_prints_nothing(backend, tmp_path, capfd):
+    (tmp_path / "m.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError):
+        backend.load(SPEC, tmp_path / "m.onnx")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, 1.5, True])
+def test_threads_out_of_range_are_refused(threads):
+    with pytest.raises(InputError, match="it must be an integer from 1 to 1024"):
+        backends.create("onnxruntime", threads)
+
+
+def test_an_unknown_backend_lists_those_there_are():
+    with pytest.raises(InputError, match="no backend 'abacus'; there are: onnxruntime"):
+        backends.create("abacus")
+    assert backends.create("onnxruntime").name == "onnxruntime"

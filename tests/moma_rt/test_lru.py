@@ -1,0 +1,33 @@
+import pytest
+
+from moma_rt.lru import Lru
+
+
+def test_what_was_used_longest_ago_goes_first():
+    cache = Lru(2)
+    made = []
+
+    def get(key):
+        return cache.get_or_make(key, lambda: made.append(key) or key * 10)
+
+    assert [get(k) for k in (1, 2, 1, 3, 1, 2)] == [10, 20, 10, 30, 10, 20]
+    assert made == [1, 2, 3, 2]
+    assert len(cache) == 2
+
+
+def test_what_could_not_be_made_is_tried_again():
+    cache = Lru(1)
+
+    def fail():
+        raise OSError
+
+    with pytest.raises(OSError):  # noqa: PT011 - any message
+        cache.get_or_make("a", fail)
+    assert len(cache) == 0
+    assert cache.get_or_make("a", lambda: 1) == 1
+
+
+def test_room_is_made_before_the_new_value():
+    cache = Lru(1)
+    cache.get_or_make("a", lambda: 1)
+    assert cache.get_or_make("b", lambda: len(cache)) == 0

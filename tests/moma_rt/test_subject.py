@@ -1,0 +1,141 @@
+"""Subject files."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from moma_rt.errors import SubjectError
+from moma_rt.subject import Subject
+
+
+@pytest.fixture
+def path(subject, tmp_path):
+    subject.save(tmp_path / "car.subject")
+    return tmp_path / "car.subject"
+
+
+def rewrite(path, change_metadata=lambda data: None, change_tensors=lambda tensors: None):
+    tensors = load_file(path)
+    header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
+    data = json.loads(header["__metadata__"]["moma_subject"])
+    change_metadata(data)
+    change_tensors(tensors)
+    save_file(tensors, path, metadata={"moma_subject": json.dumps(data)})
+
+
+def test_a_loaded_subject_is_the_saved_one(subject, path):
+    loaded = Subject.load(path)
+    assert loaded.identity == subject.identity
+    assert (loaded.name, loaded.origin) == (subject.name, subject.origin)
+    assert loaded.token_counts() == subject.token_counts()
+    for name, tensor in subject.inputs().items():
+        np.testing.assert_array_equal(loaded.inputs()[name], tensor)
+        assert loaded.inputs()[name].dtype == tensor.dtype
+    np.testing.assert_array_equal(loaded.photo, subject.photo)
+    np.testing.assert_array_equal(loaded.mask, subject.mask)
+    np.testing.assert_array_equal(loaded.prefix.ids, subject.prefix.ids)
+    np.testing.assert_array_equal(loaded.prefix.kv, subject.prefix.kv)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_loaded_subject_makes_the_same_picture(runtime, subject, path):
+    images = [runtime.generate(s, "A car.", steps=2).images[0] for s in (subject, Subject.load(path))]
+    np.testing.assert_array_equal(np.asarray(images[0]), np.asarray(images[1]))
+
+
+def test_a_subject_without_prefix_is_kept_without(subject, path):
+    bare = dataclasses.replace(subject, prefix=None, origin=dataclasses.replace(subject.origin, language=None))
+    bare.save(path)
+    assert Subject.load(path).prefix is None
+    assert Subject.load(path).identity == bare.identity != subject.identity
+
+
+def test_arrays_that_are_not_contiguous_are_saved_as_they_read(subject, path):
+    turned = dataclasses.replace(subject, photo=subject.photo[:, ::-1], mask=subject.mask.T)
+    turned.save(path)
+    np.testing.assert_array_equal(Subject.load(path).photo, turned.photo)
+    np.testing.assert_array_equal(Subject.load(path).mask, turned.mask)
+
+
+def test_identity_covers_everything_a_picture_depends_on(subject):
+    def changed(arrays):
+        return {name: array + 1 for name, array in arrays.items()}
+
+    variants = [
+        subject,
+        dataclasses.replace(subject, name="cat"),
+        dataclasses.replace(subject, reference_k=changed(subject.reference_k)),
+        dataclasses.replace(subject, reference_v=changed(subject.reference_v)),
+        dataclasses.replace(subject, object_mask=changed(subject.object_mask)),
+        dataclasses.replace(subject, photo=255 - subject.photo),
+        dataclasses.replace(subject, mask=~subject.mask),
+        dataclasses.replace(subject, origin=dataclasses.replace(subject.origin, language="0")),
+    ]
+    assert len({s.identity for s in variants}) == len(variants)
+    assert dataclasses.replace(subject, seconds={"vae_encoder": 1.0}).identity == subject.identity
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(SubjectError, match="no such subject file"):
+        Subject.load(tmp_path / "none.subject")
+    with pytest.raises(SubjectError, match="no such subject file"):
+        Subject.load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_truncated_file(path, size):
+    content = path.read_bytes()
+    path.write_bytes(content[:size])
+    with pytest.raises(SubjectError, match="not a subject file, or a truncated one") as caught:
+        Subject.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_something_else(tmp_path):
+    (tmp_path / "a.subject").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 100)
+    with pytest.raises(SubjectError, match="not a subject file"):
+        Subject.load(tmp_path / "a.subject")
+    save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "b.subject")
+    with pytest.raises(SubjectError, match="without 'moma_subject' metadata"):
+        Subject.load(tmp_path / "b.subject")
+
+
+def test_a_newer_format(path):
+    rewrite(path, lambda data: data.update(format_version=2))
+    with pytest.raises(SubjectError, match="subject format 2; this moma-rt reads formats up to 1: upgrade it"):
+        Subject.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change_metadata", "change_tensors"),
+    [
+        (lambda data: data.pop("name"), lambda tensors: None),
+        (lambda data: data.update(format_version="new"), lambda tensors: None),
+        (lambda data: None, lambda tensors: tensors.pop("photo")),
+        (lambda data: None, lambda tensors: tensors.pop("prefix_ids")),
+        (lambda data: None, lambda tensors: tensors.update({"object_mask.fine": np.ones(1, np.float32)})),
+        (lambda data: None, lambda tensors: tensors.update({"mask": np.ones((2, 2), np.float32)})),
+    ],
+)
+def test_a_malformed_file(path, change_metadata, change_tensors):
+    rewrite(path, change_metadata, change_tensors)
+    with pytest.raises(SubjectError, match="malformed subject file") as caught:
+        Subject.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failing_save_leaves_the_former_file(subject, path, monkeypatch):
+    before = path.read_bytes()
+
+    def fail(tensors, filename, metadata):
+        filename.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moma_rt.subject.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        subject.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
