@@ -1,0 +1,1 @@
+"""Checkpoints to bundles: reading weights, PyTorch modules written for tracing, and their export to ONNX."""

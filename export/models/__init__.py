@@ -1,0 +1,1 @@
+"""MoMA's networks in PyTorch, written for tracing on diffusers' and transformers' own modules."""

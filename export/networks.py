@@ -1,0 +1,210 @@
+"""The one table of networks: for each its tensors and the module that computes it.
+
+ONNX names and axes, example inputs, optimization profiles and runtime buffers all follow from the specs made here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.checkpoints.model import Checkpoint, Component
+from export.models.language import ContextProjector, LanguageModel
+from export.models.text import TextEncoder
+from export.models.unet import Denoiser, SubjectEncoder, load_unet
+from export.models.vae import VaeDecoder, VaeEncoder, load_vae
+from export.models.vision import VisionEncoder
+from moma_rt.errors import CheckpointError
+from moma_rt.schedules import ROW_LENGTH
+from moma_rt.specs import Dim, Geometry, NetworkSpec, TensorSpec
+
+MAX_BATCH = 4
+MAX_LANGUAGE_TOKENS = 2048
+
+_BATCH = Dim("batch", 1, 1, MAX_BATCH)
+# Two guidance halves, or one: the shape says which.
+_GUIDED_BATCH = Dim("guided_batch", 1, 2, 2 * MAX_BATCH)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One row of the table.
+
+    `arguments` turns the flat inputs, in the spec's order, into the module's positional arguments.
+    """
+
+    name: str
+    spec: Callable[[Geometry], NetworkSpec]
+    module: Callable[[Checkpoint, Geometry], nn.Module]
+    arguments: Callable[[tuple[Any, ...], Geometry], tuple[Any, ...]] = lambda flat, _: flat
+
+
+def _float(name: str, *shape: int | Dim) -> TensorSpec:
+    return TensorSpec(name, "float32", shape)
+
+
+def _int(name: str, *shape: int | Dim) -> TensorSpec:
+    return TensorSpec(name, "int32", shape)
+
+
+def _image(name: str, g: Geometry) -> TensorSpec:
+    return _float(name, 1, 3, g.image_size, g.image_size)
+
+
+def _latents(name: str, g: Geometry, batch: int | Dim = 1) -> TensorSpec:
+    return _float(name, batch, g.latent_channels, g.latent_size, g.latent_size)
+
+
+def _reference(g: Geometry, batch: int | Dim, tokens: Mapping[int, int | Dim]) -> tuple[TensorSpec, ...]:
+    """K of every layer, then V of every layer."""
+    return tuple(
+        _float(f"reference_{kind}.{layer.name}", batch, tokens[layer.grid], layer.channels)
+        for kind in ("k", "v")
+        for layer in g.self_attention
+    )
+
+
+def _text_encoder_spec(g: Geometry) -> NetworkSpec:
+    return NetworkSpec(
+        "text_encoder",
+        (_int("token_ids", _GUIDED_BATCH, g.text_tokens),),
+        (_float("text_tokens", _GUIDED_BATCH, g.text_tokens, g.text_width),),
+    )
+
+
+def _vae_encoder_spec(g: Geometry) -> NetworkSpec:
+    return NetworkSpec("vae_encoder", (_image("image", g), _latents("noise", g)), (_latents("latents", g),))
+
+
+def _subject_encoder_spec(g: Geometry) -> NetworkSpec:
+    text = _float("text_tokens", 1, g.text_tokens, g.text_width)
+    outputs = _reference(g, 1, {grid: grid * grid for grid in g.grids})
+    return NetworkSpec("subject_encoder", (_latents("latents", g), _latents("noise", g), text), outputs)
+
+
+def _vision_encoder_spec(g: Geometry) -> NetworkSpec:
+    language = _language(g)
+    side = language.vision_image_size
+    tokens = _float("image_tokens", 1, language.image_tokens, language.width)
+    return NetworkSpec("vision_encoder", (_float("pixels", 1, 3, side, side),), (tokens,))
+
+
+def _language_model_spec(g: Geometry) -> NetworkSpec:
+    language = _language(g)
+    prompt = language.image_tokens + 64
+    sequence = Dim("sequence", 1, 32, MAX_LANGUAGE_TOKENS)
+    past = Dim("past", 0, prompt, MAX_LANGUAGE_TOKENS)
+    image_sequence = Dim("image_sequence", 1, language.image_tokens, language.image_tokens)
+    kv = (language.layers, 2, language.kv_heads)
+    return NetworkSpec(
+        "language_model",
+        (
+            _int("token_ids", 1, sequence),
+            _float("image_tokens", 1, image_sequence, language.width),
+            _int("positions", 1, sequence),
+            _float("past_kv", *kv, past, language.head_width),
+        ),
+        (_float("embedding", 1, g.embedding_width), _float("new_kv", *kv, sequence, language.head_width)),
+    )
+
+
+def _context_projector_spec(g: Geometry) -> NetworkSpec:
+    tokens = _float("context_tokens", _BATCH, g.context_tokens, g.text_width)
+    return NetworkSpec("context_projector", (_float("embedding", _BATCH, g.embedding_width),), (tokens,))
+
+
+def denoiser_spec(g: Geometry) -> NetworkSpec:
+    """Inputs and outputs of one denoising step."""
+    tokens = {grid: Dim(f"reference_tokens_{grid}", 1, max(1, grid * grid // 2), grid * grid) for grid in g.grids}
+    mask = (_BATCH, 1, g.latent_size, g.latent_size)
+    inputs = (
+        _latents("latents", g, _BATCH),
+        _latents("history", g, _BATCH),
+        _latents("noise", g, _BATCH),
+        _float("schedule_row", ROW_LENGTH),
+        _float("strength", _BATCH),
+        _float("text_tokens", _GUIDED_BATCH, g.text_tokens, g.text_width),
+        _float("context_tokens", _GUIDED_BATCH, g.context_tokens, g.text_width),
+        _float("subject_weights", _BATCH, g.text_tokens),
+        _float("foreground_mask", *mask),
+        *(_float(f"object_mask.{grid}", _BATCH, tokens[grid]) for grid in g.grids),
+        *_reference(g, _BATCH, tokens),
+    )
+    outputs = (
+        _latents("next_latents", g, _BATCH),
+        _latents("next_history", g, _BATCH),
+        _float("next_foreground_mask", *mask),
+    )
+    return NetworkSpec("denoiser", inputs, outputs)
+
+
+def denoiser_arguments(flat: tuple[Any, ...], g: Geometry) -> tuple[Any, ...]:
+    """The denoiser's flat inputs with the masks, the keys and the values gathered into three tuples."""
+    grids, layers = len(g.grids), len(g.self_attention)
+    fixed = len(flat) - grids - 2 * layers
+    masks, keys = flat[fixed : fixed + grids], flat[fixed + grids : fixed + grids + layers]
+    return (*flat[:fixed], masks, keys, flat[fixed + grids + layers :])
+
+
+def _vae_decoder_spec(g: Geometry) -> NetworkSpec:
+    image = TensorSpec("image", "uint8", (_BATCH, g.image_size, g.image_size, 3))
+    return NetworkSpec("vae_decoder", (_latents("latents", g, _BATCH),), (image,))
+
+
+def _language(g: Geometry) -> Any:
+    if g.language is None:
+        raise CheckpointError("this checkpoint has no language model: give one with --mllm DIR")
+    return g.language
+
+
+def _weights(component: Component | None) -> dict[str, Tensor]:
+    if component is None:
+        raise CheckpointError("a component that this network needs was not given")
+    return {name: tensor.to(torch.float32) for name, tensor in component.load().items()}
+
+
+def _select(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _denoiser(c: Checkpoint, g: Geometry) -> nn.Module:
+    return Denoiser(load_unet(c.unet.config, _weights(c.unet)), _weights(c.adapters), g)
+
+
+def _subject_encoder(c: Checkpoint, g: Geometry) -> nn.Module:
+    return SubjectEncoder(load_unet(c.unet.config, _weights(c.unet)), _weights(c.adapters), g)
+
+
+def _vision_encoder(c: Checkpoint, g: Geometry) -> nn.Module:
+    assert c.vision is not None
+    return VisionEncoder(c.vision.config, _weights(c.vision), _select(_weights(c.language), "mm_projector."))
+
+
+def _language_model(c: Checkpoint, g: Geometry) -> nn.Module:
+    assert c.language is not None
+    weights = {name: t for name, t in _weights(c.language).items() if not name.startswith("mm_projector.")}
+    return LanguageModel(c.language.config, weights, _select(_weights(c.adapters), "mapping."))
+
+
+def _context_projector(c: Checkpoint, g: Geometry) -> nn.Module:
+    return ContextProjector(_select(_weights(c.adapters), "projectors."), g.text_width)
+
+
+NETWORKS = MappingProxyType(
+    {
+        n.name: n
+        for n in (
+            Network("text_encoder", _text_encoder_spec, lambda c, g: TextEncoder(c.text_encoder.config, _weights(c.text_encoder))),
+            Network("vae_encoder", _vae_encoder_spec, lambda c, g: VaeEncoder(load_vae(c.vae.config, _weights(c.vae)))),
+            Network("subject_encoder", _subject_encoder_spec, _subject_encoder),
+            Network("vision_encoder", _vision_encoder_spec, _vision_encoder),
+            Network("language_model", _language_model_spec, _language_model),
+            Network("context_projector", _context_projector_spec, _context_projector),
+            Network("denoiser", denoiser_spec, _denoiser, denoiser_arguments),
+            Network("vae_decoder", _vae_decoder_spec, lambda c, g: VaeDecoder(load_vae(c.vae.config, _weights(c.vae)))),
+        )
+    }
+)

@@ -1,0 +1,96 @@
+"""One network to ONNX: example inputs from its spec, our operators kept whole, machine-specific text removed."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+import torch
+
+from export.networks import Network
+from kernels.operators import onnx_operators
+from kernels.registration import DOMAIN, DOMAIN_VERSION, STANDARD_OPSET, OnnxOperator, register_schema
+from moma_rt.specs import Dim, Geometry, NetworkSpec, TensorSpec
+
+MODEL_NAME = "model.onnx"
+WEIGHTS_NAME = "model.onnx.data"
+
+
+def export_network(module: torch.nn.Module, network: Network, geometry: Geometry, folder: Path) -> None:
+    """Write `folder/model.onnx` and its weights beside it, with the spec's names and dynamic axes."""
+    spec = network.spec(geometry)
+    operators = onnx_operators()
+    for operator in operators:
+        register_schema(operator.schema)
+    arguments = network.arguments(example_inputs(spec), geometry)
+    dims: dict[str, Any] = {}
+    shapes = network.arguments(tuple(_dynamic_shape(tensor, dims) for tensor in spec.inputs), geometry)
+    with warnings.catch_warnings(), torch.inference_mode():
+        # The exporter warns of optional packages and of axes that share a size, which is what the specs ask for.
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            module,
+            arguments,
+            dynamo=True,
+            opset_version=STANDARD_OPSET,
+            dynamic_shapes=shapes,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            custom_translation_table={operator.torch_op: operator.translation for operator in operators},
+            verbose=False,
+        )
+    assert program is not None
+    _finish(program.model, spec, operators)
+    onnx_ir.save(program.model, folder / MODEL_NAME, external_data=WEIGHTS_NAME)
+
+
+def example_inputs(spec: NetworkSpec, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Inputs of a small size for each dynamic dimension, never 0 or 1 where the spec allows more.
+
+    Tracing takes a size of 0 or 1 for a constant, and equal sizes for one dimension; so the sizes here differ.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(_example(tensor, generator) for tensor in spec.inputs)
+
+
+def _example(tensor: TensorSpec, generator: torch.Generator) -> torch.Tensor:
+    shape = tuple(_example_size(d) if isinstance(d, Dim) else d for d in tensor.shape)
+    if tensor.dtype == "int32":
+        return torch.arange(shape[-1], dtype=torch.int32).expand(shape).contiguous()
+    return torch.rand(shape, generator=generator)
+
+
+def _example_size(dim: Dim) -> int:
+    sizes = {"batch": 2, "guided_batch": 4, "sequence": 7, "past": 5, "image_sequence": 9}
+    wanted = sizes.get(dim.name, dim.opt)
+    return max(dim.min, min(dim.max, max(2, wanted)))
+
+
+def _dynamic_shape(tensor: TensorSpec, dims: dict[str, Any]) -> dict[int, Any]:
+    return {axis: dims.setdefault(d.name, torch.export.Dim(d.name)) for axis, d in tensor.dynamic_axes.items()}
+
+
+def _finish(model: onnx_ir.Model, spec: NetworkSpec, operators: tuple[OnnxOperator, ...]) -> None:
+    """Add the functions that the graph uses, name its axes, and drop what speaks of the machine it was made on."""
+    used = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
+    for operator in operators:
+        if operator.schema.name in used:
+            function = onnx_ir.serde.deserialize_function(operator.function)
+            model.functions[function.identifier()] = function
+            model.opset_imports[DOMAIN] = DOMAIN_VERSION
+    model.graph.name = spec.name
+    for holder in (model, model.graph, *model.graph.all_nodes(), *model.graph.initializers.values()):
+        holder.metadata_props.clear()
+        holder.doc_string = None
+    public = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+    for value in (value for node in model.graph.all_nodes() for value in node.outputs):
+        value.metadata_props.clear()
+        # The exporter names values after torch's operators, which may be what the spec calls an output.
+        if value.name in public and not value.is_graph_output():
+            value.name += "_value"
+    for tensor, value in zip((*spec.inputs, *spec.outputs), (*model.graph.inputs, *model.graph.outputs), strict=True):
+        assert value.name == tensor.name, f"{spec.name}: the graph has {value.name} where the spec has {tensor.name}"
+        value.shape = onnx_ir.Shape([d.name if isinstance(d, Dim) else d for d in tensor.shape])
+        value.metadata_props.clear()

@@ -1,0 +1,197 @@
+"""A bundle: the folder an export leaves and a runtime loads.
+
+    manifest.json               format, geometry, one entry a network, SHA-256 and size of every file
+    networks/<name>-<key>/      the ONNX graph and its external weights
+    tokenizers/                 text.json (CLIP) and language.json (Llama), in the `tokenizers` format
+
+The manifest is written last and atomically: a folder without one is an unfinished build, not a bundle.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moma_rt.errors import BundleError
+from moma_rt.files import atomic_write, resolve_inside, sha256_file
+from moma_rt.specs import Geometry, NetworkSpec, Precision
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TEXT_TOKENIZER = "tokenizers/text.json"
+LANGUAGE_TOKENIZER = "tokenizers/language.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file must be to be used: its hexadecimal SHA-256 and its size in bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class NetworkEntry:
+    """One network of a bundle. `key` names its sources and code: equal keys compute the same function."""
+
+    spec: NetworkSpec
+    precision: Precision
+    key: str
+    onnx: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights came from: the part they play, their file or folder name, and a hash of their content."""
+
+    role: str
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the runtime knows about a bundle before it opens a network."""
+
+    base: str
+    created_by: str
+    geometry: Geometry
+    networks: dict[str, NetworkEntry]
+    files: dict[str, FileEntry]
+    sources: tuple[Source, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "base": self.base,
+            "created_by": self.created_by,
+            "geometry": self.geometry.to_json(),
+            "networks": {
+                name: {
+                    "spec": entry.spec.to_json(),
+                    "precision": entry.precision.value,
+                    "key": entry.key,
+                    "onnx": entry.onnx,
+                    "files": list(entry.files),
+                }
+                for name, entry in self.networks.items()
+            },
+            "files": {name: {"sha256": f.sha256, "size": f.size} for name, f in self.files.items()},
+            "sources": [{"role": s.role, "name": s.name, "sha256": s.sha256} for s in self.sources],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Manifest":
+        networks = {
+            str(name): NetworkEntry(
+                NetworkSpec.from_json(entry["spec"]),
+                Precision(entry["precision"]),
+                str(entry["key"]),
+                str(entry["onnx"]),
+                tuple(str(f) for f in entry["files"]),
+            )
+            for name, entry in data["networks"].items()
+        }
+        files = {str(name): FileEntry(str(f["sha256"]), int(f["size"])) for name, f in data["files"].items()}
+        sources = tuple(Source(s["role"], s["name"], s["sha256"]) for s in data["sources"])
+        geometry = Geometry.from_json(data["geometry"])
+        return cls(str(data["base"]), str(data["created_by"]), geometry, networks, files, sources)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its manifest. Files are hashed when they are first used."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, root: str | Path) -> "Bundle":
+        """Read the manifest of `root` and check that every file it names is there with its size.
+
+        Raises:
+            BundleError: no manifest, a newer format, a malformed manifest, or a missing or truncated file.
+        """
+        root = Path(root)
+        path = root / MANIFEST_NAME
+        if not path.is_file():
+            raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME} (python -m export.build makes one)")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            version = int(data["format_version"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{path} cannot be read as a manifest: {error}") from None
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"{root} has bundle format {version}; this moma-rt reads formats up to {FORMAT_VERSION}: upgrade it"
+            )
+        try:
+            manifest = Manifest.from_json(data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path} is malformed: {type(error).__name__}: {error}") from None
+        bundle = cls(root, manifest)
+        bundle._check_sizes()
+        return bundle
+
+    def _check_sizes(self) -> None:
+        used = {file for entry in self.manifest.networks.values() for file in (entry.onnx, *entry.files)}
+        for name in sorted(used - self.manifest.files.keys()):
+            raise BundleError(f"{self.root}: the manifest uses {name!r} but gives no hash for it")
+        for name, entry in self.manifest.files.items():
+            path = self.path(name)
+            if not path.is_file():
+                raise BundleError(f"{self.root}: {name} is missing; build the bundle again")
+            if path.stat().st_size != entry.size:
+                raise BundleError(
+                    f"{self.root}: {name} has {path.stat().st_size} bytes, the manifest says {entry.size}; "
+                    "build the bundle again"
+                )
+
+    def path(self, name: str) -> Path:
+        """The absolute place of a file that the manifest names; refuses names that leave the bundle."""
+        try:
+            return resolve_inside(self.root, name)
+        except ValueError as error:
+            raise BundleError(f"{self.root}: unsafe manifest: {error}") from None
+
+    def verified(self, names: Iterable[str]) -> None:
+        """Hash the named files.
+
+        Raises:
+            BundleError: a file that the manifest does not list, or whose content it does not describe.
+        """
+        for name in names:
+            entry = self.manifest.files.get(name)
+            if entry is None:
+                raise BundleError(f"{self.root}: the manifest does not list {name}; build the bundle again")
+            found = sha256_file(self.path(name))
+            if found != entry.sha256:
+                raise BundleError(
+                    f"{self.root}: {name} was altered: its SHA-256 is {found[:12]}…, "
+                    f"the manifest says {entry.sha256[:12]}…"
+                )
+
+    def network(self, name: str) -> NetworkEntry:
+        """The entry of a network; the error names those the bundle has."""
+        entry = self.manifest.networks.get(name)
+        if entry is None:
+            have = ", ".join(sorted(self.manifest.networks)) or "none"
+            raise BundleError(f"{self.root} has no {name} network (it has: {have}); build it with --only {name}")
+        return entry
+
+    def has(self, *names: str) -> bool:
+        """Whether the bundle has all the named networks."""
+        return all(name in self.manifest.networks for name in names)
+
+    def fingerprint(self, *names: str) -> str:
+        """Identifies what the named networks compute: equal for bundles made from the same sources."""
+        return hashlib.sha256("".join(self.network(name).key for name in names).encode()).hexdigest()
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write `root/manifest.json` atomically: the last act of a build."""
+    with atomic_write(root / MANIFEST_NAME) as path:
+        path.write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
