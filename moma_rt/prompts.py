@@ -60,14 +60,20 @@ def check_subject_name(name: str) -> None:
     check_prompt(name, "subject name")
 
 
-def common_prefix_length(a: Ids, b: Ids) -> int:
-    """How many leading ids two sequences share, int32 [P] and [S]: 0 to min(P, S).
+def common_prefix_length(cached: Ids, full: Ids) -> int:
+    """How many leading tokens of `full` need not run, given the keys and values of `cached`.
 
-    The last token's hidden state is the language model's result, so a caller that reuses keys and values of `a` for
-    `b` runs at least the last token of `b` even when this is S.
+    At most len(full) - 1: the last token's hidden state is the result, so that token always runs.
+
+    Args:
+        cached: int32 [P], may be empty.
+        full: int32 [S], S >= 1.
+
+    Returns:
+        0 to min(P, S - 1).
     """
-    length = min(len(a), len(b))
-    different = np.flatnonzero(a[:length] != b[:length])
+    length = min(len(cached), len(full) - 1)
+    different = np.flatnonzero(cached[:length] != full[:length])
     return int(different[0]) if len(different) else length
 
 

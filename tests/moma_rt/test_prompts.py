@@ -317,21 +317,20 @@ class TestLanguageTokenizer:
 
 class TestCommonPrefix:
     @pytest.mark.parametrize(
-        ("a", "b", "length"),
+        ("cached", "full", "length"),
         [
-            ([], [], 0),
             ([], [1], 0),
-            ([1], [2], 0),
-            ([1, 2], [1, 2], 2),
+            ([1], [2, 3], 0),
             ([1, 2], [1, 2, 3], 2),
             ([1, 2, 9], [1, 2, 3, 9], 2),
             ([1, 9, 3], [1, 2, 3], 1),
+            ([1], [1], 0),
+            ([1, 2], [1, 2], 1),
+            ([1, 2, 3], [1, 2], 1),
         ],
     )
-    def test_length(self, a, b, length):
-        first, second = np.array(a, np.int32), np.array(b, np.int32)
-        assert common_prefix_length(first, second) == length
-        assert common_prefix_length(second, first) == length
+    def test_length_leaves_a_token_to_run(self, cached, full, length):
+        assert common_prefix_length(np.array(cached, np.int32), np.array(full, np.int32)) == length
 
 
 class TestFiles:
