@@ -128,6 +128,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def _enroll(arguments: argparse.Namespace) -> int:
     _check_writable(arguments.out)
+    _check_distinct([arguments.out], arguments.photo, arguments.mask)
     from moma_rt.runtime import Runtime
 
     start = time.perf_counter()
@@ -142,9 +143,10 @@ def _enroll(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    for path in (arguments.out, arguments.contact_sheet, arguments.save_mask):
-        if path is not None:
-            _check_image_path(path)
+    outputs = [path for path in (arguments.out, arguments.contact_sheet, arguments.save_mask) if path is not None]
+    for path in outputs:
+        _check_image_path(path)
+    _check_distinct(outputs, arguments.subject)
     from moma_rt.runtime import Runtime
     from moma_rt.subject import Subject
 
@@ -226,6 +228,15 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"cannot write {path}: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"cannot write {path}: no permission to write in {folder}")
+
+
+def _check_distinct(outputs: Sequence[Path], *inputs: Path) -> None:
+    """Refuse to overwrite what was given, or one result with another."""
+    seen = {path.absolute() for path in inputs}
+    for path in outputs:
+        if path.absolute() in seen:
+            raise InputError(f"{path} is given twice: each file must have its own name")
+        seen.add(path.absolute())
 
 
 @contextlib.contextmanager

@@ -1,0 +1,327 @@
+"""The command line, from arguments to files and exit codes, with networks of NumPy."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moma_rt import backends
+from moma_rt.cli import entry, numbered
+
+
+@pytest.fixture(autouse=True)
+def _fake_backend(monkeypatch, backend):
+    create = backends.create
+
+    def fake(name, threads=None):
+        create(name, threads)
+        return backend
+
+    monkeypatch.setattr(backends, "create", fake)
+
+
+@pytest.fixture
+def files(tmp_path, photo, mask):
+    """A folder with photo.png and mask.png."""
+    photo.save(tmp_path / "photo.png")
+    mask.save(tmp_path / "mask.png")
+    return tmp_path
+
+
+@pytest.fixture
+def enrolled(files, fake_bundle, capsys):
+    """The same folder with car.subject."""
+    arguments = [fake_bundle, files / "photo.png", files / "mask.png", "--name", "car", "--out", files / "car.subject"]
+    assert run("enroll", *arguments, "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+    return files
+
+
+def run(*arguments):
+    return entry([str(a) for a in arguments])
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def one_line(capsys):
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("moma-rt: error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_a_photo_becomes_a_picture(files, fake_bundle, capsys):
+    subject, out = files / "car.subject", files / "new" / "beach.png"
+    arguments = [fake_bundle, files / "photo.png", files / "mask.png", "--name", "car", "--out", subject]
+    assert run("enroll", *arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{subject}\n"
+    assert "subject_encoder" in printed.err
+    assert run("generate", fake_bundle, subject, "A car on a beach.", "--steps", 20, "--out", out) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{out}\n"
+    lines = printed.err.splitlines()
+    assert lines[:2] == ["step 10/20 (t = 501)", "step 20/20 (t = 1)"]
+    assert lines[-1].startswith("total")
+    assert {line.split()[0] for line in lines[2:]} >= {"loading", "language_model", "denoiser", "vae_decoder"}
+    with Image.open(out) as image:
+        assert (image.size, image.mode, image.format) == ((64, 64), "RGB", "PNG")
+
+
+def test_the_options_reach_the_runtime(enrolled, fake_bundle, backend, runtime, monkeypatch):
+    from moma_rt.subject import Subject
+
+    out = enrolled / "a.png"
+    options = "--steps 3 --strength 0.4 --guidance-scale 2 --seed 9 --scheduler ddim --threads 1 --quiet".split()
+    assert run("generate", fake_bundle, enrolled / "car.subject", "A car.", "--out", out, *options) == 0
+    options = {"steps": 3, "strength": 0.4, "guidance_scale": 2.0, "seed": 9}
+    expected = runtime.generate(Subject.load(enrolled / "car.subject"), "A car.", **options)
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(expected.images[0]))
+    runs = len(backend.inputs_of("text_encoder"))
+    command = ["generate", fake_bundle, enrolled / "car.subject", "A car.", "--out", out, "--steps", 1, "--quiet"]
+    assert run(*command, "--negative-prompt", "blurry") == 0
+    assert len(backend.inputs_of("text_encoder")) == runs + 2
+    assert (backend.inputs_of("text_encoder")[-1]["token_ids"] != 1).sum() == len("blurry") + 1
+
+
+def test_several_pictures_are_numbered(enrolled, fake_bundle, capsys):
+    command = ["generate", fake_bundle, enrolled / "car.subject", "A car.", "--steps", 1, "--num-images", 2]
+    assert run(*command, "--out", enrolled / "a.jpg", "--save-mask", enrolled / "m.webp") == 0
+    written = [enrolled / name for name in ("a-0.jpg", "a-1.jpg", "m-0.webp", "m-1.webp")]
+    assert capsys.readouterr().out.splitlines() == [str(path) for path in written]
+    assert {Image.open(path).format for path in written} == {"JPEG", "WEBP"}
+    assert numbered(enrolled / "a.png", 1) == [enrolled / "a.png"]
+
+
+def test_contact_sheet_and_mask(enrolled, fake_bundle):
+    command = ["generate", fake_bundle, enrolled / "car.subject", "A car.", "--steps", 1, "--out", enrolled / "a.png"]
+    assert run(*command, "--contact-sheet", enrolled / "sheet.png", "--save-mask", enrolled / "m.png") == 0
+    sheet, mask = Image.open(enrolled / "sheet.png"), Image.open(enrolled / "m.png")
+    assert sheet.width > 4 * 256
+    assert (mask.mode, mask.size) == ("L", (64, 64))
+    assert np.asarray(mask).max() > 0
+
+
+def test_the_same_files_may_be_written_again(enrolled, fake_bundle):
+    command = ["generate", fake_bundle, enrolled / "car.subject", "A car.", "--steps", 1, "--out", enrolled / "a.png"]
+    assert run(*command) == 0
+    first = (enrolled / "a.png").read_bytes()
+    assert run(*command) == 0
+    assert (enrolled / "a.png").read_bytes() == first
+    assert names(enrolled) == ["a.png", "car.subject", "mask.png", "photo.png"]
+
+
+def test_inspect_shows_a_bundle(fake_bundle, capsys, backend):
+    assert run("inspect", fake_bundle) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "base        fake",
+        "pictures    64 x 64",
+        "3 self-attention layers on 8x8, 4x4",
+        "denoiser  fp32",
+        "in   object_mask.8 float32 [batch 1..4, reference_tokens_8 1..64]",
+        "out  image uint8 [batch 1..4, 64, 64, 3]",
+        "hand-made  000000000000",
+    ):
+        assert part in out
+    assert backend.loads == []
+
+
+def test_inspect_shows_a_subject(enrolled, capsys):
+    assert run("inspect", enrolled / "car.subject") == 0
+    out = capsys.readouterr().out
+    assert "subject     car" in out
+    assert "base        fake" in out
+    assert "of 64 on 8x8" in out
+    assert "prefix      " in out
+
+
+def test_inspect_of_nothing(tmp_path, capsys):
+    assert run("inspect", tmp_path / "none") == 2
+    assert "nothing there" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--strength", "2.5"], "strength is 2.5: it must be between 0 and 2"),
+        (["--strength", "nan"], "strength is nan"),
+        (["--steps", "0"], "steps must be 1 to 999, not 0"),
+        (["--guidance-scale", "-2"], "guidance_scale is -2.0"),
+        (["--num-images", "0"], "num_images is 0"),
+        (["--num-images", "65"], "num_images is 65"),
+        (["--seed", "-1"], "seed must be 0 to"),
+        (["--scheduler", "magic"], "unknown scheduler 'magic'; available: ddim"),
+        (["--threads", "0"], "threads is 0: it must be an integer from 1 to 1024"),
+        (["--contact-sheet", "sheet.pdf"], "sheet.pdf: cannot write .pdf; use .png"),
+        (["--save-mask", "a.png"], "a.png is given twice: each file must have its own name"),
+        (["--save-mask", "mask"], "mask: cannot write a file without suffix; use .png"),
+    ],
+)
+def test_a_wrong_option_of_generate(enrolled, fake_bundle, backend, capsys, monkeypatch, option, message):
+    monkeypatch.chdir(enrolled)
+    before, loads = names(enrolled), list(backend.loads)
+    backend.runs.clear()
+    assert run("generate", fake_bundle, "car.subject", "A car.", "--out", "a.png", *option) == 2
+    assert message in one_line(capsys)
+    assert names(enrolled) == before
+    assert backend.runs == []
+    assert backend.loads == loads
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": ""}, "subject name is empty"),
+        ({"name": " ".join(["word"] * 80)}, "subject name has 80 words, at most"),
+        ({"photo": "none.png"}, "photo none.png does not exist"),
+        ({"photo": "text.png"}, "photo text.png is not an image"),
+        ({"mask": "empty.png"}, "the mask has no foreground"),
+        ({"mask": "wide.png"}, "aspect ratio"),
+        ({"photo": "bomb.png"}, "too large"),
+        ({"out": "photo.png/car.subject"}, "photo.png is not a folder"),
+        ({"out": "mask.png"}, "mask.png is given twice"),
+        ({"out": "."}, "is a folder: give a file to write"),
+    ],
+)
+def test_wrong_input_of_enroll(files, fake_bundle, backend, capsys, monkeypatch, changes, message):
+    monkeypatch.chdir(files)
+    (files / "text.png").write_text("no picture")
+    Image.new("L", (96, 96)).save("empty.png")
+    Image.new("L", (96, 48), 255).save("wide.png")
+    Image.new("1", (9000, 9000)).save("bomb.png")
+    before = names(files)
+    values = {"photo": "photo.png", "mask": "mask.png", "name": "car", "out": "car.subject", **changes}
+    command = ["enroll", fake_bundle, values["photo"], values["mask"], "--name", values["name"], "--out", values["out"]]
+    assert run(*command) == 2
+    assert message in one_line(capsys)
+    assert names(files) == before
+    assert backend.runs == []
+
+
+def change_format(path):
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "format_version": 99}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: (root / "manifest.json").unlink(), "is not a bundle: it has no manifest.json"),
+        (
+            lambda root: change_format(root / "manifest.json"),
+            "has bundle format 99; this moma-rt reads formats up to 1",
+        ),
+        (lambda root: (root / "networks/text_encoder/model.onnx").unlink(), "text_encoder/model.onnx is missing"),
+        (lambda root: (root / "networks/denoiser/model.onnx").write_text("fake Denoiser"), "model.onnx was altered"),
+        (lambda root: (root / "tokenizers/text.json").write_text("{}"), "tokenizers/text.json has 2 bytes"),
+    ],
+)
+def test_a_damaged_bundle(enrolled, tmp_path_factory, fakes, capsys, damage, message):
+    root = fakes.make_bundle(tmp_path_factory.mktemp("damaged"))
+    damage(root)
+    before = names(enrolled)
+    assert run("generate", root, enrolled / "car.subject", "A car.", "--out", enrolled / "a.png") == 2
+    assert message in one_line(capsys)
+    assert names(enrolled) == before
+
+
+def test_a_subject_of_another_base(enrolled, tmp_path_factory, fakes, capsys, backend):
+    root = fakes.make_bundle(tmp_path_factory.mktemp("other"), base="other")
+    backend.runs.clear()
+    assert run("generate", root, enrolled / "car.subject", "A car.", "--out", enrolled / "a.png") == 2
+    message = one_line(capsys)
+    assert "base 'fake'" in message
+    assert "base 'other'" in message
+    assert not (enrolled / "a.png").exists()
+    assert backend.runs == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 40, None])
+def test_a_subject_file_that_is_none(files, fake_bundle, capsys, content):
+    path = files / "car.subject"
+    if content is not None:
+        path.write_bytes(content)
+    assert run("generate", fake_bundle, path, "A car.", "--out", files / "a.png") == 2
+    assert "subject file" in one_line(capsys)
+    assert not (files / "a.png").exists()
+
+
+def test_a_prompt_that_is_cut_is_a_warning(enrolled, fake_bundle, capsys):
+    prompt = "A car." + " " * 60 + "z" * 40
+    command = ["generate", fake_bundle, enrolled / "car.subject", prompt, "--steps", 1, "--out", enrolled / "a.png"]
+    assert run(*command, "--quiet") == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("moma-rt: warning: the text is ")
+    assert "cut: 'zz" in err
+    assert err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(enrolled, fake_bundle, capsys, monkeypatch):
+    def fail(self, path, format):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    command = ["generate", fake_bundle, enrolled / "car.subject", "A car.", "--steps", 1, "--out", enrolled / "a.png"]
+    assert run(*command, "--quiet") == 2
+    assert "a.png: No space left on device" in one_line(capsys)
+    assert names(enrolled) == ["car.subject", "mask.png", "photo.png"]
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(enrolled, fake_bundle, capsys, monkeypatch):
+    def interrupt(info):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moma_rt.cli._progress", interrupt)
+    assert run("generate", fake_bundle, enrolled / "car.subject", "A car.", "--out", enrolled / "a.png") == 130
+    assert capsys.readouterr().err == "moma-rt: interrupted\n"
+    assert not (enrolled / "a.png").exists()
+
+
+def test_a_terminal_sees_one_line_rewritten(enrolled, fake_bundle, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    command = ["generate", fake_bundle, enrolled / "car.subject", "A car.", "--steps", 3, "--out", enrolled / "a.png"]
+    assert run(*command) == 0
+    progress = capsys.readouterr().err.splitlines(keepends=False)
+    assert [line.strip() for line in progress if line.startswith("step")] == [
+        "step 1/3 (t = 667)",
+        "step 2/3 (t = 334)",
+        "step 3/3 (t = 1)",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["generate", "b"], ["enroll", "a", "b", "c", "--out", "d"]])
+def test_argument_errors_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    assert "usage: moma-rt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["enroll"], ["generate"], ["inspect"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(*command, "--help")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "moma-rt" in out
+    if command != ["inspect"]:
+        assert "example" in out
+
+
+def test_python_dash_m_is_the_command_and_starts_without_the_heavy_imports(repository):
+    code = "import sys, moma_rt.cli; print(sorted({'numpy', 'PIL', 'onnxruntime', 'torch'} & sys.modules.keys()))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=repository) == "[]\n"
+    command = [sys.executable, "-m", "moma_rt", "inspect", "none"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=repository)
+    assert ran.returncode == 2
+    assert ran.stderr == "moma-rt: error: none: nothing there; give a bundle's folder or a subject file\n"
