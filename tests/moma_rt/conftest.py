@@ -239,12 +239,13 @@ class FakeNetwork:
 
 @dataclass
 class FakeBackend:
-    """Records what the runtime does: loads, allocations, binds, and every run with copies of its inputs."""
+    """Records what the runtime does: loads, allocations, uploads, binds, and every run with copies of its inputs."""
 
     name: str = "fake"
     loads: list[str] = field(default_factory=list)
     allocations: list[tuple[int, ...]] = field(default_factory=list)
     binds: list[str] = field(default_factory=list)
+    uploads: list[tuple[int, ...]] = field(default_factory=list)
     runs: list[tuple[str, Arrays]] = field(default_factory=list)
 
     def load(self, spec: NetworkSpec, onnx: Path) -> FakeNetwork:
@@ -258,6 +259,7 @@ class FakeBackend:
 
     def upload(self, buffer: np.ndarray, array: np.ndarray) -> None:
         assert buffer.shape == array.shape
+        self.uploads.append(array.shape)
         np.copyto(buffer, array, casting="same_kind")
 
     def download(self, buffer: np.ndarray) -> np.ndarray:

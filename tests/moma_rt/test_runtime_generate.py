@@ -152,13 +152,37 @@ def test_buffers_are_allocated_and_bound_once_a_size(runtime, backend, subject):
     assert backend.binds == ["denoiser", "denoiser", "vae_decoder", "vae_decoder"]
 
 
-def test_reused_buffers_do_not_keep_the_former_subject(runtime, backend, subject, photo, mask):
-    other = runtime.enroll(photo.rotate(180), mask, "dog")
+def test_reused_buffers_hold_the_subject_of_this_call(runtime, backend, subject, photo, mask):
+    other = runtime.enroll(photo.rotate(180), mask, "car")
     assert other.token_counts() == subject.token_counts(), "else they do not share buffers"
-    fresh = Runtime(runtime.bundle, type(backend)())
     for wanted in (subject, other, subject):
-        mixed = runtime.generate(wanted, "It sits.", steps=2)
-        np.testing.assert_array_equal(pixels(mixed), pixels(fresh.generate(wanted, "It sits.", steps=2)))
+        backend.runs.clear()
+        runtime.generate(wanted, "A car.", steps=1, num_images=2)
+        (step,) = backend.inputs_of("denoiser")
+        for name, tensor in wanted.inputs().items():
+            np.testing.assert_array_equal(step[name], np.stack([tensor, tensor]))
+
+
+def test_the_same_subject_is_uploaded_once(runtime, backend, subject):
+    runtime.generate(subject, "A car.", steps=1)
+    backend.uploads.clear()
+    runtime.generate(subject, "A car.", steps=1)
+    reference = subject.reference_k["down_blocks.0.attentions.0"]
+    assert backend.uploads
+    assert (1, *reference.shape) not in backend.uploads
+
+
+def test_the_history_of_the_call_before_is_forgotten(runtime, backend, subject, monkeypatch):
+    rows = schedule("ddim", 3, 7.5)
+    rows[:, Column.HISTORY_EPS] = rows[1:, Column.HISTORY] = 1.0
+    monkeypatch.setattr("moma_rt.generation.schedule", lambda *_: rows)
+    for _ in range(2):
+        backend.runs.clear()
+        runtime.generate(subject, "A car.", steps=3)
+        histories = [inputs["history"] for inputs in backend.inputs_of("denoiser")]
+        assert not histories[0].any()
+        assert histories[1].any()
+        assert histories[2].any()
 
 
 def test_several_images_are_what_single_runs_with_following_seeds_are(runtime, backend, subject, fakes):
