@@ -15,7 +15,7 @@ from export.checkpoints.adapters import CONTEXT_TOKENS, EMBEDDING_WIDTH, Adapter
 from export.checkpoints.adapters import expected_shapes as adapter_shapes
 from export.checkpoints.architectures import Config, Shapes, expected_shapes
 from export.checkpoints.matching import class_prefix
-from export.checkpoints.model import ADAPTERS, Component, StateDict
+from export.checkpoints.model import ADAPTERS, VAE, Component, StateDict
 from export.checkpoints.presets import Preset
 
 # Part of every hash: raise it when the values change.
@@ -49,16 +49,27 @@ def _random(role: str, config: Config, known_shapes: Shapes, seed: int) -> Compo
 
 
 def _tensor(role: str, name: str, shapes: Shapes, prefix: str, seed: int) -> torch.Tensor:
-    """Linear and convolution layers as PyTorch initialises them; embeddings of variance 1; norms 1 and 0."""
+    """Layers and embeddings that keep variance 1; norms 1 and 0; queries and keys large enough to prefer some tokens."""
     shape = shapes[prefix + name]
     weight = shapes.get(prefix + name.removesuffix("bias") + "weight", shape) if name.endswith("bias") else shape
     if name.endswith("scale_learnable") or (len(shape) == 1 and name.endswith("weight")):
         return torch.ones(shape)
     if name.endswith("bias") and len(weight) == 1:
         return torch.zeros(shape)
-    is_embedding = "embed" in name.split(".")[-2] and len(shape) == 2 or name.endswith("class_embedding")
-    bound = math.sqrt(3) if is_embedding else 1 / math.sqrt(math.prod(weight[1:]))
+    is_embedding = ("embed" in name.split(".")[-2] and len(shape) == 2) or name.endswith("class_embedding")
+    inputs = 1 if is_embedding else math.prod(weight[1:])
+    bound = _gain(role, name) * math.sqrt(3 / inputs)
     digest = hashlib.sha256(f"{role}/{name}/{seed}".encode()).digest()
     generator = np.random.Generator(np.random.SFC64(np.frombuffer(digest, np.uint32)))
     values = torch.from_numpy(generator.random(shape, np.float32))
     return values.mul_(2 * bound).sub_(bound)
+
+
+def _gain(role: str, name: str) -> float:
+    if name.endswith("bias"):
+        return 0.5
+    if name.endswith((".to_q.weight", ".to_k.weight", ".q_proj.weight", ".k_proj.weight")):
+        # Attention that is almost uniform would hide a wrong prompt, mask or reference from every test.
+        return 1.5
+    # Pictures of moderate contrast: the last norm makes the decoder's output depend on this alone.
+    return 0.5 if role == VAE and name.startswith("decoder.conv_out.") else 1.0
