@@ -81,8 +81,8 @@ def read_adapters(path: Path, unet_config: dict[str, Any], language_width: int |
     try:
         report_mismatch(str(path), found, expected_shapes(unet_config, geometry))
     except CheckpointError as error:
-        widths = list(unet_config["block_out_channels"])
-        raise CheckpointError(f"{error} (adapters for a UNet of widths {widths} are needed)") from None
+        widths, text = list(unet_config["block_out_channels"]), unet_config["cross_attention_dim"]
+        raise CheckpointError(f"{error} (needed: adapters for UNet widths {widths}, text width {text})") from None
     if language_width is not None and language_width != geometry.language_width:
         raise CheckpointError(
             f"{path} maps from a language model of width {geometry.language_width}, the one given has {language_width}"

@@ -49,7 +49,7 @@ def _random(role: str, config: Config, known_shapes: Shapes, seed: int) -> Compo
 
 
 def _tensor(role: str, name: str, shapes: Shapes, prefix: str, seed: int) -> torch.Tensor:
-    """Layers and embeddings that keep variance 1; norms 1 and 0; queries and keys large enough to prefer some tokens."""
+    """Layers and embeddings that keep variance 1; norms 1 and 0; queries and keys large enough to prefer tokens."""
     shape = shapes[prefix + name]
     weight = shapes.get(prefix + name.removesuffix("bias") + "weight", shape) if name.endswith("bias") else shape
     if name.endswith("scale_learnable") or (len(shape) == 1 and name.endswith("weight")):

@@ -9,6 +9,8 @@ import io
 import json
 import pickle
 import pickletools
+import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +28,11 @@ _SAFETENSORS = ".safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".th", ".ckpt")
 _CHUNK_BYTES = 1 << 22
 _SCANNED_PICKLE_BYTES = 1 << 26
+# What tensors and containers need. It only decides how a refusal is worded, never whether something is read.
+_PLAIN_GLOBALS = re.compile(
+    r"torch\._utils\._rebuild_\w+|torch\.(storage\.)?\w*Storage|torch\.(Size|device|nn\.parameter\.Parameter)"
+    r"|torch\.(b?float|u?int|half|bool|complex)\w*|collections\.OrderedDict|(__builtin__|builtins)\.set"
+)
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -80,7 +87,10 @@ def load_pickle(path: Path) -> Any:
     """
     head = _head(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK\x03\x04"))
+        with warnings.catch_warnings():
+            # Its remarks on unusual files would come before the one line that says what is wrong.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK\x03\x04"))
     except Exception as error:
         # The unpickler lets errors of many types escape on damaged input, so the type does not tell the cause.
         foreign = _foreign_globals(path)
@@ -172,11 +182,14 @@ def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _read_tensors(file: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    if file.suffix == _SAFETENSORS:
-        with _safetensors(file) as stream:
-            return {name: stream.get_tensor(name) for name in names}
-    tensors = _pickled_tensors(file)
-    return {name: tensors[name] for name in names}
+    try:
+        if file.suffix == _SAFETENSORS:
+            with _safetensors(file) as stream:
+                return {name: stream.get_tensor(name) for name in names}
+        tensors = _pickled_tensors(file)
+        return {name: tensors[name] for name in names}
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{file} changed since it was opened: {one_line(error)}") from None
 
 
 def _safetensors(file: Path) -> Any:
@@ -223,7 +236,7 @@ def _head(file: Path) -> bytes:
 def _foreign_globals(file: Path) -> list[str]:
     """Names a pickle would import beyond those of plain tensors. Disassembles only: nothing is imported."""
     names = {name for stream in _pickle_streams(file) for name in _imports(stream)}
-    return sorted(n for n in names if not n.startswith(("torch.", "torch._utils.", "collections.OrderedDict")))
+    return sorted(name for name in names if not _PLAIN_GLOBALS.fullmatch(name))
 
 
 def _pickle_streams(file: Path) -> Iterator[io.BytesIO]:
