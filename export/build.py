@@ -1,0 +1,92 @@
+"""`python -m export.build`: checkpoints in their original formats to a bundle that `moma_rt` runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moma_rt.errors import InputError, run_command
+
+PROGRAM = "export.build"
+_EPILOG = """\
+examples:
+  python -m export.build --base tiny
+      a synthetic MoMA, seconds to build: to try the runtime without any weights
+  python -m export.build --base ./Realistic_Vision_V4.0_noVAE --vae ./sd-vae-ft-mse \\
+      --adapters ./attn_adapters_projectors.th --mllm ./MoMA_llava_7b --vision ./clip-vit-large-patch14-336
+      a bundle from the original checkpoints
+  python -m export.build --base sd15 --weights random --only denoiser,vae_decoder
+      the real geometry with random weights: to measure latency without any weights
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog=f"python -m {PROGRAM}",
+        description="Export MoMA's networks to ONNX and write a bundle. Networks that are finished are kept, so an "
+        "interrupted build continues where it stopped.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--base", required=True, metavar="NAME|DIR", help="tiny, sd15, or a folder in diffusers' layout")
+    p.add_argument(
+        "--weights", metavar="random|DIR", help="random: whatever is not given as a file is random, from --seed"
+    )
+    p.add_argument("--adapters", type=Path, metavar="FILE", help="MoMA's attn_adapters_projectors.th")
+    p.add_argument("--mllm", type=Path, metavar="DIR", help="MoMA's language model, a folder in LLaVA's format")
+    p.add_argument("--vision", type=Path, metavar="DIR", help="CLIP ViT-L/14-336; default: the copy in --mllm")
+    p.add_argument("--vae", type=Path, metavar="DIR", help="an autoencoder in place of the base's own")
+    p.add_argument("--only", metavar="NETWORKS", help="export only these, separated by commas, and keep the others")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the bundle; default: bundles/NAME")
+    p.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parser().parse_args(arguments)
+    return run_command(PROGRAM, lambda: _build(options))
+
+
+def _build(options: argparse.Namespace) -> int:
+    # PyTorch takes seconds to import; --help and mistakes in the options should not.
+    from export.bundling import build_bundle
+    from export.checkpoints.load import CheckpointRequest, load_checkpoint
+    from export.checkpoints.model import roles_for
+    from export.progress import Progress
+
+    names = _network_names(options.only)
+    request = CheckpointRequest(
+        base=options.base,
+        weights=options.weights,
+        adapters=options.adapters,
+        mllm=options.mllm,
+        vision=options.vision,
+        vae=options.vae,
+        roles=roles_for(names),
+        seed=options.seed,
+    )
+    checkpoint = load_checkpoint(request)
+    out = options.out if options.out is not None else Path("bundles") / Path(options.base).resolve().name
+    with Progress(names, sys.stderr) as progress:
+        bundle = build_bundle(checkpoint, names, out, progress.report)
+    size = sum(file.size for file in bundle.manifest.files.values())
+    print(f"{out}: {', '.join(bundle.manifest.networks)}; {size / 1e6:,.1f} MB")
+    return 0
+
+
+def _network_names(only: str | None) -> tuple[str, ...]:
+    from export.networks import NETWORKS
+
+    if only is None:
+        return tuple(NETWORKS)
+    asked = [name.strip() for name in only.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in NETWORKS]
+    if unknown or not asked:
+        raise InputError(f"--only {only!r}: no network {', '.join(unknown) or 'is named'}; there are: {', '.join(NETWORKS)}")
+    return tuple(name for name in NETWORKS if name in asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

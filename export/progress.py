@@ -1,0 +1,34 @@
+"""The build's progress: a bar on a terminal, a line a network elsewhere."""
+
+import sys
+from types import TracebackType
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows which network is at which stage, and how many are finished."""
+
+    def __init__(self, names: tuple[str, ...], stream: TextIO = sys.stderr) -> None:
+        self._stream = stream
+        self._bar = tqdm(
+            total=len(names),
+            unit="network",
+            file=stream,
+            disable=not stream.isatty(),
+            bar_format="{desc:<36}|{bar:24}| {n_fmt}/{total_fmt} networks, {elapsed}",
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.close()
+
+    def report(self, network: str, state: str) -> None:
+        """Called by the build when a network enters a stage; "kept" and "built …" end it."""
+        self._bar.set_description_str(f"{network}: {state}")
+        if state.startswith(("kept", "built")):
+            tqdm.write(f"{network:<18} {state}", file=self._stream)
+            self._bar.update()
