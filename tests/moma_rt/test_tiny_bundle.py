@@ -1,0 +1,131 @@
+"""The whole runtime on ONNX Runtime, with the bundle of the synthetic checkpoint."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
+from moma_rt.bundle import Bundle
+from moma_rt.conditioning import Conditioner
+from moma_rt.networks import Networks
+from moma_rt.runtime import Runtime
+from moma_rt.stages import Stages
+from moma_rt.subject import Prefix
+
+PROMPTS = (
+    *(
+        "A car on a beach.",
+        "A car in autumn with falling leaves.",
+        "a",
+        "",
+        ".",
+        "..",
+        ", a car",
+        ": snow",
+        "  two spaces",
+    ),
+    *("\nA line", "\t", "CAR", "car", "in", "in:", "A car, 4k, masterpiece", "自動車", "é", "🚗 at night", "a " * 60),
+)
+
+MEMORY = """
+import sys
+from moma_rt import Runtime, Subject
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+runtime, subject = Runtime.load(sys.argv[1], threads=1), Subject.load(sys.argv[2])
+for i in range(201):
+    # Every tenth prompt is new and of another length: the language model and the caches take part.
+    runtime.generate(subject, "A car." if i % 10 else "A car " + "and more " * (i // 20), steps=1, seed=i)
+    if i == 0:
+        start = resident()
+print(resident() - start)
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_bundle):
+    return Runtime.load(tiny_bundle, threads=2)
+
+
+@pytest.fixture(scope="module")
+def car(tiny, goldens):
+    return tiny.enroll(goldens / "context" / "image.png", goldens / "context" / "mask.png", "car")
+
+
+def test_the_same_seed_gives_the_same_bytes_in_two_processes(tiny_bundle, goldens, tmp_path, repository):
+    photo, mask = goldens / "context" / "image.png", goldens / "context" / "mask.png"
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "moma_rt", *map(str, arguments), "--quiet"]
+        subprocess.run(command, cwd=repository, check=True)
+
+    for name in ("a", "b"):
+        subject, out = tmp_path / f"{name}.subject", tmp_path / f"{name}.png"
+        run("enroll", tiny_bundle, photo, mask, "--name", "car", "--seed", 3, "--out", subject)
+        run("generate", tiny_bundle, subject, "A car in the snow.", "--steps", 3, "--seed", 7, "--out", out)
+    assert (tmp_path / "a.subject").read_bytes() == (tmp_path / "b.subject").read_bytes()
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_four_pictures_are_four_single_runs(tiny, car):
+    together = tiny.generate(car, "A car in the snow.", steps=3, seed=20, num_images=4)
+    for i, seed in enumerate(together.seeds):
+        alone = tiny.generate(car, "A car in the snow.", steps=3, seed=seed)
+        difference = np.asarray(alone.images[0], np.int16) - np.asarray(together.images[i], np.int16)
+        assert np.abs(difference).max() <= 1
+        np.testing.assert_allclose(alone.foreground_masks[0], together.foreground_masks[i], atol=1e-3)
+
+
+def test_what_a_picture_depends_on(tiny, car, goldens):
+    """A network that ignored one of its inputs would pass every comparison of a picture with itself."""
+    mask = goldens / "context" / "mask.png"
+    other = tiny.enroll(mask, mask, "car")
+    first = np.asarray(tiny.generate(car, "A car.", steps=2).images[0])
+    variants = {
+        "prompt": tiny.generate(car, "Snow.", steps=2),
+        "negative prompt": tiny.generate(car, "A car.", steps=2, negative_prompt="blurry"),
+        "strength": tiny.generate(car, "A car.", steps=2, strength=0.2),
+        "guidance": tiny.generate(car, "A car.", steps=2, guidance_scale=1.0),
+        "seed": tiny.generate(car, "A car.", steps=2, seed=1),
+        "photo": tiny.generate(other, "A car.", steps=2),
+        "context": tiny.generate(car, "A car.", steps=2, context_embedding=np.ones(1024, np.float32)),
+    }
+    same = [name for name, result in variants.items() if np.array_equal(np.asarray(result.images[0]), first)]
+    assert same == []
+
+
+def test_prefix_and_suffix_give_the_context_of_the_full_pass(tiny_bundle, car):
+    networks = Networks(Bundle.open(tiny_bundle), OnnxRuntimeBackend(2))
+    conditioner, stages = Conditioner(networks), Stages()
+    language, prefix = networks.geometry.language, car.prefix
+    pixels = np.random.default_rng(0).standard_normal((1, 3, *[language.vision_image_size] * 2), dtype=np.float32)
+    image_tokens = networks.run("vision_encoder", {"pixels": pixels}, stages)["image_tokens"]
+    subject = dataclasses.replace(car, prefix=conditioner.prefix("car", pixels, stages))
+    # A prompt whose first token takes the prefix's last ones in leaves fewer to be reused.
+    shorter = Prefix(np.append(prefix.ids[:-3], [5, 6, 7]).astype(np.int32), subject.prefix.kv.copy())
+    shorter.kv[:, :, :, -3:] = np.nan
+    merged = dataclasses.replace(subject, prefix=shorter, photo=255 - subject.photo)
+    for prompt in PROMPTS:
+        ids = conditioner.language_tokenizer.encode("car", prompt, language.vocabulary, language.image_tokens)
+        inputs = {
+            "token_ids": ids[None],
+            "image_tokens": image_tokens,
+            "positions": np.arange(len(ids), dtype=np.int32)[None],
+            "past_kv": np.zeros((language.layers, 2, language.kv_heads, 0, language.head_width), np.float32),
+        }
+        full = conditioner.project(networks.run("language_model", inputs, stages)["embedding"][0], stages)
+        for reused in (subject, merged):
+            np.testing.assert_allclose(conditioner.context_tokens(reused, prompt, stages), full, atol=1e-5)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_200_generations_do_not_grow(tiny_bundle, car, tmp_path, repository):
+    car.save(tmp_path / "car.subject")
+    command = [sys.executable, "-c", MEMORY, str(tiny_bundle), str(tmp_path / "car.subject")]
+    ran = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < 5e6
