@@ -47,7 +47,8 @@ def describe_bundle(bundle: Bundle) -> str:
 
 def describe_subject(subject: Subject) -> str:
     """Name, base, and what is kept of the photo."""
-    kept = ", ".join(f"{count} of {grid * grid} on {grid}x{grid}" for grid, count in subject.token_counts().items())
+    counts = sorted(subject.token_counts().items(), reverse=True)
+    kept = ", ".join(f"{count} of {grid * grid} on {grid}x{grid}" for grid, count in counts)
     size = sum(t.nbytes for group in (subject.reference_k, subject.reference_v) for t in group.values())
     lines = [
         f"subject     {subject.name}",
