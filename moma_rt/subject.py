@@ -180,6 +180,10 @@ class Subject:
         def group(kind: str) -> dict[str, Array]:
             return {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
 
+        ranks = {"photo": 3, "mask": 2, "prefix_ids": 1, "object_mask": 1}
+        for name, tensor in tensors.items():
+            if tensor.ndim != ranks.get(name.split(".")[0], tensor.ndim):
+                raise ValueError(f"{name} has shape {tensor.shape}")
         language = data["language"]
         origin = Origin(str(data["base"]), str(data["fingerprint"]), None if language is None else str(language))
         prefix = None

@@ -117,6 +117,9 @@ def test_a_newer_format(path):
         (lambda data: None, lambda tensors: tensors.pop("photo")),
         (lambda data: None, lambda tensors: tensors.pop("prefix_ids")),
         (lambda data: None, lambda tensors: tensors.update({"object_mask.fine": np.ones(1, np.float32)})),
+        (lambda data: None, lambda tensors: tensors.update({"object_mask.8": np.array(1, np.float32)})),
+        (lambda data: None, lambda tensors: tensors.update({"prefix_ids": np.ones((1, 2), np.int32)})),
+        (lambda data: None, lambda tensors: tensors.update({"photo": np.ones((2, 2), np.uint8)})),
         (lambda data: None, lambda tensors: tensors.update({"mask": np.ones((2, 2), np.float32)})),
     ],
 )
