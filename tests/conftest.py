@@ -63,3 +63,25 @@ def large_goldens() -> Path:
     if not (folder / "context" / "trace.npz").is_file():
         pytest.skip("the large golden set is not beside the repository")
     return folder
+
+
+def _build_original(hub: Path, out: Path) -> Path:
+    from export.build import main
+
+    arguments = ["--base", hub / "SG161222/Realistic_Vision_V4.0_noVAE", "--vae", hub / "stabilityai/sd-vae-ft-mse"]
+    arguments += ["--adapters", hub / "checkpoints/attn_adapters_projectors.th"]
+    arguments += ["--mllm", hub / "KunpengSong/MoMA_llava_7b", "--vision", hub / "openai/clip-vit-large-patch14-336"]
+    assert main([*map(str, arguments), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the checkpoints behind `goldens`."""
+    return _build_original(hub, tmp_path_factory.mktemp("bundles") / "golden")
+
+
+@pytest.fixture(scope="session")
+def large_golden_bundle(large_goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the checkpoints behind `large_goldens`."""
+    return _build_original(large_goldens / "hub", tmp_path_factory.mktemp("bundles") / "large")

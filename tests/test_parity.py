@@ -1,0 +1,200 @@
+"""The exported networks, on ONNX Runtime in fp32, against what the original MoMA computed from the same weights.
+
+The bounds are those this project promises; what the original itself varies by between library versions is 1e-5.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moma_rt.networks import Networks
+from moma_rt.prompts import text_prompt
+from moma_rt.runtime import Runtime
+from moma_rt.schedules import ROW_LENGTH, Column, schedule
+from moma_rt.stages import Stages
+from moma_rt.subject import Subject
+
+GUIDANCE = 7.5
+SETS = ["compact", pytest.param("large", marks=pytest.mark.slow)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded run of the original, and the bundle of its checkpoints, enrolled on the same photo."""
+
+    folder: Path
+    runtime: Runtime
+
+    @cached_property
+    def meta(self) -> dict:
+        return json.loads((self.folder / "meta.json").read_text())
+
+    @cached_property
+    def trace(self) -> dict[str, np.ndarray]:
+        return dict(np.load(self.folder / "trace.npz"))
+
+    @cached_property
+    def language(self) -> dict[str, np.ndarray]:
+        return dict(np.load(self.folder / "mllm.npz"))
+
+    @cached_property
+    def subject(self) -> Subject:
+        photo, mask = self.folder / "image.png", self.folder / "mask.png"
+        noises = {"vae_noise": self.trace["vae_noise"], "reference_noise": self.trace["ref_noise"]}
+        return self.runtime.enroll(photo, mask, self.meta["subject"], **noises)
+
+    @property
+    def networks(self) -> Networks:
+        return self.runtime._networks
+
+    @cached_property
+    def conditions(self) -> dict[str, np.ndarray]:
+        """The denoiser's inputs that stay the same over the steps, computed by the deployed networks."""
+        conditioner, stages = self.runtime._conditioner, Stages()
+        text, ids = conditioner.text_tokens(text_prompt(self.meta["subject"], self.meta["prompt"]), stages)
+        unconditional, _ = conditioner.text_tokens("", stages)
+        context = conditioner.context_tokens(self.subject, self.meta["prompt"], stages)
+        return {
+            "text_tokens": np.stack([unconditional, text]),
+            "context_tokens": np.stack([conditioner.unconditional_context_tokens(stages), context]),
+            "subject_weights": conditioner.text_tokenizer.subject_weights(self.meta["subject"], ids)[None],
+            "strength": np.array([self.meta["strength"]], np.float32),
+            **{name: array[None] for name, array in self.subject.inputs().items()},
+        }
+
+    @cached_property
+    def recorded_steps(self) -> list[dict[str, np.ndarray]]:
+        """Each recorded step: its number, the state it started from, and what came of it."""
+        t = self.trace
+        numbers = t["steps"] if "steps" in t else np.arange(len(t["timesteps"]))
+        if "latents_before" in t:
+            latents, foreground = t["latents_before"], t["foreground_before"]
+        else:
+            latents = np.concatenate([t["init_latents"][None], t["latents_after"][:-1]])
+            conditional = t["mask_uncond_cond_64"][:, 1:2]
+            foreground = np.concatenate([np.ones_like(conditional[:1]), conditional[:-1]])
+        return [
+            {
+                "number": int(number),
+                "latents": latents[i],
+                "foreground_mask": foreground[i],
+                "noise": t["noise_pred_uncond_cond"][i],
+                "next_latents": t["latents_after"][i],
+                "next_foreground_mask": t["mask_uncond_cond_64"][i, 1:2],
+            }
+            for i, number in enumerate(numbers)
+        ]
+
+    def denoise(self, step: dict[str, np.ndarray], row: np.ndarray) -> dict[str, np.ndarray]:
+        zeros = np.zeros_like(step["latents"])
+        inputs = {"latents": step["latents"], "history": zeros, "noise": zeros, "schedule_row": row}
+        inputs["foreground_mask"] = step["foreground_mask"]
+        return self.networks.run("denoiser", {**inputs, **self.conditions}, Stages())
+
+
+@pytest.fixture(scope="module", params=SETS)
+def runtime_and_folder(request, goldens):
+    if request.param == "large":
+        return Runtime.load(request.getfixturevalue("large_golden_bundle")), request.getfixturevalue("large_goldens")
+    return Runtime.load(request.getfixturevalue("golden_bundle")), goldens
+
+
+@pytest.fixture(scope="module", params=["context", "texture"])
+def case(request, runtime_and_folder) -> Case:
+    runtime, folder = runtime_and_folder
+    return Case(folder / request.param, runtime)
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def noise_row(case: Case, number: int, guidance: float) -> np.ndarray:
+    """A row that makes the next latents the predicted noise itself: of the unconditional half, or of the other."""
+    row = np.zeros(ROW_LENGTH, np.float32)
+    recorded = schedule("ddim", case.meta["steps"], GUIDANCE)[number]
+    row[[Column.TIMESTEP, Column.INJECTION]] = recorded[[Column.TIMESTEP, Column.INJECTION]]
+    row[Column.EPS], row[Column.GUIDANCE] = 1.0, guidance
+    return row
+
+
+def test_vision_and_language(case):
+    stages = Stages()
+    pixels = case.language["pixel_values"]
+    image_tokens = case.networks.run("vision_encoder", {"pixels": pixels}, stages)["image_tokens"]
+    assert relative_error(image_tokens, case.language["projected"]) < 1e-4
+    embedding = case.runtime._conditioner._embedding(case.subject, case.meta["prompt"], stages)
+    assert relative_error(embedding, case.language["mapped_last_token"].reshape(-1)) < 1e-4
+
+
+def test_context_tokens(case):
+    unconditional, conditional = case.conditions["context_tokens"]
+    assert relative_error(conditional[None], case.trace["ip_cond"]) < 1e-4
+    assert relative_error(unconditional[None], case.trace["ip_uncond"]) < 1e-4
+
+
+def test_text_tokens_and_subject_positions(case):
+    assert relative_error(case.conditions["text_tokens"], case.trace["text_embeds_uncond_cond"]) < 1e-4
+    reference, _ = case.runtime._conditioner.text_tokens(case.meta["subject"], Stages())
+    assert relative_error(reference[None], case.trace["ref_text_embeds"]) < 1e-4
+    assert np.flatnonzero(case.conditions["subject_weights"]).tolist() == case.meta["subject_idxs"][0]
+
+
+def test_reference_keys_and_values(case):
+    photo = {"noise": case.trace["vae_noise"], "image": photo_of(case)}
+    latents = case.networks.run("vae_encoder", photo, Stages())["latents"]
+    assert relative_error(latents, case.trace["vae_sample"] * 0.18215) < 1e-4
+    inputs = {"latents": latents, "noise": case.trace["ref_noise"], "text_tokens": case.trace["ref_text_embeds"]}
+    outputs = case.networks.run("subject_encoder", inputs, Stages())
+    compared = 0
+    for name, expected in np.load(case.folder / "ref_kv.npz").items():
+        path, kind = name.split(".transformer_blocks.")[0], name.rsplit(".", 1)[1][0]
+        heads, tokens, width = expected.shape
+        found = outputs[f"reference_{kind}.{path}"][0, :tokens].reshape(tokens, heads, width).transpose(1, 0, 2)
+        assert relative_error(found, expected) < 1e-4, name
+        compared += 1
+    assert compared == 2 * len(case.runtime.bundle.manifest.geometry.self_attention)
+
+
+def photo_of(case: Case) -> np.ndarray:
+    from moma_rt.images import load_mask, load_photo, prepare
+
+    return prepare(load_photo(case.folder / "image.png"), load_mask(case.folder / "mask.png"), 512).photo_chw
+
+
+@pytest.mark.parametrize(("half", "guidance"), [(0, 0.0), (1, 1.0)], ids=["unconditional", "conditional"])
+def test_first_noise_prediction(case, half, guidance):
+    step = case.recorded_steps[0]
+    found = case.denoise(step, noise_row(case, 0, guidance))["next_latents"]
+    assert relative_error(found[0], step["noise"][half]) < 1e-4
+
+
+def test_every_step_from_the_originals_own_state(case):
+    rows = schedule("ddim", case.meta["steps"], GUIDANCE)
+    for step in case.recorded_steps:
+        found = case.denoise(step, rows[step["number"]])
+        assert relative_error(found["next_latents"], step["next_latents"]) < 1e-3, step["number"]
+        wrong = np.abs(found["next_foreground_mask"][0] - step["next_foreground_mask"][0]) > 1e-3
+        assert wrong.mean() <= 1e-3, step["number"]
+
+
+def test_the_free_run_ends_in_the_same_picture(case):
+    result = case.runtime.generate(
+        case.subject,
+        case.meta["prompt"],
+        strength=case.meta["strength"],
+        steps=case.meta["steps"],
+        latents=case.trace["init_latents"],
+    )
+    final = np.load(case.folder / "final_image.npz")["final_image_f16"][0].transpose(1, 2, 0).astype(np.float64)
+    found = np.asarray(result.images[0], np.float64) / 255
+    decibels = -10 * np.log10(np.mean((found - final) ** 2))
+    assert decibels >= 50
+    expected_mask = case.trace["final_mask_64"][0, 0].repeat(8, 0).repeat(8, 1)
+    assert (np.abs(result.foreground_masks[0] - expected_mask) > 1e-3).mean() <= 1e-3
