@@ -15,7 +15,8 @@ class TextEncoder(nn.Module):
         with torch.device("meta"):
             model = CLIPTextModel(CLIPTextConfig(**config, attn_implementation="sdpa"))
         model.load_state_dict(weights, assign=True)
-        self.model = model.eval().requires_grad_(False)
+        # transformers keeps the layers in the model itself, older versions in a part of it.
+        self.model = getattr(model, "text_model", model).eval().requires_grad_(False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         embeddings = self.model.embeddings

@@ -26,8 +26,10 @@ class VisionEncoder(nn.Module):
             )
         model.load_state_dict(weights, assign=True)
         self.projector.load_state_dict(projector, assign=True)
-        self.embeddings, self.pre_norm = model.embeddings, model.pre_layrnorm
-        self.layers = model.encoder.layers[: len(model.encoder.layers) - UNUSED_LAYERS]
+        # transformers keeps the layers in the model itself, older versions in a part of it.
+        tower = getattr(model, "vision_model", model)
+        self.embeddings, self.pre_norm = tower.embeddings, tower.pre_layrnorm
+        self.layers = tower.encoder.layers[: len(tower.encoder.layers) - UNUSED_LAYERS]
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -1,0 +1,60 @@
+"""Where and on what a measurement was made, and how its samples are summed up."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moma_rt.files import atomic_write
+
+_PACKAGES = ("moma-rt", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers", "transformers")
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions, commit and command of this run."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "command": " ".join(["python -m", *(_module_name(), *sys.argv[1:])]),
+    }
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80 of a list of seconds."""
+    return {f"p{p}": round(float(np.percentile(seconds, p)), 4) for p in (20, 50, 80)}
+
+
+def write_results(name: str, results: dict[str, Any]) -> Path:
+    """Write benchmarks/results/<name>.json."""
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _module_name() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec is not None else Path(sys.argv[0]).name
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,163 @@
+"""SD1.5's real geometry with random weights: the export's time and memory, and one step against PyTorch eager.
+
+    python -m benchmarks.full_size --out DIR
+
+Each part runs in a process of its own, so that peaks of memory are its own and threads do not compete.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.environment import environment, percentiles, write_results
+from moma_rt.bundle import Bundle
+from moma_rt.schedules import Column, schedule
+from moma_rt.specs import Geometry, NetworkSpec
+
+NETWORKS = "denoiser,subject_encoder,vae_encoder,vae_decoder,text_encoder"
+STEPS, STEP_NUMBER = 50, 25
+# The share of reference tokens inside the object mask.
+OBJECT_SHARE = 0.4
+SUBJECT_TOKENS = [4, 7]
+
+Arrays = dict[str, np.ndarray]
+
+
+def main() -> int:
+    """Run everything, print a table, write benchmarks/results/full_size_cpu.json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle; kept if it is finished")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps after one warm-up (default: 5)")
+    options = parser.parse_args()
+    results: dict[str, Any] = {"environment": environment(), "export": export(options.out)}
+    torch_result = in_own_process(pytorch_step, options.out, options.repeats)
+    ort_result = in_own_process(onnxruntime_step, options.out, options.repeats)
+    errors = {
+        name: relative_error(ort_result["outputs"][name], torch_result["outputs"][name])
+        for name in ("next_latents", "next_foreground_mask")
+    }
+    results["denoiser_step"] = {
+        "batch": 1,
+        "guided_batch": 2,
+        "object_share": OBJECT_SHARE,
+        "pytorch_eager": torch_result["measured"],
+        "onnxruntime": ort_result["measured"],
+        "relative_error": errors,
+    }
+    path = write_results("full_size_cpu", results)
+    print_table(results, path)
+    return 0
+
+
+def export(out: Path) -> dict[str, Any]:
+    """Build the bundle in a process of its own: seconds, and the peak of its memory in GB."""
+    command = [sys.executable, "-m", "export.build", "--base", "sd15", "--weights", "random", "--only", NETWORKS]
+    start = time.perf_counter()
+    subprocess.run([*command, "--out", str(out)], check=True)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    return {"networks": NETWORKS.split(","), "seconds": round(seconds, 1), "peak_gb": round(peak, 2)}
+
+
+def pytorch_step(out: Path, repeats: int) -> dict[str, Any]:
+    """The module that was exported, in PyTorch eager."""
+    import torch
+
+    from export.checkpoints.load import CheckpointRequest, load_checkpoint
+    from export.checkpoints.model import roles_for
+    from export.networks import NETWORKS as TABLE
+
+    network = TABLE["denoiser"]
+    checkpoint = load_checkpoint(CheckpointRequest("sd15", "random", roles=roles_for(["denoiser"])))
+    geometry = Bundle.open(out).manifest.geometry
+    spec, module = network.spec(geometry), network.module(checkpoint, geometry)
+    inputs = step_inputs(spec, geometry)
+    arguments = network.arguments(tuple(torch.from_numpy(inputs[t.name]) for t in spec.inputs), geometry)
+    with torch.inference_mode():
+        measured, outputs = timed(lambda: module(*arguments), repeats)
+    named = {tensor.name: array.numpy() for tensor, array in zip(spec.outputs, outputs, strict=True)}
+    return {"measured": measured, "outputs": named}
+
+
+def onnxruntime_step(out: Path, repeats: int) -> dict[str, Any]:
+    """The bundle's denoiser on the runtime's CPU backend."""
+    from moma_rt.backends import create
+
+    bundle = Bundle.open(out)
+    entry, backend = bundle.network("denoiser"), create("onnxruntime")
+    network = backend.load(entry.spec, bundle.path(entry.onnx))
+    inputs = step_inputs(entry.spec, bundle.manifest.geometry)
+    sizes = step_sizes(bundle.manifest.geometry)
+    buffers = {t.name: backend.allocate(t.resolve(**sizes), t.dtype) for t in (*entry.spec.inputs, *entry.spec.outputs)}
+    for name, array in inputs.items():
+        backend.upload(buffers[name], array)
+    bound = network.bind(buffers)
+    measured, _ = timed(bound.enqueue, repeats)
+    return {"measured": measured, "outputs": {t.name: backend.download(buffers[t.name]) for t in entry.spec.outputs}}
+
+
+def step_sizes(geometry: Geometry) -> dict[str, int]:
+    """One sample, both guidance halves, a mask of `OBJECT_SHARE`."""
+    tokens = {f"reference_tokens_{g}": max(1, round(OBJECT_SHARE * g * g)) for g in geometry.grids}
+    return {"batch": 1, "guided_batch": 2, **tokens}
+
+
+def step_inputs(spec: NetworkSpec, geometry: Geometry) -> Arrays:
+    """Random inputs of a step in the middle of a generation; the same on every call."""
+    random, sizes = np.random.default_rng(0), step_sizes(geometry)
+    inputs = {t.name: random.standard_normal(t.resolve(**sizes), dtype=np.float32) for t in spec.inputs}
+    row = schedule("ddim", STEPS, 7.5)[STEP_NUMBER]
+    assert row[Column.INJECTION] == 1.0
+    inputs["schedule_row"], inputs["strength"][:] = row, 1.0
+    inputs["foreground_mask"][:] = random.random(inputs["foreground_mask"].shape)
+    inputs["subject_weights"][:] = 0.0
+    inputs["subject_weights"][:, SUBJECT_TOKENS] = 1.0
+    for grid in geometry.grids:
+        inputs[f"object_mask.{grid}"][:] = 1.0
+    return inputs
+
+
+def timed(run: Callable[[], Any], repeats: int) -> tuple[dict[str, Any], Any]:
+    """Seconds of `repeats` runs after one that is not counted, the peak of this process's memory, and the output."""
+    output, seconds = run(), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        output = run()
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {**percentiles(seconds), "repeats": repeats, "peak_gb": round(peak, 2)}, output
+
+
+def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """The result of `function(*arguments)`, computed in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def print_table(results: dict[str, Any], path: Path) -> None:
+    """The results for a person."""
+    step, exported = results["denoiser_step"], results["export"]
+    print(f"\nexport           {exported['seconds']:8.1f} s, peak {exported['peak_gb']:.2f} GB")
+    for name in ("pytorch_eager", "onnxruntime"):
+        print(f"{name:<16} {step[name]['p50']:8.2f} s a step (p50), peak {step[name]['peak_gb']:.2f} GB")
+    for name, error in step["relative_error"].items():
+        print(f"{name:<22} relative error {error:.1e}")
+    print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
