@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+import moma_rt
 from moma_rt.files import atomic_write
 
-_PACKAGES = ("moma-rt", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers", "transformers")
+_PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers", "transformers")
 
 
 def environment() -> dict[str, Any]:
@@ -24,7 +25,7 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {"moma-rt": moma_rt.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "commit": _commit(),
         "command": " ".join(["python -m", *(_module_name(), *sys.argv[1:])]),
     }

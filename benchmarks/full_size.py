@@ -35,9 +35,11 @@ Arrays = dict[str, np.ndarray]
 def main() -> int:
     """Run everything, print a table, write benchmarks/results/full_size_cpu.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle; kept if it is finished")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the bundle; must not exist")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps after one warm-up (default: 5)")
     options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"--out {options.out} exists: what is finished there would not be built, and not be measured")
     results: dict[str, Any] = {"environment": environment(), "export": export(options.out)}
     torch_result = in_own_process(pytorch_step, options.out, options.repeats)
     ort_result = in_own_process(onnxruntime_step, options.out, options.repeats)
