@@ -84,7 +84,9 @@ def _network_names(only: str | None) -> tuple[str, ...]:
     asked = [name.strip() for name in only.split(",") if name.strip()]
     unknown = [name for name in asked if name not in NETWORKS]
     if unknown or not asked:
-        raise InputError(f"--only {only!r}: no network {', '.join(unknown) or 'is named'}; there are: {', '.join(NETWORKS)}")
+        raise InputError(
+            f"--only {only!r}: no network {', '.join(unknown) or 'is named'}; there are: {', '.join(NETWORKS)}"
+        )
     return tuple(name for name in NETWORKS if name in asked)
 
 

@@ -197,7 +197,11 @@ NETWORKS = MappingProxyType(
     {
         n.name: n
         for n in (
-            Network("text_encoder", _text_encoder_spec, lambda c, g: TextEncoder(c.text_encoder.config, _weights(c.text_encoder))),
+            Network(
+                "text_encoder",
+                _text_encoder_spec,
+                lambda c, g: TextEncoder(c.text_encoder.config, _weights(c.text_encoder)),
+            ),
             Network("vae_encoder", _vae_encoder_spec, lambda c, g: VaeEncoder(load_vae(c.vae.config, _weights(c.vae)))),
             Network("subject_encoder", _subject_encoder_spec, _subject_encoder),
             Network("vision_encoder", _vision_encoder_spec, _vision_encoder),

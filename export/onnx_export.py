@@ -69,7 +69,9 @@ def _example_size(dim: Dim) -> int:
 
 
 def _dynamic_shape(tensor: TensorSpec, dims: dict[str, Any]) -> dict[int, Any]:
-    return {axis: dims.setdefault(d.name, torch.export.Dim(d.name, max=d.max)) for axis, d in tensor.dynamic_axes.items()}
+    return {
+        axis: dims.setdefault(d.name, torch.export.Dim(d.name, max=d.max)) for axis, d in tensor.dynamic_axes.items()
+    }
 
 
 def _finish(model: onnx_ir.Model, spec: NetworkSpec, operators: tuple[OnnxOperator, ...]) -> None:

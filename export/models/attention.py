@@ -150,9 +150,7 @@ class PlainCrossAttention(nn.Module):
         *,
         step: ReferencePass,
     ) -> Tensor:
-        return _plain_attention(
-            attn, hidden_states, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-        )
+        return _plain_attention(attn, hidden_states, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
 
 
 def self_attention_path(processor_name: str) -> str:
@@ -195,8 +193,6 @@ def _projection(weight: Tensor) -> nn.Linear:
 
 
 def _plain_attention(attn: Attention, hidden_states: Tensor, k_bnc: Tensor, v_bnc: Tensor) -> Tensor:
-    q, k, v = (
-        t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (attn.to_q(hidden_states), k_bnc, v_bnc)
-    )
+    q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (attn.to_q(hidden_states), k_bnc, v_bnc))
     out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return attn.to_out[0](out)

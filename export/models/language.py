@@ -58,7 +58,9 @@ class LanguageModel(nn.Module):
             normed_bsc = layer.input_layernorm(hidden_bsc)
             k_bhsd, v_bhsd = self._keys_values(layer, normed_bsc, cos, sin)
             new_kv.append(torch.cat([k_bhsd, v_bhsd]))
-            q_bhsd = _rotate(self._heads(layer.self_attn.q_proj(normed_bsc[:, queries])), cos[:, queries], sin[:, queries])
+            q_bhsd = _rotate(
+                self._heads(layer.self_attn.q_proj(normed_bsc[:, queries])), cos[:, queries], sin[:, queries]
+            )
             attended_bsc = self._attend(
                 q_bhsd,
                 torch.cat([past_kv[index, 0:1], k_bhsd], dim=2),

@@ -11,7 +11,8 @@ INPUTS = ("q", "text_k", "text_v", "context_k", "context_v", "gate", "subject_we
 # is Σ_t weight_t · probability_t, exactly. 8 keeps the width a multiple of what tensor cores want; k and v must have
 # one shape.
 _TEXT = """
-ContextCrossAttention <num_heads, softmax_scale> (q, text_k, text_v, context_k, context_v, gate, subject_weights) => (out, saliency)
+ContextCrossAttention <num_heads, softmax_scale>
+  (q, text_k, text_v, context_k, context_v, gate, subject_weights) => (out, saliency)
 {
   guided_batch = Shape <start = 0, end = 1> (q)
   batch = Shape <start = 0, end = 1> (gate)
@@ -66,7 +67,9 @@ ContextCrossAttention <num_heads, softmax_scale> (q, text_k, text_v, context_k, 
   saliency_heads = Slice (both_wide, width_end, column_end, axis)
   saliency = ReduceMean <keepdims = 0> (saliency_heads, last_two)
 
-  context = Attention <q_num_heads: int = @num_heads, kv_num_heads: int = @num_heads, scale: float = @softmax_scale> (q, context_k, context_v)
+  context = Attention
+    <q_num_heads: int = @num_heads, kv_num_heads: int = @num_heads, scale: float = @softmax_scale>
+    (q, context_k, context_v)
   gate_typed = CastLike (gate, q)
   gate_gs = Tile (gate_typed, groups_1)
   gate_gs1 = Unsqueeze (gate_gs, rest)

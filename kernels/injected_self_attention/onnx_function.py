@@ -14,7 +14,9 @@ INPUTS = ("q", "k", "v", "ref_k", "ref_v", "mask", "gate", "scale")
 _TEXT = """
 InjectedSelfAttention <num_heads, softmax_scale> (q, k, v, ref_k, ref_v, mask, gate, scale) => (out)
 {
-  own = Attention <q_num_heads: int = @num_heads, kv_num_heads: int = @num_heads, scale: float = @softmax_scale> (q, k, v)
+  own = Attention
+    <q_num_heads: int = @num_heads, kv_num_heads: int = @num_heads, scale: float = @softmax_scale>
+    (q, k, v)
 
   guided_batch = Shape <start = 0, end = 1> (q)
   batch = Shape <start = 0, end = 1> (gate)
