@@ -22,8 +22,8 @@ def injected_self_attention(
     Args:
         q_gsc, k_gsc, v_gsc: [G·B, S, C], C = num_heads × head width; G guidance halves of B samples.
         ref_k_bnc, ref_v_bnc: [B, N, C]; row g of the first three uses the reference of sample g mod B.
-        mask_bn: [B, N]; reference tokens whose value is 0 take no part, any other value does. A sample without a
-            token left attends to all of them uniformly.
+        mask_bn: [B, N]; reference tokens whose value is 0 take no part, any other value does. Every sample must
+            have one that does. (Zero keys with a full mask are the uniform average that the original falls back to.)
         gate_bs: [B, S], the weight of the reference branch for each query.
         scale: [1], the weight of the reference branch.
         num_heads: the number of heads.
