@@ -115,24 +115,7 @@ class Bundle:
         Raises:
             BundleError: no manifest, a newer format, a malformed manifest, or a missing or truncated file.
         """
-        root = Path(root)
-        path = root / MANIFEST_NAME
-        if not path.is_file():
-            raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME} (python -m export.build makes one)")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            version = int(data["format_version"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"{path} cannot be read as a manifest: {error}") from None
-        if version > FORMAT_VERSION:
-            raise BundleError(
-                f"{root} has bundle format {version}; this moma-rt reads formats up to {FORMAT_VERSION}: upgrade it"
-            )
-        try:
-            manifest = Manifest.from_json(data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{path} is malformed: {type(error).__name__}: {error}") from None
-        bundle = cls(root, manifest)
+        bundle = cls(Path(root), read_manifest(Path(root)))
         bundle._check_sizes()
         return bundle
 
@@ -189,6 +172,31 @@ class Bundle:
     def fingerprint(self, *names: str) -> str:
         """Identifies what the named networks compute: equal for bundles made from the same sources."""
         return hashlib.sha256("".join(self.network(name).key for name in names).encode()).hexdigest()
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the bundle at `root`, whether or not the files it names are there.
+
+    Raises:
+        BundleError: no manifest, a newer format, or a malformed manifest.
+    """
+    path = root / MANIFEST_NAME
+    if not path.is_file():
+        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME} (python -m export.build makes one)")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = int(data["format_version"])
+    # Nesting without end is a RecursionError, an infinite number an OverflowError.
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read as a manifest: {error}") from None
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{root} has bundle format {version}; this moma-rt reads formats up to {FORMAT_VERSION}: upgrade it"
+        )
+    try:
+        return Manifest.from_json(data)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise BundleError(f"{path} is malformed: {type(error).__name__}: {error}") from None
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

@@ -97,7 +97,14 @@ class TestOpen:
         assert f"bundle format {FORMAT_VERSION + 1}" in message
         assert "upgrade" in message
 
-    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"format_version": "x"}', b"\xff\xfe\x00"])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            *(b"", b"{", b"[]", b"null", b"{}", b'{"format_version": "x"}', b"\xff\xfe\x00"),
+            pytest.param(b"[" * 200_000, id="nested without end"),
+            *(b'{"format_version": 1e999}', b'{"format_version": NaN}', b'{"format_version": null}'),
+        ],
+    )
     def test_unreadable_manifest(self, root: Path, content: bytes):
         (root / MANIFEST_NAME).write_bytes(content)
         assert "cannot be read as a manifest" in open_error(root)
@@ -116,6 +123,7 @@ class TestOpen:
             lambda d: d["networks"]["text_encoder"].pop("spec"),
             lambda d: d["networks"]["text_encoder"]["spec"]["inputs"][0]["shape"][0].pop("max"),
             lambda d: d["files"][ONNX].update(size="many"),
+            lambda d: d["files"][ONNX].update(size=float("inf")),
             lambda d: d["files"].update({ONNX: "hash"}),
             lambda d: d["sources"].append({}),
         ],
