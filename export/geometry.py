@@ -2,22 +2,28 @@
 
 from typing import Any
 
+from export.checkpoints.adapters import CONTEXT_TOKENS, EMBEDDING_WIDTH
+from export.checkpoints.architectures import LATENT_CHANNELS, TEXT_TOKENS, attention_layers
 from export.checkpoints.model import Checkpoint, Component
+from moma_rt.errors import CheckpointError
 from moma_rt.specs import Geometry, LanguageGeometry, SelfAttentionLayer
-
-# CLIP's text length, and the width of MoMA's embedding and its number of context tokens (`design` of the adapters).
-TEXT_TOKENS = 77
-EMBEDDING_WIDTH = 1024
-CONTEXT_TOKENS = 4
 
 
 def geometry_of(checkpoint: Checkpoint) -> Geometry:
-    """The geometry of a checkpoint; `language` is None where it has no language model or no vision tower."""
-    unet, vae = checkpoint.unet.config, checkpoint.vae.config
+    """The geometry of a checkpoint; `language` is None where it has no language model or no vision tower.
+
+    Raises:
+        CheckpointError: adapters of another embedding width, which no runtime could feed.
+    """
+    unet, vae, adapters = checkpoint.unet.config, checkpoint.vae.config, checkpoint.adapters
+    if adapters is not None and adapters.config["embedding_width"] != EMBEDDING_WIDTH:
+        raise CheckpointError(
+            f"{adapters.name} has embeddings of width {adapters.config['embedding_width']}; MoMA's have {EMBEDDING_WIDTH}"
+        )
     latent_size = checkpoint.image_size // 2 ** (len(vae["block_out_channels"]) - 1)
     return Geometry(
         image_size=checkpoint.image_size,
-        latent_channels=int(unet["in_channels"]),
+        latent_channels=LATENT_CHANNELS,
         latent_size=latent_size,
         text_tokens=TEXT_TOKENS,
         text_width=int(unet["cross_attention_dim"]),
@@ -30,23 +36,13 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
 
 def self_attention_layers(unet: dict[str, Any], latent_size: int) -> tuple[SelfAttentionLayer, ...]:
     """Every self-attention layer of an SD1.5-like UNet in the adapter file's order: down, up, mid."""
-    widths = [int(w) for w in unet["block_out_channels"]]
-    # diffusers' naming slip: in SD1.5's configuration "attention_head_dim" is the number of heads.
-    heads = int(unet.get("num_attention_heads") or unet["attention_head_dim"])
-    depth = int(unet["layers_per_block"])
-    layers = []
-    for block, kind in enumerate(unet["down_block_types"]):
-        for index in range(depth if "CrossAttn" in kind else 0):
-            name = f"down_blocks.{block}.attentions.{index}"
-            layers.append(SelfAttentionLayer(name, latent_size >> block, widths[block], heads))
-    for block, kind in enumerate(unet["up_block_types"]):
-        level = len(widths) - 1 - block
-        for index in range(depth + 1 if "CrossAttn" in kind else 0):
-            name = f"up_blocks.{block}.attentions.{index}"
-            layers.append(SelfAttentionLayer(name, latent_size >> level, widths[level], heads))
-    level = len(widths) - 1
-    layers.append(SelfAttentionLayer("mid_block.attentions.0", latent_size >> level, widths[level], heads))
-    return tuple(layers)
+    return tuple(
+        SelfAttentionLayer(
+            layer.path.split(".transformer_blocks.")[0], latent_size >> layer.level, layer.channels, layer.heads
+        )
+        for layer in attention_layers(unet)
+        if layer.is_self
+    )
 
 
 def _language_geometry(language: Component | None, vision: Component | None) -> LanguageGeometry | None:

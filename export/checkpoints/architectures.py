@@ -66,9 +66,13 @@ _ALLOWED_IF_ABSENT = object()
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One attention of the UNet: its diffusers path, width, heads, and whether it is self-attention (`attn1`)."""
+    """One attention of the UNet: its diffusers path, width, heads, and whether it is self-attention (`attn1`).
+
+    `level` is its resolution: 0 is the latents' own, each further one half of that.
+    """
 
     path: str
+    level: int
     channels: int
     heads: int
     is_self: bool
@@ -87,7 +91,7 @@ def attention_layers(unet_config: Config) -> tuple[AttentionLayer, ...]:
         count = heads[level] if isinstance(heads, list | tuple) else heads
         for attention in ("attn1", "attn2"):
             name = f"{path}.transformer_blocks.0.{attention}"
-            layers.append(AttentionLayer(name, channels, count, attention == "attn1"))
+            layers.append(AttentionLayer(name, level, channels, count, attention == "attn1"))
     return tuple(layers)
 
 
