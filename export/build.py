@@ -50,13 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    # PyTorch takes seconds to import; --help and mistakes in the options should not.
+    # PyTorch takes seconds to import; --help should not.
     from export.bundling import build_bundle
     from export.checkpoints.load import CheckpointRequest, load_checkpoint
-    from export.checkpoints.model import roles_for
+    from export.checkpoints.model import LANGUAGE, VISION, roles_for
     from export.progress import Progress
 
     names = _network_names(options.only)
+    roles = roles_for(names)
+    if LANGUAGE in roles:
+        # How many image tokens the language model reads only the vision encoder's config tells.
+        roles |= {VISION}
     request = CheckpointRequest(
         base=options.base,
         weights=options.weights,
@@ -64,7 +68,7 @@ def _build(options: argparse.Namespace) -> int:
         mllm=options.mllm,
         vision=options.vision,
         vae=options.vae,
-        roles=roles_for(names),
+        roles=roles,
         seed=options.seed,
     )
     checkpoint = load_checkpoint(request)
