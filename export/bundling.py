@@ -1,30 +1,47 @@
 """From a checkpoint to a bundle, a network at a time: what an earlier run finished is kept."""
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
+
+from tokenizers import Tokenizer
 
 import moma_rt
-from engines.store import NetworkRequest, NetworkStore, StoredNetwork
+from engines.store import PARTIAL_PREFIX, NetworkRequest, NetworkStore, StoredNetwork
 from export import tokenizers
-from export.checkpoints.model import NETWORK_ROLES, TEXT_ENCODER, Checkpoint, Component
+from export.checkpoints.model import LANGUAGE, NETWORK_ROLES, TEXT_ENCODER, Checkpoint, Component
 from export.geometry import geometry_of
 from export.networks import NETWORKS, Network
 from export.onnx_export import MODEL_NAME, export_network
-from moma_rt.bundle import LANGUAGE_TOKENIZER, TEXT_TOKENIZER, Bundle, FileEntry, Manifest, Source, write_manifest
-from moma_rt.errors import BundleError
-from moma_rt.files import sha256_file
+from moma_rt.bundle import (
+    LANGUAGE_TOKENIZER,
+    TEXT_TOKENIZER,
+    Bundle,
+    FileEntry,
+    Manifest,
+    Source,
+    read_manifest,
+    write_manifest,
+)
+from moma_rt.errors import BundleError, InputError
+from moma_rt.files import resolve_inside, sha256_file
 from moma_rt.specs import Geometry, NetworkSpec, Precision
 
 # Libraries whose version may change a graph.
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 # Sources whose change may change a graph.
-_CODE = ("export/models", "export/networks.py", "export/onnx_export.py", "kernels", "moma_rt/schedules.py")
+_CODE = (
+    *("export/models", "export/checkpoints", "export/geometry.py", "export/networks.py", "export/onnx_export.py"),
+    *("kernels", "moma_rt/schedules.py"),
+)
+_TOKENIZER_ROLES = MappingProxyType({TEXT_TOKENIZER: TEXT_ENCODER, LANGUAGE_TOKENIZER: LANGUAGE})
 
 Report = Callable[[str, str], None]
 
@@ -32,34 +49,42 @@ Report = Callable[[str, str], None]
 def build_bundle(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, report: Report) -> Bundle:
     """Export the named networks and write `out` as a bundle.
 
-    Networks that an earlier build left in `out` stay part of it as long as they come from the same sources.
+    Networks that an earlier build left in `out` stay part of it unless they come from sources that are others now.
 
     Args:
         report: called with a network's name and what is being done to it.
 
     Raises:
         InputError: `out` cannot be written, or another build is writing it.
+        CheckpointError: a tokenizer or weights that turn out to be unusable.
     """
     geometry, store = geometry_of(checkpoint), NetworkStore(out)
-    with store.locked():
-        previous = _previous(out, checkpoint)
-        if geometry.language is None and previous is not None:
-            geometry = dataclasses.replace(geometry, language=previous.geometry.language)
+    # Before the minutes of work: what can be wrong with the tokenizers shows here.
+    made_tokenizers = _tokenizers(checkpoint)
+    with _disk_errors(out), store.locked():
+        _remove_partial_files(out)
+        previous = _previous(out, checkpoint, geometry)
+        geometry = previous.geometry
         built = {name: _stored(NETWORKS[name], checkpoint, geometry, store, report) for name in names}
-        entries = {name: network.entry for name, network in built.items()}
         files = {name: file for network in built.values() for name, file in network.files.items()}
-        files |= _write_tokenizers(checkpoint, out)
+        for name, tokenizer in made_tokenizers.items():
+            tokenizers.save(tokenizer, out / name)
+            files[name] = FileEntry(sha256_file(out / name), (out / name).stat().st_size)
+        entries = {**previous.networks, **{name: network.entry for name, network in built.items()}}
         sources = {c.role: Source(c.role, c.name, c.sha256) for c in checkpoint.components}
-        if previous is not None:
-            entries = {**previous.networks, **entries}
-            sources = {**{s.role: s for s in previous.sources}, **sources}
-            kept = {file for entry in entries.values() for file in entry.files} | {TEXT_TOKENIZER, LANGUAGE_TOKENIZER}
-            files = {**{n: f for n, f in previous.files.items() if n in kept}, **files}
-        in_order = {name: entries[name] for name in NETWORKS if name in entries}
-        created_by = f"moma-rt {moma_rt.__version__}"
-        manifest = Manifest(checkpoint.base, created_by, geometry, in_order, files, tuple(sources.values()))
+        manifest = Manifest(
+            checkpoint.base,
+            f"moma-rt {moma_rt.__version__}",
+            geometry,
+            {name: entries[name] for name in NETWORKS if name in entries},
+            {**previous.files, **files},
+            tuple({**{s.role: s for s in previous.sources}, **sources}.values()),
+        )
+        manifest = _without_unused(manifest)
         write_manifest(out, manifest)
         store.remove_unused(manifest)
+        for name in {TEXT_TOKENIZER, LANGUAGE_TOKENIZER} - manifest.files.keys():
+            (out / name).unlink(missing_ok=True)
         return Bundle.open(out)
 
 
@@ -80,8 +105,9 @@ def _stored(
 ) -> StoredNetwork:
     spec = network.spec(geometry)
     request = NetworkRequest(spec, Precision.FP32, network_key(network, checkpoint.components, spec), MODEL_NAME)
+    report(network.name, "checking")
     finished = store.find(request)
-    if finished is not None:
+    if finished is not None and _is_intact(finished, store.root):
         report(network.name, "kept")
         return finished
 
@@ -100,7 +126,12 @@ def _stored(
     return built
 
 
-def _write_tokenizers(checkpoint: Checkpoint, out: Path) -> dict[str, FileEntry]:
+def _is_intact(network: StoredNetwork, root: Path) -> bool:
+    """Whether every file is what it was: a disk's error or a hand's may have left its size alone."""
+    return all(sha256_file(root / name) == file.sha256 for name, file in network.files.items())
+
+
+def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer]:
     """The tokenizers of what the checkpoint holds: a bundle's prompts are read with nothing but these."""
     made = {}
     if TEXT_ENCODER in checkpoint.roles:
@@ -113,22 +144,66 @@ def _write_tokenizers(checkpoint: Checkpoint, out: Path) -> dict[str, FileEntry]
         made[LANGUAGE_TOKENIZER] = (
             tokenizers.language_tokenizer(folder) if folder is not None else tokenizers.synthetic_language_tokenizer()
         )
-    files = {}
-    for name, tokenizer in made.items():
-        tokenizers.save(tokenizer, out / name)
-        files[name] = FileEntry(sha256_file(out / name), (out / name).stat().st_size)
-    return files
+    return made
 
 
-def _previous(out: Path, checkpoint: Checkpoint) -> Manifest | None:
-    """The manifest of an earlier build whose networks may stay: of the same base, from no other sources."""
+def _previous(out: Path, checkpoint: Checkpoint, geometry: Geometry) -> Manifest:
+    """What stays of an earlier build: its networks of the same base and sizes, from no other sources, whole on disk.
+
+    Its geometry is `geometry`, with the language model's sizes of the earlier build where the checkpoint has none.
+    """
+    nothing = Manifest(checkpoint.base, "", geometry, {}, {}, ())
     try:
-        manifest = Bundle.open(out).manifest
-    except BundleError:
-        return None
-    sources = {source.role: source.sha256 for source in manifest.sources}
-    same = all(sources.get(c.role, c.sha256) == c.sha256 for c in checkpoint.components)
-    return manifest if same and manifest.base == checkpoint.base else None
+        manifest = read_manifest(out)
+        files = {name: file for name, file in manifest.files.items() if _has_size(resolve_inside(out, name), file)}
+    except (BundleError, ValueError):
+        return nothing
+    language = geometry.language or manifest.geometry.language
+    geometry = dataclasses.replace(geometry, language=language)
+    if manifest.base != checkpoint.base or dataclasses.replace(manifest.geometry, language=language) != geometry:
+        return nothing
+    given = {c.role: c.sha256 for c in checkpoint.components}
+    changed = {source.role for source in manifest.sources if given.get(source.role, source.sha256) != source.sha256}
+    networks = {
+        name: entry
+        for name, entry in manifest.networks.items()
+        if name in NETWORKS
+        and not NETWORK_ROLES[name] & changed
+        and entry.spec == NETWORKS[name].spec(geometry)
+        and files.keys() >= {entry.onnx, *entry.files}
+    }
+    return dataclasses.replace(manifest, geometry=geometry, networks=networks, files=files)
+
+
+def _without_unused(manifest: Manifest) -> Manifest:
+    """The manifest without files and sources that none of its networks has a part of."""
+    files = {file for entry in manifest.networks.values() for file in entry.files}
+    roles = frozenset().union(*(NETWORK_ROLES[name] for name in manifest.networks))
+    files |= {tokenizer for tokenizer, role in _TOKENIZER_ROLES.items() if role in roles}
+    return dataclasses.replace(
+        manifest,
+        files={name: file for name, file in manifest.files.items() if name in files},
+        sources=tuple(source for source in manifest.sources if source.role in roles),
+    )
+
+
+def _has_size(path: Path, file: FileEntry) -> bool:
+    return path.is_file() and path.stat().st_size == file.size
+
+
+def _remove_partial_files(out: Path) -> None:
+    """Delete what a killed build was writing besides networks: a manifest or a tokenizer."""
+    for folder in (out, (out / TEXT_TOKENIZER).parent):
+        for path in folder.glob(f"{PARTIAL_PREFIX}*"):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror or error}") from None
 
 
 def _code_hash() -> str:

@@ -16,10 +16,9 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         CheckpointError: adapters of another embedding width, which no runtime could feed.
     """
     unet, vae, adapters = checkpoint.unet.config, checkpoint.vae.config, checkpoint.adapters
-    if adapters is not None and adapters.config["embedding_width"] != EMBEDDING_WIDTH:
-        raise CheckpointError(
-            f"{adapters.name} has embeddings of width {adapters.config['embedding_width']}; MoMA's have {EMBEDDING_WIDTH}"
-        )
+    width = EMBEDDING_WIDTH if adapters is None else adapters.config["embedding_width"]
+    if width != EMBEDDING_WIDTH:
+        raise CheckpointError(f"the adapter file has embeddings of width {width}; MoMA's have {EMBEDDING_WIDTH}")
     latent_size = checkpoint.image_size // 2 ** (len(vae["block_out_channels"]) - 1)
     return Geometry(
         image_size=checkpoint.image_size,
