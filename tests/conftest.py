@@ -57,6 +57,16 @@ def hub(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the synthetic checkpoint; it takes the better part of a minute, so nothing may change it."""
+    from export.build import main
+
+    root = tmp_path_factory.mktemp("bundles") / "tiny"
+    assert main(["--base", "tiny", "--out", str(root)]) == 0
+    return root
+
+
+@pytest.fixture(scope="session")
 def large_goldens() -> Path:
     """The large golden set, kept beside the repository; tests that use it are skipped where it is not."""
     folder = REPOSITORY.parent / "shared" / "goldens"

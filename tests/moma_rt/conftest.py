@@ -4,8 +4,6 @@ The fake networks depend on every input they have, so that a wrong or stale inpu
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -368,13 +366,3 @@ def subject(runtime: Runtime, backend: FakeBackend, photo: Image.Image, mask: Im
     backend.runs.clear()
     backend.allocations.clear()
     return subject
-
-
-@pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    """A bundle that the export made of the synthetic checkpoint; a minute, so only for what fakes cannot show."""
-    root = tmp_path_factory.mktemp("tiny") / "bundle"
-    command = [sys.executable, "-m", "export.build", "--base", "tiny", "--out", str(root)]
-    built = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    return root
