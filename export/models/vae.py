@@ -41,4 +41,5 @@ class VaeDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         image = self.decoder(self.post_quant_conv(latents / self.scaling_factor))
         unit = (image * 0.5 + 0.5).clamp(0.0, 1.0)
-        return (unit * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        # The conversion comes last: TensorRT knows uint8 only for a network's own inputs and outputs.
+        return (unit * 255.0).round().permute(0, 2, 3, 1).to(torch.uint8)
