@@ -30,8 +30,13 @@ def context_cross_attention(
 
     Returns:
         The output [G·B, S, C], and the saliency [G·B, S]: the mean over heads of Σ_t weight_t · probability_t.
+
+    Raises:
+        ValueError: G·B is no multiple of B.
     """
-    groups = q_gsc.shape[0] // gate_bs.shape[0]
+    groups, rest = divmod(len(q_gsc), len(gate_bs))
+    if rest:
+        raise ValueError(f"q has {len(q_gsc)} rows, which is no multiple of {len(gate_bs)} samples")
     q, text_k, text_v, context_k, context_v = (
         t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
         for t in (q_gsc, text_k_gtc, text_v_gtc, context_k_gmc, context_v_gmc)

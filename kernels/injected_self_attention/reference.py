@@ -30,8 +30,13 @@ def injected_self_attention(
 
     Returns:
         [G·B, S, C], in the dtype of `q_gsc`.
+
+    Raises:
+        ValueError: G·B is no multiple of B.
     """
-    groups = q_gsc.shape[0] // ref_k_bnc.shape[0]
+    groups, rest = divmod(len(q_gsc), len(ref_k_bnc))
+    if rest:
+        raise ValueError(f"q has {len(q_gsc)} rows, which is no multiple of {len(ref_k_bnc)} samples")
     own = _attention(q_gsc, k_gsc, v_gsc, num_heads, None)
     bias_bn = torch.zeros_like(mask_bn, dtype=q_gsc.dtype).masked_fill_(mask_bn == 0, torch.finfo(q_gsc.dtype).min)
     bias_g11n = bias_bn.repeat(groups, 1)[:, None, None, :]
