@@ -1,16 +1,19 @@
 """Naive float64 attention, the same operators as ONNX models, and the grid of shapes every operator is tested on."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 
 from kernels.operators import onnx_operators
-from kernels.registration import DOMAIN, DOMAIN_VERSION, STANDARD_OPSET, register_schema
+from kernels.registration import STANDARD_OPSET, OnnxOperator, register_schema
 
 
 @dataclass(frozen=True)
@@ -67,38 +70,94 @@ def naive() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     return attend
 
 
-@pytest.fixture(scope="session")
-def run_onnx(tmp_path_factory) -> Callable[..., tuple[list[np.ndarray], Path]]:
-    """Export one operator call as `export` does, run it in ONNX Runtime; returns the outputs and the file."""
-    import onnx_ir
+# Sizes of the axes that the torch operators' argument names spell, all different; every axis but the channels is
+# dynamic in the exported model, as it is in the denoiser.
+EXAMPLE_SIZES = MappingProxyType({"g": 4, "b": 2, "s": 6, "n": 10, "t": 7, "m": 5, "c": 32})
+EXAMPLE_HEADS = 8
 
-    operators = onnx_operators()
-    for operator in operators:
-        register_schema(operator.schema)
 
-    def run(operator, tensors: tuple[torch.Tensor, ...], heads: int, attributes: dict | None = None):
-        class Call(torch.nn.Module):
-            def forward(self, *inputs):
-                return operator(*inputs, heads)
+def _export(operator: OnnxOperator) -> onnx.ModelProto:
+    class Call(torch.nn.Module):
+        def forward(self, *inputs):
+            return operator.torch_op(*inputs, EXAMPLE_HEADS)
 
+    names = [argument.name for argument in operator.torch_op._schema.arguments[:-1]]
+    # scale, [1], is the one tensor without a layout.
+    layouts = [name.rpartition("_")[2] if "_" in name else "" for name in names]
+    dims = {letter: torch.export.Dim(letter, max=4096) for letter in EXAMPLE_SIZES if letter != "c"}
+    with warnings.catch_warnings():
+        # The exporter warns of axes that share a size, which is what one letter for two axes asks for.
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             Call().eval(),
-            tensors,
+            tuple(torch.rand([EXAMPLE_SIZES[letter] for letter in layout] or [1]) for layout in layouts),
             dynamo=True,
             opset_version=STANDARD_OPSET,
-            custom_translation_table={o.torch_op: o.translation for o in operators},
+            input_names=[i.name for i in operator.schema.inputs],
+            output_names=[o.name for o in operator.schema.outputs],
+            dynamic_shapes=(tuple({axis: dims[x] for axis, x in enumerate(t) if x in dims} for t in layouts),),
+            custom_translation_table={operator.torch_op: operator.translation},
             verbose=False,
         )
-        for known in operators:
-            function = onnx_ir.serde.deserialize_function(known.function)
-            program.model.functions[function.identifier()] = function
-        program.model.opset_imports[DOMAIN] = DOMAIN_VERSION
+    assert program is not None
+    model = program.model_proto
+    model.functions.append(operator.function)
+    return model
+
+
+def _resize(model: onnx.ModelProto, heads: int, channels: int, dtype: torch.dtype) -> None:
+    kind = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}[dtype]
+    values = {"num_heads": heads, "softmax_scale": (channels // heads) ** -0.5}
+    node = model.graph.node[0]
+    del node.attribute[:]
+    node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in values.items())
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        value.type.tensor_type.elem_type = kind
+        if len(value.type.tensor_type.shape.dim) == 3:
+            value.type.tensor_type.shape.dim[2].dim_value = channels
+
+
+@pytest.fixture(scope="session")
+def exported() -> Callable[..., onnx.ModelProto]:
+    """A torch operator's one-node model with its function and dynamic axes, from the exporter; made once."""
+    operators = {operator.torch_op: operator for operator in onnx_operators()}
+    for operator in operators.values():
+        register_schema(operator.schema)
+    models: dict[torch._ops.OpOverload, onnx.ModelProto] = {}
+
+    def model_of(operator) -> onnx.ModelProto:
+        overload = operator._opoverload
+        if overload not in models:
+            models[overload] = _export(operators[overload])
+        model = onnx.ModelProto()
+        model.CopyFrom(models[overload])
+        return model
+
+    return model_of
+
+
+@pytest.fixture(scope="session")
+def sized(exported) -> Callable[..., onnx.ModelProto]:
+    """`exported` with a call's heads, channels and precision: constants of a network, on which nothing else depends."""
+
+    def model_of(operator, tensors: tuple[torch.Tensor, ...], heads: int) -> onnx.ModelProto:
+        model = exported(operator)
+        _resize(model, heads, tensors[0].shape[-1], tensors[0].dtype)
+        return model
+
+    return model_of
+
+
+@pytest.fixture(scope="session")
+def run_onnx(sized, tmp_path_factory) -> Callable[..., tuple[list[np.ndarray], Path]]:
+    """Run one operator call in ONNX Runtime, from the model that serves all shapes; returns outputs and the file."""
+
+    def run(operator, tensors: tuple[torch.Tensor, ...], heads: int, attributes: dict | None = None):
+        model = sized(operator, tensors, heads)
         for name, value in (attributes or {}).items():
-            next(n for n in program.model.graph if n.domain == DOMAIN).attributes[name] = onnx_ir.AttrString(
-                name, value
-            )
+            model.graph.node[0].attribute.append(onnx.helper.make_attribute(name, value))
         path = tmp_path_factory.mktemp("operator") / "model.onnx"
-        program.save(path)
+        onnx.save(model, path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         session = onnxruntime.InferenceSession(path, options)
