@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 import moma_rt
 from engines.store import PARTIAL_PREFIX, NetworkRequest, NetworkStore, StoredNetwork
 from export import tokenizers
-from export.checkpoints.model import LANGUAGE, NETWORK_ROLES, TEXT_ENCODER, Checkpoint, Component
+from export.checkpoints.model import LANGUAGE, NETWORK_ROLES, ROLES, TEXT_ENCODER, Checkpoint, Component
 from export.geometry import geometry_of
 from export.networks import NETWORKS, Network
 from export.onnx_export import MODEL_NAME, export_network
@@ -176,14 +176,16 @@ def _previous(out: Path, checkpoint: Checkpoint, geometry: Geometry) -> Manifest
 
 
 def _without_unused(manifest: Manifest) -> Manifest:
-    """The manifest without files and sources that none of its networks has a part of."""
+    """The manifest without files and sources that none of its networks has a part of; in order, so that one bundle has
+    one manifest whatever steps it was built in.
+    """
     files = {file for entry in manifest.networks.values() for file in entry.files}
     roles = frozenset().union(*(NETWORK_ROLES[name] for name in manifest.networks))
     files |= {tokenizer for tokenizer, role in _TOKENIZER_ROLES.items() if role in roles}
     return dataclasses.replace(
         manifest,
-        files={name: file for name, file in manifest.files.items() if name in files},
-        sources=tuple(source for source in manifest.sources if source.role in roles),
+        files={name: file for name, file in sorted(manifest.files.items()) if name in files},
+        sources=tuple(sorted((s for s in manifest.sources if s.role in roles), key=lambda s: ROLES.index(s.role))),
     )
 
 
