@@ -28,7 +28,8 @@ class Progress:
 
     def report(self, network: str, state: str) -> None:
         """Called by the build when a network enters a stage; "kept" and "built …" end it."""
-        self._bar.set_description_str(f"{network}: {state}")
         if state.startswith(("kept", "built")):
             tqdm.write(f"{network:<18} {state}", file=self._stream)
             self._bar.update()
+        # Last, since it always redraws: an update right after another drawing does not.
+        self._bar.set_description_str(f"{network}: {state}")
