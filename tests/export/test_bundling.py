@@ -209,11 +209,7 @@ def unreadable_record(folder):
     (folder / "network.json").write_text("{")
 
 
-def strange_record(folder):
-    (folder / "network.json").write_text('{"files": {"model.onnx": {}}}')
-
-
-DAMAGES = [truncate, alter, lose, unreadable_record, strange_record]
+DAMAGES = [truncate, alter, lose, unreadable_record]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

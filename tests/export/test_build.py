@@ -1,0 +1,187 @@
+"""The build's command line: what reaches the export, what is refused in one line, what is shown."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from export import bundling
+from export.build import main, parser
+from export.checkpoints import NETWORK_ROLES, roles_for
+from export.networks import NETWORKS
+from export.progress import Progress
+from moma_rt.bundle import Bundle
+
+
+@pytest.fixture
+def calls(monkeypatch, tiny_bundle):
+    """Replaces the export: the checkpoint, the networks and the folder of every call."""
+    made = []
+
+    def build(checkpoint, names, out, report):
+        made.append((checkpoint, names, out))
+        for name in names:
+            report(name, "kept")
+        return Bundle.open(tiny_bundle)
+
+    monkeypatch.setattr(bundling, "build_bundle", build)
+    return made
+
+
+def one_line(capsys) -> str:
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("export.build: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_all_networks_by_default(calls, capsys):
+    assert main(["--base", "tiny"]) == 0
+    ((checkpoint, names, out),) = calls
+    assert names == tuple(NETWORKS)
+    assert out == Path("bundles/tiny")
+    assert checkpoint.base == "tiny"
+    printed = capsys.readouterr()
+    assert printed.out.startswith("bundles/tiny: text_encoder, ")
+    assert printed.out.endswith(" MB\n")
+    assert printed.err.splitlines() == [f"{name:<18} kept" for name in NETWORKS]
+
+
+def test_the_folder_is_named_after_the_base(calls, original_base):
+    assert main(["--base", f"{original_base}/", "--weights", "random", "--only", "text_encoder"]) == 0
+    assert main(["--base", "sd15", "--weights", "random", "--only", "text_encoder", "--out", "x/y"]) == 0
+    assert [call[2] for call in calls] == [Path("bundles/Realistic_Vision_V4.0_noVAE"), Path("x/y")]
+
+
+@pytest.fixture
+def original_base(hub):
+    return hub / "SG161222/Realistic_Vision_V4.0_noVAE"
+
+
+def test_seed(calls):
+    for seed in ("0", "0", "1"):
+        assert main(["--base", "tiny", "--only", "text_encoder", "--seed", seed]) == 0
+    first, again, other = (call[0].text_encoder.sha256 for call in calls)
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [
+        ("denoiser", ("denoiser",)),
+        ("vae_decoder, text_encoder ,,text_encoder", ("text_encoder", "vae_decoder")),
+        ("language_model", ("language_model",)),
+    ],
+)
+def test_only(calls, only, names):
+    assert main(["--base", "tiny", "--only", only]) == 0
+    checkpoint, found, _ = calls[0]
+    assert found == names
+    assert checkpoint.roles >= roles_for(names)
+    # The language model's sizes need the vision encoder's config, and nothing else asks for more than it is made of.
+    assert checkpoint.roles - roles_for(names) <= {"vision"}
+    assert (checkpoint.vision is not None) == (checkpoint.language is not None)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_each_network_has_what_it_needs(calls, name):
+    from export.geometry import geometry_of
+
+    assert main(["--base", "tiny", "--only", name]) == 0
+    checkpoint = calls[0][0]
+    NETWORKS[name].spec(geometry_of(checkpoint))
+    assert {c.role for c in checkpoint.components} >= NETWORK_ROLES[name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--base tiny --only unet", "no network unet; there are: text_encoder, vae_encoder"),
+        ("--base tiny --only denoiser,unet,vae", "no network unet, vae; there are"),
+        ("--base tiny --only ,", "is named; there are"),
+        ("--base tiny --weights some/folder", "takes no --weights"),
+        ("--base tiny --adapters none.th", "none.th does not exist"),
+        ("--base tiny --mllm none", "none is not a folder; --mllm takes"),
+        ("--base tiny --vision none", "none is not a folder; --vision takes"),
+        ("--base tiny --vae none", "none is not a folder; --vae takes"),
+        ("--base sd15", "--base sd15 needs --weights"),
+        ("--base sd15 --weights none", "none does not exist"),
+        ("--base none", "none does not exist"),
+        ("--base {base} --vae {vae}", "--mllm"),
+        ("--base {base} --vae {vae} --only denoiser", "--adapters"),
+        ("--base {base} --vae {vae} --mllm {mllm} --vision {vision}", "--adapters"),
+        ("--base {base} --adapters {adapters} --only language_model", "--mllm"),
+        ("--base {base} --weights random --out photo.png", "photo.png: cannot be written"),
+        ("--base tiny --out photo.png/bundle", "photo.png/bundle: cannot be written"),
+        ("--base tiny --out /proc/none", "/proc/none: cannot be written"),
+    ],
+)
+def test_one_line_and_nothing_written(hub, tmp_path, monkeypatch, capsys, arguments, said):
+    places = {
+        "base": hub / "SG161222/Realistic_Vision_V4.0_noVAE",
+        "vae": hub / "stabilityai/sd-vae-ft-mse",
+        "mllm": hub / "KunpengSong/MoMA_llava_7b",
+        "vision": hub / "openai/clip-vit-large-patch14-336",
+        "adapters": hub / "checkpoints/attn_adapters_projectors.th",
+    }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo.png").write_text("a file")
+    assert main(arguments.format(**places).split()) == 2
+    assert said in one_line(capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["photo.png"]
+    assert (tmp_path / "photo.png").read_text() == "a file"
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundling, "build_bundle", interrupt)
+    assert main(["--base", "tiny"]) == 130
+    assert capsys.readouterr() == ("", "export.build: interrupted\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--only", "denoiser"], ["--base", "tiny", "--seed", "x"], ["--what"]])
+def test_arguments_that_cannot_be_parsed(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "python -m export.build: error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_needs_no_torch(repository):
+    code = (
+        "import sys, export.build as b; b.parser().format_help(); print('torch' in sys.modules, 'onnx' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=repository) == "False False\n"
+    text = parser().format_help()
+    for option in ("--base", "--weights", "--adapters", "--mllm", "--vision", "--vae", "--only", "--out", "--seed"):
+        assert option in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_elsewhere_is_a_line_a_network():
+    stream = io.StringIO()
+    with Progress(("a", "b"), stream) as progress:
+        progress.report("a", "checking")
+        progress.report("a", "kept")
+        progress.report("b", "tracing")
+        progress.report("b", "built in 1.0 s")
+    assert stream.getvalue() == f"{'a':<18} kept\n{'b':<18} built in 1.0 s\n"
+
+
+def test_progress_on_a_terminal_counts():
+    stream = Terminal()
+    with Progress(("a", "b"), stream) as progress:
+        progress.report("a", "tracing")
+        assert "a: tracing" in stream.getvalue()
+        assert "0/2 networks" in stream.getvalue()
+        progress.report("a", "kept")
+        assert "1/2 networks" in stream.getvalue()
