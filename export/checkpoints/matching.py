@@ -50,6 +50,15 @@ def fit(role: str, origin: Origin, weights: Weights, expected: Shapes, rename: R
     return Component(role, origin.name, origin.config, origin.sha256, load)
 
 
+def unread(role: str, name: str, config: dict[str, Any]) -> Component:
+    """A component of which only the config is there, because nothing asked for its weights."""
+
+    def refuse() -> StateDict:
+        raise CheckpointError(f"the weights of the {role} were not asked for")
+
+    return Component(role, name, config, "", refuse)
+
+
 def class_prefix(expected: Shapes) -> str:
     """`text_model.` or `vision_model.` if the installed transformers puts it before all tensors of a CLIP half."""
     return next((p for p in _CLASS_PREFIXES if all(name.startswith(p) for name in expected)), "")

@@ -62,6 +62,16 @@ class Component:
 
 
 @dataclass(frozen=True)
+class BaseParts:
+    """The parts of a base model; `tokenizer` is a folder, None where the base brings none."""
+
+    unet: Component
+    vae: Component
+    text_encoder: Component
+    tokenizer: Path | None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Everything a bundle is exported from.
 

@@ -22,9 +22,12 @@ from export.checkpoints.presets import Preset
 _GENERATOR_VERSION = 2
 
 
-def random_component(role: str, config: Config, seed: int) -> Component:
-    """A UNet, VAE, text encoder, language model or vision encoder of random weights, made when it is loaded."""
-    return _random(role, dict(config), {}, seed)
+def random_component(role: str, config: Config, seed: int, model: str = "") -> Component:
+    """A UNet, VAE, text encoder, language model or vision encoder of random weights, made when it is loaded.
+
+    Those of different `model` differ; without one, the weights depend on the role, the config and the seed.
+    """
+    return _random(role, dict(config), {}, f"{seed} of {model}" if model else str(seed))
 
 
 def random_adapters(unet_config: Config, language_width: int, preset: Preset, seed: int) -> Component:
@@ -32,10 +35,10 @@ def random_adapters(unet_config: Config, language_width: int, preset: Preset, se
     geometry = AdapterGeometry(
         CONTEXT_TOKENS, unet_config["cross_attention_dim"], EMBEDDING_WIDTH, language_width, preset.mapping_width
     )
-    return _random(ADAPTERS, geometry.to_config(), adapter_shapes(unet_config, geometry), seed)
+    return _random(ADAPTERS, geometry.to_config(), adapter_shapes(unet_config, geometry), str(seed))
 
 
-def _random(role: str, config: Config, known_shapes: Shapes, seed: int) -> Component:
+def _random(role: str, config: Config, known_shapes: Shapes, seed: str) -> Component:
     identity = [_GENERATOR_VERSION, role, config, sorted(known_shapes.items()), seed]
     sha256 = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -48,7 +51,7 @@ def _random(role: str, config: Config, known_shapes: Shapes, seed: int) -> Compo
     return Component(role, f"random weights, seed {seed}", config, sha256, load)
 
 
-def _tensor(role: str, name: str, shapes: Shapes, prefix: str, seed: int) -> torch.Tensor:
+def _tensor(role: str, name: str, shapes: Shapes, prefix: str, seed: str) -> torch.Tensor:
     """Layers and embeddings that keep variance 1; norms 1 and 0; queries and keys large enough to prefer tokens."""
     shape = shapes[prefix + name]
     weight = shapes.get(prefix + name.removesuffix("bias") + "weight", shape) if name.endswith("bias") else shape

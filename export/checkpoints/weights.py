@@ -79,6 +79,18 @@ def open_weights(path: Path) -> Weights:
     return Weights(path, (found,), dict.fromkeys(shapes, found), shapes)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text entries in a safetensors file's header; none for other files.
+
+    Raises:
+        CheckpointError: a truncated or corrupt file.
+    """
+    if path.suffix != _SAFETENSORS:
+        return {}
+    with _safetensors(path) as stream:
+        return dict(stream.metadata() or {})
+
+
 def load_pickle(path: Path) -> Any:
     """The object in a PyTorch pickle, made of tensors and plain containers only; tensors are mapped, not copied.
 
@@ -131,6 +143,16 @@ def content_hash(files: Iterable[Path]) -> str:
                     digest.update(chunk)
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hexadecimal SHA-256 over the names, dtypes, shapes and values of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -212,7 +234,7 @@ def as_state_dict(data: Any, what: str) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: it is something else; `what` names it in the message.
     """
-    if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
+    while isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
         data = data["state_dict"]
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{what} holds a {type(data).__name__}, not a state dict")
