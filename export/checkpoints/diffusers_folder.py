@@ -2,35 +2,24 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from export.checkpoints import presets
 from export.checkpoints.architectures import check_text_encoder, check_unet, check_vae, expected_shapes
-from export.checkpoints.matching import Origin, fit
-from export.checkpoints.model import TEXT_ENCODER, UNET, VAE, Component, StateDict
+from export.checkpoints.matching import Origin, fit, unread
+from export.checkpoints.model import TEXT_ENCODER, UNET, VAE, BaseParts, Component
+from export.checkpoints.single_file import read_vae_file
 from export.checkpoints.weights import content_hash, open_weights, read_json
 from moma_rt.errors import CheckpointError
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-_SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-@dataclass(frozen=True)
-class Base:
-    """The parts of a base model."""
-
-    unet: Component
-    vae: Component
-    text_encoder: Component
-    tokenizer: Path | None
-
-
-def read_base(folder: Path, vae: Path | None, roles: frozenset[str]) -> Base:
-    """Read a diffusers folder, with the VAE from the folder `vae` if one is given.
+def read_base(folder: Path, vae: Path | None, roles: frozenset[str]) -> BaseParts:
+    """Read a diffusers folder, with the VAE from `vae` if one is given.
 
     Weights are opened and hashed for `roles` only; other components have their configs.
 
@@ -49,16 +38,13 @@ def read_base(folder: Path, vae: Path | None, roles: frozenset[str]) -> Base:
     )
     text_encoder = _component(TEXT_ENCODER, folder, folder / "text_encoder", text_config, roles)
     tokenizer = _tokenizer(folder / "tokenizer") if TEXT_ENCODER in roles else None
-    return Base(unet, vae_component, text_encoder, tokenizer)
+    return BaseParts(unet, vae_component, text_encoder, tokenizer)
 
 
 def _unet_config(folder: Path) -> dict[str, Any]:
     """The UNet's config, once all that the folder says about its architecture has been checked."""
-    if folder.is_file():
-        kind = "a single-file checkpoint" if folder.suffix in _SINGLE_FILES else "a file"
-        raise CheckpointError(f"{folder} is {kind}; a base is a diffusers folder (model_index.json, unet/, vae/, …)")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist; a base is tiny, sd15 or a diffusers folder")
+        raise CheckpointError(f"{folder} is not a folder")
     index, unet = folder / "model_index.json", folder / "unet" / "config.json"
     if not index.is_file() and not unet.is_file():
         raise CheckpointError(f"{folder} is not a diffusers folder: it has no model_index.json and no unet/config.json")
@@ -77,13 +63,15 @@ def _unet_config(folder: Path) -> dict[str, Any]:
 
 
 def read_vae(folder: Path, roles: frozenset[str]) -> Component:
-    """The VAE in a folder of its own (config.json and weights).
+    """The VAE in a folder of its own (config.json and weights), or in a file in the CompVis layout.
 
     Raises:
-        CheckpointError: no such folder, another kind of VAE, or weights that are damaged or do not fit.
+        CheckpointError: nothing there, another kind of VAE, or weights that are damaged or do not fit.
     """
+    if folder.is_file():
+        return read_vae_file(folder, roles)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; --vae takes a folder with config.json and weights")
+        raise CheckpointError(f"{folder} does not exist; --vae takes a folder with config.json and weights, or a file")
     return _component(VAE, folder, folder, check_vae(read_json(folder / "config.json"), folder), roles)
 
 
@@ -105,11 +93,7 @@ def _config_or_preset(folder: Path, needed: bool, check: Callable[..., Any], pre
 def _component(role: str, source: Path, folder: Path, config: dict[str, Any], roles: frozenset[str]) -> Component:
     name = source.resolve().name
     if role not in roles:
-
-        def refuse() -> StateDict:
-            raise CheckpointError(f"the weights of the {role} were not asked for")
-
-        return Component(role, name, config, "", refuse)
+        return unread(role, name, config)
     weights = open_weights(folder)
     origin = Origin(name, config, content_hash((folder / "config.json", *weights.files)))
     rename = {UNET: str, VAE: _vae_name, TEXT_ENCODER: _text_encoder_name}[role]

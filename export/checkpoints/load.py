@@ -1,12 +1,15 @@
 """From what the command line was given to a checkpoint: files where there are files, random weights where asked for."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from export.bases import bases
 from export.checkpoints import presets
 from export.checkpoints.adapters import read_adapters
 from export.checkpoints.architectures import Config, check_vae, image_size
-from export.checkpoints.diffusers_folder import Base, read_base, read_vae
+from export.checkpoints.diffusers_folder import read_base, read_vae
+from export.checkpoints.hub import download_base
 from export.checkpoints.llava import (
     check_widths,
     has_vision_tower,
@@ -16,6 +19,7 @@ from export.checkpoints.llava import (
     read_vision_config,
     read_vision_copy,
 )
+from export.checkpoints.lora import LoraFile, fuse_loras
 from export.checkpoints.model import (
     ADAPTERS,
     LANGUAGE,
@@ -24,25 +28,30 @@ from export.checkpoints.model import (
     UNET,
     VAE,
     VISION,
+    BaseParts,
     Checkpoint,
     Component,
 )
 from export.checkpoints.presets import Preset
+from export.checkpoints.single_file import read_single_file
 from export.checkpoints.synthetic import random_adapters, random_component
 from moma_rt.errors import CheckpointError
 
 TINY = "tiny"
-SD15 = "sd15"
 RANDOM = "random"
+_CLIP = "openai/clip-vit-large-patch14"
+_TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
 class CheckpointRequest:
     """What to read. `roles` are those whose weights are needed (see `roles_for`).
 
-    base: `tiny` (synthetic), `sd15` (with `weights`), or a diffusers folder.
-    weights: `random` makes every role not given as a file from `seed`; a diffusers folder goes with `sd15`.
-    adapters, mllm, vision, vae: the adapter file and the LLaVA, CLIP and VAE folders.
+    base: `tiny` (synthetic), a name in bases.toml, a diffusers folder, or a single file in the CompVis layout.
+    weights: `random` makes every role not given as a file from `seed`; a folder or a file goes with a base's name,
+        which without any is downloaded.
+    adapters, mllm, vision, vae: the adapter file, the LLaVA and CLIP folders, and the VAE's folder or file.
+    loras: fused into the base's UNet and text encoder, in this order.
     """
 
     base: str
@@ -53,22 +62,32 @@ class CheckpointRequest:
     vae: Path | None = None
     roles: frozenset[str] = field(default_factory=lambda: frozenset(ROLES))
     seed: int = 0
+    loras: tuple[LoraFile, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A request whose base and weights were resolved: `folder` is None if the base is synthetic."""
+    """A request whose base and weights were resolved.
+
+    `name` is the base's, for the manifest; `source` its folder or file, None if it is synthetic; `vae` what takes the
+    place of its own.
+    """
 
     request: CheckpointRequest
-    preset: Preset
-    folder: Path | None
+    name: str
+    source: Path | None
+    vae: Path | None
     is_random: bool
+
+    @property
+    def preset(self) -> Preset:
+        return presets.TINY if self.name == TINY and self.source is None else presets.SD15
 
     def needs(self, role: str) -> bool:
         return role in self.request.roles
 
-    def random(self, role: str, config: Config) -> Component:
-        return random_component(role, config, self.request.seed)
+    def random(self, role: str, config: Config, model: str = "") -> Component:
+        return random_component(role, config, self.request.seed, model)
 
 
 def load_checkpoint(request: CheckpointRequest) -> Checkpoint:
@@ -79,12 +98,12 @@ def load_checkpoint(request: CheckpointRequest) -> Checkpoint:
             damaged, unsafe, of another architecture, or does not fit the others.
     """
     plan = _resolve(request)
-    base = _base(plan)
+    base = _with_loras(_base(plan), request)
     language = _language(plan)
     vision = _vision(plan, language)
     adapters = _adapters(plan, base.unet.config)
     return Checkpoint(
-        base=request.base if request.base in (TINY, SD15) else Path(request.base).resolve().name,
+        base=plan.name,
         image_size=image_size(base.unet.config, base.vae.config),
         unet=base.unet,
         vae=base.vae,
@@ -105,28 +124,73 @@ def _resolve(request: CheckpointRequest) -> _Plan:
     if request.base == TINY:
         if given not in (None, RANDOM):
             raise CheckpointError(f"--base {TINY} is synthetic and takes no --weights; --base DIR reads a checkpoint")
-        return _Plan(request, presets.TINY, None, True)
-    if request.base == SD15:
-        if given is None:
-            raise CheckpointError(f"--base {SD15} needs --weights: {RANDOM} or a diffusers folder")
-        return _Plan(request, presets.SD15, None if given == RANDOM else Path(given), given == RANDOM)
+        return _Plan(request, TINY, None, request.vae, True)
+    named = bases().get(request.base)
+    if named is None:
+        return _given_by_path(request)
+    if given == RANDOM:
+        return _Plan(request, named.name, None, request.vae, True)
+    if given is not None:
+        return _Plan(request, named.name, _existing(Path(given)), request.vae, False)
+    source, vae = download_base(named, request.roles, request.vae)
+    return _Plan(request, named.name, source, vae, False)
+
+
+def _given_by_path(request: CheckpointRequest) -> _Plan:
+    source, given = Path(request.base), request.weights
     if given not in (None, RANDOM):
         raise CheckpointError(
-            f"--weights {given} goes with --base {SD15}; --base {request.base} is a folder of its own"
+            f"--weights {given} goes with a base's name ({', '.join(bases())}); --base {source} is a path of its own"
         )
-    return _Plan(request, presets.SD15, Path(request.base), given == RANDOM)
+    if not source.exists():
+        raise CheckpointError(
+            f"{source} does not exist; a base is {TINY}, {', '.join(bases())}, a diffusers folder or a single file"
+        )
+    name = source.stem if source.is_file() else source.resolve().name
+    return _Plan(request, name, source, request.vae, given == RANDOM)
 
 
-def _base(plan: _Plan) -> Base:
-    vae, roles, preset = plan.request.vae, plan.request.roles, plan.preset
-    if plan.folder is not None:
-        return read_base(plan.folder, vae, roles)
-    return Base(
-        plan.random(UNET, preset.unet),
-        plan.random(VAE, check_vae(dict(preset.vae), "the preset")) if vae is None else read_vae(vae, roles),
-        plan.random(TEXT_ENCODER, preset.text_encoder),
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; --weights takes {RANDOM}, a diffusers folder or a single file")
+    return path
+
+
+def _base(plan: _Plan) -> BaseParts:
+    roles, preset = plan.request.roles, plan.preset
+    if plan.source is not None and plan.source.is_dir():
+        return read_base(plan.source, plan.vae, roles)
+    vae = read_vae(plan.vae, roles) if plan.vae is not None else None
+    if plan.source is not None:
+        parts = read_single_file(plan.source, vae, roles)
+        return dataclasses.replace(parts, tokenizer=_tokenizer_of_file(plan)) if plan.needs(TEXT_ENCODER) else parts
+    # Bases differ in what is trained for each of them; the other networks are the same in all, and so built once.
+    model = "" if plan.name == TINY else plan.name
+    return BaseParts(
+        plan.random(UNET, preset.unet, model),
+        vae if vae is not None else plan.random(VAE, check_vae(dict(preset.vae), "the preset")),
+        plan.random(TEXT_ENCODER, preset.text_encoder, model),
         None,
     )
+
+
+def _tokenizer_of_file(plan: _Plan) -> Path:
+    """A single file has no tokenizer; CLIP's is the same wherever it is found."""
+    file, vision = Path(str(plan.source)), plan.request.vision
+    beside = file.parent / "tokenizer"
+    for folder in (beside, *((vision,) if vision is not None else ())):
+        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            return folder
+    raise CheckpointError(
+        f"{file} needs CLIP's tokenizer: put vocab.json and merges.txt of https://huggingface.co/{_CLIP} into {beside}"
+    )
+
+
+def _with_loras(base: BaseParts, request: CheckpointRequest) -> BaseParts:
+    if not request.loras:
+        return base
+    unet, text_encoder = fuse_loras(base.unet, base.text_encoder, request.loras)
+    return dataclasses.replace(base, unet=unet, text_encoder=text_encoder)
 
 
 def _language(plan: _Plan) -> Component | None:

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from export.checkpoints import NETWORK_ROLES, ROLES, CheckpointRequest, load_checkpoint, roles_for
@@ -65,6 +66,20 @@ def test_tiny_needs_nothing():
     assert checkpoint == load_checkpoint(CheckpointRequest("tiny", weights="random"))
     assert checkpoint != load_checkpoint(CheckpointRequest("tiny", seed=1))
     assert checkpoint.adapters.config["language_width"] == checkpoint.language.config["hidden_size"]
+
+
+def test_bases_share_what_is_not_trained_for_each_of_them():
+    first, second = (load_checkpoint(CheckpointRequest(name, weights="random")) for name in ("sd15", "rev_animated"))
+    changed = {c.role for c, other in zip(first.components, second.components, strict=True) if c.sha256 != other.sha256}
+    assert changed == {"unet", "text_encoder"}
+    assert (first.base, second.base) == ("sd15", "rev_animated")
+    assert second.text_encoder.name == "random weights, seed 0 of rev_animated"
+    configs = [component.config for component in first.components]
+    assert configs == [component.config for component in second.components]
+    again = load_checkpoint(CheckpointRequest("rev_animated", weights="random", seed=1))
+    assert all(c.sha256 != other.sha256 for c, other in zip(second.components, again.components, strict=True))
+    adapters, other = first.adapters.load(), second.adapters.load()
+    assert all(torch.equal(adapters[name], other[name]) for name in adapters)
 
 
 def test_sd15_random_is_made_when_loaded():
@@ -148,23 +163,16 @@ def test_parts_that_do_not_fit_each_other(copy):
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
-        (CheckpointRequest("sd15"), "needs --weights"),
-        (CheckpointRequest("sd15", weights="/nowhere"), "/nowhere does not exist"),
-        (CheckpointRequest("/nowhere"), "/nowhere does not exist"),
+        (CheckpointRequest("sd15", weights="/nowhere"), "/nowhere does not exist; --weights takes random"),
+        (CheckpointRequest("/nowhere"), "/nowhere does not exist; a base is tiny, realistic_vision_v4"),
+        (CheckpointRequest("rev_animate"), "rev_animated"),
         (CheckpointRequest("tiny", weights="/x"), "takes no --weights"),
-        (CheckpointRequest("/x", weights="/y"), "goes with --base sd15"),
+        (CheckpointRequest("/x", weights="/y"), "goes with a base's name (realistic_vision_v4"),
         (CheckpointRequest("tiny", roles=frozenset({"unets"})), "unknown roles unets"),
     ],
 )
 def test_requests_that_cannot_be_met(request_, said):
     assert said in error_of(request_)
-
-
-def test_single_file_base(original):
-    file = original.base / "unet" / "diffusion_pytorch_model.safetensors"
-    message = error_of(CheckpointRequest(str(file)))
-    assert "single-file" in message
-    assert "diffusers folder" in message
 
 
 def test_roles_for():
