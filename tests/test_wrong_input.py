@@ -1,0 +1,226 @@
+"""Each kind of wrong input, through the command line: one line that says what is wrong, exit code 2, nothing written.
+
+The packages' own tests look at each check closely; these hold the promise as a user meets it.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+BASE = "hub/SG161222/Realistic_Vision_V4.0_noVAE"
+UNET = f"{BASE}/unet/config.json"
+UNET_WEIGHTS = f"{BASE}/unet/diffusion_pytorch_model.safetensors"
+ADAPTERS = "hub/checkpoints/attn_adapters_projectors.th"
+BUILD = ["build", "--base", BASE, "--vae", "hub/stabilityai/sd-vae-ft-mse", "--adapters", ADAPTERS, "--out", "new"]
+BUILD += ["--mllm", "hub/KunpengSong/MoMA_llava_7b", "--vision", "hub/openai/clip-vit-large-patch14-336"]
+ENROLL = ["enroll", "bundle", "photo.png", "mask.png", "--name", "car", "--out", "new.subject", "--quiet"]
+GENERATE = ["generate", "bundle", "car.subject", "A car.", "--steps", "1", "--out", "new.png", "--quiet"]
+
+
+def run(arguments: list[str]) -> int:
+    """`python -m export.build` where the first argument is "build", else `moma-rt`."""
+    if arguments[0] == "build":
+        from export.build import main
+
+        return main(arguments[1:])
+    from moma_rt.cli import entry
+
+    return entry(arguments)
+
+
+def changed(command: list[str], old: str, new: str) -> list[str]:
+    """The command with one of its words replaced."""
+    assert old in command
+    return [new if word == old else word for word in command]
+
+
+def replace(path: str, content: bytes) -> None:
+    # The files are hard links to what other tests read: never written in place.
+    Path(path).unlink()
+    Path(path).write_bytes(content)
+
+
+def truncate(path: str) -> None:
+    content = Path(path).read_bytes()
+    replace(path, content[: len(content) // 2])
+
+
+def edit(path: str, **values: object) -> None:
+    replace(path, json.dumps({**json.loads(Path(path).read_text()), **values}).encode())
+
+
+def edit_network_keys(bundle: str) -> None:
+    data = json.loads(Path(bundle, "manifest.json").read_text())
+    for network in data["networks"].values():
+        network["key"] = network["key"][::-1]
+    edit(f"{bundle}/manifest.json", base="other", networks=data["networks"])
+
+
+def alter(bundle: str, network: str) -> None:
+    (path,) = Path(bundle).glob(f"networks/{network}-*/model.onnx.data")
+    content = path.read_bytes()
+    replace(str(path), bytes([content[0] ^ 1]) + content[1:])
+
+
+class Attack:
+    """What a careless reader of this pickle runs: it makes the folder `ran`."""
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return os.mkdir, ("ran",)
+
+
+def malicious() -> None:
+    replace(ADAPTERS, pickle.dumps({"projectors": Attack(), "self_cross_attentions": {}, "llm_mapping": {}}))
+
+
+def malicious_zip() -> None:
+    import torch
+
+    Path(ADAPTERS).unlink()
+    torch.save({"projectors": Attack(), "self_cross_attentions": {}, "llm_mapping": {}}, ADAPTERS)
+
+
+def nothing() -> None:
+    pass
+
+
+def image(name: str, mode: str, size: tuple[int, int], color: int = 0) -> Callable[[], None]:
+    return lambda: Image.new(mode, size, color).save(name)
+
+
+SDXL = {"cross_attention_dim": 2048, "addition_embed_type": "text_time"}
+SD2 = {"cross_attention_dim": 1024, "use_linear_projection": True}
+REFUSED = "contains code (posix.mkdir), not plain tensors: it was refused and nothing in it was run"
+CASES = {
+    "missing base": (nothing, changed(BUILD, BASE, "none"), "none does not exist"),
+    "missing checkpoint file": (lambda: Path(UNET_WEIGHTS).unlink(), BUILD, "unet has no weights: looked for"),
+    "missing adapters": (lambda: Path(ADAPTERS).unlink(), BUILD, "does not exist; --adapters takes"),
+    "truncated checkpoint": (lambda: truncate(UNET_WEIGHTS), BUILD, "truncated"),
+    "truncated adapters": (lambda: truncate(ADAPTERS), BUILD, "truncated"),
+    "SDXL": (lambda: edit(UNET, **SDXL), BUILD, "is an SDXL checkpoint; MoMA's adapters need Stable Diffusion 1.5"),
+    "SD2": (lambda: edit(UNET, **SD2), BUILD, "is a Stable Diffusion 2 checkpoint; MoMA's adapters need 1.5"),
+    "adapters of another geometry": (
+        nothing,
+        ["build", "--base", "tiny", "--adapters", ADAPTERS, "--out", "new"],
+        "(needed: adapters for UNet widths [32, 32, 64, 64], text width 64)",
+    ),
+    "malicious pickle": (malicious, BUILD, REFUSED),
+    "malicious torch file": (malicious_zip, BUILD, REFUSED),
+    "mask without foreground": (
+        image("black.png", "L", (640, 600)),
+        changed(ENROLL, "mask.png", "black.png"),
+        "the mask has no foreground",
+    ),
+    "mask of another aspect ratio": (
+        image("wide.png", "L", (512, 256), 255),
+        changed(ENROLL, "mask.png", "wide.png"),
+        "the mask's aspect ratio is not the photo's: the photo is 640x600, the mask 512x256",
+    ),
+    "empty subject name": (nothing, changed(ENROLL, "car", ""), "subject name is empty"),
+    "blank subject name": (nothing, changed(ENROLL, "car", "   "), "subject name is empty"),
+    "subject name of 80 words": (
+        nothing,
+        changed(ENROLL, "car", "car " * 79 + "car"),
+        "subject name has 80 words, at most",
+    ),
+    "image bomb": (image("bomb.png", "1", (20000, 20000)), changed(ENROLL, "photo.png", "bomb.png"), "too large"),
+    "mask bomb": (image("bomb.png", "1", (20000, 20000)), changed(ENROLL, "mask.png", "bomb.png"), "too large"),
+    "strength above 2": (nothing, [*GENERATE, "--strength", "2.01"], "strength is 2.01: it must be between 0 and 2"),
+    "strength below 0": (nothing, [*GENERATE, "--strength=-0.1"], "strength is -0.1: it must be between 0 and 2"),
+    "steps 0": (nothing, changed(GENERATE, "1", "0"), "steps must be 1 to 999, not 0"),
+    "altered bundle": (lambda: alter("bundle", "denoiser"), GENERATE, "model.onnx.data was altered: its SHA-256 is"),
+    "altered bundle, enrolling": (lambda: alter("bundle", "vae_encoder"), ENROLL, "model.onnx.data was altered"),
+    "newer bundle": (
+        lambda: edit("bundle/manifest.json", format_version=2),
+        GENERATE,
+        "has bundle format 2; this moma-rt reads formats up to 1: upgrade it",
+    ),
+    "subject of another base": (lambda: edit_network_keys("bundle"), GENERATE, "base 'other'"),
+}
+
+
+@pytest.fixture(scope="module")
+def originals(hub, tiny_bundle, goldens, tmp_path_factory) -> Path:
+    """What the commands are given: checkpoints, a bundle, a subject enrolled with it, a photo and its mask."""
+    folder = tmp_path_factory.mktemp("originals")
+    shutil.copytree(hub, folder / "hub", copy_function=os.link)
+    shutil.copytree(tiny_bundle, folder / "bundle", copy_function=os.link)
+    shutil.copy(goldens / "context" / "image.png", folder / "photo.png")
+    shutil.copy(goldens / "context" / "mask.png", folder / "mask.png")
+    # Commands are given absolute names here and relative ones in the tests: the folder is theirs alone.
+    given = {"bundle": "bundle", "photo.png": "photo.png", "mask.png": "mask.png", "new.subject": "car.subject"}
+    command = [str(folder / given[word]) if word in given else word for word in ENROLL]
+    assert run(command) == 0
+    return folder
+
+
+@pytest.fixture
+def given(originals, tmp_path, monkeypatch) -> Path:
+    """The working folder with links to all of that; what replaces a file leaves the original alone."""
+    shutil.copytree(originals, tmp_path / "given", copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "given")
+    return tmp_path / "given"
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder with its inode and time of change."""
+    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("prepare", "command", "said"), CASES.values(), ids=CASES)
+def test_one_line_exit_code_2_and_nothing_written(given, capfd, prepare, command, said):
+    prepare()
+    before = listing(given)
+    assert run(command) == 2
+    out, err = capfd.readouterr()
+    program = "export.build" if command[0] == "build" else "moma-rt"
+    assert out == ""
+    assert err.startswith(f"{program}: error: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert said in err
+    assert "Traceback" not in err
+    assert listing(given) == before
+
+
+def test_the_attack_works_on_a_careless_reader(given):
+    malicious()
+    pickle.loads(Path(ADAPTERS).read_bytes())
+    assert Path("ran").is_dir()
+
+
+def test_a_prompt_over_77_tokens_is_cut_with_a_warning(given, capfd):
+    prompt = "A car " + "on a beach " * 30 + "at night"
+    assert run(changed(GENERATE, "A car.", prompt)) == 0
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("moma-rt: warning: ")
+    assert err.count("\n") == 1
+    assert "77 fit" in err
+    assert "cut: " in err
+    assert "at night" in err
+    assert Path("new.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["SDXL", "subject of another base"])
+def test_in_a_process_of_its_own(given, repository, name):
+    """Nothing that a library prints while it is imported, and no traceback at exit, comes beside the line."""
+    prepare, command, said = CASES[name]
+    prepare()
+    before = listing(given)
+    module, arguments = ("export.build", command[1:]) if command[0] == "build" else ("moma_rt", command)
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    ran = subprocess.run([sys.executable, "-m", module, *arguments], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert ran.stderr.count("\n") == 1
+    assert said in ran.stderr
+    assert listing(given) == before
