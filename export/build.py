@@ -15,6 +15,9 @@ examples:
   python -m export.build --base ./Realistic_Vision_V4.0_noVAE --vae ./sd-vae-ft-mse \\
       --adapters ./attn_adapters_projectors.th --mllm ./MoMA_llava_7b --vision ./clip-vit-large-patch14-336
       a bundle from the original checkpoints
+  python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --lora ./style.safetensors:0.8 \\
+      --adapters ... --mllm ... --vision ...
+      a base by name, from a single file, with a LoRA
   python -m export.build --base sd15 --weights random --only denoiser,vae_decoder
       the real geometry with random weights: to measure latency without any weights
 """
@@ -29,14 +32,29 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--base", required=True, metavar="NAME|DIR", help="tiny, sd15, or a folder in diffusers' layout")
     p.add_argument(
-        "--weights", metavar="random|DIR", help="random: whatever is not given as a file is random, from --seed"
+        "--base",
+        required=True,
+        metavar="NAME|DIR|FILE",
+        help="tiny, a name in export/bases.toml (realistic_vision_v4, rev_animated, sd15, ...; downloaded unless "
+        "--weights is given), a folder in diffusers' layout, or a .safetensors or .ckpt file in CompVis'",
+    )
+    p.add_argument(
+        "--weights",
+        metavar="random|DIR|FILE",
+        help="of a named base; random: whatever is not given as a file is random, from --seed",
+    )
+    p.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="add to the base's weights, in kohya's or diffusers' layout; may be repeated (default scale: 1)",
     )
     p.add_argument("--adapters", type=Path, metavar="FILE", help="MoMA's attn_adapters_projectors.th")
     p.add_argument("--mllm", type=Path, metavar="DIR", help="MoMA's language model, a folder in LLaVA's format")
     p.add_argument("--vision", type=Path, metavar="DIR", help="CLIP ViT-L/14-336; default: the copy in --mllm")
-    p.add_argument("--vae", type=Path, metavar="DIR", help="an autoencoder in place of the base's own")
+    p.add_argument("--vae", type=Path, metavar="DIR|FILE", help="an autoencoder in place of the base's own")
     p.add_argument("--only", metavar="NETWORKS", help="export only these, separated by commas, and keep the others")
     p.add_argument("--out", type=Path, metavar="DIR", help="the bundle; default: bundles/NAME")
     p.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
@@ -53,6 +71,7 @@ def _build(options: argparse.Namespace) -> int:
     # PyTorch takes seconds to import; --help should not.
     from export.bundling import build_bundle
     from export.checkpoints.load import CheckpointRequest, load_checkpoint
+    from export.checkpoints.lora import parse_lora
     from export.checkpoints.model import LANGUAGE, VISION, roles_for
     from export.progress import Progress
 
@@ -70,9 +89,10 @@ def _build(options: argparse.Namespace) -> int:
         vae=options.vae,
         roles=roles,
         seed=options.seed,
+        loras=tuple(parse_lora(text) for text in options.lora),
     )
     checkpoint = load_checkpoint(request)
-    out = options.out if options.out is not None else Path("bundles") / Path(options.base).resolve().name
+    out = options.out if options.out is not None else Path("bundles") / checkpoint.base
     with Progress(names, sys.stderr) as progress:
         bundle = build_bundle(checkpoint, names, out, progress.report)
     size = sum(file.size for file in bundle.manifest.files.values())

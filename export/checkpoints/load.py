@@ -103,7 +103,7 @@ def load_checkpoint(request: CheckpointRequest) -> Checkpoint:
     vision = _vision(plan, language)
     adapters = _adapters(plan, base.unet.config)
     return Checkpoint(
-        base=plan.name,
+        base="+".join((plan.name, *(lora.path.stem for lora in request.loras))),
         image_size=image_size(base.unet.config, base.vae.config),
         unet=base.unet,
         vae=base.vae,

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from export import bundling
 from export.build import main, parser
@@ -106,8 +108,9 @@ def test_each_network_has_what_it_needs(calls, name):
         ("--base tiny --adapters none.th", "none.th does not exist"),
         ("--base tiny --mllm none", "none is not a folder; --mllm takes"),
         ("--base tiny --vision none", "none is not a folder; --vision takes"),
-        ("--base tiny --vae none", "none is not a folder; --vae takes"),
-        ("--base sd15", "--base sd15 needs --weights"),
+        ("--base tiny --vae none", "none does not exist; --vae takes"),
+        ("--base tiny --lora none.safetensors:0.5", "none.safetensors does not exist"),
+        ("--base tiny --lora none.safetensors:nan", "the scale must be a finite number"),
         ("--base sd15 --weights none", "none does not exist"),
         ("--base none", "none does not exist"),
         ("--base {base} --vae {vae}", "--mllm"),
@@ -133,6 +136,21 @@ def test_one_line_and_nothing_written(hub, tmp_path, monkeypatch, capsys, argume
     assert said in one_line(capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["photo.png"]
     assert (tmp_path / "photo.png").read_text() == "a file"
+
+
+def test_loras_are_named_in_the_bundle(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    save_file(
+        {f"{layer}.lora_down.weight": torch.ones(1, 64), f"{layer}.lora_up.weight": torch.ones(128, 1)},
+        "style.safetensors",
+    )
+    lora = ["--lora", "style.safetensors", "--lora", "style.safetensors:-0.5"]
+    assert main(["--base", "tiny", "--only", "text_encoder", *lora]) == 0
+    manifest = Bundle.open(tmp_path / "bundles" / "tiny+style+style").manifest
+    assert manifest.base == "tiny+style+style"
+    source = next(source for source in manifest.sources if source.role == "text_encoder")
+    assert source.name == "random weights, seed 0 + style.safetensors:1 + style.safetensors:-0.5"
 
 
 def test_interrupted(monkeypatch, capsys):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from export.checkpoints import CheckpointRequest, load_checkpoint
 from export.checkpoints.lora import LoraFile, fuse_loras, parse_lora
@@ -303,4 +303,4 @@ def test_only_what_is_asked_for_is_fused(tmp_path, factors):
     fused = load_checkpoint(CheckpointRequest("tiny", loras=(LoraFile(path),)))
     changed = {c.role for c, before in zip(fused.components, plain.components, strict=True) if c != before}
     assert changed == {UNET, TEXT_ENCODER}
-    assert load_file(path).keys() == kohya(factors).keys()
+    assert fused.base == "tiny+my"
