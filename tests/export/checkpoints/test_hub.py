@@ -2,6 +2,7 @@
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from export.bases import bases
 from export.checkpoints import CheckpointRequest, load_checkpoint
@@ -72,7 +73,7 @@ def test_without_a_network(monkeypatch, name, failure):
 
 
 def test_the_library_itself_offline(monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="sd15 is not here and could not be downloaded"):
         load_checkpoint(CheckpointRequest("sd15"))
