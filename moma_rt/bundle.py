@@ -34,7 +34,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class NetworkEntry:
-    """One network of a bundle. `key` names its sources and code: equal keys compute the same function."""
+    """One network of a bundle. `key` names its sources, its code and the libraries that exported it."""
 
     spec: NetworkSpec
     precision: Precision
@@ -169,9 +169,21 @@ class Bundle:
         """Whether the bundle has all the named networks."""
         return all(name in self.manifest.networks for name in names)
 
-    def fingerprint(self, *names: str) -> str:
-        """Identifies what the named networks compute: equal for bundles made from the same sources."""
-        return hashlib.sha256("".join(self.network(name).key for name in names).encode()).hexdigest()
+    def has_sources(self, *roles: str) -> bool:
+        """Whether the bundle holds something made of all these roles' weights."""
+        return {source.role for source in self.manifest.sources}.issuperset(roles)
+
+    def fingerprint(self, *roles: str) -> str:
+        """Identifies the weights of the named roles: equal for all bundles made from the same ones.
+
+        Raises:
+            BundleError: nothing in the bundle is made of one of them.
+        """
+        hashes = {source.role: source.sha256 for source in self.manifest.sources}
+        for role in roles:
+            if role not in hashes:
+                raise BundleError(f"{self.root} has nothing made of the {role} weights (it has: {', '.join(hashes)})")
+        return hashlib.sha256("".join(hashes[role] for role in roles).encode()).hexdigest()
 
 
 def read_manifest(root: Path) -> Manifest:

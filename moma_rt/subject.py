@@ -21,16 +21,17 @@ from moma_rt.specs import Geometry
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "moma_subject"
-# What the reference K/V depend on; the denoiser and decoder may be exchanged (another precision) under a subject.
-_BASE_NETWORKS = ("text_encoder", "vae_encoder", "subject_encoder")
-_LANGUAGE_NETWORKS = ("vision_encoder", "language_model")
+# Reference K/V fit the UNet they were read from; the prefix fits its language model. Whatever else made them (the VAE,
+# the vision encoder) and how the networks were exported may differ.
+_BASE_ROLES = ("unet", "adapters")
+_LANGUAGE_ROLES = ("language",)
 
 
 @dataclass(frozen=True)
 class Origin:
     """Which weights a subject was computed with: the base's name for messages, fingerprints for the comparison.
 
-    `language` is None if the bundle had no vision encoder or no language model.
+    `language` is None if the bundle had nothing of a language model.
     """
 
     base: str
@@ -40,8 +41,8 @@ class Origin:
     @classmethod
     def of(cls, bundle: Bundle) -> "Origin":
         """What a subject enrolled with `bundle` would carry."""
-        language = bundle.fingerprint(*_LANGUAGE_NETWORKS) if bundle.has(*_LANGUAGE_NETWORKS) else None
-        return cls(bundle.manifest.base, bundle.fingerprint(*_BASE_NETWORKS), language)
+        language = bundle.fingerprint(*_LANGUAGE_ROLES) if bundle.has_sources(*_LANGUAGE_ROLES) else None
+        return cls(bundle.manifest.base, bundle.fingerprint(*_BASE_ROLES), language)
 
 
 @dataclass(frozen=True)

@@ -301,8 +301,9 @@ def make_bundle(root: Path, base: str = "fake", without: tuple[str, ...] = ()) -
     _byte_tokenizer(root / LANGUAGE_TOKENIZER, ("<s>",), "<s> $A")
     files += [TEXT_TOKENIZER, LANGUAGE_TOKENIZER]
     hashes = {f: FileEntry(sha256_file(root / f), (root / f).stat().st_size) for f in files}
-    source = Source("base", "hand-made", "0" * 64)
-    write_manifest(root, Manifest(base, "tests", GEOMETRY, entries, hashes, (source,)))
+    roles = [role for role in ("unet", "adapters", "language") if role != "language" or "language_model" in entries]
+    sources = tuple(Source(role, "hand-made", f"{base}-{role}") for role in roles)
+    write_manifest(root, Manifest(base, "tests", GEOMETRY, entries, hashes, sources))
     return root
 
 

@@ -196,12 +196,20 @@ class TestNetworks:
         assert bundle.has()
         assert not bundle.has("text_encoder", "denoiser")
 
-    def test_fingerprint_follows_the_keys(self, root: Path):
-        before = Bundle.open(root).fingerprint("text_encoder")
+    def test_fingerprint_follows_the_weights_alone(self, root: Path):
+        before = Bundle.open(root).fingerprint("base")
         edit(root, lambda data: data.update(created_by="another version"))
-        assert Bundle.open(root).fingerprint("text_encoder") == before
         edit(root, lambda data: data["networks"]["text_encoder"].update(key="k2"))
-        assert Bundle.open(root).fingerprint("text_encoder") != before
+        assert Bundle.open(root).fingerprint("base") == before
+        edit(root, lambda data: data["sources"][0].update(sha256="1" * 64))
+        assert Bundle.open(root).fingerprint("base") != before
+
+    def test_fingerprint_of_weights_it_does_not_hold(self, root: Path):
+        bundle = Bundle.open(root)
+        assert bundle.has_sources("base")
+        assert not bundle.has_sources("base", "unet")
+        with pytest.raises(BundleError, match=r"nothing made of the unet weights \(it has: base\)"):
+            bundle.fingerprint("unet")
 
 
 def test_manifest_is_replaced_whole(root: Path, monkeypatch: pytest.MonkeyPatch):

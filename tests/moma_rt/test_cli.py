@@ -128,7 +128,7 @@ def test_inspect_shows_a_bundle(fake_bundle, capsys, backend):
         "denoiser  fp32",
         "in   object_mask.8 float32 [batch 1..4, reference_tokens_8 1..64]",
         "out  image uint8 [batch 1..4, 64, 64, 3]",
-        "hand-made  000000000000",
+        "hand-made  fake-unet",
     ):
         assert part in out
     assert backend.loads == []

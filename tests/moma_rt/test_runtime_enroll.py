@@ -92,7 +92,6 @@ def test_without_a_language_model_there_is_no_prefix(tmp_path, fakes, backend, p
     runtime = Runtime(Bundle.open(fakes.make_bundle(tmp_path, without=(missing,))), backend)
     subject = runtime.enroll(photo, mask, "car")
     assert subject.prefix is None
-    assert subject.origin.language is None
     assert "vision_encoder" not in backend.loads
 
 
