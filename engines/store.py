@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moma_rt.bundle import FileEntry, Manifest, NetworkEntry
+from moma_rt.bundle import MANIFEST_NAME, FileEntry, Manifest, NetworkEntry
 from moma_rt.errors import InputError
 from moma_rt.files import fsync, sha256_file
 from moma_rt.specs import NetworkSpec, Precision
@@ -24,7 +25,10 @@ from moma_rt.specs import NetworkSpec, Precision
 NETWORKS_FOLDER = "networks"
 RECORD_NAME = "network.json"
 PARTIAL_PREFIX = ".partial-"
+LOCK_NAME = ".lock"
 _KEY_LENGTH = 16
+# What this store may delete; whatever else lies beside it is somebody's.
+_OWN_FOLDER = re.compile(rf"[a-z_]+-[0-9a-f]{{{_KEY_LENGTH}}}|{re.escape(PARTIAL_PREFIX)}.*")
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,13 @@ class NetworkStore:
         """Hold the bundle for one build; the lock goes with the process, however it ends.
 
         Raises:
-            InputError: the folder cannot be written, or another build holds it.
+            InputError: the folder cannot be written, holds something else than a bundle, or another build holds it.
         """
         try:
+            if self.root.is_dir() and any(self.root.iterdir()) and not self._is_ours():
+                raise InputError(f"--out {self.root}: holds other files and no bundle; give a new or an empty folder")
             self._folder.mkdir(parents=True, exist_ok=True)
-            stream = (self.root / ".lock").open("w")
+            stream = (self.root / LOCK_NAME).open("w")
         except OSError as error:
             raise InputError(f"--out {self.root}: cannot be written: {error.strerror}") from None
         with stream:
@@ -81,7 +87,7 @@ class NetworkStore:
             files = {name: FileEntry(**file) for name, file in record["files"].items()}
             if all((self.root / name).stat().st_size == file.size for name, file in files.items()):
                 return StoredNetwork(self._entry(request, files), files)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         return None
 
@@ -101,6 +107,7 @@ class NetworkStore:
             (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             fsync(partial / RECORD_NAME)
             partial.chmod(0o755)
+            fsync(partial)
             shutil.rmtree(place, ignore_errors=True)
             partial.rename(place)
             fsync(self._folder)
@@ -113,6 +120,9 @@ class NetworkStore:
         used = {Path(entry.onnx).parent.name for entry in manifest.networks.values()}
         self._remove(lambda path: path.name not in used)
 
+    def _is_ours(self) -> bool:
+        return (self.root / MANIFEST_NAME).is_file() or (self.root / LOCK_NAME).is_file()
+
     def _place(self, request: NetworkRequest) -> Path:
         return self._folder / f"{request.spec.name}-{request.key[:_KEY_LENGTH]}"
 
@@ -121,5 +131,6 @@ class NetworkStore:
         return NetworkEntry(request.spec, request.precision, request.key, onnx, tuple(sorted(files)))
 
     def _remove(self, unwanted: Callable[[Path], bool]) -> None:
-        for path in filter(unwanted, list(self._folder.iterdir())):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in list(self._folder.iterdir()):
+            if _OWN_FOLDER.fullmatch(path.name) and unwanted(path):
+                shutil.rmtree(path, ignore_errors=True)

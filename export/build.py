@@ -55,7 +55,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mllm", type=Path, metavar="DIR", help="MoMA's language model, a folder in LLaVA's format")
     p.add_argument("--vision", type=Path, metavar="DIR", help="CLIP ViT-L/14-336; default: the copy in --mllm")
     p.add_argument("--vae", type=Path, metavar="DIR|FILE", help="an autoencoder in place of the base's own")
-    p.add_argument("--only", metavar="NETWORKS", help="export only these, separated by commas, and keep the others")
+    p.add_argument(
+        "--only",
+        metavar="NETWORKS",
+        help="export only these, separated by commas; those of the bundle that come from the same sources stay",
+    )
     p.add_argument("--out", type=Path, metavar="DIR", help="the bundle; default: bundles/NAME")
     p.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
     return p

@@ -22,6 +22,7 @@ from export.networks import NETWORKS, Network
 from export.onnx_export import MODEL_NAME, export_network
 from moma_rt.bundle import (
     LANGUAGE_TOKENIZER,
+    MANIFEST_NAME,
     TEXT_TOKENIZER,
     Bundle,
     FileEntry,
@@ -63,13 +64,12 @@ def build_bundle(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, repo
     made_tokenizers = _tokenizers(checkpoint)
     with _disk_errors(out), store.locked():
         _remove_partial_files(out)
+        before = _networks_before(out)
         previous = _previous(out, checkpoint, geometry)
         geometry = previous.geometry
         built = {name: _stored(NETWORKS[name], checkpoint, geometry, store, report) for name in names}
         files = {name: file for network in built.values() for name, file in network.files.items()}
-        for name, tokenizer in made_tokenizers.items():
-            tokenizers.save(tokenizer, out / name)
-            files[name] = FileEntry(sha256_file(out / name), (out / name).stat().st_size)
+        files |= _write_tokenizers(made_tokenizers, out)
         entries = {**previous.networks, **{name: network.entry for name, network in built.items()}}
         sources = {c.role: Source(c.role, c.name, c.sha256) for c in checkpoint.components}
         manifest = Manifest(
@@ -82,6 +82,8 @@ def build_bundle(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, repo
         )
         manifest = _without_unused(manifest)
         write_manifest(out, manifest)
+        for name in sorted(before - manifest.networks.keys()):
+            report(name, "dropped: it was made from other sources")
         store.remove_unused(manifest)
         for name in {TEXT_TOKENIZER, LANGUAGE_TOKENIZER} - manifest.files.keys():
             (out / name).unlink(missing_ok=True)
@@ -145,6 +147,27 @@ def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer]:
             tokenizers.language_tokenizer(folder) if folder is not None else tokenizers.synthetic_language_tokenizer()
         )
     return made
+
+
+def _write_tokenizers(made: dict[str, Tokenizer], out: Path) -> dict[str, FileEntry]:
+    """Tokenizers keep their names: where one changes, the old manifest goes first, for it would name a wrong file."""
+    files = {}
+    for name, tokenizer in made.items():
+        path = out / name
+        staged = path.with_name(PARTIAL_PREFIX + path.name)
+        tokenizers.save(tokenizer, staged)
+        files[name] = FileEntry(sha256_file(staged), staged.stat().st_size)
+        if path.is_file() and sha256_file(path) != files[name].sha256:
+            (out / MANIFEST_NAME).unlink(missing_ok=True)
+        staged.replace(path)
+    return files
+
+
+def _networks_before(out: Path) -> set[str]:
+    try:
+        return set(read_manifest(out).networks)
+    except BundleError:
+        return set()
 
 
 def _previous(out: Path, checkpoint: Checkpoint, geometry: Geometry) -> Manifest:

@@ -27,9 +27,10 @@ class Progress:
         self._bar.close()
 
     def report(self, network: str, state: str) -> None:
-        """Called by the build when a network enters a stage; "kept" and "built …" end it."""
-        if state.startswith(("kept", "built")):
+        """Called by the build when a network enters a stage; "kept", "built …" and "dropped …" end it."""
+        if state.startswith(("kept", "built", "dropped")):
             tqdm.write(f"{network:<18} {state}", file=self._stream)
+        if state.startswith(("kept", "built")):
             self._bar.update()
         # Last, since it always redraws: an update right after another drawing does not.
         self._bar.set_description_str(f"{network}: {state}")
