@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.checkpoints.architectures import llama_config
 from export.checkpoints.model import Checkpoint, Component
 from export.models.language import ContextProjector, LanguageModel
 from export.models.text import TextEncoder
@@ -186,7 +187,7 @@ def _vision_encoder(c: Checkpoint, g: Geometry) -> nn.Module:
 def _language_model(c: Checkpoint, g: Geometry) -> nn.Module:
     assert c.language is not None
     weights = {name: t for name, t in _weights(c.language).items() if not name.startswith("mm_projector.")}
-    return LanguageModel(c.language.config, weights, _select(_weights(c.adapters), "mapping."))
+    return LanguageModel(llama_config(c.language.config), weights, _select(_weights(c.adapters), "mapping."))
 
 
 def _context_projector(c: Checkpoint, g: Geometry) -> nn.Module:

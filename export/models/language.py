@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
-from moma_rt.errors import CheckpointError
-
 
 class LanguageModel(nn.Module):
     """Llama's decoder, then `down(silu(gate·x) · up·x)` on the last token (MoMA, section 3.1).
@@ -24,8 +22,6 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: dict[str, Any], weights: dict[str, Tensor], mapping: dict[str, Tensor]) -> None:
         super().__init__()
-        if config.get("rope_scaling"):
-            raise CheckpointError(f"language model: rope_scaling {config['rope_scaling']} is not supported, only none")
         llama = LlamaConfig(**config)
         with torch.device("meta"):
             model = LlamaModel(llama)
