@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from moma_rt.files import atomic_write
 _PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers", "transformers")
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, versions, commit and command of this run."""
+def environment(command: str) -> dict[str, Any]:
+    """Hardware, versions and commit of this run, and the command that repeats it elsewhere."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -27,7 +26,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"moma-rt": moma_rt.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "commit": _commit(),
-        "command": " ".join(["python -m", *(_module_name(), *sys.argv[1:])]),
+        "command": command,
     }
 
 
@@ -42,11 +41,6 @@ def write_results(name: str, results: dict[str, Any]) -> Path:
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-def _module_name() -> str:
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if spec is not None else Path(sys.argv[0]).name
 
 
 def _cpu_name() -> str:

@@ -40,7 +40,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.out.exists():
         parser.error(f"--out {options.out} exists: what is finished there would not be built, and not be measured")
-    results: dict[str, Any] = {"environment": environment(), "export": export(options.out)}
+    results: dict[str, Any] = {
+        "environment": environment(f"python -m benchmarks.full_size --out DIR --repeats {options.repeats}"),
+        "export": export(options.out),
+    }
     torch_result = in_own_process(pytorch_step, options.out, options.repeats)
     ort_result = in_own_process(onnxruntime_step, options.out, options.repeats)
     errors = {
