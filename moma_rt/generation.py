@@ -1,21 +1,22 @@
 """The sampling loop, its settings and its result."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from moma_rt.backends.base import Array
 from moma_rt.buffers import GenerationBuffers
-from moma_rt.errors import Cancelled, InputError
+from moma_rt.errors import Cancelled, InputError, MomaError
+from moma_rt.messages import shown
 from moma_rt.noise import MAX_SEED, check_seed
 from moma_rt.schedules import Column, schedule
 
 MAX_STRENGTH = 2.0
+MAX_GUIDANCE_SCALE = 100.0
 MAX_IMAGES = 64
 
 FloatArray = NDArray[np.float32]
@@ -66,11 +67,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         _check_number("strength", self.strength, 0.0, MAX_STRENGTH)
-        _check_number("guidance_scale", self.guidance_scale, 0.0, math.inf)
+        _check_number("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE_SCALE)
         if isinstance(self.num_images, bool) or not isinstance(self.num_images, int | np.integer):
-            raise InputError(f"num_images is {self.num_images!r}: it must be a whole number from 1 to {MAX_IMAGES}")
+            raise InputError(
+                f"num_images is {shown(self.num_images)}: it must be a whole number from 1 to {MAX_IMAGES}"
+            )
         if not 1 <= self.num_images <= MAX_IMAGES:
-            raise InputError(f"num_images is {self.num_images}: it must be from 1 to {MAX_IMAGES}")
+            raise InputError(f"num_images is {shown(self.num_images)}: it must be from 1 to {MAX_IMAGES}")
         if check_seed(self.seed) + self.num_images - 1 > MAX_SEED:
             raise InputError(f"seed is {self.seed}: {self.num_images} images need seeds up to {MAX_SEED} at most")
         self.rows  # noqa: B018 - raises now, not after the networks were loaded
@@ -110,6 +113,16 @@ def sample(buffers: GenerationBuffers, rows: FloatArray, noise: FloatArray | Non
             raise Cancelled(f"cancelled after step {index + 1} of {len(rows)}")
 
 
+def check_finite(latents: Array) -> None:
+    """Refuse latents that no longer are numbers, which would be decoded to a black picture.
+
+    Raises:
+        MomaError: NaN or infinity in them.
+    """
+    if not np.isfinite(latents).all():
+        raise MomaError("the latents became NaN or infinity while denoising: lower guidance_scale or strength")
+
+
 def pictures(images_bhwc: NDArray[np.uint8]) -> list[Image.Image]:
     """One RGB picture a sample."""
     return [Image.fromarray(image) for image in images_bhwc]
@@ -139,7 +152,8 @@ def check_array(name: str, array: object, shape: tuple[int, ...]) -> FloatArray:
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value) and low <= float(value) <= high:
+    # NaN is in no range, and Python compares an integer of any size without converting it.
+    numbers = int | float | np.integer | np.floating
+    if not isinstance(value, bool) and isinstance(value, numbers) and low <= value <= high:
         return
-    limits = f"a finite number of at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-    raise InputError(f"{name} is {value!r}: it must be {limits}")
+    raise InputError(f"{name} is {shown(value)}: it must be between {low:g} and {high:g}")

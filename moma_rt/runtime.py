@@ -1,7 +1,8 @@
 """The runtime: a bundle's networks on one backend, turned into enrol and generate."""
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from moma_rt.buffers import GenerationBuffers
 from moma_rt.bundle import Bundle
 from moma_rt.conditioning import Conditioner
 from moma_rt.enrollment import ReferenceNoise, compact, reference_pass
+from moma_rt.errors import InputError
 from moma_rt.generation import (
     FloatArray,
     OnStep,
@@ -20,6 +22,7 @@ from moma_rt.generation import (
     Settings,
     StepInfo,
     check_array,
+    check_finite,
     pictures,
     sample,
     upsample,
@@ -49,7 +52,7 @@ class _Conditions:
 class Runtime:
     """Enrolls subjects and makes pictures of them with one bundle.
 
-    May be shared between threads: calls run one after the other.
+    May be shared between threads: calls run one after the other. A step callback runs within its call's turn.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
@@ -58,6 +61,7 @@ class Runtime:
         self._conditioner = Conditioner(self._networks)
         self._buffers: Lru[tuple[object, ...], GenerationBuffers] = Lru(_BUFFER_SETS)
         self._lock = threading.Lock()
+        self._owner: int | None = None
 
     @classmethod
     def load(cls, bundle: str | Path, backend: str = "onnxruntime", threads: int | None = None) -> "Runtime":
@@ -96,7 +100,7 @@ class Runtime:
             reference_noise: likewise, for the noising of the reference at t = 0.
 
         Raises:
-            InputError: a photo, mask, name, seed or noise that cannot be used.
+            InputError: a photo, mask, name, seed or noise that cannot be used, or a call from within `on_step`.
             BundleError: a network that enrolling needs is missing or was altered.
         """
         self._conditioner.text_tokenizer.check_subject(name)
@@ -113,7 +117,7 @@ class Runtime:
         prepared = prepare(load_photo(image), load_mask(mask), geometry.image_size, vision_size)
         origin = Origin.of(self.bundle)
         stages = Stages()
-        with self._lock:
+        with self._turn():
             text_tokens, _ = self._conditioner.text_tokens(name, stages)
             full = reference_pass(self._networks, prepared.photo_chw, noise, text_tokens, stages)
             reference = compact(geometry, prepared.mask_hw, full)
@@ -153,20 +157,22 @@ class Runtime:
             prompt: such as "A car on a beach."; beyond 77 CLIP tokens it is cut, with a MomaWarning.
             strength: of the subject's appearance, 0 to 2: about 1.0 for a new context, 0.4 for a new texture.
             steps: of denoising, 1 to 999.
-            guidance_scale: of the prompt, at least 0; 1.0 is none and takes half the time.
+            guidance_scale: of the prompt, 0 to 100; 1.0 is none and takes half the time.
             negative_prompt: what the picture should not show.
             seed: of the first picture, 0 to 2**64 - 1; the following ones have the following seeds.
             num_images: 1 to 64; as many as the bundle allows are made together.
             scheduler: one of `moma_rt.schedules.SCHEDULERS`.
             latents: float32 [num_images,4,h,w], standard normal, instead of drawn from the seeds.
             context_embedding: float32 [1024], instead of the language model's reading of photo and prompt.
-            on_step: called after each step with a StepInfo; returning False cancels.
+            on_step: called after each step with a StepInfo; returning False cancels. It must not call this runtime,
+                nor wait for a thread that does: the runtime is busy with the call that is being reported.
 
         Raises:
-            InputError: a value outside its range; nothing was computed.
+            InputError: a value outside its range, or a call from within `on_step`; nothing was computed.
             SubjectError: the subject belongs to another base's bundle.
             BundleError: a network that is needed is missing or was altered.
             Cancelled: `on_step` returned False.
+            MomaError: the latents became NaN or infinity.
         """
         settings = Settings(strength, steps, guidance_scale, scheduler, seed, num_images)
         check_prompt(prompt)
@@ -181,11 +187,25 @@ class Runtime:
             context_embedding = check_array("context_embedding", context_embedding, (geometry.embedding_width,))
         subject.check(self.bundle)
         stages = Stages()
-        with self._lock:
+        with self._turn():
             conditions = self._conditions(
                 subject, (prompt, negative_prompt), context_embedding, settings.guided, stages
             )
             return self._generate(subject, conditions, settings, latents, on_step or _ignore, stages)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for this thread's turn; the lock is not reentrant, because the buffers are of one call."""
+        here = threading.get_ident()
+        # Only this thread can have written its own number there, so it cannot change between here and the lock.
+        if self._owner == here:
+            raise InputError("the runtime was called from on_step, while it is busy with the call that is reported")
+        with self._lock:
+            self._owner = here
+            try:
+                yield
+            finally:
+                self._owner = None
 
     def _conditions(
         self,
@@ -232,6 +252,7 @@ class Runtime:
             with stages.timed("denoiser"):
                 sample(buffers, rows, noise, done)
                 self._networks.backend.synchronize()
+                check_finite(buffers.state("latents"))
             with stages.timed("vae_decoder"):
                 result.images.extend(pictures(buffers.decode()))
             result.foreground_masks.extend(upsample(buffers.state("foreground_mask"), size))

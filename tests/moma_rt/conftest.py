@@ -3,8 +3,10 @@
 The fake networks depend on every input they have, so that a wrong or stale input changes the picture.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,12 +219,13 @@ class FakeBound:
 
     def enqueue(self) -> None:
         spec = self.network.spec
-        inputs = {t.name: self.buffers[t.name].copy() for t in spec.inputs}
-        self.network.backend.runs.append((spec.name, inputs))
-        outputs = FUNCTIONS[spec.name](inputs)
-        for tensor in spec.outputs:
-            assert outputs[tensor.name].shape == self.buffers[tensor.name].shape, tensor.name
-            self.buffers[tensor.name][...] = outputs[tensor.name]
+        with self.network.backend.alone():
+            inputs = {t.name: self.buffers[t.name].copy() for t in spec.inputs}
+            self.network.backend.runs.append((spec.name, inputs))
+            outputs = FUNCTIONS[spec.name](inputs)
+            for tensor in spec.outputs:
+                assert outputs[tensor.name].shape == self.buffers[tensor.name].shape, tensor.name
+                self.buffers[tensor.name][...] = outputs[tensor.name]
 
 
 @dataclass
@@ -231,15 +234,19 @@ class FakeNetwork:
     backend: "FakeBackend"
 
     def bind(self, buffers: Mapping[str, np.ndarray]) -> FakeBound:
-        used = {t.name: buffers[t.name] for t in (*self.spec.inputs, *self.spec.outputs)}
-        assert len({id(buffer) for buffer in used.values()}) == len(used), "overlapping buffers"
-        self.backend.binds.append(self.spec.name)
-        return FakeBound(self, used)
+        with self.backend.alone():
+            used = {t.name: buffers[t.name] for t in (*self.spec.inputs, *self.spec.outputs)}
+            assert len({id(buffer) for buffer in used.values()}) == len(used), "overlapping buffers"
+            self.backend.binds.append(self.spec.name)
+            return FakeBound(self, used)
 
 
 @dataclass
 class FakeBackend:
-    """Records what the runtime does: loads, allocations, uploads, binds, and every run with copies of its inputs."""
+    """Records what the runtime does: loads, allocations, uploads, binds, and every run with copies of its inputs.
+
+    A second thread that enters it while a first one is inside sets `collided`, and fails.
+    """
 
     name: str = "fake"
     loads: list[str] = field(default_factory=list)
@@ -247,23 +254,39 @@ class FakeBackend:
     binds: list[str] = field(default_factory=list)
     uploads: list[tuple[int, ...]] = field(default_factory=list)
     runs: list[tuple[str, Arrays]] = field(default_factory=list)
+    collided: threading.Event = field(default_factory=threading.Event)
+    _inside: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        if not self._inside.acquire(blocking=False):
+            self.collided.set()
+            raise AssertionError("two threads in one backend")
+        try:
+            yield
+        finally:
+            self._inside.release()
 
     def load(self, spec: NetworkSpec, onnx: Path) -> FakeNetwork:
-        assert onnx.is_file()
-        self.loads.append(spec.name)
-        return FakeNetwork(spec, self)
+        with self.alone():
+            assert onnx.is_file()
+            self.loads.append(spec.name)
+            return FakeNetwork(spec, self)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        self.allocations.append(shape)
-        return np.zeros(shape, dtype)
+        with self.alone():
+            self.allocations.append(shape)
+            return np.zeros(shape, dtype)
 
     def upload(self, buffer: np.ndarray, array: np.ndarray) -> None:
-        assert buffer.shape == array.shape
-        self.uploads.append(array.shape)
-        np.copyto(buffer, array, casting="same_kind")
+        with self.alone():
+            assert buffer.shape == array.shape
+            self.uploads.append(array.shape)
+            np.copyto(buffer, array, casting="same_kind")
 
     def download(self, buffer: np.ndarray) -> np.ndarray:
-        return buffer.copy()
+        with self.alone():
+            return buffer.copy()
 
     def synchronize(self) -> None:
         pass

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moma_rt.bundle import Bundle
-from moma_rt.errors import BundleError, Cancelled, InputError, MomaWarning, SubjectError
+from moma_rt.errors import BundleError, Cancelled, InputError, MomaError, MomaWarning, SubjectError
 from moma_rt.noise import Stream, draw
 from moma_rt.runtime import Runtime
 from moma_rt.schedules import Column, schedule
@@ -231,6 +231,21 @@ def test_a_scheduler_that_adds_noise_gets_each_seeds_own(runtime, backend, subje
     assert not backend.inputs_of("denoiser")[-1]["noise"].any(), "left over from the call before"
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_latents_that_are_no_numbers_are_not_decoded(runtime, backend, subject, fakes, monkeypatch, value):
+    def overflowing(inputs):
+        return {**denoiser(inputs), "next_latents": np.full_like(inputs["latents"], value)}
+
+    denoiser = fakes.functions["denoiser"]
+    monkeypatch.setitem(fakes.functions, "denoiser", overflowing)
+    with pytest.raises(MomaError, match="latents became NaN or infinity while denoising") as caught:
+        runtime.generate(subject, "A car.", steps=1)
+    assert "\n" not in str(caught.value)
+    assert not backend.inputs_of("vae_decoder")
+    monkeypatch.undo()
+    assert runtime.generate(subject, "A car.", steps=2).images
+
+
 def test_each_step_is_reported(runtime, subject):
     infos = []
     runtime.generate(subject, "A car.", steps=2, num_images=5, on_step=infos.append)
@@ -256,20 +271,61 @@ def test_a_callback_that_raises_leaves_the_runtime_usable(runtime, subject):
     assert runtime.generate(subject, "A car.", steps=1).images
 
 
-def test_threads_take_turns(runtime, subject):
-    expected = [pixels(runtime.generate(subject, "A car.", steps=3, seed=seed)) for seed in range(4)]
-    found = {}
+@pytest.mark.parametrize("within", ["generate", "enroll"])
+def test_calling_the_runtime_from_its_callback_is_refused(runtime, subject, photo, mask, within):
+    def call_again(_):
+        if within == "generate":
+            runtime.generate(subject, "A car.", steps=1)
+        else:
+            runtime.enroll(photo, mask, "car")
+
+    with pytest.raises(InputError, match="called from on_step") as caught:
+        runtime.generate(subject, "A car.", steps=1, on_step=call_again)
+    assert "\n" not in str(caught.value)
+    assert runtime.generate(subject, "A car.", steps=1).images, "the turn was given back"
+
+
+class WatchedLock:
+    """A lock that says when somebody has to wait for it."""
+
+    def __init__(self, waited):
+        self._lock = threading.Lock()
+        self._waited = waited
+
+    def __enter__(self):
+        if not self._lock.acquire(blocking=False):
+            self._waited.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_):
+        self._lock.release()
+
+
+def test_threads_take_turns(runtime, backend, subject, fakes, monkeypatch):
+    expected = [pixels(runtime.generate(subject, "A car.", steps=3, seed=seed)) for seed in range(2)]
+    found, inside, denoiser = {}, threading.Event(), fakes.functions["denoiser"]
+
+    def lingering(inputs):
+        # The first thread stays in the backend until the second one waits for its turn, or walks in on it.
+        if not inside.is_set():
+            inside.set()
+            assert backend.collided.wait(60), "the second thread neither waited nor entered"
+        return denoiser(inputs)
 
     def work(seed):
         found[seed] = pixels(runtime.generate(subject, "A car.", steps=3, seed=seed))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
+    monkeypatch.setattr(runtime, "_lock", WatchedLock(backend.collided))
+    monkeypatch.setitem(fakes.functions, "denoiser", lingering)
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    threads[0].start()
+    assert inside.wait(60)
+    threads[1].start()
     for thread in threads:
         thread.join()
-    for seed in range(4):
-        np.testing.assert_array_equal(found[seed], expected[seed])
+    assert found.keys() == {0, 1}, "a thread failed"
+    for seed, picture in found.items():
+        np.testing.assert_array_equal(picture, expected[seed])
 
 
 WRONG = [
@@ -277,13 +333,22 @@ WRONG = [
     ({"strength": 2.001}, "strength is 2.001: it must be between 0 and 2"),
     ({"strength": math.nan}, "strength is nan: it must be between 0 and 2"),
     ({"strength": "much"}, "strength is 'much': it must be between 0 and 2"),
-    ({"guidance_scale": math.inf}, "guidance_scale is inf: it must be a finite number of at least 0"),
-    ({"guidance_scale": -1}, "guidance_scale is -1: it must be a finite number of at least 0"),
+    ({"strength": 10**400}, f"strength is 1{'0' * 79}...: it must be between 0 and 2"),
+    ({"strength": 10**5000}, "strength is <int>: it must be between 0 and 2"),
+    ({"strength": 1j}, "strength is 1j: it must be between 0 and 2"),
+    ({"strength": np.zeros((2, 1))}, "strength is array([[0.], [0.]]): it must be between 0 and 2"),
+    ({"guidance_scale": math.inf}, "guidance_scale is inf: it must be between 0 and 100"),
+    ({"guidance_scale": math.nan}, "guidance_scale is nan: it must be between 0 and 100"),
+    ({"guidance_scale": 1e39}, "guidance_scale is 1e+39: it must be between 0 and 100"),
+    ({"guidance_scale": 100.01}, "guidance_scale is 100.01: it must be between 0 and 100"),
+    ({"guidance_scale": 10**400}, "it must be between 0 and 100"),
+    ({"guidance_scale": -1}, "guidance_scale is -1: it must be between 0 and 100"),
     ({"steps": 0}, "steps must be 1 to 999, not 0"),
     ({"steps": 2.5}, "steps must be a whole number, 1 to 999, not 2.5"),
     ({"scheduler": "euler-ish"}, "unknown scheduler 'euler-ish'; available: ddim"),
     ({"num_images": 0}, "num_images is 0: it must be from 1 to 64"),
     ({"num_images": 65}, "num_images is 65: it must be from 1 to 64"),
+    ({"num_images": 10**5000}, "num_images is <int>: it must be from 1 to 64"),
     ({"num_images": True}, "num_images is True: it must be a whole number from 1 to 64"),
     ({"seed": -1}, "seed must be 0 to 18446744073709551615, not -1"),
     ({"seed": 2**64 - 1, "num_images": 2}, "2 images need seeds up to"),
