@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moma_rt import __version__
-from moma_rt.errors import InputError, run_command
+from moma_rt.errors import InputError, print_output, run_command
 from moma_rt.files import atomic_write
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _enroll(arguments: argparse.Namespace) -> int:
         subject.save(arguments.out)
     if not arguments.quiet:
         _print_seconds(subject.seconds, time.perf_counter() - start)
-        print(arguments.out)
+        print_output(str(arguments.out))
     return 0
 
 
@@ -168,7 +168,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     written = _write_result(arguments, subject, result)
     if not arguments.quiet:
         _print_seconds(result.seconds, time.perf_counter() - start)
-        print(*written, sep="\n")
+        print_output("\n".join(map(str, written)))
     return 0
 
 
@@ -207,7 +207,7 @@ def _gray(mask_hw: "FloatArray") -> "Image.Image":
 def _inspect(arguments: argparse.Namespace) -> int:
     from moma_rt.inspection import describe
 
-    print(describe(arguments.path))
+    print_output(describe(arguments.path))
     return 0
 
 
@@ -221,13 +221,16 @@ def _check_image_path(path: Path) -> None:
 
 def _check_writable(path: Path) -> None:
     """Refuse a place that cannot be written before minutes are spent on what would go there."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give a file to write")
-    folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
-    if not folder.is_dir():
-        raise InputError(f"cannot write {path}: {folder} is not a folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {path}: no permission to write in {folder}")
+    with _writing(path):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: give a file to write")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+        folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+        if not folder.is_dir():
+            raise InputError(f"cannot write {path}: {folder} is not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"cannot write {path}: no permission to write in {folder}")
 
 
 def _check_distinct(outputs: Sequence[Path], *inputs: Path) -> None:

@@ -1,9 +1,12 @@
 """Errors that a user can cause, and how a command line reports them.
 
 Every message is one line that names what was given and what is allowed. A command prints it and exits with
-code 2; a service catches `MomaError`. Anything else that escapes is a defect of this project.
+code 2; a service catches `MomaError`. Anything else that escapes, but for an `OSError` of the files it was given, is a
+defect of this project.
 """
 
+import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,6 +14,8 @@ from typing import TextIO
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+# 128 + SIGPIPE, as a program that does not handle the signal.
+EXIT_BROKEN_PIPE = 141
 
 
 class MomaError(Exception):
@@ -42,21 +47,97 @@ class MomaWarning(UserWarning):
 
 
 def run_command(program: str, main: Callable[[], int], stderr: TextIO | None = None) -> int:
-    """Run a command line's body; turn `MomaError`, warnings and Ctrl-C into one line each on stderr."""
+    """Run a command line's body; turn errors, warnings and Ctrl-C into one line each on stderr.
+
+    An `OSError` that nothing closer to its cause explained is the user's as well: names that are too long, folders
+    without permission, files that vanish, a full disk. A reader of stdout that left ends the command quietly.
+
+    Returns:
+        What `main` returned, or `EXIT_USER_ERROR`, `EXIT_INTERRUPTED` or `EXIT_BROKEN_PIPE`.
+    """
     stream = stderr if stderr is not None else sys.stderr
 
     def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, MomaWarning):
-            print(f"{program}: warning: {message}", file=stream)
+            _print_line(f"{program}: warning: {message}", stream)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", MomaWarning)
         warnings.showwarning = show_warning
         try:
-            return main()
-        except MomaError as error:
-            print(f"{program}: error: {error}", file=stream)
-            return EXIT_USER_ERROR
+            code = main()
+        except SystemExit:
+            if failed := _flush_stdout(program, stream):
+                return failed
+            raise
         except KeyboardInterrupt:
-            print(f"{program}: interrupted", file=stream)
-            return EXIT_INTERRUPTED
+            _print_line(f"{program}: interrupted", stream)
+            code = EXIT_INTERRUPTED
+        except BrokenPipeError:
+            _discard(sys.stdout)
+            _discard(sys.stderr)
+            return EXIT_BROKEN_PIPE
+        except MomaError as error:
+            _print_line(f"{program}: error: {error}", stream)
+            code = EXIT_USER_ERROR
+        except OSError as error:
+            # Printing fails without a file name, and what could not be printed fails again.
+            if error.filename is None and (failed := _flush_stdout(program, stream)):
+                return failed
+            _print_line(f"{program}: error: {os_error_line(error)}", stream)
+            code = EXIT_USER_ERROR
+    return _flush_stdout(program, stream) or code
+
+
+def print_output(text: str) -> None:
+    """Print a command's result on stdout, at once.
+
+    Raises:
+        InputError: stdout cannot be written.
+        BrokenPipeError: its reader left; `run_command` ends quietly.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard(sys.stdout)
+        raise InputError(f"cannot write to stdout: {error.strerror or error}") from None
+
+
+def os_error_line(error: OSError) -> str:
+    """The path, where the error has one, and what the system says of it."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        return reason
+    return f"{os.fsdecode(error.filename) if not isinstance(error.filename, int) else error.filename}: {reason}"
+
+
+def _print_line(text: str, stream: TextIO) -> None:
+    # Names of files may hold line breaks, and a stderr that cannot be written leaves the exit code to tell.
+    with contextlib.suppress(OSError):
+        print(" ".join(text.splitlines()), file=stream)
+
+
+def _flush_stdout(program: str, stream: TextIO) -> int:
+    """Write what `main` printed while a failure can still be reported; 0 or the exit code of the failure."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        _discard(sys.stdout)
+        _print_line(f"{program}: error: cannot write to stdout: {error.strerror or error}", stream)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _discard(stream: TextIO) -> None:
+    """Let the interpreter's own flush at exit succeed: it would print a traceback for what cannot be written."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        handle = stream.fileno()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, handle)
+        os.close(null)

@@ -1,5 +1,6 @@
 """What a bundle or a subject file holds, as text."""
 
+import stat
 from pathlib import Path
 
 from moma_rt.bundle import Bundle, Manifest, NetworkEntry
@@ -12,15 +13,21 @@ def describe(path: Path) -> str:
     """Describe a bundle's folder or a subject file.
 
     Raises:
-        InputError: there is nothing at `path`.
+        InputError: nothing that can be read at `path`, or neither a folder nor a regular file.
         BundleError: a folder that is not a bundle.
         SubjectError: a file that is not a subject.
     """
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: nothing there; give a bundle's folder or a subject file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    if stat.S_ISDIR(mode):
         return describe_bundle(Bundle.open(path))
-    if path.exists():
+    if stat.S_ISREG(mode):
         return describe_subject(Subject.load(path))
-    raise InputError(f"{path}: nothing there; give a bundle's folder or a subject file")
+    raise InputError(f"{path} is neither a bundle's folder nor a subject file")
 
 
 def describe_bundle(bundle: Bundle) -> str:

@@ -1,8 +1,11 @@
 """The command line, from arguments to files and exit codes, with networks of NumPy."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ from PIL import Image
 
 from moma_rt import backends
 from moma_rt.cli import entry, numbered
+
+LONG = "x" * 300
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +151,28 @@ def test_inspect_shows_a_subject(enrolled, capsys):
 def test_inspect_of_nothing(tmp_path, capsys):
     assert run("inspect", tmp_path / "none") == 2
     assert "nothing there" in one_line(capsys)
+    assert run("inspect", LONG) == 2
+    assert f"{LONG} cannot be read: File name too long" in one_line(capsys)
+    os.mkfifo(tmp_path / "pipe")
+    assert run("inspect", tmp_path / "pipe") == 2
+    assert "is neither a bundle's folder nor a subject file" in one_line(capsys)
+
+
+def test_a_path_that_is_too_long_is_one_line(enrolled, fake_bundle, capsys):
+    for bundle, subject in ((LONG, enrolled / "car.subject"), (fake_bundle, LONG)):
+        assert run("generate", bundle, subject, "A car.", "--out", enrolled / "a.png") == 2
+        assert f"{LONG}" in one_line(capsys)
+
+
+def test_a_folder_without_permission(enrolled, fake_bundle, capsys, monkeypatch):
+    def refuse(self, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert run("inspect", enrolled) == 2
+    assert f"{enrolled} cannot be read: Permission denied" in one_line(capsys)
+    assert run("generate", fake_bundle, enrolled / "car.subject", "A car.", "--out", enrolled / "a.png") == 2
+    assert "a.png: Permission denied" in one_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +216,9 @@ def test_a_wrong_option_of_generate(enrolled, fake_bundle, backend, capsys, monk
         ({"out": "photo.png/car.subject"}, "photo.png is not a folder"),
         ({"out": "mask.png"}, "mask.png is given twice"),
         ({"out": "."}, "is a folder: give a file to write"),
+        ({"out": LONG}, f"cannot write {LONG}: File name too long"),
+        ({"out": f"{LONG}/car.subject"}, f"cannot write {LONG}/car.subject: File name too long"),
+        ({"photo": LONG}, f"photo {LONG} cannot be read: File name too long"),
     ],
 )
 def test_wrong_input_of_enroll(files, fake_bundle, backend, capsys, monkeypatch, changes, message):
