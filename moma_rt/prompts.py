@@ -8,14 +8,15 @@ split at `<image>`, each part tokenized alone. Everything before PROMPT depends 
 keeps its keys and values and runs only the tokens after the longest common prefix.
 """
 
-import warnings
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from moma_rt.errors import BundleError, InputError, MomaWarning
+from moma_rt.errors import BundleError, InputError
+from moma_rt.messages import shown, warn
 
 IMAGE_PLACEHOLDER = "<image>"
 MAX_SEQUENCE = 2048
@@ -36,8 +37,10 @@ def check_prompt(prompt: str, what: str = "prompt") -> None:
     """Refuse a prompt that no tokenizer could read as meant. An empty prompt is fine.
 
     Raises:
-        InputError: it holds the image placeholder, or characters that are not Unicode text.
+        InputError: it is no string, or holds the image placeholder or characters that are not Unicode text.
     """
+    if not isinstance(prompt, str):
+        raise InputError(f"{what} must be a text, not {shown(prompt)}")
     if IMAGE_PLACEHOLDER in prompt:
         raise InputError(f"{what} must not hold {IMAGE_PLACEHOLDER}, which stands for the photo: {_quoted(prompt)}")
     _check_unicode(prompt, what)
@@ -47,9 +50,10 @@ def check_subject_name(name: str) -> None:
     """Refuse a subject name whose words could not be told apart; `TextTokenizer.check_subject` checks the rest.
 
     Raises:
-        InputError: the name is empty, has other white space than one space between words, has too many words, or
-            is refused by `check_prompt`.
+        InputError: the name is empty, has other white space than one space between words, has too many words or
+            control characters, or is refused by `check_prompt`.
     """
+    check_prompt(name, "subject name")
     words = name.split()
     if not words:
         raise InputError(f"subject name is empty: {_quoted(name)}; name what the photo shows, such as 'teddy bear'")
@@ -57,7 +61,8 @@ def check_subject_name(name: str) -> None:
         raise InputError(f"subject name must be words with one space between them, not {_quoted(name)}")
     if len(words) > _MAX_SUBJECT_WORDS:
         raise InputError(f"subject name has {len(words)} words, at most {_MAX_SUBJECT_WORDS} fit: {_quoted(name)}")
-    check_prompt(name, "subject name")
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        raise InputError(f"subject name must not hold control characters: {_quoted(name)}")
 
 
 def common_prefix_length(cached: Ids, full: Ids) -> int:
@@ -114,8 +119,7 @@ class TextTokenizer:
         if len(ids) > self.length:
             # The end token takes the last place, so the first token cut is the one that stood there.
             cut = text[encoding.offsets[self.length - 1][0] :].strip()
-            message = f"the text is {len(ids)} CLIP tokens and {self.length} fit; cut: {_quoted(cut)}"
-            warnings.warn(message, MomaWarning, stacklevel=2)
+            warn(f"the text is {len(ids)} CLIP tokens and {self.length} fit; cut: {_quoted(cut)}")
             ids = [*ids[: self.length - 1], self._end]
         padded = np.full(self.length, self._pad, np.int32)
         padded[: len(ids)] = ids

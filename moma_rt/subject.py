@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,10 @@ from safetensors.numpy import save_file
 
 from moma_rt.backends.base import Array
 from moma_rt.bundle import Bundle
-from moma_rt.errors import SubjectError
+from moma_rt.errors import InputError, SubjectError
 from moma_rt.files import atomic_write
+from moma_rt.messages import shown
+from moma_rt.prompts import check_subject_name
 from moma_rt.specs import Geometry
 
 FORMAT_VERSION = 1
@@ -25,6 +29,18 @@ _METADATA_KEY = "moma_subject"
 # the vision encoder) and how the networks were exported may differ.
 _BASE_ROLES = ("unet", "adapters")
 _LANGUAGE_ROLES = ("language",)
+# Dtype and rank of each kind of tensor in a subject file.
+_KINDS = MappingProxyType(
+    {
+        "photo": ("uint8", 3),
+        "mask": ("bool", 2),
+        "object_mask": ("float32", 1),
+        "reference_k": ("float32", 2),
+        "reference_v": ("float32", 2),
+        "prefix_ids": ("int32", 1),
+        "prefix_kv": ("float32", 5),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -84,13 +100,11 @@ class Subject:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of the content: equal subjects give equal pictures."""
+        """A hash of the content: equal subjects give equal pictures. Computed once; at SD1.5's size in a second."""
         digest = hashlib.sha256(json.dumps(self._metadata()).encode())
         for name, tensor in sorted(self._tensors().items()):
-            # The prefix KV follows from what else is hashed, and at full size it is half a gigabyte.
-            if name != "prefix_kv":
-                digest.update(f"{name}{tensor.shape}".encode())
-                digest.update(np.ascontiguousarray(tensor).data)
+            digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
+            digest.update(np.ascontiguousarray(tensor).data)
         return digest.hexdigest()
 
     def inputs(self) -> dict[str, Array]:
@@ -133,30 +147,39 @@ class Subject:
         """Read a file that `save` wrote.
 
         Raises:
-            SubjectError: no such file, a truncated or foreign one, or one of a newer format.
+            SubjectError: no such file, a truncated or foreign one, one of a newer format, or one that holds what no
+                enrolment makes: another dtype or rank, NaN or infinity, an empty photo, a name that no prompt can hold.
+            InputError: `path` is no path.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise InputError(f"a subject file is named by a path, not by {shown(path)}")
         path = Path(path)
-        if not path.is_file():
-            raise SubjectError(f"{path}: no such subject file (moma-rt enroll makes one)")
         try:
+            if not path.is_file():
+                raise SubjectError(f"{path}: no such subject file (moma-rt enroll makes one)")
             with safe_open(path, framework="numpy") as stream:
                 metadata = (stream.metadata() or {}).get(_METADATA_KEY)
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()} if metadata else {}
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-            raise SubjectError(f"{path} is not a subject file, or a truncated one: {error}") from None
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise SubjectError(f"{path} is not a subject file, or a truncated one: {reason}") from None
         if metadata is None:
             raise SubjectError(f"{path} is not a subject file: a safetensors file without {_METADATA_KEY!r} metadata")
         try:
             data = json.loads(metadata)
-            version = int(data["format_version"])
+            version = data["format_version"]
+            if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+                raise ValueError(f"format_version is {shown(version)}")
             if version > FORMAT_VERSION:
                 raise SubjectError(
                     f"{path} has subject format {version}; this moma-rt reads formats up to {FORMAT_VERSION}: "
                     "upgrade it"
                 )
             return cls._from_parts(data, tensors)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SubjectError(f"{path} is a malformed subject file: {type(error).__name__}: {error}") from None
+        # Nesting without end is a RecursionError, an infinite number an OverflowError.
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, InputError) as error:
+            reason = " ".join(str(error).split())
+            raise SubjectError(f"{path} is a malformed subject file: {type(error).__name__}: {reason}") from None
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -181,25 +204,48 @@ class Subject:
         def group(kind: str) -> dict[str, Array]:
             return {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
 
-        ranks = {"photo": 3, "mask": 2, "prefix_ids": 1, "object_mask": 1}
         for name, tensor in tensors.items():
-            if tensor.ndim != ranks.get(name.split(".")[0], tensor.ndim):
-                raise ValueError(f"{name} has shape {tensor.shape}")
+            _check_tensor(name, tensor)
+        check_subject_name(data["name"])
         language = data["language"]
-        origin = Origin(str(data["base"]), str(data["fingerprint"]), None if language is None else str(language))
+        origin = Origin(
+            _line("base", data["base"]),
+            _line("fingerprint", data["fingerprint"]),
+            None if language is None else _line("language", language),
+        )
         prefix = None
         if origin.language is not None:
-            prefix = Prefix(tensors["prefix_ids"].astype(np.int32, casting="safe"), tensors["prefix_kv"])
+            prefix = Prefix(tensors["prefix_ids"], tensors["prefix_kv"])
         return cls(
-            str(data["name"]),
+            data["name"],
             group("reference_k."),
             group("reference_v."),
             {int(grid): mask for grid, mask in group("object_mask.").items()},
-            tensors["photo"].astype(np.uint8, casting="safe"),
-            tensors["mask"].astype(np.bool_, casting="safe"),
+            tensors["photo"],
+            tensors["mask"],
             prefix,
             origin,
         )
+
+
+def _check_tensor(name: str, tensor: Array) -> None:
+    """Refuse a tensor that no enrolment makes; how it fits a bundle is seen when it meets one."""
+    kind = name.split(".")[0]
+    if kind not in _KINDS:
+        return
+    dtype, rank = _KINDS[kind]
+    if tensor.dtype != dtype or tensor.ndim != rank:
+        raise ValueError(f"{name!r} is {tensor.dtype} {list(tensor.shape)}, not {dtype} of {rank} dimensions")
+    if kind in ("photo", "mask") and (0 in tensor.shape or tensor.shape[2:] not in ((), (3,))):
+        raise ValueError(f"{name!r} has shape {list(tensor.shape)}")
+    if dtype == "float32" and not np.isfinite(tensor).all():
+        raise ValueError(f"{name!r} contains NaN or infinity")
+
+
+def _line(what: str, text: object) -> str:
+    if not isinstance(text, str) or not text.isprintable():
+        raise ValueError(f"{what} is {shown(text)}, not a line of text")
+    return text
 
 
 def _reference_shapes(geometry: Geometry, counts: Mapping[int, int]) -> dict[str, tuple[int, ...]]:

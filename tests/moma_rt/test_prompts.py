@@ -197,6 +197,21 @@ class TestSubjectName:
             check_subject_name(name)
         assert "\n" not in str(error.value)
 
+    @pytest.mark.parametrize("name", ["car\x00", "\x1b[31mcar", "car\x7f", "c\x80ar"])
+    def test_control_characters(self, name):
+        with pytest.raises(InputError, match="must not hold control characters") as error:
+            check_subject_name(name)
+        assert str(error.value).isprintable()
+
+    @pytest.mark.parametrize("name", ["👩\u200d🚀", "voiture été", "自動車"])
+    def test_every_script_and_joined_emoji(self, name):
+        check_subject_name(name)
+
+    @pytest.mark.parametrize("name", [None, 7, b"car", ["car"]])
+    def test_not_a_text(self, name):
+        with pytest.raises(InputError, match="subject name must be a text, not"):
+            check_subject_name(name)
+
     def test_80_words(self):
         with pytest.raises(InputError, match="subject name has 80 words, at most 71 fit"):
             check_subject_name(" ".join(["car"] * 80))
@@ -245,6 +260,11 @@ class TestPrompt:
     def test_placeholder(self):
         with pytest.raises(InputError, match="prompt must not hold <image>"):
             check_prompt("a car <image> on a beach")
+
+    @pytest.mark.parametrize("prompt", [None, 7, b"A car.", ["A car."]])
+    def test_not_a_text(self, prompt):
+        with pytest.raises(InputError, match="^prompt must be a text, not"):
+            check_prompt(prompt)
 
     def test_negative_prompt_is_called_so(self):
         with pytest.raises(InputError, match="^negative prompt must not hold <image>"):

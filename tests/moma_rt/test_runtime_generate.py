@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -101,8 +102,6 @@ def test_a_prefix_that_ends_differently_is_used_up_to_there(runtime, backend, su
     kv[:, :, :, -2:] = np.nan
     merged = dataclasses.replace(subject, prefix=dataclasses.replace(prefix, ids=ids, kv=kv), name="car")
     backend.runs.clear()
-    # Another subject by content, or the context tokens would come from the cache.
-    merged = dataclasses.replace(merged, photo=merged.photo + 1)
     result = runtime.generate(merged, "A car.", steps=1)
     (suffix,) = backend.inputs_of("language_model")
     assert suffix["past_kv"].shape[3] == len(ids) - 2
@@ -138,6 +137,17 @@ def test_a_cut_prompt_warns_every_time(runtime, subject):
     for _ in range(2):
         with pytest.warns(MomaWarning, match="cut: 'zz"):
             runtime.generate(subject, "A car." + " " * 60 + "z" * 40, steps=1)
+
+
+def test_a_warning_names_the_line_that_called_the_runtime(runtime, subject):
+    """Python's default filter shows a warning once a place, so one placed in here would be shown to one caller only."""
+    prompt = "A car." + "z" * 99
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        runtime.generate(subject, prompt, steps=1)
+        runtime.generate(subject, prompt, steps=1)
+        assert [warning.filename for warning in caught] == [__file__] * 2
+        assert caught[1].lineno == caught[0].lineno + 1
 
 
 def test_buffers_are_allocated_and_bound_once_a_size(runtime, backend, subject):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moma_rt.errors import SubjectError
+from moma_rt.errors import InputError, SubjectError
 from moma_rt.subject import Subject
 
 
@@ -21,9 +21,48 @@ def rewrite(path, change_metadata=lambda data: None, change_tensors=lambda tenso
     tensors = load_file(path)
     header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
     data = json.loads(header["__metadata__"]["moma_subject"])
-    change_metadata(data)
+    data = change_metadata(data) or data
     change_tensors(tensors)
-    save_file(tensors, path, metadata={"moma_subject": json.dumps(data)})
+    save_file(tensors, path, metadata={"moma_subject": data if isinstance(data, str) else json.dumps(data)})
+
+
+LAYER = "down_blocks.0.attentions.0"
+BAD_NAMES = [
+    "",
+    " ",
+    "car ",
+    "teddy\nbear",
+    "car\x1b[31m",
+    "car\x00",
+    "<image>",
+    "\ud83d",
+    "a " * 79 + "a",
+    7,
+    None,
+    ["car"],
+]
+BAD_TENSORS = [
+    ("photo", np.zeros((0, 4, 3), np.uint8)),
+    ("photo", np.zeros((4, 0, 3), np.uint8)),
+    ("photo", np.zeros((4, 4, 4), np.uint8)),
+    ("photo", np.zeros((4, 4, 3), bool)),
+    ("photo", np.zeros((4, 4, 3), np.float32)),
+    ("mask", np.zeros((0, 0), bool)),
+    ("mask", np.zeros((4, 4, 3), bool)),
+    (f"reference_k.{LAYER}", np.full((3, 4), np.nan, np.float32)),
+    (f"reference_v.{LAYER}", np.full((3, 4), np.inf, np.float32)),
+    (f"reference_v.{LAYER}", np.ones((3, 4), np.float64)),
+    (f"reference_v.{LAYER}", np.ones((3, 4), np.float16)),
+    (f"reference_v.{LAYER}", np.ones((1, 3, 4), np.float32)),
+    ("object_mask.8", np.full(3, np.nan, np.float32)),
+    ("object_mask.8", np.ones(3, np.int32)),
+    ("object_mask.fi\nne", np.ones(3, np.float32)),
+    ("object_mask.fi\nne", np.ones(3, np.int32)),
+    ("prefix_ids", np.ones(3, np.int64)),
+    ("prefix_kv", np.full((2, 2, 1, 3, 3), np.nan, np.float32)),
+    ("prefix_kv", np.ones((2, 2, 1, 3, 3), np.float64)),
+    ("prefix_kv", np.ones((2, 3), np.float32)),
+]
 
 
 def test_a_loaded_subject_is_the_saved_one(subject, path):
@@ -72,6 +111,9 @@ def test_identity_covers_everything_a_picture_depends_on(subject):
         dataclasses.replace(subject, object_mask=changed(subject.object_mask)),
         dataclasses.replace(subject, photo=255 - subject.photo),
         dataclasses.replace(subject, mask=~subject.mask),
+        dataclasses.replace(subject, prefix=None),
+        dataclasses.replace(subject, prefix=dataclasses.replace(subject.prefix, ids=subject.prefix.ids + 1)),
+        dataclasses.replace(subject, prefix=dataclasses.replace(subject.prefix, kv=subject.prefix.kv * 2)),
         dataclasses.replace(subject, origin=dataclasses.replace(subject.origin, language="0")),
     ]
     assert len({s.identity for s in variants}) == len(variants)
@@ -83,6 +125,22 @@ def test_a_missing_file(tmp_path):
         Subject.load(tmp_path / "none.subject")
     with pytest.raises(SubjectError, match="no such subject file"):
         Subject.load(tmp_path)
+    with pytest.raises(SubjectError, match="not a subject file, or a truncated one: .*too long"):
+        Subject.load(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("path", [None, 7, b"car.subject", ["car.subject"]])
+def test_a_path_that_is_none(path):
+    with pytest.raises(InputError, match="a subject file is named by a path, not by"):
+        Subject.load(path)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F99"])
+def test_a_dtype_that_numpy_has_not(path, dtype):
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"U8"', f'"dtype":"{dtype}"'.encode(), 1))
+    with pytest.raises(SubjectError, match="subject file") as caught:
+        Subject.load(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
@@ -121,6 +179,21 @@ def test_a_newer_format(path):
         (lambda data: None, lambda tensors: tensors.update({"prefix_ids": np.ones((1, 2), np.int32)})),
         (lambda data: None, lambda tensors: tensors.update({"photo": np.ones((2, 2), np.uint8)})),
         (lambda data: None, lambda tensors: tensors.update({"mask": np.ones((2, 2), np.float32)})),
+        (lambda data: '{"format_version": 1e999}', lambda tensors: None),
+        (lambda data: "[" * 100_000, lambda tensors: None),
+        (lambda data: "[]", lambda tensors: None),
+        (lambda data: data.update(format_version=True), lambda tensors: None),
+        (lambda data: data.update(format_version=0), lambda tensors: None),
+        (lambda data: data.update(format_version="1\n2"), lambda tensors: None),
+        *((lambda data, name=name: data.update(name=name), lambda tensors: None) for name in BAD_NAMES),
+        (lambda data: data.update(base="a\nb"), lambda tensors: None),
+        (lambda data: data.update(fingerprint="\n" * 64), lambda tensors: None),
+        (lambda data: data.update(fingerprint=None), lambda tensors: None),
+        (lambda data: data.update(language=7), lambda tensors: None),
+        *(
+            (lambda data: None, lambda tensors, name=name, tensor=tensor: tensors.update({name: tensor}))
+            for name, tensor in BAD_TENSORS
+        ),
     ],
 )
 def test_a_malformed_file(path, change_metadata, change_tensors):
