@@ -5,16 +5,19 @@ Whatever can be wrong is looked for before work starts; files are written comple
 
 import argparse
 import contextlib
+import io
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moma_rt import __version__
 from moma_rt.errors import InputError, print_output, run_command
-from moma_rt.files import atomic_write
+from moma_rt.files import atomic_write_all
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,11 +57,31 @@ example:
 """
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    """The files that a generation writes."""
+
+    pictures: list[Path]
+    masks: list[Path]
+    sheet: Path | None
+
+    def all(self) -> list[Path]:
+        return [*self.pictures, *self.masks, *([] if self.sheet is None else [self.sheet])]
+
+
 def entry(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, 2 for a mistake of the user, 130 when interrupted."""
+    """Run the command line; returns 0, 2 for a mistake of the user, 130 when interrupted, 141 when stdout is gone."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal's encoding may not have every character of a file's name.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    return run_command(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
-    return run_command(PROGRAM, lambda: command(arguments))
+    return command(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,8 +150,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _enroll(arguments: argparse.Namespace) -> int:
-    _check_writable(arguments.out)
-    _check_distinct([arguments.out], arguments.photo, arguments.mask)
+    _check_outputs([arguments.out], [arguments.photo, arguments.mask], arguments.bundle)
     from moma_rt.runtime import Runtime
 
     start = time.perf_counter()
@@ -143,12 +165,13 @@ def _enroll(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    outputs = [path for path in (arguments.out, arguments.contact_sheet, arguments.save_mask) if path is not None]
-    for path in outputs:
-        _check_image_path(path)
-    _check_distinct(outputs, arguments.subject)
+    from moma_rt.generation import MAX_IMAGES
     from moma_rt.runtime import Runtime
     from moma_rt.subject import Subject
+
+    # A number out of range is refused below; it must not make that many names.
+    outputs = _outputs(arguments, min(max(arguments.num_images, 1), MAX_IMAGES))
+    _check_outputs(outputs.all(), [arguments.subject], arguments.bundle)
 
     start = time.perf_counter()
     runtime = Runtime.load(arguments.bundle, threads=arguments.threads)
@@ -178,19 +201,31 @@ def _write_result(arguments: argparse.Namespace, subject: "Subject", result: "Re
     from moma_rt.images import contact_sheet
 
     masks = [_gray(mask) for mask in result.foreground_masks]
-    files = dict(zip(numbered(arguments.out, len(masks)), result.images, strict=True))
-    if arguments.save_mask is not None:
-        files |= dict(zip(numbered(arguments.save_mask, len(masks)), masks, strict=True))
-    if arguments.contact_sheet is not None:
+    outputs = _outputs(arguments, len(masks))
+    files = dict(zip(outputs.pictures, result.images, strict=True))
+    if outputs.masks:
+        files |= dict(zip(outputs.masks, masks, strict=True))
+    if outputs.sheet is not None:
         photo = Image.fromarray(subject.photo)
         items = [("photo", photo), ("mask", Image.fromarray(subject.mask).resize(photo.size))]
         for seed, picture, mask in zip(result.seeds, result.images, masks, strict=True):
             items += [(f"seed {seed}", picture), ("foreground", mask)]
-        files[arguments.contact_sheet] = contact_sheet(items)
-    for path, image in files.items():
-        with _writing(path), atomic_write(path) as temporary:
-            image.save(temporary, format=IMAGE_FORMATS[path.suffix.lower()])
+        files[outputs.sheet] = contact_sheet(items)
+    with _writing(), atomic_write_all(list(files)) as temporaries:
+        for (path, image), temporary in zip(files.items(), temporaries, strict=True):
+            with _writing(path):
+                image.save(temporary, format=IMAGE_FORMATS[path.suffix.lower()])
     return list(files)
+
+
+def _outputs(arguments: argparse.Namespace, count: int) -> "_Outputs":
+    given = (arguments.out, arguments.save_mask, arguments.contact_sheet)
+    for path in given:
+        if path is not None and path.suffix.lower() not in IMAGE_FORMATS:
+            suffix = path.suffix or "a file without suffix"
+            raise InputError(f"{path}: cannot write {suffix}; use {', '.join(IMAGE_FORMATS)}")
+    out, mask, sheet = given
+    return _Outputs(numbered(out, count), [] if mask is None else numbered(mask, count), sheet)
 
 
 def numbered(path: Path, count: int) -> list[Path]:
@@ -211,21 +246,37 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_image_path(path: Path) -> None:
-    if path.suffix.lower() not in IMAGE_FORMATS:
-        raise InputError(
-            f"{path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(IMAGE_FORMATS)}"
-        )
-    _check_writable(path)
+def _check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], bundle: Path) -> None:
+    """Refuse what cannot be written, and what would overwrite an input, another output or a part of the bundle."""
+    from moma_rt.bundle import MANIFEST_NAME
+
+    # Not Path.resolve: before Python 3.13 it raises RuntimeError for links in a circle.
+    inside = Path(os.path.realpath(bundle)) if os.path.isfile(bundle / MANIFEST_NAME) else None
+    taken = {os.path.realpath(path) for path in inputs}
+    folders = {str(folder) for path in outputs for folder in Path(os.path.realpath(path)).parents}
+    for path in outputs:
+        _check_writable(path)
+        place = os.path.realpath(path)
+        if place in taken:
+            raise InputError(f"{path} is given twice: each file must have its own name")
+        if place in folders:
+            raise InputError(f"{path} is given as a file and as the folder of another")
+        if inside is not None and Path(place).is_relative_to(inside):
+            raise InputError(f"{path} is inside the bundle {bundle}: write it elsewhere")
+        taken.add(place)
 
 
 def _check_writable(path: Path) -> None:
     """Refuse a place that cannot be written before minutes are spent on what would go there."""
     with _writing(path):
-        if path.is_dir():
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            mode = stat.S_IFREG
+        if stat.S_ISDIR(mode):
             raise InputError(f"{path} is a folder: give a file to write")
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            path.stat()
+        if not stat.S_ISREG(mode):
+            raise InputError(f"{path} is a device or pipe: give a file to write")
         folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
         if not folder.is_dir():
             raise InputError(f"cannot write {path}: {folder} is not a folder")
@@ -233,33 +284,28 @@ def _check_writable(path: Path) -> None:
             raise InputError(f"cannot write {path}: no permission to write in {folder}")
 
 
-def _check_distinct(outputs: Sequence[Path], *inputs: Path) -> None:
-    """Refuse to overwrite what was given, or one result with another."""
-    seen = {path.absolute() for path in inputs}
-    for path in outputs:
-        if path.absolute() in seen:
-            raise InputError(f"{path} is given twice: each file must have its own name")
-        seen.add(path.absolute())
-
-
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path | None = None) -> Iterator[None]:
+    """Name `path`, or the one the error names, as what cannot be written."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+        raise InputError(f"cannot write {path or error.filename}: {error.strerror or error}") from None
 
 
 def _progress(info: "StepInfo") -> None:
     line = f"step {info.step}/{info.steps} (t = {info.timestep})"
     last = info.step == info.steps
-    if sys.stderr.isatty():
-        print(f"\r{line:<40}", end="\n" if last else "", file=sys.stderr, flush=True)
-    elif last or info.step % _STEPS_A_LINE == 0:
-        print(line, file=sys.stderr)
+    # That nobody can read how far it got is no reason to stop.
+    with contextlib.suppress(OSError):
+        if sys.stderr.isatty():
+            print(f"\r{line:<40}", end="\n" if last else "", file=sys.stderr, flush=True)
+        elif last or info.step % _STEPS_A_LINE == 0:
+            print(line, file=sys.stderr)
 
 
 def _print_seconds(seconds: Mapping[str, float], total: float) -> None:
-    for stage, value in seconds.items():
-        print(f"{stage:<20}{value:8.2f} s", file=sys.stderr)
-    print(f"{'total':<20}{total:8.2f} s", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        for stage, value in seconds.items():
+            print(f"{stage:<20}{value:8.2f} s", file=sys.stderr)
+        print(f"{'total':<20}{total:8.2f} s", file=sys.stderr)

@@ -3,34 +3,68 @@
 import contextlib
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 _CHUNK_BYTES = 1 << 22
+_MAX_SUFFIX = 16
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; on success fsync it and rename it to `path`, else delete it.
 
-    The temporary name ends like `path` does, so writers that look at the suffix (Pillow) work unchanged.
+    The temporary name ends like `path` does, so writers that look at the suffix (Pillow) work unchanged. An `OSError`
+    of this function names `path`, not the temporary.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    with atomic_write_all([path]) as temporaries:
+        yield temporaries[0]
+
+
+@contextlib.contextmanager
+def atomic_write_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """`atomic_write` of several files: none is renamed before all are written, so that a failure leaves none."""
+    with contextlib.ExitStack() as stack:
+        temporaries = [stack.enter_context(_temporary(path)) for path in paths]
+        modes = [stat.S_IMODE(temporary.stat().st_mode) for temporary in temporaries]
+        yield temporaries
+        for path, temporary, mode in zip(paths, temporaries, modes, strict=True):
+            with _naming(path):
+                # Some writers replace the file by one that is private to its owner.
+                temporary.chmod(mode)
+                fsync(temporary)
+        for path, temporary in zip(paths, temporaries, strict=True):
+            with _naming(path):
+                temporary.replace(path)
+        for folder in {path.parent for path in paths}:
+            # A folder may be writable and not readable, and then it cannot be opened.
+            with contextlib.suppress(PermissionError):
+                fsync(folder)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A new empty file beside `path`, with the mode that any new file gets; deleted at the end if still there."""
+    # A name within the file system's limit must not exceed it because of what is put before its suffix.
+    suffix = path.suffix if len(path.suffix) <= _MAX_SUFFIX else ""
+    temporary = path.parent / f".partial-{secrets.token_hex(8)}{suffix}"
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
-        # mkstemp makes the file private to its owner; the final file follows the user's umask like any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        fsync(temporary)
-        temporary.replace(path)
-        fsync(path.parent)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -1,6 +1,7 @@
 """The command line, from arguments to files and exit codes, with networks of NumPy."""
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -190,10 +191,26 @@ def test_a_folder_without_permission(enrolled, fake_bundle, capsys, monkeypatch)
         (["--contact-sheet", "sheet.pdf"], "sheet.pdf: cannot write .pdf; use .png"),
         (["--save-mask", "a.png"], "a.png is given twice: each file must have its own name"),
         (["--save-mask", "mask"], "mask: cannot write a file without suffix; use .png"),
+        (["--num-images", "2", "--contact-sheet", "a-0.png"], "a-0.png is given twice"),
+        (["--num-images", "2", "--out", "d.png"], "d-1.png is a folder: give a file to write"),
+        (["--num-images", "2", "--out", LONG[:250] + ".png"], "-0.png: File name too long"),
+        (["--num-images", "1000000000000"], "num_images is 1000000000000"),
+        (["--save-mask", "d-1.png/../a.png"], "d-1.png/../a.png is given twice"),
+        (["--save-mask", "link.png", "--out", "photo.png"], "link.png is given twice"),
+        (["--save-mask", "circle.png/m.png"], "circle.png/m.png: Too many levels of symbolic links"),
+        (["--save-mask", "a.png/m.png"], "a.png is given as a file and as the folder of another"),
+        (["--save-mask", "pipe.png"], "pipe.png is a device or pipe: give a file to write"),
+        (["--save-mask", "null.png"], "null.png is a device or pipe: give a file to write"),
+        (["--out", "bundle/new/a.png"], "bundle/new/a.png is inside the bundle"),
     ],
 )
 def test_a_wrong_option_of_generate(enrolled, fake_bundle, backend, capsys, monkeypatch, option, message):
     monkeypatch.chdir(enrolled)
+    os.mkdir("d-1.png")
+    os.mkfifo("pipe.png")
+    for link, target in (("link", "photo.png"), ("circle", "circle.png"), ("null", "/dev/null")):
+        os.symlink(target, f"{link}.png")
+    os.symlink(fake_bundle, "bundle")
     before, loads = names(enrolled), list(backend.loads)
     backend.runs.clear()
     assert run("generate", fake_bundle, "car.subject", "A car.", "--out", "a.png", *option) == 2
@@ -296,15 +313,34 @@ def test_a_prompt_that_is_cut_is_a_warning(enrolled, fake_bundle, capsys):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(enrolled, fake_bundle, capsys, monkeypatch):
-    def fail(self, path, format):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    written = []
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    def fail_at_the_second(self, path, format):
+        path.write_bytes(b"half")
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail_at_the_second)
     command = ["generate", fake_bundle, enrolled / "car.subject", "A car.", "--steps", 1, "--out", enrolled / "a.png"]
-    assert run(*command, "--quiet") == 2
-    assert "a.png: No space left on device" in one_line(capsys)
+    assert run(*command, "--quiet", "--num-images", 3) == 2
+    assert "a-1.png: No space left on device" in one_line(capsys)
     assert names(enrolled) == ["car.subject", "mask.png", "photo.png"]
+
+
+def test_a_character_that_stdout_cannot_show_is_escaped(enrolled, fake_bundle, monkeypatch):
+    out, stdout = enrolled / "a\udcff名.png", io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run("generate", fake_bundle, enrolled / "car.subject", "A car.", "--steps", 1, "--out", out) == 0
+    assert stdout.buffer.getvalue().endswith(b"a\\udcff\\u540d.png\n")
+    assert out.is_file()
+
+
+def test_progress_that_cannot_be_printed_does_not_stop_the_work(enrolled, fake_bundle, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", open("/dev/full", "w", buffering=1))  # noqa: SIM115
+    out = enrolled / "a.png"
+    assert run("generate", fake_bundle, enrolled / "car.subject", "A car.", "--steps", 10, "--out", out) == 0
+    assert out.is_file()
 
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing(enrolled, fake_bundle, capsys, monkeypatch):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moma_rt.files import atomic_write, resolve_inside, sha256_file
+from moma_rt.files import atomic_write, atomic_write_all, resolve_inside, sha256_file
 
 
 class TestAtomicWrite:
@@ -63,6 +63,58 @@ class TestAtomicWrite:
         with pytest.raises(IsADirectoryError):
             write()
         assert os.listdir(tmp_path) == ["a"]
+
+    def test_umask_is_left_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(os, "umask", lambda _: pytest.fail("other threads create files with it"))
+        with atomic_write(tmp_path / "a") as temporary:
+            temporary.write_bytes(b"x")
+
+    def test_mode_of_a_replaced_temporary_is_restored(self, tmp_path: Path):
+        (tmp_path / "new").touch()
+        with atomic_write(tmp_path / "a") as temporary:
+            temporary.unlink()
+            temporary.touch(0o600)
+        assert (tmp_path / "a").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+    @pytest.mark.parametrize("name", ["x" * 255, "x." + "y" * 253])
+    def test_the_longest_name(self, tmp_path: Path, name: str):
+        with atomic_write(tmp_path / name) as temporary:
+            temporary.write_bytes(b"x")
+        assert os.listdir(tmp_path) == [name]
+
+    @pytest.mark.parametrize("name", ["file/a.bin", "x" * 256])
+    def test_error_names_the_file_that_was_asked_for(self, tmp_path: Path, name: str):
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match=name) as caught, atomic_write(tmp_path / name) as temporary:
+            temporary.write_bytes(b"x")
+        assert caught.value.filename == str(tmp_path / name)
+        assert os.listdir(tmp_path) == ["file"]
+
+
+class TestAtomicWriteAll:
+    def test_none_appears_before_all_are_written(self, tmp_path: Path):
+        paths = [tmp_path / "a.png", tmp_path / "new" / "b.png"]
+        with atomic_write_all(paths) as temporaries:
+            for temporary in temporaries:
+                temporary.write_bytes(temporary.name.encode())
+                assert not any(path.exists() for path in paths)
+        assert [path.read_text() for path in paths] == [temporary.name for temporary in temporaries]
+        assert sorted(os.listdir(tmp_path)) == ["a.png", "new"]
+
+    def test_a_failure_at_the_last_leaves_none(self, tmp_path: Path):
+        def write() -> None:
+            with atomic_write_all([tmp_path / "a", tmp_path / "b"]) as (first, second):
+                first.write_bytes(b"x")
+                second.unlink()
+
+        with pytest.raises(FileNotFoundError) as caught:
+            write()
+        assert caught.value.filename == str(tmp_path / "b")
+        assert os.listdir(tmp_path) == []
+
+    def test_no_files(self):
+        with atomic_write_all([]) as temporaries:
+            assert temporaries == []
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 22) - 1, 1 << 22, (1 << 22) + 1])
