@@ -4,14 +4,18 @@ Any Pillow mode is accepted, and each image's own EXIF orientation is applied. W
 or gray mask is reproduced exactly; the modes it cannot read are brought to those first.
 """
 
-import warnings
+import contextlib
+import os
+import stat
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from moma_rt.errors import InputError
 
@@ -26,6 +30,8 @@ ImageSource = str | Path | Image.Image
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+# What Pillow's plugins look at to recognise their format.
+_PREFIX_BYTES = 16
 _THUMBNAIL_SIDE = 256
 _SHEET_COLUMNS = 4
 _SHEET_MARGIN = 12
@@ -56,13 +62,14 @@ def load_photo(source: ImageSource) -> Image.Image:
     float images are scaled to 8 bits from the smallest of the ranges 1 (float only), 255, 65535 that holds them.
 
     Raises:
-        InputError: no such file, not an image, truncated, or more than `MAX_PIXELS` pixels.
+        InputError: neither a path nor a Pillow image, no such file, a device or pipe, not an image, truncated, or more
+            than `MAX_PIXELS` pixels.
     """
     image = _read(source, "photo")
     if _is_wide(image):
         return _scaled_to_8_bits(image).convert("RGB")
     if _has_alpha(image):
-        image = image.convert("RGBA")
+        image = _rgba(image, "photo")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
@@ -81,7 +88,7 @@ def load_mask(source: ImageSource) -> Image.Image:
         # Scaling to 8 bits would lose small values such as the labels 0 and 1, and any positive value counts.
         return Image.fromarray(np.where(np.asarray(image) > 0, 255, 0).astype(np.uint8))
     if _has_alpha(image):
-        image = image.convert("RGBA")
+        image = _rgba(image, "mask")
         first, alpha = image.getchannel("R"), image.getchannel("A")
         return alpha if _is_constant(first) and not _is_constant(alpha) else first
     return image.convert("RGB").getchannel("R")
@@ -153,28 +160,55 @@ def contact_sheet(items: Sequence[tuple[str, Image.Image]], side: int = 256) -> 
     return sheet
 
 
-def _read(source: ImageSource, role: str) -> Image.Image:
+def _read(source: object, role: str) -> Image.Image:
     """Open, check and decode an image, and turn it upright. `role` names it where there is no path."""
     if isinstance(source, Image.Image):
         return _decoded(source, f"the {role}")
+    if not isinstance(source, str | os.PathLike):
+        # The argument of `Runtime.enroll` is called image.
+        argument = {"photo": "image"}.get(role, role)
+        raise InputError(f"{argument} must be a path or a Pillow image, not {type(source).__name__}")
+    name = f"{role} {os.fspath(source)!s}"
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of large images on stderr; the limit below is lower and says so in one line.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            Image.init()
-            image = Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+        # Opening a pipe would wait for its other end.
+        mode = os.stat(source).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{name} cannot be read: it is a device or pipe, not a file")
+        stream = open(source, "rb")  # noqa: SIM115 - closed below, where other errors are expected
     except FileNotFoundError:
-        raise InputError(f"{role} {source} does not exist") from None
-    except Image.DecompressionBombError:
-        raise InputError(f"{role} {source} is too large: at most {MAX_PIXELS // 10**6} million pixels") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{role} {source} is not an image of a known format ({', '.join(FORMATS)})") from None
+        raise InputError(f"{name} does not exist") from None
     except OSError as error:
-        raise InputError(f"{role} {source} cannot be read: {error.strerror or error}") from None
+        raise InputError(f"{name} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"{name} cannot be read: {error}") from None
+    with stream:
+        return _decoded(_opened(stream, name), name)
+
+
+def _opened(stream: BinaryIO, name: str) -> Image.Image:
+    """`Image.open` without its warning of large images, which no thread can silence for itself alone.
+
+    It comes from above the limit of this module, which says so in one line.
+    """
+    Image.init()
+    try:
+        prefix = stream.read(_PREFIX_BYTES)
+        for kind in FORMATS:
+            factory, accepts = Image.OPEN.get(kind, (None, None))
+            accepted = accepts is None or accepts(prefix)
+            # A decoder that is not built in answers with a text.
+            if factory is None or isinstance(accepted, str) or not accepted:
+                continue
+            stream.seek(0)
+            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+                return factory(stream, "")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(f"{name} is too large: at most {MAX_PIXELS // 10**6} million pixels") from None
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror or error}") from None
     except Exception as error:
-        raise _undecodable(f"{role} {source}", error) from None
-    with image:
-        return _decoded(image, f"{role} {source}")
+        raise _undecodable(name, error) from None
+    raise InputError(f"{name} is not an image of a known format ({', '.join(FORMATS)})")
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
@@ -204,6 +238,17 @@ def _is_wide(image: Image.Image) -> bool:
 
 def _has_alpha(image: Image.Image) -> bool:
     return image.mode in _ALPHA_MODES or "transparency" in image.info
+
+
+def _rgba(image: Image.Image, role: str) -> Image.Image:
+    if image.mode == "La":
+        # The only mode that this one converts to.
+        image = image.convert("LA")
+    try:
+        return image.convert("RGBA")
+    except (TypeError, ValueError) as error:
+        # A transparent colour that does not fit the mode.
+        raise _undecodable(f"the {role}", error) from None
 
 
 def _is_constant(channel: Image.Image) -> bool:

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -86,7 +87,7 @@ class TestPhotoModes:
         assert loaded.mode == "RGB"
         assert np.abs(np.asarray(loaded).astype(int) - np.asarray(photo)).max() <= 12
 
-    @pytest.mark.parametrize("mode", ["L", "LA", "1", "I;16", "I;16B", "I", "F"])
+    @pytest.mark.parametrize("mode", ["L", "LA", "La", "RGBa", "1", "I;16", "I;16B", "I", "F"])
     def test_gray_modes_are_gray_in_all_channels(self, mode: str):
         gray = np.zeros((20, 30), np.uint8)
         gray[5:, :] = 255
@@ -94,7 +95,8 @@ class TestPhotoModes:
             wide = gray.astype(np.uint16) * 257
             source = Image.frombytes(mode, (30, 20), wide.astype("<u2" if mode == "I;16" else ">u2").tobytes())
         else:
-            source = Image.fromarray(gray).convert(mode)
+            # The modes with premultiplied alpha are reached only from those without.
+            source = Image.fromarray(gray).convert({"La": "LA", "RGBa": "RGBA"}.get(mode, mode)).convert(mode)
         np.testing.assert_array_equal(np.asarray(load_photo(source)), np.repeat(gray[:, :, np.newaxis], 3, axis=2))
 
     @pytest.mark.parametrize(
@@ -256,6 +258,36 @@ class TestUnusableFiles:
             message = load_error(tmp_path / "bomb.png")
         assert "too large" in message
         assert "64 million" in message
+
+    def test_warnings_of_other_threads_are_left_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        gradient().save(tmp_path / "photo.png")
+        monkeypatch.setattr(warnings, "catch_warnings", lambda: pytest.fail("it changes all threads' filters"))
+        assert load_photo(tmp_path / "photo.png").size == (30, 20)
+
+    def test_pipe_does_not_wait(self, tmp_path: Path):
+        os.mkfifo(tmp_path / "pipe")
+        assert "pipe cannot be read: it is a device or pipe, not a file" in load_error(tmp_path / "pipe")
+        assert "device or pipe" in load_error(Path("/dev/null"))
+
+    @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+    def test_impossible_name(self, tmp_path: Path, name: str):
+        assert "cannot be read" in load_error(tmp_path / name)
+
+    @pytest.mark.parametrize("source", [np.zeros((20, 30, 3), np.uint8), b"photo.png", None, 3])
+    def test_source_of_another_type(self, source: object):
+        with pytest.raises(InputError) as error:
+            load_photo(source)  # type: ignore[arg-type]
+        assert str(error.value) == f"image must be a path or a Pillow image, not {type(source).__name__}"
+        with pytest.raises(InputError, match="^mask must be a path or a Pillow image, not "):
+            load_mask(source)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("transparency", ["x", None, bytes(256)])
+    def test_transparency_that_does_not_fit_the_mode(self, transparency: object):
+        source = gradient()
+        source.info["transparency"] = transparency
+        for load in (load_photo, load_mask):
+            with pytest.raises(InputError, match="is damaged and cannot be decoded"):
+                load(source)
 
     def test_limit_is_inclusive(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(images, "MAX_PIXELS", 600)
