@@ -47,6 +47,16 @@ class Conditioner:
 
         return self._text.get_or_make(text, encode), ids
 
+    def check_prompt(self, subject: Subject, prompt: str) -> None:
+        """Refuse what `context_tokens` would refuse, without running a network.
+
+        Raises:
+            InputError: the prompt is longer than the language model's longest sequence.
+            SubjectError, BundleError: as for `context_tokens`.
+        """
+        language = self._check_language(subject)
+        self.language_tokenizer.encode(subject.name, prompt, language.vocabulary, language.image_tokens)
+
     def context_tokens(self, subject: Subject, prompt: str, stages: Stages) -> Array:
         """Context tokens of a prompt, float32 [4,768], from the subject's prefix and the prompt's own tokens.
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moma_rt.backends.base import Array
+from moma_rt.messages import warn
 from moma_rt.networks import Networks
 from moma_rt.specs import Geometry
 from moma_rt.stages import Stages
@@ -50,12 +51,19 @@ def compact(geometry: Geometry, mask_hw: NDArray[np.bool_], full: Mapping[str, A
     """Keep only the tokens inside the mask: those outside never contribute, so this changes nothing.
 
     The mask is sampled at every (H/g)-th pixel, as the original does. Where that leaves no token, the original
-    attends to all of them uniformly; zero keys with a full mask do just that.
+    attends to all of them uniformly; zero keys with a full mask do just that. Warns where even the finest grid has
+    none: nothing of the subject's own appearance is left then.
     """
     keys: dict[str, Array] = {}
     values: dict[str, Array] = {}
     masks: dict[int, Array] = {}
     inside = {grid: _sample(mask_hw, geometry.image_size // grid) for grid in geometry.grids}
+    finest = geometry.grids[0]
+    if not inside[finest].any():
+        warn(
+            f"the mask is so small that none of the {finest}x{finest} sampled points is inside it: "
+            "the reference is a plain average of the whole photo, as in the original MoMA"
+        )
     for layer in geometry.self_attention:
         k, v = full[f"reference_k.{layer.name}"][0], full[f"reference_v.{layer.name}"][0]
         kept = inside[layer.grid]

@@ -138,12 +138,17 @@ def check_array(name: str, array: object, shape: tuple[int, ...]) -> FloatArray:
     """A finite float32 array of `shape`.
 
     Raises:
-        InputError: not an array of numbers, another shape, or NaN or infinity in it.
+        InputError: not an array of real numbers, another shape, or NaN or infinity in float32.
     """
     try:
-        result = np.asarray(array, dtype=np.float32)
-    except (TypeError, ValueError):
-        raise InputError(f"{name} is not an array of numbers but {type(array).__name__}") from None
+        given = np.asarray(array)
+    except Exception:  # foreign arrays convert themselves, and fail as they please
+        raise InputError(f"{name} is not an array of real numbers but {type(array).__name__}") from None
+    if given.dtype.kind not in "biuf":
+        found = f"of {given.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise InputError(f"{name} is not an array of real numbers but {found}")
+    with np.errstate(over="ignore"):
+        result = given.astype(np.float32, copy=False)
     if result.shape != shape:
         raise InputError(f"{name} has shape {list(result.shape)}: it must be {list(shape)}")
     if not np.isfinite(result).all():

@@ -1,6 +1,7 @@
 """The runtime: a bundle's networks on one backend, turned into enrol and generate."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from moma_rt.generation import (
 )
 from moma_rt.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
 from moma_rt.lru import Lru
+from moma_rt.messages import shown
 from moma_rt.networks import Networks, largest
 from moma_rt.noise import Stream, check_seed, draw
 from moma_rt.prompts import check_prompt, text_prompt
@@ -74,8 +76,10 @@ class Runtime:
 
         Raises:
             BundleError: no bundle, a newer format, or a missing or truncated file.
-            InputError: no such backend, or threads out of range.
+            InputError: `bundle` is no path, there is no such backend, or threads are out of range.
         """
+        if not isinstance(bundle, str | os.PathLike):
+            raise InputError(f"a bundle is named by the path of its folder, not by {shown(bundle)}")
         created = backends.create(backend, threads)
         return cls(Bundle.open(bundle), created)
 
@@ -174,6 +178,10 @@ class Runtime:
             Cancelled: `on_step` returned False.
             MomaError: the latents became NaN or infinity.
         """
+        if not isinstance(subject, Subject):
+            raise InputError(f"subject must be a Subject, from enroll or Subject.load, not {shown(subject)}")
+        if on_step is not None and not callable(on_step):
+            raise InputError(f"on_step must be a function of a StepInfo, not {shown(on_step)}")
         settings = Settings(strength, steps, guidance_scale, scheduler, seed, num_images)
         check_prompt(prompt)
         check_prompt(negative_prompt, "negative prompt")
@@ -217,6 +225,9 @@ class Runtime:
     ) -> _Conditions:
         conditioner = self._conditioner
         prompt, negative = prompts
+        conditioner.text_tokenizer.check_subject(subject.name)
+        if embedding is None:
+            conditioner.check_prompt(subject, prompt)
         text, ids = conditioner.text_tokens(text_prompt(subject.name, prompt), stages)
         if embedding is not None:
             context = conditioner.project(embedding, stages)

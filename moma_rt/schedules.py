@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moma_rt.errors import InputError
+from moma_rt.messages import shown
 
 TRAINING_STEPS = 1000
 # The leading grid starts at offset 1: with 1000 steps its first timestep would be 1000, one past the last.
@@ -27,6 +28,7 @@ ROW_LENGTH = 64
 _BETA_START = 0.00085
 _BETA_END = 0.012
 _STEPS_OFFSET = 1
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 # MoMA injects no reference while t >= 950: the layout of the new picture is not yet settled there.
 _INJECTION_BELOW = 950
 
@@ -84,11 +86,11 @@ def schedule(name: str, steps: int, guidance_scale: float) -> npt.NDArray[np.flo
     Raises:
         InputError: an unknown scheduler, or a number outside its range.
     """
-    if name not in _TABLES:
-        raise InputError(f"unknown scheduler {name!r}; available: {', '.join(SCHEDULERS)}")
+    if not isinstance(name, str) or name not in _TABLES:
+        raise InputError(f"unknown scheduler {shown(name)}; available: {', '.join(SCHEDULERS)}")
     count = _checked_steps(steps)
-    if not math.isfinite(guidance_scale):
-        raise InputError(f"guidance scale must be a finite number, not {guidance_scale}")
+    if not abs(guidance_scale) <= _FLOAT32_MAX:
+        raise InputError(f"guidance scale must be a finite number in float32, not {shown(guidance_scale)}")
     rows = np.zeros((count, ROW_LENGTH), np.float64)
     _TABLES[name](rows)
     rows[:, Column.GUIDANCE] = guidance_scale
@@ -100,9 +102,9 @@ def _checked_steps(steps: int) -> int:
     try:
         count = operator.index(steps)
     except TypeError:
-        raise InputError(f"steps must be a whole number, 1 to {MAX_STEPS}, not {steps!r}") from None
+        raise InputError(f"steps must be a whole number, 1 to {MAX_STEPS}, not {shown(steps)}") from None
     if not 1 <= count <= MAX_STEPS:
-        raise InputError(f"steps must be 1 to {MAX_STEPS}, not {count}")
+        raise InputError(f"steps must be 1 to {MAX_STEPS}, not {shown(count)}")
     return count
 
 

@@ -1,12 +1,14 @@
 """Enrolling, with networks of NumPy."""
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from moma_rt.bundle import Bundle
 from moma_rt.enrollment import compact
-from moma_rt.errors import InputError
+from moma_rt.errors import InputError, MomaWarning
 from moma_rt.noise import Stream, draw
 from moma_rt.runtime import Runtime
 
@@ -45,6 +47,25 @@ def test_a_level_without_a_token_gets_zero_keys_all_values_and_a_full_mask(fakes
     assert not reference.keys[coarse.name].any()
     np.testing.assert_array_equal(reference.values[coarse.name], full[f"reference_v.{coarse.name}"][0])
     np.testing.assert_array_equal(reference.object_mask[coarse.grid], np.ones(16))
+
+
+def test_a_mask_that_only_coarse_grids_miss_is_no_reason_to_warn(fakes):
+    mask = np.zeros((64, 64), bool)
+    mask[8, 8] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compact(fakes.geometry, mask, full_reference(fakes))
+
+
+def test_a_mask_that_every_grid_misses_warns_and_averages_the_photo(runtime, photo):
+    mask = np.zeros((64, 64), np.uint8)
+    mask[3, 5] = 255
+    with pytest.warns(MomaWarning, match="none of the 8x8 sampled points .* plain average") as caught:
+        subject = runtime.enroll(photo, Image.fromarray(mask), "car")
+    assert caught[0].filename == __file__
+    assert not any(keys.any() for keys in subject.reference_k.values())
+    assert subject.token_counts() == {8: 64, 4: 16}
+    assert runtime.generate(subject, "A car.", steps=1).images
 
 
 def test_enrolling_feeds_each_network_what_the_one_before_made(runtime, backend, photo, mask, fakes):
@@ -107,10 +128,13 @@ def test_enrolling_again_gives_an_equal_subject_and_another_seed_does_not(runtim
     [
         ({"name": ""}, "subject name is empty"),
         ({"name": "word " * 79 + "word"}, "80 words"),
+        ({"name": None}, "subject name must be a text, not None"),
+        ({"name": "car\x1b[31m"}, "must not hold control characters"),
+        ({"vae_noise": np.zeros((1, 4, 8, 8), complex)}, "vae_noise is not an array of real numbers but of complex128"),
         ({"seed": -1}, "seed must be 0 to"),
         ({"vae_noise": np.zeros((1, 4, 8, 9))}, r"vae_noise has shape \[1, 4, 8, 9\]: it must be \[1, 4, 8, 8\]"),
         ({"reference_noise": np.full((1, 4, 8, 8), np.inf)}, "reference_noise contains NaN or infinity"),
-        ({"vae_noise": "loud"}, "vae_noise is not an array of numbers but str"),
+        ({"vae_noise": "loud"}, "vae_noise is not an array of real numbers but str"),
         ({"mask": Image.new("L", (96, 96))}, "no foreground"),
         ({"mask": Image.new("L", (96, 48), 255)}, "aspect ratio"),
     ],

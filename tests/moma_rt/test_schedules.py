@@ -174,7 +174,17 @@ class TestWrongInput:
             schedule("DDIM", 20, 7.5)
         assert "ddim" in SCHEDULERS
 
-    @pytest.mark.parametrize("guidance", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("guidance", [math.nan, math.inf, -math.inf, 1e39, -1e39, 10**400])
     def test_guidance_that_is_no_number(self, guidance):
-        with pytest.raises(InputError, match="guidance scale must be a finite number"):
+        with pytest.raises(InputError, match="guidance scale must be a finite number in float32, not") as caught:
             schedule("ddim", 20, guidance)
+        assert len(str(caught.value)) < 200
+
+    @pytest.mark.parametrize("name", [None, 7, ["ddim"], {}, b"ddim"])
+    def test_a_scheduler_that_is_no_name(self, name):
+        with pytest.raises(InputError, match="unknown scheduler .*; available: ddim"):
+            schedule(name, 20, 7.5)
+
+    def test_steps_of_more_digits_than_python_writes(self):
+        with pytest.raises(InputError, match="steps must be 1 to 999, not <int>"):
+            schedule("ddim", 10**5000, 7.5)
