@@ -138,6 +138,12 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add("--seed", type=int, default=0, help="of the first picture (default: 0)")
     add("--num-images", type=int, default=1, metavar="N", help="1 to 64 (default: 1)")
     add("--scheduler", default="ddim", metavar="NAME", help="table of the denoising steps (default: ddim)")
+    add(
+        "--context-embedding",
+        type=Path,
+        metavar="FILE",
+        help=".npy of 1024 floats instead of the language model's reading",
+    )
     add("--contact-sheet", type=Path, metavar="FILE", help="also write photo, mask, pictures and masks side by side")
     add("--save-mask", type=Path, metavar="FILE", help="also write where the model saw the subject, as gray images")
     _add_run_options(parser)
@@ -171,7 +177,9 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     # A number out of range is refused below; it must not make that many names.
     outputs = _outputs(arguments, min(max(arguments.num_images, 1), MAX_IMAGES))
-    _check_outputs(outputs.all(), [arguments.subject], arguments.bundle)
+    inputs = [path for path in (arguments.subject, arguments.context_embedding) if path is not None]
+    _check_outputs(outputs.all(), inputs, arguments.bundle)
+    embedding = None if arguments.context_embedding is None else _read_embedding(arguments.context_embedding)
 
     start = time.perf_counter()
     runtime = Runtime.load(arguments.bundle, threads=arguments.threads)
@@ -186,6 +194,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         num_images=arguments.num_images,
         scheduler=arguments.scheduler,
+        context_embedding=embedding,
         on_step=None if arguments.quiet else _progress,
     )
     written = _write_result(arguments, subject, result)
@@ -193,6 +202,30 @@ def _generate(arguments: argparse.Namespace) -> int:
         _print_seconds(result.seconds, time.perf_counter() - start)
         print_output("\n".join(map(str, written)))
     return 0
+
+
+def _read_embedding(path: Path) -> "FloatArray":
+    """The floats of a .npy file, of any length: the runtime knows which one it needs."""
+    import numpy as np
+
+    try:
+        # Opening a pipe would wait for its other end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"context embedding {path} is not a file")
+        # Mapped, so that a header's claim of a huge array is compared with the file's size and not believed.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"context embedding {path} cannot be read: {error.strerror or error}") from None
+    except InputError:
+        raise
+    except Exception:
+        # The header is Python source, and what a malformed one makes NumPy raise depends on its version.
+        array = None
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        raise InputError(f"context embedding {path} is not a .npy file of floats (numpy.save makes one)")
+    if array.ndim != 1:
+        raise InputError(f"context embedding {path} has shape {list(array.shape)}: it must have one dimension")
+    return np.array(array, np.float32)
 
 
 def _write_result(arguments: argparse.Namespace, subject: "Subject", result: "Result") -> list[Path]:
