@@ -2,7 +2,7 @@
 
     python -m benchmarks.full_size --out DIR
 
-Each part runs in a process of its own, so that peaks of memory are its own and threads do not compete.
+Each part runs in a process of its own, so that its peak of memory is its own; the steps take turns.
 """
 
 import argparse
@@ -10,9 +10,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ OBJECT_SHARE = 0.4
 SUBJECT_TOKENS = [4, 7]
 
 Arrays = dict[str, np.ndarray]
+Step = Callable[[], Arrays]
 
 
 def main() -> int:
@@ -44,8 +45,7 @@ def main() -> int:
         "environment": environment(f"python -m benchmarks.full_size --out DIR --repeats {options.repeats}"),
         "export": export(options.out),
     }
-    torch_result = in_own_process(pytorch_step, options.out, options.repeats)
-    ort_result = in_own_process(onnxruntime_step, options.out, options.repeats)
+    torch_result, ort_result = alternate((pytorch_step, onnxruntime_step), options.out, options.repeats)
     errors = {
         name: relative_error(ort_result["outputs"][name], torch_result["outputs"][name])
         for name in ("next_latents", "next_foreground_mask")
@@ -73,7 +73,7 @@ def export(out: Path) -> dict[str, Any]:
     return {"networks": NETWORKS.split(","), "seconds": round(seconds, 1), "peak_gb": round(peak, 2)}
 
 
-def pytorch_step(out: Path, repeats: int) -> dict[str, Any]:
+def pytorch_step(out: Path) -> Step:
     """The module that was exported, in PyTorch eager."""
     import torch
 
@@ -87,13 +87,16 @@ def pytorch_step(out: Path, repeats: int) -> dict[str, Any]:
     spec, module = network.spec(geometry), network.module(checkpoint, geometry)
     inputs = step_inputs(spec, geometry)
     arguments = network.arguments(tuple(torch.from_numpy(inputs[t.name]) for t in spec.inputs), geometry)
-    with torch.inference_mode():
-        measured, outputs = timed(lambda: module(*arguments), repeats)
-    named = {tensor.name: array.numpy() for tensor, array in zip(spec.outputs, outputs, strict=True)}
-    return {"measured": measured, "outputs": named}
+
+    def run() -> Arrays:
+        with torch.inference_mode():
+            outputs = module(*arguments)
+        return {tensor.name: array.numpy() for tensor, array in zip(spec.outputs, outputs, strict=True)}
+
+    return run
 
 
-def onnxruntime_step(out: Path, repeats: int) -> dict[str, Any]:
+def onnxruntime_step(out: Path) -> Step:
     """The bundle's denoiser on the runtime's CPU backend."""
     from moma_rt.backends import create
 
@@ -106,8 +109,12 @@ def onnxruntime_step(out: Path, repeats: int) -> dict[str, Any]:
     for name, array in inputs.items():
         backend.upload(buffers[name], array)
     bound = network.bind(buffers)
-    measured, _ = timed(bound.enqueue, repeats)
-    return {"measured": measured, "outputs": {t.name: backend.download(buffers[t.name]) for t in entry.spec.outputs}}
+
+    def run() -> Arrays:
+        bound.enqueue()
+        return {t.name: backend.download(buffers[t.name]) for t in entry.spec.outputs}
+
+    return run
 
 
 def step_sizes(geometry: Geometry) -> dict[str, int]:
@@ -131,21 +138,41 @@ def step_inputs(spec: NetworkSpec, geometry: Geometry) -> Arrays:
     return inputs
 
 
-def timed(run: Callable[[], Any], repeats: int) -> tuple[dict[str, Any], Any]:
-    """Seconds of `repeats` runs after one that is not counted, the peak of this process's memory, and the output."""
-    output, seconds = run(), []
-    for _ in range(repeats):
+def alternate(contenders: Sequence[Callable[[Path], Step]], out: Path, repeats: int) -> list[dict[str, Any]]:
+    """Time the contenders' steps in turns, so that what else the machine does falls on all of them alike."""
+    pipes, processes, context = [], [], get_context("spawn")
+    for contender in contenders:
+        pipe, far = context.Pipe()
+        processes.append(context.Process(target=serve, args=(contender, out, far), daemon=True))
+        processes[-1].start()
+        pipes.append(pipe)
+    seconds: list[list[float]] = [[] for _ in contenders]
+    for turn in range(1 + repeats):
+        for pipe, taken in zip(pipes, seconds, strict=True):
+            pipe.send("step")
+            value = pipe.recv()
+            if turn > 0:
+                taken.append(value)
+    results = []
+    for pipe, taken in zip(pipes, seconds, strict=True):
+        pipe.send("end")
+        outputs, peak = pipe.recv()
+        measured = {**percentiles(taken), "repeats": repeats, "peak_gb": round(peak, 2)}
+        results.append({"measured": measured, "outputs": outputs})
+    for process in processes:
+        process.join()
+    return results
+
+
+def serve(contender: Callable[[Path], Step], out: Path, pipe: Connection) -> None:
+    """A contender's process: a step each time it is asked for one; at the end its outputs and its peak of memory."""
+    run = contender(out)
+    outputs: Arrays = {}
+    while pipe.recv() == "step":
         start = time.perf_counter()
-        output = run()
-        seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return {**percentiles(seconds), "repeats": repeats, "peak_gb": round(peak, 2)}, output
-
-
-def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """The result of `function(*arguments)`, computed in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        outputs = run()
+        pipe.send(time.perf_counter() - start)
+    pipe.send((outputs, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9))
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
