@@ -1,14 +1,22 @@
 """What a network's tensors look like, and the sizes of the model they belong to.
 
 `export/networks.py` makes these from a checkpoint; the bundle's manifest carries them; ONNX names, dynamic axes,
-optimization profiles and runtime buffers all come from them.
+optimization profiles and runtime buffers all come from them. The readers (`from_json`) trust nothing: what they
+return is consistent, and anything else is a ValueError that names the field.
 """
 
 import enum
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from moma_rt.messages import shown
+
 Json = dict[str, Any]
+
+DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+# As large as ONNX Runtime and TensorRT allow a dimension to be.
+MAX_SIZE = 2**31 - 1
 
 
 class Precision(enum.Enum):
@@ -25,6 +33,20 @@ class Dim:
     min: int
     opt: int
     max: int
+
+    @classmethod
+    def from_json(cls, data: Json) -> "Dim":
+        """Raises ValueError unless 0 <= min <= opt <= max and max >= 1."""
+        _check_fields(cls, data)
+        dim = cls(
+            _name("dimension", data["name"]),
+            _size("min", data["min"], 0),
+            _size("opt", data["opt"], 0),
+            _size("max", data["max"]),
+        )
+        if not dim.min <= dim.opt <= dim.max:
+            raise ValueError(f"dimension {dim.name!r} needs min <= opt <= max, not {dim.min}, {dim.opt}, {dim.max}")
+        return dim
 
 
 @dataclass(frozen=True)
@@ -61,8 +83,14 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, data: Json) -> "TensorSpec":
-        shape = tuple(Dim(**d) if isinstance(d, dict) else int(d) for d in data["shape"])
-        return cls(str(data["name"]), str(data["dtype"]), shape)
+        """Raises ValueError for a dtype not in `DTYPES`, or a dimension that is no size of 1 to `MAX_SIZE`."""
+        _check_fields(cls, data)
+        name, dtype = _name("tensor", data["name"]), data["dtype"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"tensor {name!r} has dtype {shown(dtype)}; known: {', '.join(DTYPES)}")
+        sizes = _list(f"the shape of tensor {name!r}", data["shape"])
+        shape = tuple(Dim.from_json(d) if isinstance(d, dict) else _size(f"a size of {name!r}", d) for d in sizes)
+        return cls(name, dtype, shape)
 
 
 @dataclass(frozen=True)
@@ -85,11 +113,16 @@ class NetworkSpec:
 
     @classmethod
     def from_json(cls, data: Json) -> "NetworkSpec":
-        return cls(
-            str(data["name"]),
-            tuple(TensorSpec.from_json(t) for t in data["inputs"]),
-            tuple(TensorSpec.from_json(t) for t in data["outputs"]),
-        )
+        """Raises ValueError for two tensors of one name, or two dimensions of one name and different bounds."""
+        _check_fields(cls, data)
+        name = _name("network", data["name"])
+        inputs = tuple(TensorSpec.from_json(t) for t in _list("inputs", data["inputs"]))
+        outputs = tuple(TensorSpec.from_json(t) for t in _list("outputs", data["outputs"]))
+        tensors = (*inputs, *outputs)
+        _check_unique(f"network {name!r}: tensor", (tensor.name for tensor in tensors))
+        dims = {dim for tensor in tensors for dim in tensor.dynamic_axes.values()}
+        _check_unique(f"network {name!r}: bounds of dimension", (dim.name for dim in dims))
+        return cls(name, inputs, outputs)
 
 
 @dataclass(frozen=True)
@@ -100,6 +133,14 @@ class SelfAttentionLayer:
     grid: int
     channels: int
     heads: int
+
+    @classmethod
+    def from_json(cls, data: Json) -> "SelfAttentionLayer":
+        """Raises ValueError unless the sizes are at least 1 and `heads` divides `channels`."""
+        _check_fields(cls, data)
+        layer = cls(_name("layer", data["name"]), *(_size(key, data[key]) for key in ("grid", "channels", "heads")))
+        _check_divides(layer.name, "heads", layer.heads, "channels", layer.channels)
+        return layer
 
 
 @dataclass(frozen=True)
@@ -113,6 +154,11 @@ class LanguageGeometry:
     head_width: int
     vision_image_size: int
     image_tokens: int
+
+    @classmethod
+    def from_json(cls, data: Json) -> "LanguageGeometry":
+        """Raises ValueError unless all sizes are at least 1."""
+        return cls(**{key: _size(key, data[key]) for key in _check_fields(cls, data)})
 
 
 @dataclass(frozen=True)
@@ -139,6 +185,59 @@ class Geometry:
 
     @classmethod
     def from_json(cls, data: Json) -> "Geometry":
-        layers = tuple(SelfAttentionLayer(**layer) for layer in data["self_attention"])
-        language = LanguageGeometry(**data["language"]) if data["language"] is not None else None
-        return cls(**{**data, "self_attention": layers, "language": language})
+        """Raises ValueError for sizes below 1 or that do not divide each other, no layer, or two of one name."""
+        sizes = _check_fields(cls, data) - {"self_attention", "language"}
+        layers = tuple(SelfAttentionLayer.from_json(x) for x in _list("self_attention", data["self_attention"]))
+        language = LanguageGeometry.from_json(data["language"]) if data["language"] is not None else None
+        geometry = cls(
+            **{key: _size(key, data[key]) for key in sizes},
+            self_attention=layers,
+            language=language,
+        )
+        if not layers:
+            raise ValueError("self_attention has no layers")
+        _check_unique("layer", (layer.name for layer in layers))
+        _check_divides("geometry", "latent_size", geometry.latent_size, "image_size", geometry.image_size)
+        for layer in layers:
+            _check_divides(layer.name, "grid", layer.grid, "latent_size", geometry.latent_size)
+        return geometry
+
+
+def _check_fields(cls: type, data: Json) -> set[str]:
+    """The names of a dataclass's fields, which must be exactly those of `data`."""
+    names = {field.name for field in fields(cls)}
+    if not isinstance(data, dict) or data.keys() != names:
+        found = sorted(data) if isinstance(data, dict) else data
+        raise ValueError(f"{cls.__name__} has the fields {', '.join(sorted(names))}, not {shown(found)}")
+    return names
+
+
+def _name(what: str, value: object) -> str:
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise ValueError(f"the name of a {what} is {shown(value)}, not a line of text")
+    return value
+
+
+def _size(what: str, value: object, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_SIZE:
+        raise ValueError(f"{what} is {shown(value)}, not a whole number of {least} to {MAX_SIZE}")
+    return value
+
+
+def _list(what: str, value: object) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{what} is {shown(value)}, not a list")
+    return list(value)
+
+
+def _check_unique(what: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{what} {name!r} is given twice")
+        seen.add(name)
+
+
+def _check_divides(owner: str, small_name: str, small: int, large_name: str, large: int) -> None:
+    if large % small:
+        raise ValueError(f"{owner}: {small_name} {small} does not divide {large_name} {large}")
