@@ -331,6 +331,8 @@ def _progress(info: "StepInfo") -> None:
     last = info.step == info.steps
     # That nobody can read how far it got is no reason to stop.
     with contextlib.suppress(OSError):
+        if sys.stderr is None:
+            return
         if sys.stderr.isatty():
             print(f"\r{line:<40}", end="\n" if last else "", file=sys.stderr, flush=True)
         elif last or info.step % _STEPS_A_LINE == 0:
