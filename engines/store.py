@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moma_rt.bundle import MANIFEST_NAME, FileEntry, Manifest, NetworkEntry
+from moma_rt.bundle import MANIFEST_NAME, RECORD_NAME, FileEntry, Manifest, NetworkEntry
 from moma_rt.errors import InputError
 from moma_rt.files import fsync, sha256_file
 from moma_rt.specs import NetworkSpec, Precision
 
 NETWORKS_FOLDER = "networks"
-RECORD_NAME = "network.json"
 PARTIAL_PREFIX = ".partial-"
 LOCK_NAME = ".lock"
 _KEY_LENGTH = 16

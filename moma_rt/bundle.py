@@ -20,6 +20,8 @@ from moma_rt.specs import Geometry, NetworkSpec, Precision
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+# Beside a network's files, for the next build; a runtime does not read it.
+RECORD_NAME = "network.json"
 TEXT_TOKENIZER = "tokenizers/text.json"
 LANGUAGE_TOKENIZER = "tokenizers/language.json"
 
@@ -123,6 +125,13 @@ class Bundle:
         used = {file for entry in self.manifest.networks.values() for file in (entry.onnx, *entry.files)}
         for name in sorted(used - self.manifest.files.keys()):
             raise BundleError(f"{self.root}: the manifest uses {name!r} but gives no hash for it")
+        for network in self.manifest.networks.values():
+            folder = self.path(network.onnx).parent
+            listed = {self.path(file) for file in (network.onnx, *network.files)}
+            # A graph reads the files beside it, so one that no hash covers would be used unchecked.
+            for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+                if path not in listed and path.name != RECORD_NAME:
+                    raise BundleError(f"{self.root}: {path.relative_to(self.root)} is in no network of the manifest")
         for name, entry in self.manifest.files.items():
             path = self.path(name)
             if not path.is_file():
@@ -201,6 +210,8 @@ def read_manifest(root: Path) -> Manifest:
     # Nesting without end is a RecursionError, an infinite number an OverflowError.
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read as a manifest: {error}") from None
+    if version < 1:
+        raise BundleError(f"{path} cannot be read as a manifest: format_version is {version}, there is none below 1")
     if version > FORMAT_VERSION:
         raise BundleError(
             f"{root} has bundle format {version}; this moma-rt reads formats up to {FORMAT_VERSION}: upgrade it"

@@ -212,6 +212,23 @@ class TestNetworks:
             bundle.fingerprint("unet")
 
 
+def test_weights_without_a_hash_are_not_read(root: Path):
+    edit(root, lambda data: (data["networks"]["text_encoder"].update(files=[]), data["files"].pop(WEIGHTS)))
+    with pytest.raises(BundleError, match=f"{WEIGHTS} is in no network of the manifest"):
+        Bundle.open(root)
+
+
+def test_the_builds_own_record_may_lie_beside_a_network(root: Path):
+    (root / ONNX).with_name("network.json").write_text("{}")
+    assert Bundle.open(root).has("text_encoder")
+
+
+def test_format_below_the_first(root: Path):
+    edit(root, lambda data: data.update(format_version=-3))
+    with pytest.raises(BundleError, match="format_version is -3, there is none below 1"):
+        Bundle.open(root)
+
+
 def test_manifest_is_replaced_whole(root: Path, monkeypatch: pytest.MonkeyPatch):
     before = (root / MANIFEST_NAME).read_bytes()
     monkeypatch.setattr(Manifest, "to_json", lambda _: {"not": object()})
