@@ -19,6 +19,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without the traceback or advice that may follow; its type if nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def warn(message: str) -> None:
     """Warn with a `MomaWarning`, attributed to the line outside this package that called into it.
 

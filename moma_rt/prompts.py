@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from moma_rt.errors import BundleError, InputError
-from moma_rt.messages import shown, warn
+from moma_rt.messages import first_line, shown, warn
 
 IMAGE_PLACEHOLDER = "<image>"
 MAX_SEQUENCE = 2048
@@ -232,11 +232,11 @@ def _load(path: Path) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"cannot read the tokenizer {path}: {error}") from None
+        raise BundleError(f"cannot read the tokenizer {path}: {first_line(error)}") from None
     try:
         return Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise BundleError(f"{path} is no tokenizer: {error}") from None
+        raise BundleError(f"{path} is no tokenizer: {first_line(error)}") from None
 
 
 def _check_unicode(text: str, what: str = "text") -> None:

@@ -19,7 +19,7 @@ from moma_rt.backends.base import Array
 from moma_rt.bundle import Bundle
 from moma_rt.errors import InputError, SubjectError
 from moma_rt.files import atomic_write
-from moma_rt.messages import shown
+from moma_rt.messages import first_line, shown
 from moma_rt.prompts import check_subject_name
 from moma_rt.specs import Geometry
 
@@ -161,8 +161,7 @@ class Subject:
                 metadata = (stream.metadata() or {}).get(_METADATA_KEY)
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()} if metadata else {}
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            raise SubjectError(f"{path} is not a subject file, or a truncated one: {reason}") from None
+            raise SubjectError(f"{path} is not a subject file, or a truncated one: {first_line(error)}") from None
         if metadata is None:
             raise SubjectError(f"{path} is not a subject file: a safetensors file without {_METADATA_KEY!r} metadata")
         try:
@@ -178,8 +177,8 @@ class Subject:
             return cls._from_parts(data, tensors)
         # Nesting without end is a RecursionError, an infinite number an OverflowError.
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, InputError) as error:
-            reason = " ".join(str(error).split())
-            raise SubjectError(f"{path} is a malformed subject file: {type(error).__name__}: {reason}") from None
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise SubjectError(f"{path} is a malformed subject file: {reason}") from None
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -214,7 +213,8 @@ class Subject:
             None if language is None else _line("language", language),
         )
         prefix = None
-        if origin.language is not None:
+        # A bundle with a language model but no vision encoder knows the former's weights and makes no prefix.
+        if not {"prefix_ids", "prefix_kv"}.isdisjoint(tensors):
             prefix = Prefix(tensors["prefix_ids"], tensors["prefix_kv"])
         return cls(
             data["name"],

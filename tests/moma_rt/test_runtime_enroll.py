@@ -11,6 +11,7 @@ from moma_rt.enrollment import compact
 from moma_rt.errors import InputError, MomaWarning
 from moma_rt.noise import Stream, draw
 from moma_rt.runtime import Runtime
+from moma_rt.subject import Subject
 
 
 def full_reference(fakes, seed=0):
@@ -114,6 +115,8 @@ def test_without_a_language_model_there_is_no_prefix(tmp_path, fakes, backend, p
     subject = runtime.enroll(photo, mask, "car")
     assert subject.prefix is None
     assert "vision_encoder" not in backend.loads
+    subject.save(tmp_path / "car.subject")
+    assert Subject.load(tmp_path / "car.subject").identity == subject.identity
 
 
 def test_enrolling_again_gives_an_equal_subject_and_another_seed_does_not(runtime, photo, mask):
