@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from moma_rt.backends.base import Array, Buffer
 from moma_rt.errors import BundleError
+from moma_rt.messages import first_line
 from moma_rt.specs import NetworkSpec
 
 _LOG_FATAL = 4
@@ -79,7 +80,7 @@ class OnnxRuntimeBackend:
         except Exception as error:
             if not _is_ort_error(error):
                 raise
-            raise BundleError(f"{onnx}: ONNX Runtime {ort.__version__} cannot load it: {_first_line(error)}") from None
+            raise BundleError(f"{onnx}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from None
         _check_names(onnx, "inputs", spec.inputs, session.get_inputs())
         _check_names(onnx, "outputs", spec.outputs, session.get_outputs())
         return OrtNetwork(spec, session)
@@ -129,7 +130,3 @@ def _check_names(path: Path, what: str, expected: Iterable[Any], found: Iterable
 def _is_ort_error(error: Exception) -> bool:
     # ONNX Runtime raises a dozen unrelated classes of its extension module, and RuntimeError for some of them.
     return isinstance(error, RuntimeError) or type(error).__module__.startswith(_ORT_ERROR)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
