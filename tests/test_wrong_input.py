@@ -57,11 +57,11 @@ def edit(path: str, **values: object) -> None:
     replace(path, json.dumps({**json.loads(Path(path).read_text()), **values}).encode())
 
 
-def edit_network_keys(bundle: str) -> None:
+def edit_sources(bundle: str) -> None:
     data = json.loads(Path(bundle, "manifest.json").read_text())
-    for network in data["networks"].values():
-        network["key"] = network["key"][::-1]
-    edit(f"{bundle}/manifest.json", base="other", networks=data["networks"])
+    for source in data["sources"]:
+        source["sha256"] = source["sha256"][::-1]
+    edit(f"{bundle}/manifest.json", base="other", sources=data["sources"])
 
 
 def alter(bundle: str, network: str) -> None:
@@ -143,7 +143,7 @@ CASES = {
         GENERATE,
         "has bundle format 2; this moma-rt reads formats up to 1: upgrade it",
     ),
-    "subject of another base": (lambda: edit_network_keys("bundle"), GENERATE, "base 'other'"),
+    "subject of another base": (lambda: edit_sources("bundle"), GENERATE, "base 'other'"),
 }
 
 
