@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from moma_rt.errors import InputError
+from moma_rt.messages import first_line
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_DIFFERENCE = 0.02
@@ -228,8 +229,7 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
 
 
 def _undecodable(name: str, error: Exception) -> InputError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return InputError(f"{name} is damaged and cannot be decoded: {reason}")
+    return InputError(f"{name} is damaged and cannot be decoded: {first_line(error)}")
 
 
 def _is_wide(image: Image.Image) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from export.checkpoints.model import LANGUAGE, TEXT_ENCODER, UNET, VAE, VISION
-from export.checkpoints.weights import one_line
 from moma_rt.errors import CheckpointError
+from moma_rt.messages import first_line
 
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -205,7 +205,7 @@ def expected_shapes(role: str, config: Config, where: object) -> Shapes:
             module = _build(role, config)
     except Exception as error:
         # Configs are users' files and the classes check them with errors of every type.
-        raise CheckpointError(f"{where} does not describe a usable {role}: {one_line(error)}") from None
+        raise CheckpointError(f"{where} does not describe a usable {role}: {first_line(error)}") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if role == LANGUAGE:
         width, vision = config["hidden_size"], config["mm_hidden_size"]

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from export.bases import VAE_FILES, Base
-from export.checkpoints.weights import one_line
 from moma_rt.errors import CheckpointError
+from moma_rt.messages import first_line
 
 
 def download_base(base: Base, roles: frozenset[str], vae: Path | None) -> tuple[Path, Path | None]:
@@ -31,7 +31,7 @@ def _download(repository: str, files: tuple[str, ...]) -> Path:
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(files)))
     except Exception as error:
         # The library, its HTTP client and the file system fail with errors of many types; none is a fault in here.
-        raise CheckpointError(f"could not be downloaded from {repository} ({one_line(error)})") from None
+        raise CheckpointError(f"could not be downloaded from {repository} ({first_line(error)})") from None
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(f"{repository} lacks {', '.join(missing)}")

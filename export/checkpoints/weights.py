@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moma_rt.errors import CheckpointError
+from moma_rt.messages import first_line
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("", "fp16")
@@ -126,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON: {one_line(error)}") from None
+        raise CheckpointError(f"{path} is not readable as JSON: {first_line(error)}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return data
@@ -154,11 +155,6 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def one_line(error: object) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _find(folder: Path) -> Path:
@@ -211,7 +207,7 @@ def _read_tensors(file: Path, names: list[str]) -> dict[str, torch.Tensor]:
         tensors = _pickled_tensors(file)
         return {name: tensors[name] for name in names}
     except (SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{file} changed since it was opened: {one_line(error)}") from None
+        raise CheckpointError(f"{file} changed since it was opened: {first_line(error)}") from None
 
 
 def _safetensors(file: Path) -> Any:
@@ -219,7 +215,7 @@ def _safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is truncated or corrupt: {one_line(error)}") from None
+        raise CheckpointError(f"{file} is truncated or corrupt: {first_line(error)}") from None
 
 
 def _pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
