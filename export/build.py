@@ -4,8 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moma_rt.errors import InputError, run_command
+
+if TYPE_CHECKING:
+    from export.networks import Precisions
 
 PROGRAM = "export.build"
 _EPILOG = """\
@@ -60,6 +64,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="NETWORKS",
         help="export only these, separated by commas; those of the bundle that come from the same sources stay",
     )
+    p.add_argument("--skip", metavar="NETWORKS", help="export all but these, separated by commas")
+    p.add_argument(
+        "--precision",
+        choices=["fp32", "fp16", "bf16"],
+        help="of all networks but the language model (default: fp32)",
+    )
+    p.add_argument(
+        "--mllm-precision",
+        choices=["fp32", "fp16", "bf16", "int8", "int4"],
+        help="of the language model; int8 and int4 are of its weights alone (default: that of the others)",
+    )
     p.add_argument("--out", type=Path, metavar="DIR", help="the bundle; default: bundles/NAME")
     p.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
     return p
@@ -73,13 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     # PyTorch takes seconds to import; --help should not.
-    from export.bundling import build_bundle
+    from export.bundling import ExportPlan, build_bundle
     from export.checkpoints.load import CheckpointRequest, load_checkpoint
     from export.checkpoints.lora import parse_lora
     from export.checkpoints.model import LANGUAGE, VISION, roles_for
     from export.progress import Progress
 
-    names = _network_names(options.only)
+    names, precisions = _network_names(options.only, options.skip), _precisions(options)
     roles = roles_for(names)
     if LANGUAGE in roles:
         # How many image tokens the language model reads only the vision encoder's config tells.
@@ -98,24 +113,43 @@ def _build(options: argparse.Namespace) -> int:
     checkpoint = load_checkpoint(request)
     out = options.out if options.out is not None else Path("bundles") / checkpoint.base
     with Progress(names, sys.stderr) as progress:
-        bundle = build_bundle(checkpoint, names, out, progress.report)
+        bundle = build_bundle(checkpoint, ExportPlan(names, precisions), out, progress.report)
     size = sum(file.size for file in bundle.manifest.files.values())
     print(f"{out}: {', '.join(bundle.manifest.networks)}; {size / 1e6:,.1f} MB")
     return 0
 
 
-def _network_names(only: str | None) -> tuple[str, ...]:
+def _precisions(options: argparse.Namespace) -> "Precisions":
+    from export.networks import Precisions
+    from moma_rt.specs import Precision
+
+    networks = Precision(options.precision or "fp32")
+    return Precisions(networks, Precision(options.mllm_precision or networks.value))
+
+
+def _network_names(only: str | None, skip: str | None) -> tuple[str, ...]:
     from export.networks import NETWORKS
 
-    if only is None:
-        return tuple(NETWORKS)
-    asked = [name.strip() for name in only.split(",") if name.strip()]
-    unknown = [name for name in asked if name not in NETWORKS]
+    if only is not None and skip is not None:
+        raise InputError("--only and --skip exclude each other: give one of them")
+    if only is not None:
+        return _listed("--only", only, tuple(NETWORKS))
+    skipped = () if skip is None else _listed("--skip", skip, tuple(NETWORKS))
+    names = tuple(name for name in NETWORKS if name not in skipped)
+    if not names:
+        raise InputError(f"--skip {skip!r} leaves no network; there are: {', '.join(NETWORKS)}")
+    return names
+
+
+def _listed(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The networks that an option names, in the order of `known`."""
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in known]
     if unknown or not asked:
         raise InputError(
-            f"--only {only!r}: no network {', '.join(unknown) or 'is named'}; there are: {', '.join(NETWORKS)}"
+            f"{option} {text!r}: no network {', '.join(unknown) or 'is named'}; there are: {', '.join(known)}"
         )
-    return tuple(name for name in NETWORKS if name in asked)
+    return tuple(name for name in known if name in asked)
 
 
 if __name__ == "__main__":

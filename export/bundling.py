@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,7 +19,7 @@ from engines.store import PARTIAL_PREFIX, NetworkRequest, NetworkStore, StoredNe
 from export import tokenizers
 from export.checkpoints.model import LANGUAGE, NETWORK_ROLES, ROLES, TEXT_ENCODER, Checkpoint, Component
 from export.geometry import geometry_of
-from export.networks import NETWORKS, Network
+from export.networks import NETWORKS, Network, Precisions
 from export.onnx_export import MODEL_NAME, export_network
 from moma_rt.bundle import (
     LANGUAGE_TOKENIZER,
@@ -47,8 +48,16 @@ _TOKENIZER_ROLES = MappingProxyType({TEXT_TOKENIZER: TEXT_ENCODER, LANGUAGE_TOKE
 Report = Callable[[str, str], None]
 
 
-def build_bundle(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, report: Report) -> Bundle:
-    """Export the named networks and write `out` as a bundle.
+@dataclass(frozen=True)
+class ExportPlan:
+    """Which networks to export, and what they are to compute in."""
+
+    names: tuple[str, ...]
+    precisions: Precisions = Precisions()
+
+
+def build_bundle(checkpoint: Checkpoint, plan: ExportPlan, out: Path, report: Report) -> Bundle:
+    """Export the planned networks and write `out` as a bundle.
 
     Networks that an earlier build left in `out` stay part of it unless they come from sources that are others now.
 
@@ -67,7 +76,8 @@ def build_bundle(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, repo
         before = _networks_before(out)
         previous = _previous(out, checkpoint, geometry)
         geometry = previous.geometry
-        built = {name: _stored(NETWORKS[name], checkpoint, geometry, store, report) for name in names}
+        exporter = _Exporter(checkpoint, geometry, store, report)
+        built = {name: exporter.stored(NETWORKS[name], plan.precisions.of(name)) for name in plan.names}
         files = {name: file for network in built.values() for name, file in network.files.items()}
         files |= _write_tokenizers(made_tokenizers, out)
         entries = {**previous.networks, **{name: network.entry for name, network in built.items()}}
@@ -90,11 +100,12 @@ def build_bundle(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, repo
         return Bundle.open(out)
 
 
-def network_key(network: Network, components: tuple[Component, ...], spec: NetworkSpec) -> str:
+def network_key(components: tuple[Component, ...], spec: NetworkSpec, precision: Precision) -> str:
     """Names what a network computes: its sources, its tensors, the code that traces it, the libraries it runs on."""
-    roles = NETWORK_ROLES[network.name]
+    roles = NETWORK_ROLES[spec.name]
     identity = {
         "network": spec.to_json(),
+        "precision": precision.value,
         "sources": {c.role: [c.sha256, c.config] for c in components if c.role in roles},
         "code": _code_hash(),
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -102,30 +113,39 @@ def network_key(network: Network, components: tuple[Component, ...], spec: Netwo
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _stored(
-    network: Network, checkpoint: Checkpoint, geometry: Geometry, store: NetworkStore, report: Report
-) -> StoredNetwork:
-    spec = network.spec(geometry)
-    request = NetworkRequest(spec, Precision.FP32, network_key(network, checkpoint.components, spec), MODEL_NAME)
-    report(network.name, "checking")
-    finished = store.find(request)
-    if finished is not None and _is_intact(finished, store.root):
-        report(network.name, "kept")
-        return finished
+@dataclass(frozen=True)
+class _Exporter:
+    """Exports single networks of a checkpoint into a store."""
 
-    def write(folder: Path) -> None:
-        report(network.name, "reading weights")
-        module = network.module(checkpoint, geometry)
-        report(network.name, "tracing")
-        export_network(module, network, geometry, folder)
-        del module
-        gc.collect()
-        report(network.name, "hashing")
+    checkpoint: Checkpoint
+    geometry: Geometry
+    store: NetworkStore
+    report: Report
 
-    start = time.monotonic()
-    built = store.add(request, write)
-    report(network.name, f"built in {time.monotonic() - start:.1f} s")
-    return built
+    def stored(self, network: Network, precision: Precision) -> StoredNetwork:
+        """The network as it lies in the store, exported now if it was not there or is damaged."""
+        spec, report = network.spec(self.geometry, precision), self.report
+        key = network_key(self.checkpoint.components, spec, precision)
+        request = NetworkRequest(spec, precision, key, MODEL_NAME)
+        report(network.name, "checking")
+        finished = self.store.find(request)
+        if finished is not None and _is_intact(finished, self.store.root):
+            report(network.name, "kept")
+            return finished
+
+        def write(folder: Path) -> None:
+            report(network.name, "reading weights")
+            module = network.module(self.checkpoint, self.geometry, precision)
+            report(network.name, "tracing")
+            export_network(module, network, self.geometry, precision, folder)
+            del module
+            gc.collect()
+            report(network.name, "hashing")
+
+        start = time.monotonic()
+        built = self.store.add(request, write)
+        report(network.name, f"built in {time.monotonic() - start:.1f} s")
+        return built
 
 
 def _is_intact(network: StoredNetwork, root: Path) -> bool:
@@ -192,7 +212,7 @@ def _previous(out: Path, checkpoint: Checkpoint, geometry: Geometry) -> Manifest
         for name, entry in manifest.networks.items()
         if name in NETWORKS
         and not NETWORK_ROLES[name] & changed
-        and entry.spec == NETWORKS[name].spec(geometry)
+        and entry.spec == NETWORKS[name].spec(geometry, entry.precision)
         and files.keys() >= {entry.onnx, *entry.files}
     }
     return dataclasses.replace(manifest, geometry=geometry, networks=networks, files=files)

@@ -18,9 +18,9 @@ from export.models.text import TextEncoder
 from export.models.unet import Denoiser, SubjectEncoder, load_unet
 from export.models.vae import VaeDecoder, VaeEncoder, load_vae
 from export.models.vision import VisionEncoder
-from moma_rt.errors import CheckpointError
+from moma_rt.errors import CheckpointError, InputError
 from moma_rt.schedules import ROW_LENGTH
-from moma_rt.specs import Dim, Geometry, NetworkSpec, TensorSpec
+from moma_rt.specs import Dim, Geometry, NetworkSpec, Precision, TensorSpec
 
 MAX_BATCH = 4
 MAX_LANGUAGE_TOKENS = 2048
@@ -28,23 +28,61 @@ MAX_LANGUAGE_TOKENS = 2048
 _BATCH = Dim("batch", 1, 1, MAX_BATCH)
 # Two guidance halves, or one: the shape says which.
 _GUIDED_BATCH = Dim("guided_batch", 1, 2, 2 * MAX_BATCH)
+_DTYPES = MappingProxyType(
+    {
+        Precision.FP32: torch.float32,
+        Precision.FP16: torch.float16,
+        Precision.BF16: torch.bfloat16,
+        Precision.INT8: torch.float16,
+        Precision.INT4: torch.float16,
+    }
+)
 
 
 @dataclass(frozen=True)
 class Network:
     """One row of the table.
 
-    `arguments` turns the flat inputs, in the spec's order, into the module's positional arguments.
+    `tensors` makes the spec, with the dtype of the tensors that are large and pass between networks; `parts` the
+    module, of weights that were converted to a dtype; `arguments` turns the flat inputs, in the spec's order, into the
+    module's positional arguments.
     """
 
     name: str
-    spec: Callable[[Geometry], NetworkSpec]
-    module: Callable[[Checkpoint, Geometry], nn.Module]
+    tensors: Callable[[Geometry, str], NetworkSpec]
+    parts: Callable[[Checkpoint, Geometry, torch.dtype], nn.Module]
     arguments: Callable[[tuple[Any, ...], Geometry], tuple[Any, ...]] = lambda flat, _: flat
 
+    def spec(self, geometry: Geometry, precision: Precision = Precision.FP32) -> NetworkSpec:
+        """The network's inputs and outputs in the given precision."""
+        return self.tensors(geometry, precision.edge_dtype)
 
-def _float(name: str, *shape: int | Dim) -> TensorSpec:
-    return TensorSpec(name, "float32", shape)
+    def module(self, checkpoint: Checkpoint, geometry: Geometry, precision: Precision = Precision.FP32) -> nn.Module:
+        """The network in PyTorch, with the checkpoint's weights."""
+        return self.parts(checkpoint, geometry, _DTYPES[precision])
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """What a bundle's networks compute in: the language model, and all others."""
+
+    networks: Precision = Precision.FP32
+    language: Precision = Precision.FP32
+
+    def __post_init__(self) -> None:
+        if self.networks.is_weight_only:
+            allowed = ", ".join(p.value for p in Precision if not p.is_weight_only)
+            raise InputError(f"{self.networks.value} is a precision of the language model alone; others have {allowed}")
+
+    def of(self, name: str) -> Precision:
+        """The precision of a network. The context projector's 3 million weights are not worth a rounding."""
+        if name == "context_projector":
+            return Precision.FP32
+        return self.language if name == "language_model" else self.networks
+
+
+def _float(name: str, *shape: int | Dim, dtype: str = "float32") -> TensorSpec:
+    return TensorSpec(name, dtype, shape)
 
 
 def _int(name: str, *shape: int | Dim) -> TensorSpec:
@@ -59,41 +97,41 @@ def _latents(name: str, g: Geometry, batch: int | Dim = 1) -> TensorSpec:
     return _float(name, batch, g.latent_channels, g.latent_size, g.latent_size)
 
 
-def _reference(g: Geometry, batch: int | Dim, tokens: Mapping[int, int | Dim]) -> tuple[TensorSpec, ...]:
+def _reference(g: Geometry, edge: str, batch: int | Dim, tokens: Mapping[int, int | Dim]) -> tuple[TensorSpec, ...]:
     """K of every layer, then V of every layer."""
     return tuple(
-        _float(f"reference_{kind}.{layer.name}", batch, tokens[layer.grid], layer.channels)
+        _float(f"reference_{kind}.{layer.name}", batch, tokens[layer.grid], layer.channels, dtype=edge)
         for kind in ("k", "v")
         for layer in g.self_attention
     )
 
 
-def _text_encoder_spec(g: Geometry) -> NetworkSpec:
+def _text_encoder_spec(g: Geometry, edge: str) -> NetworkSpec:
     return NetworkSpec(
         "text_encoder",
         (_int("token_ids", _GUIDED_BATCH, g.text_tokens),),
-        (_float("text_tokens", _GUIDED_BATCH, g.text_tokens, g.text_width),),
+        (_float("text_tokens", _GUIDED_BATCH, g.text_tokens, g.text_width, dtype=edge),),
     )
 
 
-def _vae_encoder_spec(g: Geometry) -> NetworkSpec:
+def _vae_encoder_spec(g: Geometry, edge: str) -> NetworkSpec:
     return NetworkSpec("vae_encoder", (_image("image", g), _latents("noise", g)), (_latents("latents", g),))
 
 
-def _subject_encoder_spec(g: Geometry) -> NetworkSpec:
-    text = _float("text_tokens", 1, g.text_tokens, g.text_width)
-    outputs = _reference(g, 1, {grid: grid * grid for grid in g.grids})
+def _subject_encoder_spec(g: Geometry, edge: str) -> NetworkSpec:
+    text = _float("text_tokens", 1, g.text_tokens, g.text_width, dtype=edge)
+    outputs = _reference(g, edge, 1, {grid: grid * grid for grid in g.grids})
     return NetworkSpec("subject_encoder", (_latents("latents", g), _latents("noise", g), text), outputs)
 
 
-def _vision_encoder_spec(g: Geometry) -> NetworkSpec:
+def _vision_encoder_spec(g: Geometry, edge: str) -> NetworkSpec:
     language = _language(g)
     side = language.vision_image_size
-    tokens = _float("image_tokens", 1, language.image_tokens, language.width)
+    tokens = _float("image_tokens", 1, language.image_tokens, language.width, dtype=edge)
     return NetworkSpec("vision_encoder", (_float("pixels", 1, 3, side, side),), (tokens,))
 
 
-def _language_model_spec(g: Geometry) -> NetworkSpec:
+def _language_model_spec(g: Geometry, edge: str) -> NetworkSpec:
     language = _language(g)
     prompt = language.image_tokens + 64
     sequence = Dim("sequence", 1, 32, MAX_LANGUAGE_TOKENS)
@@ -104,20 +142,23 @@ def _language_model_spec(g: Geometry) -> NetworkSpec:
         "language_model",
         (
             _int("token_ids", 1, sequence),
-            _float("image_tokens", 1, image_sequence, language.width),
+            _float("image_tokens", 1, image_sequence, language.width, dtype=edge),
             _int("positions", 1, sequence),
-            _float("past_kv", *kv, past, language.head_width),
+            _float("past_kv", *kv, past, language.head_width, dtype=edge),
         ),
-        (_float("embedding", 1, g.embedding_width), _float("new_kv", *kv, sequence, language.head_width)),
+        (
+            _float("embedding", 1, g.embedding_width),
+            _float("new_kv", *kv, sequence, language.head_width, dtype=edge),
+        ),
     )
 
 
-def _context_projector_spec(g: Geometry) -> NetworkSpec:
+def _context_projector_spec(g: Geometry, edge: str) -> NetworkSpec:
     tokens = _float("context_tokens", _BATCH, g.context_tokens, g.text_width)
     return NetworkSpec("context_projector", (_float("embedding", _BATCH, g.embedding_width),), (tokens,))
 
 
-def denoiser_spec(g: Geometry) -> NetworkSpec:
+def _denoiser_spec(g: Geometry, edge: str) -> NetworkSpec:
     """Inputs and outputs of one denoising step."""
     tokens = {grid: Dim(f"reference_tokens_{grid}", 1, max(1, grid * grid // 2), grid * grid) for grid in g.grids}
     mask = (_BATCH, 1, g.latent_size, g.latent_size)
@@ -127,12 +168,12 @@ def denoiser_spec(g: Geometry) -> NetworkSpec:
         _latents("noise", g, _BATCH),
         _float("schedule_row", ROW_LENGTH),
         _float("strength", _BATCH),
-        _float("text_tokens", _GUIDED_BATCH, g.text_tokens, g.text_width),
-        _float("context_tokens", _GUIDED_BATCH, g.context_tokens, g.text_width),
+        _float("text_tokens", _GUIDED_BATCH, g.text_tokens, g.text_width, dtype=edge),
+        _float("context_tokens", _GUIDED_BATCH, g.context_tokens, g.text_width, dtype=edge),
         _float("subject_weights", _BATCH, g.text_tokens),
         _float("foreground_mask", *mask),
         *(_float(f"object_mask.{grid}", _BATCH, tokens[grid]) for grid in g.grids),
-        *_reference(g, _BATCH, tokens),
+        *_reference(g, edge, _BATCH, tokens),
     )
     outputs = (
         _latents("next_latents", g, _BATCH),
@@ -150,7 +191,7 @@ def denoiser_arguments(flat: tuple[Any, ...], g: Geometry) -> tuple[Any, ...]:
     return (*flat[:fixed], masks, keys, flat[fixed + grids + layers :])
 
 
-def _vae_decoder_spec(g: Geometry) -> NetworkSpec:
+def _vae_decoder_spec(g: Geometry, edge: str) -> NetworkSpec:
     image = TensorSpec("image", "uint8", (_BATCH, g.image_size, g.image_size, 3))
     return NetworkSpec("vae_decoder", (_latents("latents", g, _BATCH),), (image,))
 
@@ -161,55 +202,68 @@ def _language(g: Geometry) -> Any:
     return g.language
 
 
-def _weights(component: Component | None) -> dict[str, Tensor]:
+def _weights(component: Component | None, dtype: torch.dtype) -> dict[str, Tensor]:
     if component is None:
         raise CheckpointError("a component that this network needs was not given")
-    return {name: tensor.to(torch.float32) for name, tensor in component.load().items()}
+    weights = component.load()
+    for name in weights:
+        # One after another, so that a tensor's stored form is freed as soon as it was converted.
+        weights[name] = weights[name].to(dtype)
+    return weights
 
 
 def _select(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-def _denoiser(c: Checkpoint, g: Geometry) -> nn.Module:
-    return Denoiser(load_unet(c.unet.config, _weights(c.unet)), _weights(c.adapters), g)
+def _text_encoder(c: Checkpoint, g: Geometry, dtype: torch.dtype) -> nn.Module:
+    return TextEncoder(c.text_encoder.config, _weights(c.text_encoder, dtype))
 
 
-def _subject_encoder(c: Checkpoint, g: Geometry) -> nn.Module:
-    return SubjectEncoder(load_unet(c.unet.config, _weights(c.unet)), _weights(c.adapters), g)
+def _vae_encoder(c: Checkpoint, g: Geometry, dtype: torch.dtype) -> nn.Module:
+    return VaeEncoder(load_vae(c.vae.config, _weights(c.vae, dtype)))
 
 
-def _vision_encoder(c: Checkpoint, g: Geometry) -> nn.Module:
+def _vae_decoder(c: Checkpoint, g: Geometry, dtype: torch.dtype) -> nn.Module:
+    return VaeDecoder(load_vae(c.vae.config, _weights(c.vae, dtype)))
+
+
+def _denoiser(c: Checkpoint, g: Geometry, dtype: torch.dtype) -> nn.Module:
+    return Denoiser(load_unet(c.unet.config, _weights(c.unet, dtype)), _weights(c.adapters, dtype), g)
+
+
+def _subject_encoder(c: Checkpoint, g: Geometry, dtype: torch.dtype) -> nn.Module:
+    return SubjectEncoder(load_unet(c.unet.config, _weights(c.unet, dtype)), _weights(c.adapters, dtype), g)
+
+
+def _vision_encoder(c: Checkpoint, g: Geometry, dtype: torch.dtype) -> nn.Module:
     assert c.vision is not None
-    return VisionEncoder(c.vision.config, _weights(c.vision), _select(_weights(c.language), "mm_projector."))
+    projector = _select(_weights(c.language, dtype), "mm_projector.")
+    return VisionEncoder(c.vision.config, _weights(c.vision, dtype), projector)
 
 
-def _language_model(c: Checkpoint, g: Geometry) -> nn.Module:
+def _language_model(c: Checkpoint, g: Geometry, dtype: torch.dtype) -> nn.Module:
     assert c.language is not None
-    weights = {name: t for name, t in _weights(c.language).items() if not name.startswith("mm_projector.")}
-    return LanguageModel(llama_config(c.language.config), weights, _select(_weights(c.adapters), "mapping."))
+    weights = {name: t for name, t in _weights(c.language, dtype).items() if not name.startswith("mm_projector.")}
+    return LanguageModel(llama_config(c.language.config), weights, _select(_weights(c.adapters, dtype), "mapping."))
 
 
-def _context_projector(c: Checkpoint, g: Geometry) -> nn.Module:
-    return ContextProjector(_select(_weights(c.adapters), "projectors."), g.text_width)
+def _context_projector(c: Checkpoint, g: Geometry, dtype: torch.dtype) -> nn.Module:
+    return ContextProjector(_select(_weights(c.adapters, dtype), "projectors."), g.text_width)
 
 
 NETWORKS = MappingProxyType(
     {
         n.name: n
         for n in (
-            Network(
-                "text_encoder",
-                _text_encoder_spec,
-                lambda c, g: TextEncoder(c.text_encoder.config, _weights(c.text_encoder)),
-            ),
-            Network("vae_encoder", _vae_encoder_spec, lambda c, g: VaeEncoder(load_vae(c.vae.config, _weights(c.vae)))),
+            Network("text_encoder", _text_encoder_spec, _text_encoder),
+            Network("vae_encoder", _vae_encoder_spec, _vae_encoder),
             Network("subject_encoder", _subject_encoder_spec, _subject_encoder),
             Network("vision_encoder", _vision_encoder_spec, _vision_encoder),
             Network("language_model", _language_model_spec, _language_model),
             Network("context_projector", _context_projector_spec, _context_projector),
-            Network("denoiser", denoiser_spec, _denoiser, denoiser_arguments),
-            Network("vae_decoder", _vae_decoder_spec, lambda c, g: VaeDecoder(load_vae(c.vae.config, _weights(c.vae)))),
+            Network("denoiser", _denoiser_spec, _denoiser, denoiser_arguments),
+            Network("vae_decoder", _vae_decoder_spec, _vae_decoder),
         )
     }
 )

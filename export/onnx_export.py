@@ -11,15 +11,17 @@ import torch
 from export.networks import Network
 from kernels.operators import onnx_operators
 from kernels.registration import DOMAIN, DOMAIN_VERSION, STANDARD_OPSET, OnnxOperator, register_schema
-from moma_rt.specs import Dim, Geometry, NetworkSpec, TensorSpec
+from moma_rt.specs import Dim, Geometry, NetworkSpec, Precision, TensorSpec
 
 MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "model.onnx.data"
 
 
-def export_network(module: torch.nn.Module, network: Network, geometry: Geometry, folder: Path) -> None:
+def export_network(
+    module: torch.nn.Module, network: Network, geometry: Geometry, precision: Precision, folder: Path
+) -> None:
     """Write `folder/model.onnx` and its weights beside it, with the spec's names and dynamic axes."""
-    spec = network.spec(geometry)
+    spec = network.spec(geometry, precision)
     operators = onnx_operators()
     for operator in operators:
         register_schema(operator.schema)
@@ -59,7 +61,7 @@ def _example(tensor: TensorSpec, generator: torch.Generator) -> torch.Tensor:
     shape = tuple(_example_size(d) if isinstance(d, Dim) else d for d in tensor.shape)
     if tensor.dtype == "int32":
         return torch.arange(shape[-1], dtype=torch.int32).expand(shape).contiguous()
-    return torch.rand(shape, generator=generator)
+    return torch.rand(shape, generator=generator).to(getattr(torch, tensor.dtype))
 
 
 def _example_size(dim: Dim) -> int:

@@ -20,9 +20,27 @@ MAX_SIZE = 2**31 - 1
 
 
 class Precision(enum.Enum):
-    """Arithmetic of a network's matrix products."""
+    """Arithmetic of a network's matrix products.
+
+    INT8 and INT4 are precisions of the language model's stored weights, a scale for each output channel or for each
+    block of inputs; its arithmetic is then that of FP16.
+    """
 
     FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether only the stored weights have this precision."""
+        return self in (Precision.INT8, Precision.INT4)
+
+    @property
+    def edge_dtype(self) -> str:
+        """NumPy's name of the dtype in which large tensors pass between networks; NumPy has no bfloat16."""
+        return "float32" if self in (Precision.FP32, Precision.BF16) else "float16"
 
 
 @dataclass(frozen=True)

@@ -29,16 +29,18 @@ _METADATA_KEY = "moma_subject"
 # the vision encoder) and how the networks were exported may differ.
 _BASE_ROLES = ("unet", "adapters")
 _LANGUAGE_ROLES = ("language",)
-# Dtype and rank of each kind of tensor in a subject file.
+# Bundles differ in the precision in which they keep keys and values, and take those of any other.
+_KEPT = ("float32", "float16")
+# Dtypes and rank of each kind of tensor in a subject file.
 _KINDS = MappingProxyType(
     {
-        "photo": ("uint8", 3),
-        "mask": ("bool", 2),
-        "object_mask": ("float32", 1),
-        "reference_k": ("float32", 2),
-        "reference_v": ("float32", 2),
-        "prefix_ids": ("int32", 1),
-        "prefix_kv": ("float32", 5),
+        "photo": (("uint8",), 3),
+        "mask": (("bool",), 2),
+        "object_mask": (("float32",), 1),
+        "reference_k": (_KEPT, 2),
+        "reference_v": (_KEPT, 2),
+        "prefix_ids": (("int32",), 1),
+        "prefix_kv": (_KEPT, 5),
     }
 )
 
@@ -78,7 +80,7 @@ class Subject:
 
     Attributes:
         name: the subject's name in prompts, such as "car".
-        reference_k: by self-attention layer, float32 [N_g, C]: keys of the tokens inside the mask.
+        reference_k: by self-attention layer, float32 or float16 [N_g, C]: keys of the tokens inside the mask.
         reference_v: likewise, the values.
         object_mask: by grid side g, float32 [N_g]: 1 where a reference token counts.
         photo: uint8 [h,w,RGB], a thumbnail for people.
@@ -233,12 +235,13 @@ def _check_tensor(name: str, tensor: Array) -> None:
     kind = name.split(".")[0]
     if kind not in _KINDS:
         return
-    dtype, rank = _KINDS[kind]
-    if tensor.dtype != dtype or tensor.ndim != rank:
-        raise ValueError(f"{name!r} is {tensor.dtype} {list(tensor.shape)}, not {dtype} of {rank} dimensions")
+    dtypes, rank = _KINDS[kind]
+    if tensor.dtype.name not in dtypes or tensor.ndim != rank:
+        allowed = " or ".join(dtypes)
+        raise ValueError(f"{name!r} is {tensor.dtype} {list(tensor.shape)}, not {allowed} of {rank} dimensions")
     if kind in ("photo", "mask") and (0 in tensor.shape or tensor.shape[2:] not in ((), (3,))):
         raise ValueError(f"{name!r} has shape {list(tensor.shape)}")
-    if dtype == "float32" and not np.isfinite(tensor).all():
+    if "float32" in dtypes and not np.isfinite(tensor).all():
         raise ValueError(f"{name!r} contains NaN or infinity")
 
 

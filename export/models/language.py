@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
+from export.models.edges import at_edge
+
 
 class LanguageModel(nn.Module):
     """Llama's decoder, then `down(silu(gate·x) · up·x)` on the last token (MoMA, section 3.1).
@@ -44,7 +46,9 @@ class LanguageModel(nn.Module):
     def forward(
         self, token_ids: Tensor, image_tokens: Tensor, positions: Tensor, past_kv: Tensor
     ) -> tuple[Tensor, Tensor]:
-        hidden_bsc = self._embed(token_ids, image_tokens)
+        dtype = self.norm.weight.dtype
+        past_kv = past_kv.to(dtype)
+        hidden_bsc = self._embed(token_ids, image_tokens.to(dtype))
         cos, sin = self._rotary(positions, hidden_bsc.dtype)
         key_positions = torch.cat([torch.arange(past_kv.shape[3], dtype=positions.dtype), positions[0]])
         visible_sk = key_positions[None, :] <= positions[0][:, None]
@@ -67,7 +71,7 @@ class LanguageModel(nn.Module):
             hidden_bsc = hidden_bsc + layer.mlp(layer.post_attention_layernorm(hidden_bsc))
         last_bc = self.norm(hidden_bsc)[:, -1]
         gated_bc = nn.functional.silu(self.mapping["gate_proj"](last_bc)) * self.mapping["up_proj"](last_bc)
-        return self.mapping["down_proj"](gated_bc), torch.stack(new_kv)
+        return self.mapping["down_proj"](gated_bc).float(), at_edge(torch.stack(new_kv))
 
     def _embed(self, token_ids: Tensor, image_tokens: Tensor) -> Tensor:
         is_image = token_ids >= self.vocabulary

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from export.models.edges import at_edge
+
 
 class TextEncoder(nn.Module):
     """token_ids int32 [B, T ≤ 77] → text tokens [B, T, width], after the final norm."""
@@ -24,4 +26,4 @@ class TextEncoder(nn.Module):
         hidden_states = embeddings.token_embedding(token_ids) + positions
         for layer in self.model.encoder.layers:
             hidden_states = layer(hidden_states, attention_mask=None, is_causal=True)
-        return self.model.final_layer_norm(hidden_states)
+        return at_edge(self.model.final_layer_norm(hidden_states))

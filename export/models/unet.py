@@ -12,6 +12,7 @@ from export.models.attention import (
     set_generation_processors,
     set_reference_processors,
 )
+from export.models.edges import at_edge
 from moma_rt.schedules import Column, reference_noising
 from moma_rt.specs import Geometry
 
@@ -32,8 +33,9 @@ def load_unet(config: dict[str, Any], weights: dict[str, Tensor]) -> UNet2DCondi
 class Denoiser(nn.Module):
     """A whole step: guidance, the UNet with both adapters, the scheduler update and the foreground mask.
 
-    Inputs and outputs are those of `export.networks.denoiser_spec`; the update is the schedule row's linear form, see
-    `moma_rt.schedules`.
+    Inputs and outputs are those of the denoiser's spec in `export.networks`; the update is the schedule row's linear
+    form, see `moma_rt.schedules`. Whatever the UNet computes in, guidance, the update and the foreground mask are
+    float32: they add up over the steps.
     """
 
     def __init__(self, unet: UNet2DConditionModel, adapters: dict[str, Tensor], geometry: Geometry) -> None:
@@ -62,23 +64,24 @@ class Denoiser(nn.Module):
         foreground_bs = {grid * grid: _sampled(foreground_mask, grid) for grid in self.grids}
         paths = [layer.name for layer in self.layers]
         by_grid = dict(zip(self.grids, object_masks, strict=True))
+        dtype = self.unet.dtype
         step = DenoisingStep(
-            reference_k_bnc=dict(zip(paths, reference_k, strict=True)),
-            reference_v_bnc=dict(zip(paths, reference_v, strict=True)),
-            object_mask_bn={layer.name: by_grid[layer.grid] for layer in self.layers},
-            foreground_bs=foreground_bs,
-            injection_bs={s: gate * strength[:, None] for s, gate in foreground_bs.items()},
-            injection_scale=schedule_row[Column.INJECTION : Column.INJECTION + 1],
-            context_gmc=context_tokens,
-            subject_weights_bt=subject_weights,
+            reference_k_bnc={path: k.to(dtype) for path, k in zip(paths, reference_k, strict=True)},
+            reference_v_bnc={path: v.to(dtype) for path, v in zip(paths, reference_v, strict=True)},
+            object_mask_bn={layer.name: by_grid[layer.grid].to(dtype) for layer in self.layers},
+            foreground_bs={s: gate.to(dtype) for s, gate in foreground_bs.items()},
+            injection_bs={s: (gate * strength[:, None]).to(dtype) for s, gate in foreground_bs.items()},
+            injection_scale=schedule_row[Column.INJECTION : Column.INJECTION + 1].to(dtype),
+            context_gmc=context_tokens.to(dtype),
+            subject_weights_bt=subject_weights.to(dtype),
         )
         eps = self.unet(
-            latents.index_select(0, halves),
+            latents.index_select(0, halves).to(dtype),
             schedule_row[Column.TIMESTEP],
-            encoder_hidden_states=text_tokens,
+            encoder_hidden_states=text_tokens.to(dtype),
             cross_attention_kwargs={"step": step},
             return_dict=False,
-        )[0]
+        )[0].float()
         eps_unconditional, eps_conditional = eps.index_select(0, first), eps.index_select(0, last)
         guided = eps_unconditional + schedule_row[Column.GUIDANCE] * (eps_conditional - eps_unconditional)
         row = schedule_row
@@ -111,16 +114,16 @@ class SubjectEncoder(nn.Module):
         self.signal, self.noise = reference_noising()
 
     def forward(self, latents: Tensor, noise: Tensor, text_tokens: Tensor) -> tuple[Tensor, ...]:
-        record = ReferencePass()
+        record, dtype = ReferencePass(), self.unet.dtype
         self.unet(
-            self.signal * latents + self.noise * noise,
+            (self.signal * latents + self.noise * noise).to(dtype),
             torch.zeros(1, dtype=latents.dtype),
-            encoder_hidden_states=text_tokens[:, :REFERENCE_TEXT_TOKENS],
+            encoder_hidden_states=text_tokens[:, :REFERENCE_TEXT_TOKENS].to(dtype),
             cross_attention_kwargs={"step": record},
             return_dict=False,
         )
-        keys = tuple(record.reference_k_bnc[layer.name] for layer in self.layers)
-        return keys + tuple(record.reference_v_bnc[layer.name] for layer in self.layers)
+        keys = tuple(at_edge(record.reference_k_bnc[layer.name]) for layer in self.layers)
+        return keys + tuple(at_edge(record.reference_v_bnc[layer.name]) for layer in self.layers)
 
 
 def foreground(saliency_gs: list[Tensor], size: int, first: Tensor, last: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ def foreground(saliency_gs: list[Tensor], size: int, first: Tensor, last: Tensor
     the halves of a sample; what is not above the threshold becomes 0; the conditional half is kept.
     """
     maps = []
-    for saliency in saliency_gs:
+    for saliency in (saliency.float() for saliency in saliency_gs):
         side = round(saliency.shape[1] ** 0.5)
         scaled = _unit_range(saliency, saliency.amin(1, keepdim=True), saliency.amax(1, keepdim=True))
         grid = scaled.unflatten(1, (1, side, side))

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 
@@ -12,7 +13,33 @@ def load_vae(config: dict[str, Any], weights: dict[str, Tensor]) -> AutoencoderK
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
     vae.load_state_dict(weights, assign=True)
+    vae.set_attn_processor(WideHeadAttention())
     return vae.eval().requires_grad_(False)
+
+
+class WideHeadAttention:
+    """The autoencoder's one attention, of products and a softmax: its head is 512 wide, which no fused kernel takes.
+
+    The queries are scaled before the product, which could leave float16's range otherwise, and the softmax is float32,
+    as the statistics of a fused one are.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        temb: None = None,
+    ) -> Tensor:
+        normed_bsc = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)
+        q, k, v = (
+            project(normed_bsc).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        scores_bhss = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        out_bsc = (scores_bhss.float().softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        return hidden_states + attn.to_out[0](out_bsc).transpose(1, 2).unflatten(2, hidden_states.shape[2:])
 
 
 class VaeEncoder(nn.Module):
@@ -24,7 +51,8 @@ class VaeEncoder(nn.Module):
         self.scaling_factor = float(vae.config.scaling_factor)
 
     def forward(self, image: Tensor, noise: Tensor) -> Tensor:
-        mean, log_variance = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        moments = self.quant_conv(self.encoder(image.to(self.quant_conv.weight.dtype)))
+        mean, log_variance = moments.float().chunk(2, dim=1)
         # The bounds of diffusers' DiagonalGaussianDistribution.
         deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         return (mean + deviation * noise) * self.scaling_factor
@@ -39,7 +67,8 @@ class VaeDecoder(nn.Module):
         self.scaling_factor = float(vae.config.scaling_factor)
 
     def forward(self, latents: Tensor) -> Tensor:
-        image = self.decoder(self.post_quant_conv(latents / self.scaling_factor))
+        unscaled = (latents / self.scaling_factor).to(self.post_quant_conv.weight.dtype)
+        image = self.decoder(self.post_quant_conv(unscaled)).float()
         unit = (image * 0.5 + 0.5).clamp(0.0, 1.0)
         # The conversion comes last: TensorRT knows uint8 only for a network's own inputs and outputs.
         return (unit * 255.0).round().permute(0, 2, 3, 1).to(torch.uint8)

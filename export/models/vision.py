@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from export.models.edges import at_edge
+
 # LLaVA reads the output of the layer before the last (`mm_vision_select_layer` -2).
 UNUSED_LAYERS = 1
 
@@ -34,10 +36,11 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         embeddings = self.embeddings
+        pixels = pixels.to(embeddings.class_embedding.dtype)
         patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
         class_token = embeddings.class_embedding.expand(pixels.shape[0], 1, -1)
         hidden_states = torch.cat([class_token, patches], dim=1) + embeddings.position_embedding.weight
         hidden_states = self.pre_norm(hidden_states)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=None)
-        return self.projector(hidden_states[:, 1:])
+        return at_edge(self.projector(hidden_states[:, 1:]))

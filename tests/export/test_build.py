@@ -22,9 +22,9 @@ def calls(monkeypatch, tiny_bundle):
     """Replaces the export: the checkpoint, the networks and the folder of every call."""
     made = []
 
-    def build(checkpoint, names, out, report):
-        made.append((checkpoint, names, out))
-        for name in names:
+    def build(checkpoint, plan, out, report):
+        made.append((checkpoint, plan.names, out))
+        for name in plan.names:
             report(name, "kept")
         return Bundle.open(tiny_bundle)
 

@@ -13,13 +13,15 @@ import pytest
 
 from engines.store import NetworkStore
 from export import bundling
-from export.bundling import build_bundle
+from export.bundling import ExportPlan, build_bundle
 from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint, roles_for
-from export.networks import NETWORKS
+from export.networks import NETWORKS, Precisions
 from moma_rt.bundle import Bundle
 from moma_rt.errors import CheckpointError, InputError
+from moma_rt.specs import Precision
 
 SMALL = ("text_encoder", "context_projector")
+FP32 = Precisions()
 
 
 @pytest.fixture
@@ -30,13 +32,13 @@ def exports(monkeypatch):
     def sources(name, checkpoint):
         return {c.role: c.sha256 for c in checkpoint.components if c.role in NETWORK_ROLES[name]}
 
-    def export(module, network, geometry, folder):
+    def export(module, network, geometry, precision, folder):
         (folder / "model.onnx").write_text(f"{network.name} {module}")
         (folder / "model.onnx.data").write_bytes(b"weights of " + network.name.encode())
         done.append(network.name)
 
     networks = {
-        name: dataclasses.replace(network, module=lambda checkpoint, _, name=name: sources(name, checkpoint))
+        name: dataclasses.replace(network, parts=lambda checkpoint, *_, name=name: sources(name, checkpoint))
         for name, network in NETWORKS.items()
     }
     monkeypatch.setattr(bundling, "NETWORKS", networks)
@@ -54,8 +56,8 @@ def checkpoint_of(names, **changes):
     )
 
 
-def build(out, names=SMALL, checkpoint=None, report=lambda *_: None):
-    return build_bundle(checkpoint or checkpoint_of(names), tuple(names), out, report)
+def build(out, names=SMALL, checkpoint=None, report=lambda *_: None, precisions=FP32):
+    return build_bundle(checkpoint or checkpoint_of(names), ExportPlan(tuple(names), precisions), out, report)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -178,12 +180,13 @@ def test_the_code_and_the_libraries_are_part_of_the_key(monkeypatch, tiny_checkp
     spec = network.spec(tiny_geometry)
 
     def key():
-        return bundling.network_key(network, tiny_checkpoint.components, spec)
+        return bundling.network_key(tiny_checkpoint.components, spec, Precision.FP32)
 
     first = key()
     assert key() == first
     renamed = tuple(dataclasses.replace(c, name="renamed") for c in tiny_checkpoint.components)
-    assert bundling.network_key(network, renamed, spec) == first
+    assert bundling.network_key(renamed, spec, Precision.FP32) == first
+    assert bundling.network_key(renamed, spec, Precision.BF16) != first, "the same tensors, another arithmetic"
     with monkeypatch.context() as patch:
         patch.setattr(bundling, "_code_hash", lambda: "other code")
         assert key() != first
@@ -303,7 +306,7 @@ def test_interrupted_at_each_stage(tmp_path, exports, over, at):
 KILLED = """
 import os, sys
 from pathlib import Path
-from export.bundling import build_bundle
+from export.bundling import ExportPlan, build_bundle
 from export.checkpoints import CheckpointRequest, load_checkpoint, roles_for
 
 names = ("context_projector", "text_encoder")
@@ -314,7 +317,7 @@ for line in sys.stdin:
         os.setpgid(0, 0)
         print(os.getpid(), flush=True)
         try:
-            build_bundle(checkpoint, names, Path(line.strip()), lambda *a: print(*a, sep=":", flush=True))
+            build_bundle(checkpoint, ExportPlan(names), Path(line.strip()), lambda *a: print(*a, sep=":", flush=True))
         finally:
             print("end", flush=True)
             os._exit(0)
@@ -377,7 +380,7 @@ def test_a_full_disk(tmp_path, monkeypatch, exports):
     build(tmp_path, ["text_encoder"])
     before = contents(tmp_path)
 
-    def fail(module, network, geometry, folder):
+    def fail(module, network, geometry, precision, folder):
         (folder / "model.onnx").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

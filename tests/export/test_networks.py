@@ -7,7 +7,7 @@ import pytest
 
 from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint
 from export.geometry import geometry_of
-from export.networks import MAX_BATCH, MAX_LANGUAGE_TOKENS, NETWORKS, denoiser_arguments, denoiser_spec
+from export.networks import MAX_BATCH, MAX_LANGUAGE_TOKENS, NETWORKS, denoiser_arguments
 from export.onnx_export import example_inputs
 from moma_rt.errors import CheckpointError
 from moma_rt.specs import Dim, NetworkSpec, TensorSpec
@@ -80,7 +80,7 @@ def test_subject_encoder_spec(sd15):
 
 
 def test_denoiser_spec(sd15):
-    inputs, outputs = table(denoiser_spec(sd15))
+    inputs, outputs = table(NETWORKS["denoiser"].spec(sd15))
     assert list(inputs.items()) == [
         *((name, LATENTS) for name in ("latents", "history", "noise")),
         ("schedule_row", ("float32", 64)),
@@ -123,7 +123,7 @@ def test_without_a_language_model(sd15, name):
 
 
 def test_the_denoisers_arguments_are_grouped(sd15):
-    names = tuple(t.name for t in denoiser_spec(sd15).inputs)
+    names = tuple(t.name for t in NETWORKS["denoiser"].spec(sd15).inputs)
     *fixed, masks, keys, values = denoiser_arguments(names, sd15)
     assert fixed == list(names[:9])
     assert masks == tuple(f"object_mask.{grid}" for grid in sd15.grids)

@@ -52,7 +52,7 @@ BAD_TENSORS = [
     (f"reference_k.{LAYER}", np.full((3, 4), np.nan, np.float32)),
     (f"reference_v.{LAYER}", np.full((3, 4), np.inf, np.float32)),
     (f"reference_v.{LAYER}", np.ones((3, 4), np.float64)),
-    (f"reference_v.{LAYER}", np.ones((3, 4), np.float16)),
+    (f"reference_v.{LAYER}", np.ones((3, 4), np.float64)),
     (f"reference_v.{LAYER}", np.ones((1, 3, 4), np.float32)),
     ("object_mask.8", np.full(3, np.nan, np.float32)),
     ("object_mask.8", np.ones(3, np.int32)),
@@ -215,3 +215,13 @@ def test_a_failing_save_leaves_the_former_file(subject, path, monkeypatch):
         subject.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_keys_and_values_of_half_precision(subject, path):
+    """A bundle in fp16 keeps them so; the file does too, and it is another subject than the one in fp32."""
+    halves = {layer: k.astype(np.float16) for layer, k in subject.reference_k.items()}
+    half = dataclasses.replace(subject, reference_k=halves)
+    half.save(path)
+    loaded = Subject.load(path)
+    assert all(k.dtype == np.float16 for k in loaded.reference_k.values())
+    assert loaded.identity == half.identity != subject.identity
