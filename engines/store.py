@@ -1,14 +1,17 @@
-"""The networks' folders of a bundle: each appears under its final name only when it is complete.
+"""Folders that appear under their final names only when they are complete: networks and engines.
 
-A folder is named after its network and its key, a hash of everything that determines its content. The manifest is
-replaced atomically, and what no manifest names any more is deleted after that. So a build may be killed at any moment:
-the previous bundle stays whole, and the next run continues with what was finished.
+A folder is named after its network and its key, a hash of everything that determines its content, so what one build
+finished serves any other. A bundle holds the folders its manifest names; a shared store beside the bundles holds all
+of them once, as hard links. The manifest is replaced atomically, and what no manifest names any more is deleted after
+that: a build may be killed at any moment, the previous bundle stays whole, and the next run continues with what was
+finished.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -17,43 +20,112 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moma_rt.bundle import MANIFEST_NAME, RECORD_NAME, FileEntry, Manifest, NetworkEntry
+from moma_rt.bundle import MANIFEST_NAME, RECORD_NAME, FileEntry, Manifest
 from moma_rt.errors import InputError
 from moma_rt.files import fsync, sha256_file
-from moma_rt.specs import NetworkSpec, Precision
 
 NETWORKS_FOLDER = "networks"
+ENGINES_FOLDER = "engines"
 PARTIAL_PREFIX = ".partial-"
 LOCK_NAME = ".lock"
+_KINDS = (NETWORKS_FOLDER, ENGINES_FOLDER)
 _KEY_LENGTH = 16
 # What this store may delete; whatever else lies beside it is somebody's.
 _OWN_FOLDER = re.compile(rf"[a-z_]+-[0-9a-f]{{{_KEY_LENGTH}}}|{re.escape(PARTIAL_PREFIX)}.*")
 
-
-@dataclass(frozen=True)
-class StoredNetwork:
-    """A complete network: its manifest entry and its files."""
-
-    entry: NetworkEntry
-    files: dict[str, FileEntry]
+Notes = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class NetworkRequest:
-    """What a network's folder must hold. `onnx` is the graph's file name in the folder."""
+class Artifact:
+    """What a folder must hold: a network or an engine (`kind` is the folder that holds them), and its key."""
 
-    spec: NetworkSpec
-    precision: Precision
+    kind: str
+    name: str
     key: str
-    onnx: str
+
+    @property
+    def place(self) -> str:
+        """The folder, from the root of a bundle or of the shared store."""
+        return f"{self.kind}/{self.name}-{self.key[:_KEY_LENGTH]}"
 
 
-class NetworkStore:
-    """The `networks` folder of the bundle at `root`."""
+@dataclass(frozen=True)
+class Stored:
+    """A complete folder: its files by their path in the bundle, and what its writer noted about them."""
+
+    place: str
+    files: dict[str, FileEntry]
+    notes: Notes
+
+    def path(self, name: str) -> str:
+        """The path in the bundle of one of its files."""
+        return f"{self.place}/{name}"
+
+
+class SharedStore:
+    """Networks and engines of all bundles beside it, each once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._folder = root / NETWORKS_FOLDER
+
+    def prepare(self) -> None:
+        """Make the folders.
+
+        Raises:
+            InputError: they cannot be made.
+        """
+        try:
+            for kind in _KINDS:
+                (self.root / kind).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--store {self.root}: cannot be written: {error.strerror}") from None
+
+    def fetch(self, artifact: Artifact, folder: Path) -> bool:
+        """Link an intact artifact's files into `folder`; False if there is none. A damaged one is deleted."""
+        place = self.root / artifact.place
+        if _read(place, artifact) is None:
+            shutil.rmtree(place, ignore_errors=True)
+            return False
+        _link_files(place, folder)
+        return True
+
+    def publish(self, artifact: Artifact, folder: Path) -> None:
+        """Keep a complete folder for other bundles, unless it is there already."""
+        place = self.root / artifact.place
+        if place.is_dir():
+            return
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=place.parent))
+        try:
+            _link_files(folder, partial)
+            _complete(partial, place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def prune(self) -> int:
+        """Delete what no bundle links any more, and what killed builds left; the number of bytes that became free.
+
+        No build may run meanwhile. Where files were copied, since no links could be made, all are deleted.
+        """
+        freed = 0
+        for folder in (path for kind in _KINDS for path in self._folders(kind)):
+            sizes = [path.stat() for path in folder.iterdir()]
+            if folder.name.startswith(PARTIAL_PREFIX) or all(size.st_nlink == 1 for size in sizes):
+                freed += sum(size.st_size for size in sizes if size.st_nlink == 1)
+                shutil.rmtree(folder, ignore_errors=True)
+        return freed
+
+    def _folders(self, kind: str) -> list[Path]:
+        place = self.root / kind
+        return [path for path in place.iterdir() if _OWN_FOLDER.fullmatch(path.name)] if place.is_dir() else []
+
+
+class Store:
+    """The networks and engines of the bundle at `root`, which `shared` provides where it has them."""
+
+    def __init__(self, root: Path, shared: SharedStore | None = None) -> None:
+        self.root = root
+        self.shared = shared
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -64,72 +136,113 @@ class NetworkStore:
         """
         try:
             if self.root.is_dir() and any(self.root.iterdir()) and not self._is_ours():
-                raise InputError(f"--out {self.root}: holds other files and no bundle; give a new or an empty folder")
-            self._folder.mkdir(parents=True, exist_ok=True)
+                raise InputError(f"{self.root}: holds other files and no bundle; give a new or an empty folder")
+            for kind in _KINDS:
+                (self.root / kind).mkdir(parents=True, exist_ok=True)
             stream = (self.root / LOCK_NAME).open("w")
         except OSError as error:
-            raise InputError(f"--out {self.root}: cannot be written: {error.strerror}") from None
+            raise InputError(f"{self.root}: cannot be written: {error.strerror}") from None
+        if self.shared is not None:
+            self.shared.prepare()
         with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(
-                    f"--out {self.root}: another build is writing it; wait for it or choose another folder"
+                    f"{self.root}: another build is writing it; wait for it or choose another folder"
                 ) from None
-            self._remove(lambda path: path.name.startswith(PARTIAL_PREFIX))
+            self._remove(lambda place: Path(place).name.startswith(PARTIAL_PREFIX))
             yield
 
-    def find(self, request: NetworkRequest) -> StoredNetwork | None:
-        """What an earlier run finished; None if there is nothing, or if its files are not all there."""
-        try:
-            record: dict[str, Any] = json.loads((self._place(request) / RECORD_NAME).read_text(encoding="utf-8"))
-            files = {name: FileEntry(**file) for name, file in record["files"].items()}
-            if all((self.root / name).stat().st_size == file.size for name, file in files.items()):
-                return StoredNetwork(self._entry(request, files), files)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            pass
-        return None
+    def find(self, artifact: Artifact) -> Stored | None:
+        """What an earlier run finished, here or in another bundle; None if there is nothing, or nothing intact."""
+        stored = _read(self.root / artifact.place, artifact)
+        if stored is None and self.shared is not None:
+            with self._partial(artifact) as partial:
+                if self.shared.fetch(artifact, partial):
+                    _complete(partial, self.root / artifact.place)
+                    stored = _read(self.root / artifact.place, artifact, trusted=True)
+        return stored
 
-    def add(self, request: NetworkRequest, write: Callable[[Path], None]) -> StoredNetwork:
-        """Let `write` fill a temporary folder; hash and flush what it wrote, and give the folder its final name."""
-        place = self._place(request)
-        partial = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=self._folder))
-        try:
-            write(partial)
+    def add(self, artifact: Artifact, write: Callable[[Path], Notes]) -> Stored:
+        """Let `write` fill a temporary folder; hash and flush what it wrote, and give the folder its final name.
+
+        Args:
+            write: fills the folder it is given and returns what is to be noted beside it, as JSON has it.
+        """
+        with self._partial(artifact) as partial:
+            notes = write(partial)
             files = {}
             for path in sorted(partial.iterdir()):
-                path.chmod(0o644)
+                # Linked from other bundles too: a change in one would be one in all.
+                path.chmod(0o444)
                 fsync(path)
-                name = f"{NETWORKS_FOLDER}/{place.name}/{path.name}"
-                files[name] = FileEntry(sha256_file(path), path.stat().st_size)
-            record = {"files": {name: dataclasses.asdict(file) for name, file in files.items()}}
+                files[path.name] = FileEntry(sha256_file(path), path.stat().st_size)
+            record = {"files": {name: dataclasses.asdict(file) for name, file in files.items()}, "notes": notes}
             (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             fsync(partial / RECORD_NAME)
-            partial.chmod(0o755)
-            fsync(partial)
-            shutil.rmtree(place, ignore_errors=True)
-            partial.rename(place)
-            fsync(self._folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return StoredNetwork(self._entry(request, files), files)
+            _complete(partial, self.root / artifact.place)
+        if self.shared is not None:
+            self.shared.publish(artifact, self.root / artifact.place)
+        return Stored(artifact.place, {f"{artifact.place}/{name}": file for name, file in files.items()}, notes)
 
     def remove_unused(self, manifest: Manifest) -> None:
         """Delete the folders that `manifest` does not name."""
-        used = {Path(entry.onnx).parent.name for entry in manifest.networks.values()}
-        self._remove(lambda path: path.name not in used)
+        used = {str(Path(entry.onnx).parent) for entry in manifest.networks.values()}
+        used |= {str(Path(engine.file).parent) for engine in manifest.engines}
+        self._remove(lambda place: place not in used)
+
+    @contextlib.contextmanager
+    def _partial(self, artifact: Artifact) -> Iterator[Path]:
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=self.root / artifact.kind))
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _is_ours(self) -> bool:
         return (self.root / MANIFEST_NAME).is_file() or (self.root / LOCK_NAME).is_file()
 
-    def _place(self, request: NetworkRequest) -> Path:
-        return self._folder / f"{request.spec.name}-{request.key[:_KEY_LENGTH]}"
+    def _remove(self, unwanted: Callable[[str], bool]) -> None:
+        for kind in _KINDS:
+            for path in list((self.root / kind).iterdir()):
+                if _OWN_FOLDER.fullmatch(path.name) and unwanted(f"{kind}/{path.name}"):
+                    shutil.rmtree(path, ignore_errors=True)
 
-    def _entry(self, request: NetworkRequest, files: dict[str, FileEntry]) -> NetworkEntry:
-        onnx = f"{NETWORKS_FOLDER}/{self._place(request).name}/{request.onnx}"
-        return NetworkEntry(request.spec, request.precision, request.key, onnx, tuple(sorted(files)))
 
-    def _remove(self, unwanted: Callable[[Path], bool]) -> None:
-        for path in list(self._folder.iterdir()):
-            if _OWN_FOLDER.fullmatch(path.name) and unwanted(path):
-                shutil.rmtree(path, ignore_errors=True)
+def _read(place: Path, artifact: Artifact, *, trusted: bool = False) -> Stored | None:
+    """The folder at `place`; None unless its record can be read and every file is what the record says.
+
+    A disk's error or a hand's may have left a file's size alone, so contents are hashed unless they were just now.
+    """
+    try:
+        record = json.loads((place / RECORD_NAME).read_text(encoding="utf-8"))
+        files = {str(name): FileEntry(**file) for name, file in record["files"].items()}
+        for name, file in files.items():
+            path = place / name
+            if path.parent != place or path.stat().st_size != file.size:
+                return None
+            if not trusted and sha256_file(path) != file.sha256:
+                return None
+        return Stored(artifact.place, {f"{artifact.place}/{n}": file for n, file in files.items()}, record["notes"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _link_files(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        try:
+            os.link(path, target / path.name)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(path, target / path.name)
+            fsync(target / path.name)
+
+
+def _complete(partial: Path, place: Path) -> None:
+    """Give a folder its final name, in place of a damaged one."""
+    partial.chmod(0o755)
+    fsync(partial)
+    shutil.rmtree(place, ignore_errors=True)
+    with contextlib.suppress(FileExistsError):
+        partial.rename(place)
+    fsync(place.parent)

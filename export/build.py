@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.build import add_engine_options, build_engines, engine_plan, shared_store
 from moma_rt.errors import InputError, run_command
+from moma_rt.specs import Precision
 
 if TYPE_CHECKING:
     from export.networks import Precisions
@@ -22,6 +24,8 @@ examples:
   python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --lora ./style.safetensors:0.8 \\
       --adapters ... --mllm ... --vision ...
       a base by name, from a single file, with a LoRA
+  python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --target rtx --mllm-precision int4
+      with engines for every RTX card, built on any machine
   python -m export.build --base sd15 --weights random --only denoiser,vae_decoder
       the real geometry with random weights: to measure latency without any weights
 """
@@ -67,14 +71,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip", metavar="NETWORKS", help="export all but these, separated by commas")
     p.add_argument(
         "--precision",
-        choices=["fp32", "fp16", "bf16"],
-        help="of all networks but the language model (default: fp32)",
+        choices=[p.value for p in Precision if not p.is_weight_only],
+        help="of all networks but the language model (default: fp32 on a CPU, fp16 where engines are built)",
     )
     p.add_argument(
         "--mllm-precision",
-        choices=["fp32", "fp16", "bf16", "int8", "int4"],
+        choices=[p.value for p in Precision],
         help="of the language model; int8 and int4 are of its weights alone (default: that of the others)",
     )
+    add_engine_options(p, default="cpu")
     p.add_argument("--out", type=Path, metavar="DIR", help="the bundle; default: bundles/NAME")
     p.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
     return p
@@ -94,7 +99,11 @@ def _build(options: argparse.Namespace) -> int:
     from export.checkpoints.model import LANGUAGE, VISION, roles_for
     from export.progress import Progress
 
-    names, precisions = _network_names(options.only, options.skip), _precisions(options)
+    names = _network_names(options.only, options.skip)
+    # Before the minutes of work: a target that this machine cannot build for.
+    engines = engine_plan(options, names)
+    default = Precision.FP16 if engines.targets else Precision.FP32
+    precisions = _precisions(options, default)
     roles = roles_for(names)
     if LANGUAGE in roles:
         # How many image tokens the language model reads only the vision encoder's config tells.
@@ -112,18 +121,20 @@ def _build(options: argparse.Namespace) -> int:
     )
     checkpoint = load_checkpoint(request)
     out = options.out if options.out is not None else Path("bundles") / checkpoint.base
-    with Progress(names, sys.stderr) as progress:
-        bundle = build_bundle(checkpoint, ExportPlan(names, precisions), out, progress.report)
+    shared = shared_store(options, out)
+    with Progress(len(names) * (1 + len(engines.targets)), sys.stderr) as progress:
+        bundle = build_bundle(checkpoint, ExportPlan(names, precisions), out, progress.report, shared)
+        if engines.targets:
+            bundle = build_engines(out, engines, shared, progress.report)
     size = sum(file.size for file in bundle.manifest.files.values())
-    print(f"{out}: {', '.join(bundle.manifest.networks)}; {size / 1e6:,.1f} MB")
+    print(f"{out}: {', '.join(bundle.manifest.networks)}; {len(bundle.manifest.engines)} engines; {size / 1e6:,.1f} MB")
     return 0
 
 
-def _precisions(options: argparse.Namespace) -> "Precisions":
+def _precisions(options: argparse.Namespace, default: Precision) -> "Precisions":
     from export.networks import Precisions
-    from moma_rt.specs import Precision
 
-    networks = Precision(options.precision or "fp32")
+    networks = Precision(options.precision or default.value)
     return Precisions(networks, Precision(options.mllm_precision or networks.value))
 
 

@@ -15,12 +15,12 @@ from types import MappingProxyType
 from tokenizers import Tokenizer
 
 import moma_rt
-from engines.store import PARTIAL_PREFIX, NetworkRequest, NetworkStore, StoredNetwork
+from engines.store import NETWORKS_FOLDER, PARTIAL_PREFIX, Artifact, SharedStore, Store, Stored
 from export import tokenizers
 from export.checkpoints.model import LANGUAGE, NETWORK_ROLES, ROLES, TEXT_ENCODER, Checkpoint, Component
 from export.geometry import geometry_of
 from export.networks import NETWORKS, Network, Precisions
-from export.onnx_export import MODEL_NAME, export_network
+from export.onnx_export import LOWERED_NAME, MODEL_NAME, export_network
 from moma_rt.bundle import (
     LANGUAGE_TOKENIZER,
     MANIFEST_NAME,
@@ -28,6 +28,7 @@ from moma_rt.bundle import (
     Bundle,
     FileEntry,
     Manifest,
+    NetworkEntry,
     Source,
     read_manifest,
     write_manifest,
@@ -41,6 +42,7 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 # Sources whose change may change a graph.
 _CODE = (
     *("export/models", "export/checkpoints", "export/geometry.py", "export/networks.py", "export/onnx_export.py"),
+    "export/lowering.py",
     *("kernels", "moma_rt/schedules.py"),
 )
 _TOKENIZER_ROLES = MappingProxyType({TEXT_TOKENIZER: TEXT_ENCODER, LANGUAGE_TOKENIZER: LANGUAGE})
@@ -56,19 +58,22 @@ class ExportPlan:
     precisions: Precisions = Precisions()
 
 
-def build_bundle(checkpoint: Checkpoint, plan: ExportPlan, out: Path, report: Report) -> Bundle:
+def build_bundle(
+    checkpoint: Checkpoint, plan: ExportPlan, out: Path, report: Report, shared: SharedStore | None = None
+) -> Bundle:
     """Export the planned networks and write `out` as a bundle.
 
     Networks that an earlier build left in `out` stay part of it unless they come from sources that are others now.
 
     Args:
         report: called with a network's name and what is being done to it.
+        shared: has what other bundles were made of, and keeps what this one is made of.
 
     Raises:
         InputError: `out` cannot be written, or another build is writing it.
         CheckpointError: a tokenizer or weights that turn out to be unusable.
     """
-    geometry, store = geometry_of(checkpoint), NetworkStore(out)
+    geometry, store = geometry_of(checkpoint), Store(out, shared)
     # Before the minutes of work: what can be wrong with the tokenizers shows here.
     made_tokenizers = _tokenizers(checkpoint)
     with _disk_errors(out), store.locked():
@@ -78,9 +83,9 @@ def build_bundle(checkpoint: Checkpoint, plan: ExportPlan, out: Path, report: Re
         geometry = previous.geometry
         exporter = _Exporter(checkpoint, geometry, store, report)
         built = {name: exporter.stored(NETWORKS[name], plan.precisions.of(name)) for name in plan.names}
-        files = {name: file for network in built.values() for name, file in network.files.items()}
+        files = {name: file for _, stored in built.values() for name, file in stored.files.items()}
         files |= _write_tokenizers(made_tokenizers, out)
-        entries = {**previous.networks, **{name: network.entry for name, network in built.items()}}
+        entries = {**previous.networks, **{name: entry for name, (entry, _) in built.items()}}
         sources = {c.role: Source(c.role, c.name, c.sha256) for c in checkpoint.components}
         manifest = Manifest(
             checkpoint.base,
@@ -89,6 +94,7 @@ def build_bundle(checkpoint: Checkpoint, plan: ExportPlan, out: Path, report: Re
             {name: entries[name] for name in NETWORKS if name in entries},
             {**previous.files, **files},
             tuple({**{s.role: s for s in previous.sources}, **sources}.values()),
+            tuple(e for e in previous.engines if e.network in entries and entries[e.network].key == e.source),
         )
         manifest = _without_unused(manifest)
         write_manifest(out, manifest)
@@ -119,21 +125,21 @@ class _Exporter:
 
     checkpoint: Checkpoint
     geometry: Geometry
-    store: NetworkStore
+    store: Store
     report: Report
 
-    def stored(self, network: Network, precision: Precision) -> StoredNetwork:
+    def stored(self, network: Network, precision: Precision) -> tuple[NetworkEntry, Stored]:
         """The network as it lies in the store, exported now if it was not there or is damaged."""
         spec, report = network.spec(self.geometry, precision), self.report
         key = network_key(self.checkpoint.components, spec, precision)
-        request = NetworkRequest(spec, precision, key, MODEL_NAME)
+        artifact = Artifact(NETWORKS_FOLDER, network.name, key)
         report(network.name, "checking")
-        finished = self.store.find(request)
-        if finished is not None and _is_intact(finished, self.store.root):
+        finished = self.store.find(artifact)
+        if finished is not None:
             report(network.name, "kept")
-            return finished
+            return _entry(spec, precision, key, finished), finished
 
-        def write(folder: Path) -> None:
+        def write(folder: Path) -> dict[str, object]:
             report(network.name, "reading weights")
             module = network.module(self.checkpoint, self.geometry, precision)
             report(network.name, "tracing")
@@ -141,16 +147,18 @@ class _Exporter:
             del module
             gc.collect()
             report(network.name, "hashing")
+            return {}
 
         start = time.monotonic()
-        built = self.store.add(request, write)
+        built = self.store.add(artifact, write)
         report(network.name, f"built in {time.monotonic() - start:.1f} s")
-        return built
+        return _entry(spec, precision, key, built), built
 
 
-def _is_intact(network: StoredNetwork, root: Path) -> bool:
-    """Whether every file is what it was: a disk's error or a hand's may have left its size alone."""
-    return all(sha256_file(root / name) == file.sha256 for name, file in network.files.items())
+def _entry(spec: NetworkSpec, precision: Precision, key: str, stored: Stored) -> NetworkEntry:
+    return NetworkEntry(
+        spec, precision, key, stored.path(MODEL_NAME), stored.path(LOWERED_NAME), tuple(sorted(stored.files))
+    )
 
 
 def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer]:
@@ -213,9 +221,10 @@ def _previous(out: Path, checkpoint: Checkpoint, geometry: Geometry) -> Manifest
         if name in NETWORKS
         and not NETWORK_ROLES[name] & changed
         and entry.spec == NETWORKS[name].spec(geometry, entry.precision)
-        and files.keys() >= {entry.onnx, *entry.files}
+        and files.keys() >= set(entry.all_files)
     }
-    return dataclasses.replace(manifest, geometry=geometry, networks=networks, files=files)
+    engines = tuple(engine for engine in manifest.engines if engine.file in files)
+    return dataclasses.replace(manifest, geometry=geometry, networks=networks, files=files, engines=engines)
 
 
 def _without_unused(manifest: Manifest) -> Manifest:
@@ -223,6 +232,8 @@ def _without_unused(manifest: Manifest) -> Manifest:
     one manifest whatever steps it was built in.
     """
     files = {file for entry in manifest.networks.values() for file in entry.files}
+    places = {str(Path(engine.file).parent) for engine in manifest.engines}
+    files |= {file for file in manifest.files if str(Path(file).parent) in places}
     roles = frozenset().union(*(NETWORK_ROLES[name] for name in manifest.networks))
     files |= {tokenizer for tokenizer, role in _TOKENIZER_ROLES.items() if role in roles}
     return dataclasses.replace(

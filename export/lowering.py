@@ -1,14 +1,14 @@
-"""A network's graph in the operators of TensorRT 10.3, which JetPack 6 has: no `Attention`, nothing newer than opset 20.
+"""A network's graph for TensorRT 10.3, which JetPack 6 has: neither `Attention` nor anything newer than opset 20.
 
-What is supported is what the parser of that release documents (docs/operators.md of onnx-tensorrt, release/10.3-GA:
-"opset 9 to opset 20"). The page names two things that ONNX itself defines only later: INT4 for `DequantizeLinear`
-(since 10.0, by blocks or not; ONNX has the type and `block_size` from opset 21) and bfloat16 for `Conv`, `Sin` and
-`Cos` (from opset 22). Graphs that use these import that opset; their operators mean the same as in opset 20. The
-parser does not refuse a graph for its opset.
+What is known to be understood is what that release's parser documents (docs/operators.md of onnx-tensorrt at
+release/10.3-GA: "opset 9 to opset 20"). The page names two things that ONNX itself has only later: INT4 weights of
+`DequantizeLinear`, with a scale for each block (opset 21), and bfloat16 for `Conv`, `Sin`, `Cos` and others (opset
+22). Graphs that use these import that opset, as the operators in `DOCUMENTED` mean the same in all three, and as the
+parser asks for the opset only to tell an operator's older forms apart.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,8 +17,8 @@ import onnx
 import onnx.inliner
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
-# The page's operators, but for those with graphs inside (If, Loop, Scan), into which nothing here looks, and
-# GroupNormalization: the page's has a scale for each group, where opset 21 has one for each channel.
+# The page's operators, but for those with graphs inside (If, Loop, Scan), into which nothing here looks, those that
+# ONNX no longer has, and GroupNormalization, which takes a scale for each group there, for each channel in opset 21.
 DOCUMENTED = frozenset(
     """
     Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast CastLike Ceil Celu
@@ -34,35 +34,38 @@ DOCUMENTED = frozenset(
     Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Where Xor
     """.split()
 )
-# The first is the page's; the others are for what it names and opset 20 does not.
 OPSETS = (20, 21, 22)
-# Operators whose second input, the axes, must be known when the graph is parsed.
+# Operators whose second input, the axes, must be an initializer.
 _FIXED_AXES = frozenset(name for name in DOCUMENTED if name.startswith("Reduce")) | {"Squeeze", "Unsqueeze"}
 _LOWEST = MappingProxyType(
-    {TensorProto.FLOAT: -3.4028234663852886e38, TensorProto.FLOAT16: -65504.0, TensorProto.BFLOAT16: -3.38953139e38}
+    {
+        TensorProto.FLOAT: -3.4028234663852886e38,
+        TensorProto.FLOAT16: -65504.0,
+        TensorProto.BFLOAT16: -3.3895313892515355e38,
+    }
 )
 
 
 class LoweringError(AssertionError):
-    """The exporter wrote something that is not known to be understood by TensorRT 10.3: a defect of this project."""
+    """The exporter wrote what is not known to be understood by TensorRT 10.3: a defect of this project."""
 
 
 def write_lowered(full: Path, lowered: Path) -> None:
-    """Write the graph `full` to `lowered`, in the same folder, in operators that TensorRT 10.3 documents.
+    """Write the graph `full` to `lowered`, in the same folder, in forms that TensorRT 10.3 documents.
 
-    Inputs, outputs and results are the same; weights outside the graph are not read and stay where they are. The file
-    is written plainly: a caller that may be killed renames the folder when it is complete.
+    Inputs, outputs and what is computed are the same. Weights outside the graph are not read; both files refer to
+    them. The file is written plainly: whoever may be killed meanwhile does this in a folder that has no name yet.
 
     Raises:
-        LoweringError: names the operator that has no form among those of `DOCUMENTED`.
+        LoweringError: names an operator that has no such form, or whose form is not known.
     """
     model = onnx.inliner.inline_local_functions(onnx.load(full, load_external_data=False))
-    version = next(opset.version for opset in model.opset_import if not opset.domain)
-    graph = _Graph(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
+    opset = next(entry.version for entry in model.opset_import if not entry.domain)
+    graph = _Graph(onnx.shape_inference.infer_shapes(model).graph)
     for node in model.graph.node:
-        rule = _RULES.get(node.op_type, _Rewrite.keep) if not node.domain else _Rewrite.keep
-        rule(_Rewrite(graph, node, version))
-    opset = graph.check()
+        rule = _keep if node.domain else _RULES.get(node.op_type, _keep)
+        rule(_Rewrite(graph, node, opset))
+    opset = graph.first_opset()
     for field in ("node", "initializer", "value_info"):
         model.graph.ClearField(field)
     model.graph.node.extend(graph.nodes)
@@ -74,7 +77,7 @@ def write_lowered(full: Path, lowered: Path) -> None:
 
 
 class _Graph:
-    """The graph being written, and what is known of its values: dtypes of all, shapes of those that `source` had.
+    """The graph being written, and what is known of its values: every dtype, and every shape that `source` knew.
 
     A dimension that is not fixed is None.
     """
@@ -91,91 +94,94 @@ class _Graph:
         self._constants: dict[tuple[Any, ...], str] = {}
         self._biases: dict[tuple[str, int], str] = {}
 
-    def constant(self, dtype: int, shape: tuple[int, ...], values: Iterable[float]) -> str:
+    def declare(self, name: str, dtype: int) -> str:
+        """A name for a new value."""
+        assert name not in self.dtypes, f"a value is called {name} already"
+        self.dtypes[name] = dtype
+        return name
+
+    def constant(self, dtype: int, shape: Sequence[int], values: Sequence[float]) -> str:
         """The name of a constant; equal ones are one."""
-        key = (dtype, shape, tuple(values))
+        key = (dtype, tuple(shape), tuple(values))
         if key not in self._constants:
-            name = self._constants[key] = self._name(f"lowered.{len(self._constants)}")
-            self.initializers[name] = onnx.helper.make_tensor(name, dtype, shape, key[2])
-            self.dtypes[name] = dtype
+            name = self._constants[key] = self.declare(f"lowered.constant_{len(self._constants)}", dtype)
+            self.initializers[name] = onnx.helper.make_tensor(name, dtype, shape, values)
         return self._constants[key]
 
     def bias(self, mask: str, dtype: int) -> str:
         """What is added to scores where a boolean mask is given: one for all layers that share it.
 
-        The lowest number instead of -inf, which turns to NaN in kernels that work on parts of a row; so a row without
-        any token averages all, where `Attention` gives zeros.
+        The lowest number, not -inf, which may become NaN in kernels that read a row in parts. So a query that may see
+        nothing averages everything.
         """
         if (mask, dtype) not in self._biases:
             zero, lowest = (self.constant(dtype, (), [value]) for value in (0.0, _LOWEST[dtype]))
-            name = self._name(f"{mask}.bias_{dtype}")
-            self.append(onnx.helper.make_node("Where", [mask, zero, lowest], [name], name), dtype)
-            self._biases[mask, dtype] = name
+            name = self._biases[mask, dtype] = self.declare(f"{mask}.bias_{dtype}", dtype)
+            self.nodes.append(onnx.helper.make_node("Where", [mask, zero, lowest], [name], name))
         return self._biases[mask, dtype]
 
-    def append(self, node: NodeProto, dtype: int) -> None:
-        """A node of one output."""
-        self.dtypes[node.output[0]] = dtype
-        self.nodes.append(node)
-
-    def _name(self, wanted: str) -> str:
-        assert wanted not in self.dtypes, f"a value is called {wanted} already"
-        return wanted
-
-    def check(self) -> int:
+    def first_opset(self) -> int:
         """The first opset in which every node is valid.
 
         Raises:
-            LoweringError: one is valid in none, or in a form that TensorRT 10.3 does not document.
+            LoweringError: a node is valid in none, or TensorRT 10.3 does not document its form.
         """
         forms = {}
         for node in self.nodes:
-            if node.domain or node.op_type not in DOCUMENTED:
-                raise _undocumented(node, "is not among its operators")
-            if node.op_type in _FIXED_AXES and len(node.input) > 1 and node.input[1] not in self.initializers:
-                raise _undocumented(node, "needs constant axes")
-            if node.op_type == "LayerNormalization" and len(node.output) > 1:
-                raise _undocumented(node, "has one output")
-            dtypes = [tuple(self.dtypes.get(name) for name in names) for names in (node.input, node.output)]
-            forms[node.op_type, tuple(a.name for a in node.attribute), *dtypes] = node
-        # Thousands of nodes have some tens of forms, and a schema takes milliseconds to read.
-        return max((_opset(node, *form[2:]) for form, node in forms.items()), default=OPSETS[0])
+            _check_documented(node, self.initializers.keys())
+            inputs, outputs = (tuple(self.dtypes.get(x) for x in names) for names in (node.input, node.output))
+            # Thousands of nodes have some tens of forms.
+            forms[node.op_type, tuple(a.name for a in node.attribute), inputs, outputs] = node
+        return max((_first_opset(node, form[2], form[3]) for form, node in forms.items()), default=OPSETS[0])
 
 
-def _undocumented(node: NodeProto, why: str) -> LoweringError:
-    name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-    return LoweringError(f"{name} (node {node.name or node.output[0]!r}) {why}, as TensorRT 10.3 documents it")
+def _check_documented(node: NodeProto, initializers: Any) -> None:
+    if node.domain or node.op_type not in DOCUMENTED:
+        raise _error(node, "TensorRT 10.3 does not document it")
+    if node.op_type in _FIXED_AXES and len(node.input) > 1 and node.input[1] not in initializers:
+        raise _error(node, "TensorRT 10.3 documents it with constant axes alone")
+    if node.op_type == "LayerNormalization" and len(node.output) > 1:
+        raise _error(node, "TensorRT 10.3 documents its first output alone")
 
 
-def _opset(node: NodeProto, inputs: tuple[int | None, ...], outputs: tuple[int | None, ...]) -> int:
-    """The first opset in which the operator has these attributes, inputs and dtypes (None: left out)."""
+def _first_opset(node: NodeProto, inputs: tuple[int | None, ...], outputs: tuple[int | None, ...]) -> int:
+    """The first opset that has the operator with the node's attributes, and these dtypes; None is an input left out."""
     for version in OPSETS:
         schema = onnx.defs.get_schema(node.op_type, version, "")
         known = all(attribute.name in schema.attributes for attribute in node.attribute)
         if known and _fits(inputs, schema.inputs) and _fits(outputs, schema.outputs):
             return version
-    raise _undocumented(node, f"has no such form up to opset {OPSETS[-1]}")
+    raise _error(node, f"no opset up to {OPSETS[-1]} has it with these attributes and dtypes")
 
 
-def _fits(dtypes: tuple[int | None, ...], parameters: Any) -> bool:
-    # The last parameter may be one that repeats, and takes all that follow.
-    kinds = [p.types for p in parameters]
-    repeats = bool(parameters) and parameters[-1].option == onnx.defs.OpSchema.FormalParameterOption.Variadic
-    if len(dtypes) > len(kinds) and not repeats:
-        return False
-    return all(
-        dtype is None or f"tensor({TensorProto.DataType.Name(dtype).lower()})" in kinds[min(i, len(kinds) - 1)]
-        for i, dtype in enumerate(dtypes)
-    )
+def _fits(dtypes: tuple[int | None, ...], parameters: Sequence[onnx.defs.OpSchema.FormalParameter]) -> bool:
+    for index, dtype in enumerate(dtypes):
+        parameter = parameters[min(index, len(parameters) - 1)]
+        repeats = parameter.option == onnx.defs.OpSchema.FormalParameterOption.Variadic
+        if index >= len(parameters) and not repeats:
+            return False
+        if dtype is not None and f"tensor({TensorProto.DataType.Name(dtype).lower()})" not in parameter.types:
+            return False
+    return True
+
+
+def _error(node: NodeProto, why: str) -> LoweringError:
+    operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    return LoweringError(f"{operator} (node {node.name or node.output[0]}) cannot be lowered: {why}")
 
 
 class _Rewrite:
-    """One node, and the writing of what stands for it; new values and nodes are named after its output."""
+    """One node of a graph in opset `opset`, and the writing of what stands for it, named after its first output."""
 
     def __init__(self, graph: _Graph, node: NodeProto, opset: int) -> None:
-        self.graph, self.node, self._opset = graph, node, opset
+        self.graph, self.node, self.opset = graph, node, opset
         self.attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         self._count = 0
+
+    def expect(self, condition: bool, otherwise: str) -> None:
+        """Raises LoweringError unless `condition` holds."""
+        if not condition:
+            raise _error(self.node, otherwise)
 
     def dtype(self, name: str) -> int:
         return self.graph.dtypes[name]
@@ -184,83 +190,162 @@ class _Rewrite:
         return self.graph.shapes[name]
 
     def ints(self, *values: int) -> str:
-        """A constant shape, or constant axes."""
-        return self.graph.constant(TensorProto.INT64, (len(values),), values)
+        """A constant shape, constant indices or constant axes."""
+        return self.graph.constant(TensorProto.INT64, [len(values)], values)
 
     def add(self, op_type: str, *inputs: str, dtype: int | None = None, **attributes: Any) -> str:
-        """Write a node of one output, by default of the first input's dtype; returns the output."""
-        self._count += 1
-        output = f"{self.node.output[0]}.{op_type}_{self._count}"
-        assert output not in self.graph.dtypes
-        node = onnx.helper.make_node(op_type, inputs, [output], output, **attributes)
-        self.graph.append(node, self.dtype(inputs[0]) if dtype is None else dtype)
-        return output
+        """Write a node, and return its output; it has the first input's dtype unless told otherwise."""
+        return self._add(op_type, inputs, 1, dtype, **attributes)[0]
 
-    def finish(self, op_type: str, *inputs: str, **attributes: Any) -> None:
-        """Write the node that has the original's output and name."""
-        node = onnx.helper.make_node(op_type, inputs, self.node.output, self.node.name, **attributes)
-        self.graph.append(node, self.dtype(self.node.output[0]))
+    def halves(self, name: str) -> list[str]:
+        """Write what splits the last axis in two."""
+        return self._add("Split", (name,), 2, None, axis=-1, num_outputs=2)
+
+    def _add(
+        self, op_type: str, inputs: Sequence[str], outputs: int, dtype: int | None, **attributes: Any
+    ) -> list[str]:
+        names = []
+        for _ in range(outputs):
+            self._count += 1
+            name = f"{self.node.output[0]}.{op_type}_{self._count}"
+            names.append(self.graph.declare(name, self.dtype(inputs[0]) if dtype is None else dtype))
+        self.graph.nodes.append(onnx.helper.make_node(op_type, inputs, names, names[0], **attributes))
+        return names
 
     def cast(self, name: str, dtype: int) -> str:
+        """Write a conversion where one is needed."""
         return name if self.dtype(name) == dtype else self.add("Cast", name, dtype=dtype, to=dtype)
 
-    def halves(self, name: str) -> tuple[str, str]:
-        """The two halves of the last axis."""
-        first, second = (f"{self.node.output[0]}.half_{i}_of_{name}" for i in (0, 1))
-        node = onnx.helper.make_node("Split", [name], [first, second], first, axis=-1, num_outputs=2)
-        self.graph.append(node, self.dtype(name))
-        self.graph.dtypes[second] = self.dtype(name)
-        return first, second
-
-    def expect(self, condition: bool, what: str) -> None:
-        if not condition:
-            raise LoweringError(f"{self.node.op_type} (node {self.node.name!r}) cannot be lowered: {what}")
-
-    def keep(self) -> None:
-        """Write the node as it is, without attributes that are newer than opset 20 and have their default."""
-        node = NodeProto()
-        node.CopyFrom(self.node)
-        if node.op_type in DOCUMENTED and not node.domain:
-            schema = onnx.defs.get_schema(node.op_type, self._opset, "")
-            if schema.since_version > OPSETS[0]:
-                old = onnx.defs.get_schema(node.op_type, OPSETS[0], "").attributes
-                new = schema.attributes
-                kept = [a for a in node.attribute if a.name in old or a != new[a.name].default_value]
-                del node.attribute[:]
-                node.attribute.extend(kept)
+    def finish(self, op_type: str, *inputs: str, **attributes: Any) -> None:
+        """Write the node that has the original's name and output."""
+        node = onnx.helper.make_node(op_type, inputs, self.node.output, self.node.name, **attributes)
         self.graph.nodes.append(node)
 
 
+def _keep(r: _Rewrite) -> None:
+    """As it is, but without attributes that opset 20 does not know and that have their default."""
+    node = NodeProto()
+    node.CopyFrom(r.node)
+    r.graph.nodes.append(node)
+    if node.domain or node.op_type not in DOCUMENTED:
+        return
+    new, old = (onnx.defs.get_schema(node.op_type, version, "") for version in (r.opset, OPSETS[0]))
+    if new.since_version > OPSETS[0]:
+        kept = [a for a in r.node.attribute if a.name in old.attributes or a != new.attributes[a.name].default_value]
+        node.ClearField("attribute")
+        node.attribute.extend(kept)
+
+
 def _constant(r: _Rewrite) -> None:
-    """To an initializer, which is what the parser's documentation asks of axes."""
+    """To an initializer, for the parser's documentation asks for that where axes are meant."""
     (attribute,) = r.node.attribute
-    name = r.node.output[0]
+    (name,) = r.node.output
     tensor = TensorProto()
     if attribute.type == AttributeProto.TENSOR:
         tensor.CopyFrom(attribute.t)
         tensor.name = name
     else:
-        dtype = {"value_int": TensorProto.INT64, "value_ints": TensorProto.INT64}.get(attribute.name, TensorProto.FLOAT)
         values = onnx.helper.get_attribute_value(attribute)
-        dims, values = ([len(values)], values) if attribute.name.endswith("s") else ([], [values])
-        tensor = onnx.helper.make_tensor(name, dtype, dims, values)
+        shape = [len(values)] if isinstance(values, list) else []
+        tensor = onnx.helper.make_tensor(name, r.dtype(name), shape, values if shape else [values])
     r.graph.initializers[name] = tensor
 
 
 def _attention(r: _Rewrite) -> None:
-    """`softmax(scale · q · kᵀ + bias) · v` over heads, q, k and v given as [B, S, C] or [B, heads, S, D].
+    """`softmax(scale · q · kᵀ + bias) · v` for each head, of q, k and v as [B, S, C] or as [B, heads, S, D].
 
-    q is scaled first: the products of wide heads overflow fp16, and may hold a mask of fp16's lowest number.
+    q is scaled first: products of wide heads overflow fp16, and some hold a mask of fp16's lowest number.
     """
-    q, k, v, mask, *past = (*r.node.input, "")[: max(4, len(r.node.input))]
+    q, k, v = r.node.input[:3]
+    mask = r.node.input[3] if len(r.node.input) > 3 else ""
     known = {"scale", "q_num_heads", "kv_num_heads", "is_causal", "softcap", "qk_matmul_output_mode"}
-    r.expect(r.attributes.keys() <= known and not r.attributes.get("softcap"), "it has an attribute without such a form")
-    r.expect(not any(past) and len(r.node.output) == 1, "it has past or present keys and values")
-    dtype, flat = r.dtype(q), "q_num_heads" in r.attributes
+    r.expect(r.attributes.keys() <= known and not r.attributes.get("softcap"), "an attribute of it is not known here")
+    r.expect(not any(r.node.input[4:]) and len(r.node.output) == 1, "keys and values of the past are not known here")
+    dtype, width, flat = r.dtype(q), r.shape(q)[-1], "q_num_heads" in r.attributes
+    q_length, k_length = (r.shape(name)[1 if flat else 2] for name in (q, k))
     if flat:
-        heads = tuple(r.attributes[f"{name}_num_heads"] for name in ("q", "kv"))
-        lengths = tuple(r.shape(name)[1] for name in (q, k))
-        widths = tuple(c and c // h for c, h in zip((r.shape(q)[2], r.shape(k)[2]), heads, strict=True))
+        q_heads, kv_heads = r.attributes["q_num_heads"], r.attributes["kv_num_heads"]
+        width = width and width // q_heads
+        q, k, v = (_by_head(r, name, heads) for name, heads in ((q, q_heads), (k, kv_heads), (v, kv_heads)))
     else:
-        heads, lengths, widths = (tuple(r.shape(name)[axis] for name in (q, k)) for axis in (1, 2, 3))
-    scale = r.attributes.get("scale")
+        q_heads, kv_heads = r.shape(q)[1], r.shape(k)[1]
+    if None not in (q_heads, kv_heads) and q_heads != kv_heads:
+        served_by = r.ints(*(head * kv_heads // q_heads for head in range(q_heads)))
+        k, v = (r.add("Gather", name, served_by, axis=1) for name in (k, v))
+    r.expect("scale" in r.attributes or width is not None, "neither its scale nor its width is fixed")
+    scale = r.attributes["scale"] if "scale" in r.attributes else 1 / math.sqrt(width)
+    scaled = r.add("Mul", q, r.graph.constant(dtype, [], [scale]))
+    scores = r.add("MatMul", scaled, r.add("Transpose", k, perm=[0, 1, 3, 2]))
+    if mask:
+        is_bool = r.dtype(mask) == TensorProto.BOOL
+        scores = r.add("Add", scores, r.graph.bias(mask, dtype) if is_bool else r.cast(mask, dtype))
+    if r.attributes.get("is_causal"):
+        r.expect(None not in (q_length, k_length), "it is causal, and its lengths are not fixed")
+        causal = [0.0 if key <= query else _LOWEST[dtype] for query in range(q_length) for key in range(k_length)]
+        scores = r.add("Add", scores, r.graph.constant(dtype, [q_length, k_length], causal))
+    probabilities = r.add("Softmax", scores, axis=-1)
+    if flat:
+        attended = r.add("Transpose", r.add("MatMul", probabilities, v), perm=[0, 2, 1, 3])
+        r.finish("Reshape", attended, r.ints(0, 0, -1))
+    else:
+        r.finish("MatMul", probabilities, v)
+
+
+def _by_head(r: _Rewrite, name: str, heads: int) -> str:
+    """[B, S, C] to [B, heads, S, D]."""
+    return r.add("Transpose", r.add("Reshape", name, r.ints(0, 0, heads, -1)), perm=[0, 2, 1, 3])
+
+
+def _group_normalization(r: _Rewrite) -> None:
+    """Every group as a channel of InstanceNormalization, in the precision of `stash_type`; then scale and bias.
+
+    The parser refuses bfloat16 for InstanceNormalization, whatever its documentation says.
+    """
+    x, scale, bias = r.node.input
+    groups, stash = r.attributes["num_groups"], r.attributes.get("stash_type", TensorProto.FLOAT)
+    sizes, epsilon = r.shape(x), r.attributes.get("epsilon", 1e-5)
+    grouped = r.cast(r.add("Reshape", x, r.ints(0, groups, -1)), stash)
+    one, zero = (r.graph.constant(stash, [groups], [value] * groups) for value in (1.0, 0.0))
+    normalized = r.cast(r.add("InstanceNormalization", grouped, one, zero, epsilon=epsilon), r.dtype(x))
+    shape = r.add("Shape", x, dtype=TensorProto.INT64) if None in sizes[1:] else r.ints(0, *sizes[1:])
+    channels = r.ints(-1, *[1] * (len(sizes) - 2))
+    scaled = r.add("Mul", r.add("Reshape", normalized, shape), r.add("Reshape", scale, channels))
+    r.finish("Add", scaled, r.add("Reshape", bias, channels))
+
+
+def _rms_normalization(r: _Rewrite) -> None:
+    """`x / √(mean(x²) + ε)` in the precision of `stash_type`; then the scale."""
+    x, scale = r.node.input
+    stash, rank = r.attributes.get("stash_type", TensorProto.FLOAT), len(r.shape(x))
+    axes = r.ints(*range(r.attributes.get("axis", -1) % rank, rank))
+    precise = r.cast(x, stash)
+    mean = r.add("ReduceMean", r.add("Mul", precise, precise), axes, keepdims=1)
+    epsilon = r.graph.constant(stash, [], [r.attributes.get("epsilon", 1e-5)])
+    normalized = r.add("Div", precise, r.add("Sqrt", r.add("Add", mean, epsilon)))
+    r.finish("Mul", r.cast(normalized, r.dtype(scale)), scale)
+
+
+def _rotary_embedding(r: _Rewrite) -> None:
+    """x of [B, heads, S, D] as complex numbers, real parts in its first half, turned by the angles of [B, S, D/2]."""
+    r.expect(
+        len(r.node.input) == 3 and len(r.shape(r.node.input[0])) == 4, "only one of [B, heads, S, D] is known here"
+    )
+    whole = not r.attributes.get("interleaved") and not r.attributes.get("rotary_embedding_dim")
+    r.expect(whole, "only one that turns both halves is known here")
+    x, cos, sin = r.node.input
+    cos, sin = (r.add("Unsqueeze", name, r.ints(1)) for name in (cos, sin))
+    real, imaginary = r.halves(x)
+    turned_real = r.add("Sub", r.add("Mul", real, cos), r.add("Mul", imaginary, sin))
+    turned_imaginary = r.add("Add", r.add("Mul", real, sin), r.add("Mul", imaginary, cos))
+    r.finish("Concat", turned_real, turned_imaginary, axis=-1)
+
+
+_RULES: MappingProxyType[str, Callable[[_Rewrite], None]] = MappingProxyType(
+    {
+        "Attention": _attention,
+        "Constant": _constant,
+        "GroupNormalization": _group_normalization,
+        "RMSNormalization": _rms_normalization,
+        "RotaryEmbedding": _rotary_embedding,
+    }
+)

@@ -8,12 +8,14 @@ from typing import Any
 import onnx_ir
 import torch
 
+from export.lowering import write_lowered
 from export.networks import Network
 from kernels.operators import onnx_operators
 from kernels.registration import DOMAIN, DOMAIN_VERSION, STANDARD_OPSET, OnnxOperator, register_schema
 from moma_rt.specs import Dim, Geometry, NetworkSpec, Precision, TensorSpec
 
 MODEL_NAME = "model.onnx"
+LOWERED_NAME = "lowered.onnx"
 WEIGHTS_NAME = "model.onnx.data"
 
 
@@ -46,6 +48,7 @@ def export_network(
     assert program is not None
     _finish(program.model, spec, operators)
     onnx_ir.save(program.model, folder / MODEL_NAME, external_data=WEIGHTS_NAME)
+    write_lowered(folder / MODEL_NAME, folder / LOWERED_NAME)
 
 
 def example_inputs(spec: NetworkSpec, seed: int = 0) -> tuple[torch.Tensor, ...]:

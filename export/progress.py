@@ -6,18 +6,19 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+_ENDS = ("kept", "built", "refitted")
+
 
 class Progress:
-    """Shows which network is at which stage, and how many are finished."""
+    """Shows which network is at which stage, and how many of the networks and engines are finished."""
 
-    def __init__(self, names: tuple[str, ...], stream: TextIO = sys.stderr) -> None:
+    def __init__(self, total: int, stream: TextIO = sys.stderr) -> None:
         self._stream = stream
         self._bar = tqdm(
-            total=len(names),
-            unit="network",
+            total=total,
             file=stream,
             disable=not stream.isatty(),
-            bar_format="{desc:<36}|{bar:24}| {n_fmt}/{total_fmt} networks, {elapsed}",
+            bar_format="{desc:<36}|{bar:24}| {n_fmt}/{total_fmt}, {elapsed}",
         )
 
     def __enter__(self) -> "Progress":
@@ -27,10 +28,10 @@ class Progress:
         self._bar.close()
 
     def report(self, network: str, state: str) -> None:
-        """Called by the build when a network enters a stage; "kept", "built …" and "dropped …" end it."""
-        if state.startswith(("kept", "built", "dropped")):
+        """Called by the build when a network enters a stage; "kept", "built" and "refitted" end it."""
+        if state.startswith((*_ENDS, "dropped", "note")):
             tqdm.write(f"{network:<18} {state}", file=self._stream)
-        if state.startswith(("kept", "built")):
+        if state.startswith(_ENDS):
             self._bar.update()
         # Last, since it always redraws: an update right after another drawing does not.
         self._bar.set_description_str(f"{network}: {state}")

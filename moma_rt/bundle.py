@@ -1,7 +1,8 @@
 """A bundle: the folder an export leaves and a runtime loads.
 
-    manifest.json               format, geometry, one entry a network, SHA-256 and size of every file
-    networks/<name>-<key>/      the ONNX graph and its external weights
+    manifest.json               format, geometry, an entry a network and an engine, SHA-256 and size of every file
+    networks/<name>-<key>/      the ONNX graph, the same graph lowered for older TensorRT, and their weights
+    engines/<name>-<key>/       what TensorRT or TensorRT-RTX made of a network, where engines were built
     tokenizers/                 text.json (CLIP) and language.json (Llama), in the `tokenizers` format
 
 The manifest is written last and atomically: a folder without one is an unfinished build, not a bundle.
@@ -14,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moma_rt.engines import EngineEntry
 from moma_rt.errors import BundleError
 from moma_rt.files import atomic_write, resolve_inside, sha256_file
 from moma_rt.specs import Geometry, NetworkSpec, Precision
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-# Beside a network's files, for the next build; a runtime does not read it.
-RECORD_NAME = "network.json"
+# Beside the files of a network or an engine, for the next build; a runtime does not read it.
+RECORD_NAME = "record.json"
 TEXT_TOKENIZER = "tokenizers/text.json"
 LANGUAGE_TOKENIZER = "tokenizers/language.json"
 
@@ -36,13 +38,22 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class NetworkEntry:
-    """One network of a bundle. `key` names its sources, its code and the libraries that exported it."""
+    """One network of a bundle. `key` names its sources, its code and the libraries that exported it.
+
+    `onnx` and `lowered` are its graph in today's operators and in those of TensorRT 10.3; both read the same weights.
+    """
 
     spec: NetworkSpec
     precision: Precision
     key: str
     onnx: str
+    lowered: str
     files: tuple[str, ...]
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """Every file that running the network reads, whether or not the manifest lists the graphs among `files`."""
+        return tuple(dict.fromkeys((self.onnx, self.lowered, *self.files)))
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class Manifest:
     networks: dict[str, NetworkEntry]
     files: dict[str, FileEntry]
     sources: tuple[Source, ...]
+    engines: tuple[EngineEntry, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -77,10 +89,12 @@ class Manifest:
                     "precision": entry.precision.value,
                     "key": entry.key,
                     "onnx": entry.onnx,
+                    "lowered": entry.lowered,
                     "files": list(entry.files),
                 }
                 for name, entry in self.networks.items()
             },
+            "engines": [engine.to_json() for engine in self.engines],
             "files": {name: {"sha256": f.sha256, "size": f.size} for name, f in self.files.items()},
             "sources": [{"role": s.role, "name": s.name, "sha256": s.sha256} for s in self.sources],
         }
@@ -93,6 +107,7 @@ class Manifest:
                 Precision(entry["precision"]),
                 str(entry["key"]),
                 str(entry["onnx"]),
+                str(entry["lowered"]),
                 tuple(str(f) for f in entry["files"]),
             )
             for name, entry in data["networks"].items()
@@ -100,7 +115,8 @@ class Manifest:
         files = {str(name): FileEntry(str(f["sha256"]), int(f["size"])) for name, f in data["files"].items()}
         sources = tuple(Source(s["role"], s["name"], s["sha256"]) for s in data["sources"])
         geometry = Geometry.from_json(data["geometry"])
-        return cls(str(data["base"]), str(data["created_by"]), geometry, networks, files, sources)
+        engines = tuple(EngineEntry.from_json(e) for e in data["engines"])
+        return cls(str(data["base"]), str(data["created_by"]), geometry, networks, files, sources, engines)
 
 
 @dataclass(frozen=True)
@@ -122,12 +138,13 @@ class Bundle:
         return bundle
 
     def _check_sizes(self) -> None:
-        used = {file for entry in self.manifest.networks.values() for file in (entry.onnx, *entry.files)}
+        used = {file for entry in self.manifest.networks.values() for file in entry.all_files}
+        used |= {engine.file for engine in self.manifest.engines}
         for name in sorted(used - self.manifest.files.keys()):
             raise BundleError(f"{self.root}: the manifest uses {name!r} but gives no hash for it")
         for network in self.manifest.networks.values():
             folder = self.path(network.onnx).parent
-            listed = {self.path(file) for file in (network.onnx, *network.files)}
+            listed = {self.path(file) for file in network.all_files}
             # A graph reads the files beside it, so one that no hash covers would be used unchecked.
             for path in sorted(folder.iterdir() if folder.is_dir() else ()):
                 if path not in listed and path.name != RECORD_NAME:
@@ -212,10 +229,9 @@ def read_manifest(root: Path) -> Manifest:
         raise BundleError(f"{path} cannot be read as a manifest: {error}") from None
     if version < 1:
         raise BundleError(f"{path} cannot be read as a manifest: format_version is {version}, there is none below 1")
-    if version > FORMAT_VERSION:
-        raise BundleError(
-            f"{root} has bundle format {version}; this moma-rt reads formats up to {FORMAT_VERSION}: upgrade it"
-        )
+    if version != FORMAT_VERSION:
+        advice = "upgrade it" if version > FORMAT_VERSION else "build the bundle again"
+        raise BundleError(f"{root} has bundle format {version}; this moma-rt reads format {FORMAT_VERSION}: {advice}")
     try:
         return Manifest.from_json(data)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

@@ -1,9 +1,11 @@
 """What a bundle or a subject file holds, as text."""
 
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from moma_rt.bundle import Bundle, Manifest, NetworkEntry
+from moma_rt.engines import EngineEntry, Flavour, spelled
 from moma_rt.errors import InputError
 from moma_rt.specs import TensorSpec
 from moma_rt.subject import Subject
@@ -31,7 +33,7 @@ def describe(path: Path) -> str:
 
 
 def describe_bundle(bundle: Bundle) -> str:
-    """Base, geometry, networks with their tensors, and sources."""
+    """Base, geometry, networks with their tensors, engines with the memory they need, and sources."""
     manifest = bundle.manifest
     geometry = manifest.geometry
     grids = ", ".join(f"{grid}x{grid}" for grid in geometry.grids)
@@ -48,6 +50,7 @@ def describe_bundle(bundle: Bundle) -> str:
         lines.append(f"language    {language.layers} layers of width {language.width}, {language.vocabulary} tokens")
     for entry in manifest.networks.values():
         lines += ["", *_network(entry, manifest)]
+    lines += _engines(manifest)
     lines += ["", "sources", *(f"  {s.role:<20} {s.name}  {s.sha256[:12]}" for s in manifest.sources)]
     return "\n".join(lines)
 
@@ -71,7 +74,7 @@ def describe_subject(subject: Subject) -> str:
 
 
 def _network(entry: NetworkEntry, manifest: Manifest) -> list[str]:
-    files = {entry.onnx, *entry.files}
+    files = entry.all_files
     size = sum(manifest.files[name].size for name in files)
     lines = [f"{entry.spec.name}  {entry.precision.value}, {_bytes(size)}, key {entry.key[:12]}"]
     lines += [f"  in   {_tensor(t)}" for t in entry.spec.inputs]
@@ -79,12 +82,46 @@ def _network(entry: NetworkEntry, manifest: Manifest) -> list[str]:
     return lines
 
 
+def _engines(manifest: Manifest) -> list[str]:
+    """A table for each set of devices: file sizes, and device memory at the largest shapes."""
+    groups: dict[tuple[Flavour, str, tuple[int, ...]], list[EngineEntry]] = {}
+    for engine in manifest.engines:
+        groups.setdefault((engine.flavour, engine.version, engine.capabilities), []).append(engine)
+    lines = []
+    for (flavour, version, capabilities), engines in groups.items():
+        missing = [name for name in manifest.networks if name not in {engine.network for engine in engines}]
+        lines += ["", f"engines     {flavour.value} {version} for {spelled(capabilities)}"]
+        lines.append(f"  {'':<20} {'file':>10} {'weights':>10} {'activations':>12}")
+        lines += [
+            f"  {e.network:<20} {_bytes(manifest.files[e.file].size):>10} {_bytes(e.weight_bytes):>10} "
+            f"{_bytes(e.activation_bytes):>12}"
+            for e in engines
+        ]
+        size = _bytes(sum(manifest.files[e.file].size for e in engines))
+        weights, activations = _total(e.weight_bytes for e in engines), [e.activation_bytes for e in engines]
+        largest = None if None in activations else max(a for a in activations if a is not None)
+        lines.append(f"  {'all':<20} {size:>10} {_bytes(weights):>10} {_bytes(_total(activations)):>12}")
+        if weights is not None and largest is not None:
+            lines.append(f"  device memory: {_bytes(weights + largest)} where engines share their activations' memory")
+        if missing:
+            lines.append(f"  none of {', '.join(missing)}")
+    return lines
+
+
+def _total(sizes: Iterable[int | None]) -> int | None:
+    """The sum; None where one of them is not known."""
+    known = list(sizes)
+    return None if None in known else sum(size for size in known if size is not None)
+
+
 def _tensor(tensor: TensorSpec) -> str:
     dims = [str(d) if isinstance(d, int) else f"{d.name} {d.min}..{d.max}" for d in tensor.shape]
     return f"{tensor.name} {tensor.dtype} [{', '.join(dims)}]"
 
 
-def _bytes(count: int) -> str:
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "unknown"
     size = float(count)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

@@ -29,8 +29,7 @@ class Networks:
         if name not in self._loaded:
             entry = self.bundle.network(name)
             with stages.timed(LOADING):
-                # The graph's file may be listed among the files or only as `onnx`; hash it once either way.
-                self.bundle.verified(dict.fromkeys((entry.onnx, *entry.files)))
+                self.bundle.verified(entry.all_files)
                 self._loaded[name] = self.backend.load(entry.spec, self.bundle.path(entry.onnx))
         return self._loaded[name]
 

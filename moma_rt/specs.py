@@ -55,7 +55,7 @@ class Dim:
     @classmethod
     def from_json(cls, data: Json) -> "Dim":
         """Raises ValueError unless 0 <= min <= opt <= max and max >= 1."""
-        _check_fields(cls, data)
+        check_fields(cls, data)
         dim = cls(
             _name("dimension", data["name"]),
             _size("min", data["min"], 0),
@@ -102,7 +102,7 @@ class TensorSpec:
     @classmethod
     def from_json(cls, data: Json) -> "TensorSpec":
         """Raises ValueError for a dtype not in `DTYPES`, or a dimension that is no size of 1 to `MAX_SIZE`."""
-        _check_fields(cls, data)
+        check_fields(cls, data)
         name, dtype = _name("tensor", data["name"]), data["dtype"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"tensor {name!r} has dtype {shown(dtype)}; known: {', '.join(DTYPES)}")
@@ -132,7 +132,7 @@ class NetworkSpec:
     @classmethod
     def from_json(cls, data: Json) -> "NetworkSpec":
         """Raises ValueError for two tensors of one name, or two dimensions of one name and different bounds."""
-        _check_fields(cls, data)
+        check_fields(cls, data)
         name = _name("network", data["name"])
         inputs = tuple(TensorSpec.from_json(t) for t in _list("inputs", data["inputs"]))
         outputs = tuple(TensorSpec.from_json(t) for t in _list("outputs", data["outputs"]))
@@ -155,7 +155,7 @@ class SelfAttentionLayer:
     @classmethod
     def from_json(cls, data: Json) -> "SelfAttentionLayer":
         """Raises ValueError unless the sizes are at least 1 and `heads` divides `channels`."""
-        _check_fields(cls, data)
+        check_fields(cls, data)
         layer = cls(_name("layer", data["name"]), *(_size(key, data[key]) for key in ("grid", "channels", "heads")))
         _check_divides(layer.name, "heads", layer.heads, "channels", layer.channels)
         return layer
@@ -176,7 +176,7 @@ class LanguageGeometry:
     @classmethod
     def from_json(cls, data: Json) -> "LanguageGeometry":
         """Raises ValueError unless all sizes are at least 1."""
-        return cls(**{key: _size(key, data[key]) for key in _check_fields(cls, data)})
+        return cls(**{key: _size(key, data[key]) for key in check_fields(cls, data)})
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Geometry:
     @classmethod
     def from_json(cls, data: Json) -> "Geometry":
         """Raises ValueError for sizes below 1 or that do not divide each other, no layer, or two of one name."""
-        sizes = _check_fields(cls, data) - {"self_attention", "language"}
+        sizes = check_fields(cls, data) - {"self_attention", "language"}
         layers = tuple(SelfAttentionLayer.from_json(x) for x in _list("self_attention", data["self_attention"]))
         language = LanguageGeometry.from_json(data["language"]) if data["language"] is not None else None
         geometry = cls(
@@ -221,7 +221,7 @@ class Geometry:
         return geometry
 
 
-def _check_fields(cls: type, data: Json) -> set[str]:
+def check_fields(cls: type, data: Json) -> set[str]:
     """The names of a dataclass's fields, which must be exactly those of `data`."""
     names = {field.name for field in fields(cls)}
     if not isinstance(data, dict) or data.keys() != names:

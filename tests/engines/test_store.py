@@ -4,67 +4,95 @@ from pathlib import Path
 
 import pytest
 
-from engines.store import NetworkRequest, NetworkStore
+from engines.store import Artifact, SharedStore, Store
 from moma_rt.errors import InputError
 from moma_rt.files import sha256_file
-from moma_rt.specs import NetworkSpec, Precision, TensorSpec
 
-SPEC = NetworkSpec("some_network", (TensorSpec("x", "float32", (1,)),), (TensorSpec("y", "float32", (1,)),))
-REQUEST = NetworkRequest(SPEC, Precision.FP32, "0123456789abcdef" + "f" * 48, "model.onnx")
+NETWORK = Artifact("networks", "some_network", "0123456789abcdef" + "f" * 48)
+ENGINE = Artifact("engines", "some_network", "f" * 64)
 PLACE = "networks/some_network-0123456789abcdef"
+KINDS = ["networks", "engines"]
 
 
-def write(folder: Path) -> None:
+def write(folder: Path) -> dict:
     (folder / "model.onnx").write_bytes(b"graph")
     (folder / "model.onnx.data").write_bytes(b"weights")
+    return {"activation_bytes": 7}
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> NetworkStore:
-    return NetworkStore(tmp_path / "bundle")
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "bundle")
 
 
-def entries(store: NetworkStore) -> list[str]:
-    return sorted(path.name for path in (store.root / "networks").iterdir())
+@pytest.fixture
+def shared(tmp_path: Path) -> SharedStore:
+    return SharedStore(tmp_path / "shared")
 
 
-def test_what_was_added_is_found(store):
+class Unused:
+    """A manifest that names nothing."""
+
+    networks: dict = {}  # noqa: RUF012
+    engines = ()
+
+
+def entries(store: Store | SharedStore, kind: str = "networks") -> list[str]:
+    return sorted(path.name for path in (store.root / kind).iterdir())
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("artifact", [NETWORK, ENGINE], ids=KINDS)
+def test_what_was_added_is_found(store, artifact):
     with store.locked():
-        assert store.find(REQUEST) is None
-        added = store.add(REQUEST, write)
-        assert store.find(REQUEST) == added
-    assert added.entry.onnx == f"{PLACE}/model.onnx"
-    assert added.entry.files == (f"{PLACE}/model.onnx", f"{PLACE}/model.onnx.data")
-    assert added.files[f"{PLACE}/model.onnx"].sha256 == sha256_file(store.root / PLACE / "model.onnx")
+        assert store.find(artifact) is None
+        added = store.add(artifact, write)
+        assert store.find(artifact) == added
+    assert added.place == artifact.place
+    assert sorted(added.files) == [f"{artifact.place}/model.onnx", f"{artifact.place}/model.onnx.data"]
+    assert added.path("model.onnx") in added.files
+    assert added.notes == {"activation_bytes": 7}
+    assert added.files[added.path("model.onnx")].sha256 == sha256_file(store.root / artifact.place / "model.onnx")
 
 
-def test_a_failed_write_leaves_nothing(store):
-    def fail(folder: Path) -> None:
+def test_a_failed_write_leaves_nothing(store, shared):
+    def fail(folder: Path) -> dict:
         write(folder)
         raise KeyboardInterrupt
 
+    store = Store(store.root, shared)
     with store.locked():
         with pytest.raises(KeyboardInterrupt):
-            store.add(REQUEST, fail)
-        assert entries(store) == []
+            store.add(NETWORK, fail)
+        assert entries(store) == entries(shared) == []
 
 
 @pytest.mark.parametrize(
-    "record", ["", "{", "[]", '{"files": []}', '{"files": {"x": {"sha256": "0"}}}', "[" * 100_000, '{"files": 1}']
+    "record",
+    [
+        *("", "{", "[]", '{"files": []}', '{"files": {"x": {"sha256": "0"}}}', "[" * 100_000, '{"files": 1}'),
+        '{"files": {}}',
+        '{"files": {"../../outside": {"sha256": "0", "size": 1}}, "notes": {}}',
+    ],
 )
 def test_a_damaged_record_is_no_network(store, record):
     with store.locked():
-        store.add(REQUEST, write)
-        (store.root / PLACE / "network.json").write_text(record)
-        assert store.find(REQUEST) is None
+        store.add(NETWORK, write)
+        (store.root / PLACE / "record.json").write_text(record)
+        assert store.find(NETWORK) is None
 
 
-def test_a_truncated_file_is_no_network_and_is_replaced(store):
+@pytest.mark.parametrize("content", [b"weig", b"WEIGHTS"], ids=["truncated", "altered"])
+def test_a_damaged_file_is_no_network_and_is_replaced(store, content):
     with store.locked():
-        store.add(REQUEST, write)
-        (store.root / PLACE / "model.onnx.data").write_bytes(b"weig")
-        assert store.find(REQUEST) is None
-        store.add(REQUEST, write)
+        store.add(NETWORK, write)
+        overwrite(store.root / PLACE / "model.onnx.data", content)
+        assert store.find(NETWORK) is None
+        store.add(NETWORK, write)
         assert (store.root / PLACE / "model.onnx.data").read_bytes() == b"weights"
 
 
@@ -72,48 +100,107 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     precious = tmp_path / "networks" / "mine" / "weights.bin"
     precious.parent.mkdir(parents=True)
     precious.write_text("x")
-    with pytest.raises(InputError, match="holds other files and no bundle"), NetworkStore(tmp_path).locked():
+    with pytest.raises(InputError, match="holds other files and no bundle"), Store(tmp_path).locked():
         pytest.fail("locked")
     assert precious.read_text() == "x"
     assert os.listdir(tmp_path) == ["networks"]
 
 
-def test_only_its_own_folders_are_deleted(store):
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_its_own_folders_are_deleted(store, kind):
     with store.locked():
-        store.add(REQUEST, write)
+        store.add(Artifact(kind, "some_network", "0" * 64), write)
         for name in ("notes", "some_network-old", ".partial-abc", "some_network-00000000000000aa"):
-            (store.root / "networks" / name).mkdir()
+            (store.root / kind / name).mkdir()
     with store.locked():
-        assert ".partial-abc" not in entries(store)
-
-        class Manifest:
-            networks = {}
-
-        store.remove_unused(Manifest)
-    assert entries(store) == ["notes", "some_network-old"]
+        assert ".partial-abc" not in entries(store, kind)
+        store.remove_unused(Unused)
+    assert entries(store, kind) == ["notes", "some_network-old"]
 
 
 def test_one_build_at_a_time(store):
     with (
         store.locked(),
         pytest.raises(InputError, match="another build is writing it"),
-        NetworkStore(store.root).locked(),
+        Store(store.root).locked(),
     ):
         pytest.fail("locked twice")
 
 
 def test_an_unfinished_build_may_continue(store):
     with store.locked():
-        store.add(REQUEST, write)
+        store.add(NETWORK, write)
     with store.locked():
-        assert store.find(REQUEST) is not None
+        assert store.find(NETWORK) is not None
 
 
 def test_the_record_names_hashes_and_sizes(store):
     with store.locked():
-        store.add(REQUEST, write)
-    record = json.loads((store.root / PLACE / "network.json").read_text())
-    assert record["files"][f"{PLACE}/model.onnx"] == {
-        "sha256": sha256_file(store.root / PLACE / "model.onnx"),
-        "size": 5,
-    }
+        store.add(NETWORK, write)
+    record = json.loads((store.root / PLACE / "record.json").read_text())
+    assert record["files"]["model.onnx"] == {"sha256": sha256_file(store.root / PLACE / "model.onnx"), "size": 5}
+
+
+@pytest.mark.parametrize("artifact", [NETWORK, ENGINE], ids=KINDS)
+def test_bundles_share_what_they_have_in_common(tmp_path, shared, artifact):
+    first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
+    with first.locked(), second.locked():
+        added = first.add(artifact, write)
+        assert second.find(artifact) == added
+    places = [root / added.path("model.onnx.data") for root in (first.root, second.root, shared.root)]
+    assert len({place.stat().st_ino for place in places}) == 1, "one file, three names"
+    assert not os.access(places[0], os.W_OK) or os.geteuid() == 0
+
+
+def test_without_links_files_are_copied(tmp_path, shared, monkeypatch):
+    def refuse(source, target):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuse)
+    first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
+    with first.locked(), second.locked():
+        assert second.find(NETWORK) is None
+        added = first.add(NETWORK, write)
+        assert second.find(NETWORK) == added
+    assert (second.root / PLACE / "model.onnx.data").read_bytes() == b"weights"
+
+
+def test_what_was_damaged_in_one_bundle_is_not_handed_to_another(tmp_path, shared):
+    first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
+    with first.locked(), second.locked():
+        first.add(NETWORK, write)
+        # In place, so the store's own name of the file shows the same.
+        overwrite(first.root / PLACE / "model.onnx.data", b"WEIGHTS")
+        assert second.find(NETWORK) is None
+        assert entries(shared) == []
+        second.add(NETWORK, write)
+        assert first.find(NETWORK) is not None, "the damaged one is replaced by the other's"
+
+
+def test_a_store_that_cannot_be_written(store, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="--store .*file: cannot be written"):
+        with Store(store.root, SharedStore(tmp_path / "file")).locked():
+            pytest.fail("locked")
+
+
+def test_pruning_keeps_what_a_bundle_uses(tmp_path, shared):
+    bundle = Store(tmp_path / "a", shared)
+    with bundle.locked():
+        bundle.add(NETWORK, write)
+        bundle.add(ENGINE, write)
+        (shared.root / "networks" / "mine").mkdir()
+        assert shared.prune() == 0
+        bundle.remove_unused(Unused)
+        (shared.root / "engines" / ".partial-killed").mkdir()
+        assert entries(shared) == ["mine", "some_network-0123456789abcdef"]
+        assert shared.prune() > 2 * len(b"graphweights")
+        assert entries(shared) == ["mine"]
+        assert entries(shared, "engines") == []
+
+
+def test_two_builds_may_publish_the_same(tmp_path, shared):
+    first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
+    with first.locked(), second.locked():
+        assert first.add(NETWORK, write) == second.add(NETWORK, write)
+    assert entries(shared) == ["some_network-0123456789abcdef"]

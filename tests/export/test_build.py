@@ -22,7 +22,7 @@ def calls(monkeypatch, tiny_bundle):
     """Replaces the export: the checkpoint, the networks and the folder of every call."""
     made = []
 
-    def build(checkpoint, plan, out, report):
+    def build(checkpoint, plan, out, report, shared):
         made.append((checkpoint, plan.names, out))
         for name in plan.names:
             report(name, "kept")
@@ -187,7 +187,7 @@ class Terminal(io.StringIO):
 
 def test_progress_elsewhere_is_a_line_a_network():
     stream = io.StringIO()
-    with Progress(("a", "b"), stream) as progress:
+    with Progress(2, stream) as progress:
         progress.report("a", "checking")
         progress.report("a", "kept")
         progress.report("b", "tracing")
@@ -197,9 +197,9 @@ def test_progress_elsewhere_is_a_line_a_network():
 
 def test_progress_on_a_terminal_counts():
     stream = Terminal()
-    with Progress(("a", "b"), stream) as progress:
+    with Progress(2, stream) as progress:
         progress.report("a", "tracing")
         assert "a: tracing" in stream.getvalue()
-        assert "0/2 networks" in stream.getvalue()
+        assert "0/2" in stream.getvalue()
         progress.report("a", "kept")
-        assert "1/2 networks" in stream.getvalue()
+        assert "1/2" in stream.getvalue()

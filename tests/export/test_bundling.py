@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.store import NetworkStore
+from engines.store import SharedStore, Store
 from export import bundling
 from export.bundling import ExportPlan, build_bundle
 from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint, roles_for
@@ -34,6 +34,7 @@ def exports(monkeypatch):
 
     def export(module, network, geometry, precision, folder):
         (folder / "model.onnx").write_text(f"{network.name} {module}")
+        (folder / "lowered.onnx").write_text(f"{network.name} lowered")
         (folder / "model.onnx.data").write_bytes(b"weights of " + network.name.encode())
         done.append(network.name)
 
@@ -74,7 +75,7 @@ def verify(root: Path) -> Bundle:
     """A bundle whose every file has its hash, and in whose folder nothing else lies."""
     bundle = Bundle.open(root)
     bundle.verified(bundle.manifest.files)
-    records = {f"{Path(e.onnx).parent}/network.json" for e in bundle.manifest.networks.values()}
+    records = {f"{Path(e.onnx).parent}/record.json" for e in bundle.manifest.networks.values()}
     assert set(contents(root)) == set(bundle.manifest.files) | records | {"manifest.json", ".lock"}
     assert set(folders(root)) == set(bundle.manifest.networks)
     used = set().union(*(NETWORK_ROLES[name] for name in bundle.manifest.networks))
@@ -92,7 +93,7 @@ def test_a_whole_bundle(tmp_path, exports, tiny_geometry):
     assert {"tokenizers/text.json", "tokenizers/language.json"} <= set(bundle.manifest.files)
     for name, entry in bundle.manifest.networks.items():
         assert entry.spec == NETWORKS[name].spec(tiny_geometry)
-        assert sorted(Path(f).name for f in entry.files) == ["model.onnx", "model.onnx.data"]
+        assert sorted(Path(f).name for f in entry.files) == ["lowered.onnx", "model.onnx", "model.onnx.data"]
 
 
 def test_a_second_build_does_nothing(tmp_path, exports):
@@ -195,13 +196,19 @@ def test_the_code_and_the_libraries_are_part_of_the_key(monkeypatch, tiny_checkp
         assert key() != first
 
 
+def overwrite(path, content):
+    """In place, as a hand or a disk does: files are not writable, and other bundles may link them."""
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
 def truncate(folder):
-    (folder / "model.onnx.data").write_bytes(b"weights")
+    overwrite(folder / "model.onnx.data", b"weights")
 
 
 def alter(folder):
     path = folder / "model.onnx"
-    path.write_bytes(path.read_bytes()[::-1])
+    overwrite(path, path.read_bytes()[::-1])
 
 
 def lose(folder):
@@ -209,7 +216,7 @@ def lose(folder):
 
 
 def unreadable_record(folder):
-    (folder / "network.json").write_text("{")
+    (folder / "record.json").write_text("{")
 
 
 DAMAGES = [truncate, alter, lose, unreadable_record]
@@ -352,7 +359,7 @@ def test_killed_at_any_moment(tmp_path, repository):
             assert "end" not in said
             assert not (out / "manifest.json").exists()
             complete = [p for p in (out / "networks").iterdir() if not p.name.startswith(".partial-")]
-            assert all((p / "network.json").is_file() for p in complete)
+            assert all((p / "record.json").is_file() for p in complete)
             assert len(complete) == until.startswith("text_encoder")
         # From here on it may be quicker than the signal: then the bundle is whole already.
         run("text_encoder:hashing")
@@ -372,7 +379,7 @@ def test_two_builds_at_once(tmp_path, exports):
 
     build(tmp_path, report=second)
     verify(tmp_path)
-    with NetworkStore(tmp_path).locked():
+    with Store(tmp_path).locked():
         second("", "")
 
 

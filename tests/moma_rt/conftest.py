@@ -319,7 +319,7 @@ def make_bundle(root: Path, base: str = "fake", without: tuple[str, ...] = ()) -
         (root / onnx).parent.mkdir(parents=True)
         (root / onnx).write_text(f"{base} {name}")
         files.append(onnx)
-        entries[name] = NetworkEntry(spec, Precision.FP32, f"{base}-{name}", onnx, (onnx,))
+        entries[name] = NetworkEntry(spec, Precision.FP32, f"{base}-{name}", onnx, onnx, (onnx,))
     _byte_tokenizer(root / TEXT_TOKENIZER, ("<b>", "<e>"), "<b> $A <e>")
     _byte_tokenizer(root / LANGUAGE_TOKENIZER, ("<s>",), "<s> $A")
     files += [TEXT_TOKENIZER, LANGUAGE_TOKENIZER]

@@ -16,11 +16,14 @@ from moma_rt.bundle import (
     Source,
     write_manifest,
 )
+from moma_rt.engines import EngineEntry, Flavour
 from moma_rt.errors import BundleError
 from moma_rt.files import sha256_file
 from moma_rt.specs import Dim, Geometry, LanguageGeometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec
 
 ONNX = "networks/text_encoder-k1/model.onnx"
+LOWERED = "networks/text_encoder-k1/lowered.onnx"
+ENGINE = "engines/text_encoder-e1/engine.trt"
 WEIGHTS = "networks/text_encoder-k1/weights.bin"
 BATCH = Dim("batch", 1, 1, 8)
 
@@ -36,9 +39,14 @@ def make_manifest(files: dict[str, FileEntry]) -> Manifest:
         base="tiny",
         created_by="moma-rt test",
         geometry=Geometry(512, 4, 64, 77, 768, 4, 1024, layers, LanguageGeometry(32000, 128, 3, 4, 32, 336, 576)),
-        networks={"text_encoder": NetworkEntry(spec, Precision.FP32, "k1", ONNX, (WEIGHTS,))},
+        networks={"text_encoder": NetworkEntry(spec, Precision.FP32, "k1", ONNX, LOWERED, (WEIGHTS,))},
         files=files,
         sources=(Source("base", "tiny", "0" * 64),),
+        engines=(
+            EngineEntry(
+                "text_encoder", Flavour.TENSORRT_RTX, "1.7.1", (86, 89), False, "k1", "e1", ENGINE, 700, None
+            ),
+        ),
     )
 
 
@@ -46,10 +54,10 @@ def make_manifest(files: dict[str, FileEntry]) -> Manifest:
 def root(tmp_path: Path) -> Path:
     """A complete bundle with one network of two files."""
     folder = tmp_path / "bundle"
-    for name, content in ((ONNX, b"graph"), (WEIGHTS, b"weights" * 100)):
+    for name, content in ((ONNX, b"graph"), (LOWERED, b"old"), (ENGINE, b"engine"), (WEIGHTS, b"weights" * 100)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    files = {n: FileEntry(sha256_file(folder / n), (folder / n).stat().st_size) for n in (ONNX, WEIGHTS)}
+    files = {n: FileEntry(sha256_file(folder / n), (folder / n).stat().st_size) for n in (ONNX, LOWERED, ENGINE, WEIGHTS)}
     write_manifest(folder, make_manifest(files))
     return folder
 
@@ -126,6 +134,18 @@ class TestOpen:
             lambda d: d["files"][ONNX].update(size=float("inf")),
             lambda d: d["files"].update({ONNX: "hash"}),
             lambda d: d["sources"].append({}),
+            lambda d: d.pop("engines"),
+            lambda d: d["engines"].append({}),
+            lambda d: d["engines"][0].update(flavour="tensorrt_lite"),
+            lambda d: d["engines"][0].update(capabilities=[]),
+            lambda d: d["engines"][0].update(capabilities=["sm86"]),
+            lambda d: d["engines"][0].update(capabilities=[True]),
+            lambda d: d["engines"][0].update(weight_bytes=-1),
+            lambda d: d["engines"][0].update(activation_bytes=1.5),
+            lambda d: d["engines"][0].update(refittable="no"),
+            lambda d: d["engines"][0].update(version=""),
+            lambda d: d["engines"][0].update(file=None),
+            lambda d: d["networks"]["text_encoder"].pop("lowered"),
         ],
     )
     def test_malformed_manifest(self, root: Path, change: Callable[[dict[str, Any]], None]):
@@ -147,7 +167,7 @@ class TestOpen:
         assert f"{WEIGHTS} has 7 bytes" in message
         assert "700" in message
 
-    @pytest.mark.parametrize("name", [ONNX, WEIGHTS])
+    @pytest.mark.parametrize("name", [ONNX, LOWERED, ENGINE, WEIGHTS])
     def test_used_file_without_a_hash(self, root: Path, name: str):
         edit(root, lambda data: data["files"].pop(name))
         assert f"uses {name!r} but gives no hash" in open_error(root)
@@ -219,7 +239,7 @@ def test_weights_without_a_hash_are_not_read(root: Path):
 
 
 def test_the_builds_own_record_may_lie_beside_a_network(root: Path):
-    (root / ONNX).with_name("network.json").write_text("{}")
+    (root / ONNX).with_name("record.json").write_text("{}")
     assert Bundle.open(root).has("text_encoder")
 
 
@@ -235,7 +255,7 @@ def test_manifest_is_replaced_whole(root: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(TypeError):
         write_manifest(root, make_manifest({}))
     assert (root / MANIFEST_NAME).read_bytes() == before
-    assert {path.name for path in root.iterdir()} == {MANIFEST_NAME, "networks"}
+    assert {path.name for path in root.iterdir()} == {MANIFEST_NAME, "networks", "engines"}
 
 
 class TestSpecs:

@@ -1,0 +1,112 @@
+"""What engines are to be built for: `--target` read, and checked against what this machine can build.
+
+TensorRT-RTX compiles for GeForce and RTX devices on any machine. TensorRT measures its kernels, and so builds only on
+the device itself: a bundle for an A100, an H100 or a Jetson is exported anywhere and finished there.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+
+from engines.device import local_device
+from moma_rt.engines import RTX_CAPABILITIES, Device, Flavour, spelled
+from moma_rt.errors import InputError
+
+CPU, RTX, LOCAL = "cpu", "rtx", "local"
+# What `rtx` stands for: Ampere and later. Turing is built when it is named (sm75).
+_RTX = (86, 89, 120, 121)
+# Datacenter and Jetson devices, for whose capabilities there is only TensorRT itself.
+TENSORRT_CAPABILITIES = (80, 87, 90, 100, 103, 110)
+KNOWN = (CPU, RTX, LOCAL, *(f"sm{c}" for c in sorted((*RTX_CAPABILITIES, *TENSORRT_CAPABILITIES))))
+_PACKAGES = {Flavour.TENSORRT: "tensorrt", Flavour.TENSORRT_RTX: "tensorrt-rtx"}
+
+
+@dataclass(frozen=True)
+class EngineTarget:
+    """Devices that one engine a network is built for."""
+
+    flavour: Flavour
+    capabilities: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.flavour.value} {spelled(self.capabilities)}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine can build engines with."""
+
+    device: Device | None
+    installed: frozenset[Flavour]
+
+    @classmethod
+    def here(cls) -> "Machine":
+        """This machine; nothing is imported for it."""
+        installed = frozenset(f for f in Flavour if importlib.util.find_spec(f.value) is not None)
+        return cls(local_device(), installed)
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """The targets that an option names, separated by commas.
+
+    Raises:
+        InputError: none, or one that is not in `KNOWN`.
+    """
+    names = tuple(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in KNOWN]
+    if unknown or not names:
+        raise InputError(
+            f"--target {text!r}: no target {', '.join(unknown) or 'is named'}; there are: {', '.join(KNOWN)}"
+        )
+    return names
+
+
+def resolve(names: tuple[str, ...], machine: Machine) -> tuple[EngineTarget, ...]:
+    """The engines that targets stand for; `cpu` needs none, since it runs the ONNX files.
+
+    Raises:
+        InputError: a target that this machine cannot build for; the message says where and how it is built.
+    """
+    rtx, targets = set[int](), list[EngineTarget]()
+    for name in names:
+        if name == RTX:
+            rtx.update(_RTX)
+        elif name == LOCAL:
+            targets.append(_local(machine))
+        elif name != CPU:
+            capability = int(name.removeprefix("sm"))
+            if capability in RTX_CAPABILITIES:
+                rtx.add(capability)
+            else:
+                targets.append(_on_device(capability, machine))
+    if rtx:
+        targets.insert(0, _installed(EngineTarget(Flavour.TENSORRT_RTX, tuple(sorted(rtx))), machine))
+    return tuple(dict.fromkeys(targets))
+
+
+def _local(machine: Machine) -> EngineTarget:
+    device = machine.device
+    if device is None:
+        raise InputError(f"--target {LOCAL}: this machine has no NVIDIA GPU (or no driver); name one, such as sm89")
+    if Flavour.TENSORRT not in machine.installed and device.capability in RTX_CAPABILITIES:
+        return _installed(EngineTarget(Flavour.TENSORRT_RTX, (device.capability,)), machine)
+    return _installed(EngineTarget(Flavour.TENSORRT, (device.capability,)), machine)
+
+
+def _on_device(capability: int, machine: Machine) -> EngineTarget:
+    device = machine.device
+    if device is None or device.capability != capability:
+        here = "no GPU" if device is None else f"sm{device.capability}"
+        raise InputError(
+            f"--target sm{capability}: TensorRT builds only on such a device, and this machine has {here}; export here "
+            f"without it, copy the bundle there, and run python -m engines.build BUNDLE --target {LOCAL}"
+        )
+    return _installed(EngineTarget(Flavour.TENSORRT, (capability,)), machine)
+
+
+def _installed(target: EngineTarget, machine: Machine) -> EngineTarget:
+    if target.flavour not in machine.installed:
+        raise InputError(
+            f"{target}: the Python package {target.flavour.value} is not installed; "
+            f"pip install {_PACKAGES[target.flavour]}"
+        )
+    return target

@@ -1,0 +1,266 @@
+"""One network's ONNX graph to a TensorRT or TensorRT-RTX engine.
+
+Both libraries have the same Python API, so a flavour is a value. Networks are strongly typed: every type comes from the
+ONNX graph, and no flag changes one. TensorRT builds for the device it runs on; TensorRT-RTX builds ahead of time, one
+engine for any set of compute capabilities, also where there is no device.
+"""
+
+import functools
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moma_rt.engines import Flavour
+from moma_rt.errors import BundleError, InputError
+from moma_rt.files import atomic_write
+from moma_rt.specs import NetworkSpec
+
+ENGINE_NAME = "engine.trt"
+LAYERS_NAME = "layers.json"
+_MEMORY_LINE = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
+# Its release notes: a refittable engine may give wrong results there, refitted or not.
+_BROKEN_REFIT = (11, 3)
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How engines are built.
+
+    refittable: keep the engine's weights exchangeable, which costs some fusions (TensorRT only).
+    layers: also write what the builder made of each layer, which needs a device.
+    timing_cache: TensorRT's measurements of kernels, read and written, so that a second build is shorter.
+    """
+
+    refittable: bool = False
+    layers: bool = False
+    timing_cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """A graph and what it is compiled for."""
+
+    flavour: Flavour
+    capabilities: tuple[int, ...]
+    onnx: Path
+    spec: NetworkSpec
+    options: EngineOptions = EngineOptions()
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """Device memory that an engine needs, in bytes, at its largest shapes; None where the builder did not say."""
+
+    weight_bytes: int | None
+    activation_bytes: int | None
+
+
+def library(flavour: Flavour) -> Any:
+    """The flavour's Python package.
+
+    Raises:
+        InputError: it is not installed, or its native libraries cannot be loaded.
+    """
+    try:
+        return importlib.import_module(flavour.value)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(f"the Python package {flavour.value} cannot be loaded: {_one_line(error)}") from None
+
+
+def library_version(flavour: Flavour) -> str:
+    """The flavour's version, such as 10.3.0."""
+    return str(library(flavour).__version__)
+
+
+def check_options(flavour: Flavour, version: str, options: EngineOptions) -> None:
+    """Refuse what a library is known to get wrong.
+
+    Raises:
+        InputError: refittable engines, where the library has none or makes wrong ones.
+    """
+    if options.refittable and flavour is Flavour.TENSORRT_RTX:
+        raise InputError("TensorRT-RTX builds no refittable engines ahead of time; leave --refittable")
+    if options.refittable and version_tuple(version)[:2] == _BROKEN_REFIT:
+        raise InputError(f"TensorRT {version} makes refittable engines that may be wrong; take another version")
+
+
+def build_engine(request: EngineRequest, folder: Path, report: Report) -> EngineFacts:
+    """Compile a graph and write `folder/engine.trt`.
+
+    Args:
+        report: called with what the builder is doing.
+
+    Raises:
+        BundleError: a graph that the library cannot parse or compile; the message is the library's own first error.
+        KeyboardInterrupt: as soon as the builder can stop.
+    """
+    trt = library(request.flavour)
+    logger = _logger(request.flavour)
+    logger.begin()
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(request.onnx)):
+        found = parser.get_error(0).desc() if parser.num_errors else ""
+        raise BundleError(f"{_who(request)} cannot parse it: {logger.first_error() or _one_line(found)}")
+    config = builder.create_builder_config()
+    _configure(trt, config, request)
+    profile = _profile(builder, request.spec)
+    config.add_optimization_profile(profile)
+    monitor = _monitor(trt, report)
+    config.progress_monitor = monitor
+    serialized = builder.build_serialized_network(network, config)
+    if monitor.interruption is not None:
+        raise monitor.interruption
+    if serialized is None or not serialized.nbytes:
+        raise BundleError(f"{_who(request)} cannot compile it: {logger.first_error() or 'the builder did not say why'}")
+    (folder / ENGINE_NAME).write_bytes(memoryview(serialized))
+    _save_timing_cache(config, request)
+    if request.options.layers:
+        (folder / LAYERS_NAME).write_text(_layers(trt, logger, serialized), encoding="utf-8")
+    return logger.facts()
+
+
+def refit_engine(flavour: Flavour, engine_file: Path, onnx: Path, folder: Path) -> None:
+    """Write `folder/engine.trt`: a refittable engine with the weights of another graph of the same structure.
+
+    Raises:
+        BundleError: not refittable, or a graph of another structure.
+    """
+    trt = library(flavour)
+    logger = _logger(flavour)
+    logger.begin()
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(engine_file.read_bytes())
+    if engine is None or not engine.refittable:
+        raise BundleError(f"{engine_file} is no refittable engine: {logger.first_error() or 'it was built without'}")
+    refitter = trt.Refitter(engine, logger)
+    parser_refitter = trt.OnnxParserRefitter(refitter, logger)
+    if not parser_refitter.refit_from_file(str(onnx)) or refitter.get_missing_weights():
+        raise BundleError(f"{engine_file} cannot take the weights of {onnx}: {logger.first_error() or 'other names'}")
+    if not refitter.refit_cuda_engine():
+        raise BundleError(f"{engine_file} could not be refitted: {logger.first_error()}")
+    (folder / ENGINE_NAME).write_bytes(memoryview(engine.serialize()))
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _configure(trt: Any, config: Any, request: EngineRequest) -> None:
+    options = request.options
+    if request.flavour is Flavour.TENSORRT_RTX:
+        config.num_compute_capabilities = len(request.capabilities)
+        for index, capability in enumerate(request.capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
+    else:
+        if options.refittable:
+            config.set_flag(trt.BuilderFlag.REFIT)
+        if options.timing_cache is not None:
+            known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
+            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    if options.layers:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+
+
+def _profile(builder: Any, spec: NetworkSpec) -> Any:
+    profile = builder.create_optimization_profile()
+    for tensor in spec.inputs:
+        if tensor.dynamic_axes:
+            profile.set_shape(tensor.name, tensor.min_shape, tensor.opt_shape, tensor.max_shape)
+    return profile
+
+
+def _save_timing_cache(config: Any, request: EngineRequest) -> None:
+    path = request.options.timing_cache
+    if path is not None and request.flavour is Flavour.TENSORRT:
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
+
+
+def _layers(trt: Any, logger: Any, serialized: Any) -> str:
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(serialized)
+    if engine is None:
+        raise InputError("--layers: an engine's layers can be listed only where there is an NVIDIA GPU")
+    inspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+@functools.cache
+def _logger(flavour: Flavour) -> Any:
+    """The process's one logger of a library, which ignores every further one; `begin` empties it for a new build."""
+    trt = library(flavour)
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Keeps the first error, and what the builder says about memory."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.begin()
+
+        def begin(self) -> None:
+            self._errors: list[str] = []
+            self._memory: dict[str, int] = {}
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self._errors.append(message)
+            elif found := _MEMORY_LINE.search(message):
+                self._memory[found[1]] = int(found[2])
+
+        def first_error(self) -> str:
+            return _one_line(self._errors[0]) if self._errors else ""
+
+        def facts(self) -> EngineFacts:
+            return EngineFacts(self._memory.get("Weights"), self._memory.get("Activation"))
+
+    return Logger()
+
+
+def _monitor(trt: Any, report: Report) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Passes on how far the outermost phase is.
+
+        An exception must not pass through the builder's frames: it is kept, and the builder asked to stop.
+        """
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.interruption: BaseException | None = None
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self._steps[phase_name] = num_steps
+            self._say(f"compiling: {phase_name}")
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._steps:
+                self._say(f"compiling: {phase_name}, {step + 1} of {self._steps[phase_name]}")
+            return self.interruption is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+        def _say(self, text: str) -> None:
+            try:
+                report(text)
+            except BaseException as error:  # Ctrl-C arrives here as well
+                self.interruption = error
+
+    return Monitor()
+
+
+def _who(request: EngineRequest) -> str:
+    return f"{request.spec.name}: {request.flavour.value} {library_version(request.flavour)}"
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300]

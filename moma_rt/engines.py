@@ -1,0 +1,133 @@
+"""Which engines a bundle has, and which of them serve a device.
+
+An engine is a network compiled by TensorRT or TensorRT-RTX. Only the version that built it loads it, and only devices
+of the compute capabilities it was built for run it; both stand in the manifest, so that a runtime can tell what is
+missing without opening a file.
+"""
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from moma_rt.errors import BundleError
+from moma_rt.messages import shown
+from moma_rt.specs import check_fields
+
+# The capabilities that TensorRT-RTX compiles for on any machine; the others need TensorRT on such a device.
+RTX_CAPABILITIES = (75, 86, 89, 120, 121)
+_MAX_BYTES = 2**48
+
+
+class Flavour(enum.Enum):
+    """A library that builds and runs engines; the value is the name of its Python package."""
+
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt_rtx"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: its name, and its compute capability as 86 for 8.6."""
+
+    name: str
+    capability: int
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """One network built for some devices.
+
+    `source` is the key of the network it was built from, `key` its own; `weight_bytes` and `activation_bytes` are the
+    device memory it needs, by the builder's own count at the largest shapes (None: the builder did not say).
+    """
+
+    network: str
+    flavour: Flavour
+    version: str
+    capabilities: tuple[int, ...]
+    refittable: bool
+    source: str
+    key: str
+    file: str
+    weight_bytes: int | None
+    activation_bytes: int | None
+
+    def serves(self, flavour: Flavour, version: str, capability: int) -> bool:
+        """Whether this engine runs on a device of `capability` with that library."""
+        return (self.flavour, self.version) == (flavour, version) and capability in self.capabilities
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "flavour": self.flavour.value, "capabilities": list(self.capabilities)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "EngineEntry":
+        """Raises ValueError for fields of another type or out of range."""
+        check_fields(cls, data)
+        texts = {name: data[name] for name in ("network", "version", "source", "key", "file")}
+        for name, text in texts.items():
+            if not isinstance(text, str) or not text or not text.isprintable():
+                raise ValueError(f"an engine's {name} is {shown(text)}, not a line of text")
+        capabilities = data["capabilities"]
+        if not isinstance(capabilities, list) or not capabilities or not all(_is_number(c, 999) for c in capabilities):
+            raise ValueError(f"an engine's capabilities are {shown(capabilities)}, not a list such as [86, 89]")
+        if not isinstance(data["refittable"], bool):
+            raise ValueError(f"an engine's refittable is {shown(data['refittable'])}, not true or false")
+        sizes = {name: data[name] for name in ("weight_bytes", "activation_bytes")}
+        for name, size in sizes.items():
+            if size is not None and not _is_number(size, _MAX_BYTES):
+                raise ValueError(f"an engine's {name} is {shown(size)}, not a number of bytes")
+        return cls(
+            **texts,
+            **sizes,
+            flavour=Flavour(data["flavour"]),
+            capabilities=tuple(capabilities),
+            refittable=data["refittable"],
+        )
+
+
+@dataclass(frozen=True)
+class Library:
+    """An installed flavour and its version."""
+
+    flavour: Flavour
+    version: str
+
+
+def select(
+    engines: Iterable[EngineEntry], networks: Iterable[str], library: Library, device: Device
+) -> dict[str, EngineEntry]:
+    """The engine of each network that a library runs on a device.
+
+    Raises:
+        BundleError: a network has none; the message says for what the bundle has engines, and how to build the others.
+    """
+    engines, names = tuple(engines), tuple(networks)
+    found = {
+        engine.network: engine
+        for engine in engines
+        if engine.network in names and engine.serves(library.flavour, library.version, device.capability)
+    }
+    missing = [name for name in names if name not in found]
+    if not missing:
+        return found
+    here = f"{library.flavour.value} {library.version} on sm{device.capability} ({device.name})"
+    have = sorted({f"{e.flavour.value} {e.version} on {spelled(e.capabilities)}" for e in engines})
+    raise BundleError(
+        f"no engine of {', '.join(missing)} for {here}; the bundle has engines for {'; '.join(have) or 'no device'}: "
+        f"build them with python -m engines.build BUNDLE --target {target_for(library.flavour, device.capability)}"
+    )
+
+
+def target_for(flavour: Flavour, capability: int) -> str:
+    """The `--target` that builds engines of a flavour for a capability."""
+    return f"sm{capability}" if flavour is Flavour.TENSORRT_RTX and capability in RTX_CAPABILITIES else "local"
+
+
+def spelled(capabilities: Iterable[int]) -> str:
+    """Capabilities as `--target` takes them, such as sm86,sm89."""
+    return ",".join(f"sm{capability}" for capability in capabilities)
+
+
+def _is_number(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most

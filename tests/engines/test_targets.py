@@ -1,0 +1,108 @@
+import pytest
+
+from engines.device import local_device
+from engines.targets import KNOWN, EngineTarget, Machine, parse_targets, resolve
+from moma_rt.engines import Device, Flavour
+from moma_rt.errors import InputError
+
+RTX, FULL = Flavour.TENSORRT_RTX, Flavour.TENSORRT
+BOTH = frozenset(Flavour)
+H100, RTX4090, ORIN = Device("H100", 90), Device("RTX 4090", 89), Device("Orin", 87)
+
+
+def targets(text, device=None, installed=BOTH):
+    return resolve(parse_targets(text), Machine(device, installed))
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "installed", "expected"),
+    [
+        ("cpu", None, frozenset(), ()),
+        ("sm86", None, {RTX}, [(RTX, (86,))]),
+        ("sm120, SM86,cpu,sm86", None, {RTX}, [(RTX, (86, 120))]),
+        ("rtx", None, {RTX}, [(RTX, (86, 89, 120, 121))]),
+        ("rtx,sm75", None, {RTX}, [(RTX, (75, 86, 89, 120, 121))]),
+        ("sm90", H100, {FULL}, [(FULL, (90,))]),
+        ("local", H100, {FULL}, [(FULL, (90,))]),
+        ("local", ORIN, BOTH, [(FULL, (87,))]),
+        ("local", RTX4090, BOTH, [(FULL, (89,))]),
+        ("local", RTX4090, {RTX}, [(RTX, (89,))]),
+        ("local,sm86", H100, BOTH, [(RTX, (86,)), (FULL, (90,))]),
+        ("local,sm90", H100, BOTH, [(FULL, (90,))]),
+    ],
+)
+def test_what_targets_stand_for(text, device, installed, expected):
+    assert targets(text, device, frozenset(installed)) == tuple(EngineTarget(*e) for e in expected)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_known_target_is_built_or_explained(name):
+    capability = int(name[2:]) if name.startswith("sm") else 87
+    assert targets(name, Device("a GPU", capability)) or name == "cpu"
+    if name != "cpu":
+        with pytest.raises(InputError, match=f"{name}|not installed"):
+            targets(name, installed=frozenset())
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "installed", "said"),
+    [
+        ("", None, BOTH, "no target is named"),
+        ("sm86,gpu,sm61", None, BOTH, "no target gpu, sm61; there are: cpu, rtx, local, sm75"),
+        ("local", None, BOTH, "this machine has no NVIDIA GPU"),
+        ("local", H100, {RTX}, "tensorrt is not installed; pip install tensorrt"),
+        ("local", RTX4090, (), "tensorrt_rtx is not installed; pip install tensorrt-rtx"),
+        ("sm90", None, BOTH, "this machine has no GPU; export here without it, copy the bundle there, and run python"),
+        ("sm90", RTX4090, BOTH, "this machine has sm89"),
+        ("sm90", H100, {RTX}, "pip install tensorrt"),
+        ("sm86", None, (), "pip install tensorrt-rtx"),
+    ],
+)
+def test_what_cannot_be_built_here(text, device, installed, said):
+    with pytest.raises(InputError) as caught:
+        targets(text, device, frozenset(installed))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_driver_there_is_no_device(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    assert local_device() is None
+
+
+class Driver:
+    """A driver with one device; `fails` is the call that returns an error."""
+
+    def __init__(self, fails=None):
+        self.fails = fails
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            if name == "cuDeviceGetAttribute":
+                arguments[0]._obj.value = {75: 8, 76: 9}[arguments[1]]
+            elif name == "cuDeviceGetName":
+                arguments[0].value = b"RTX 4090"
+            return 100 if name == self.fails else 0
+
+        return call
+
+
+def test_the_driver_is_asked(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Driver())
+    assert local_device() == RTX4090
+
+
+@pytest.mark.parametrize("call", ["cuInit", "cuDeviceGet", "cuDeviceGetAttribute", "cuDeviceGetName"])
+def test_a_driver_without_a_device(monkeypatch, call):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Driver(fails=call))
+    assert local_device() is None
+
+
+@pytest.mark.gpu
+def test_this_machines_device():
+    device = local_device()
+    assert device is not None
+    assert device.capability >= 50
