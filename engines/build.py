@@ -247,9 +247,9 @@ def add_engine_options(p: argparse.ArgumentParser, default: str) -> None:
         "--target",
         default=default,
         metavar="TARGETS",
-        help="separated by commas: cpu (the ONNX files, nothing to build), sm75, sm86, sm89, sm120, sm121 or rtx for all "
-        "but the first (TensorRT-RTX, on any machine), local or sm80, sm87, sm90, ... (TensorRT, on such a device); "
-        "default: %(default)s",
+        help="separated by commas: cpu (the ONNX files, nothing to build); sm75, sm86, sm89, sm120, sm121, or rtx for "
+        "all but the first (TensorRT-RTX, on any machine); local, or sm80, sm87, sm90, ... (TensorRT, on such a "
+        "device); default: %(default)s",
     )
     p.add_argument(
         "--store",
@@ -270,7 +270,10 @@ def engine_plan(options: argparse.Namespace, names: tuple[str, ...] | None) -> E
     Raises:
         InputError: a target that cannot be built on this machine.
     """
-    targets = resolve(parse_targets(options.target), Machine.here())
+    machine = Machine.here()
+    targets = resolve(parse_targets(options.target), machine)
+    if options.layers and machine.device is None:
+        raise InputError("--layers: an engine's layers can be listed only where there is an NVIDIA GPU")
     return EnginePlan(targets, names, EngineOptions(options.refittable, options.layers), options.refit_from)
 
 

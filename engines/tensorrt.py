@@ -20,7 +20,7 @@ from moma_rt.specs import NetworkSpec
 
 ENGINE_NAME = "engine.trt"
 LAYERS_NAME = "layers.json"
-_MEMORY_LINE = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
+_MEMORY_LINE = re.compile(r"Total (Activation|Weights) Memory: (\d+)")
 # Its release notes: a refittable engine may give wrong results there, refitted or not.
 _BROKEN_REFIT = (11, 3)
 
@@ -188,7 +188,7 @@ def _layers(trt: Any, logger: Any, serialized: Any) -> str:
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(serialized)
     if engine is None:
-        raise InputError("--layers: an engine's layers can be listed only where there is an NVIDIA GPU")
+        raise BundleError(f"the engine's layers cannot be listed: {logger.first_error()}")
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 

@@ -11,6 +11,7 @@ from moma_rt.errors import InputError, run_command
 from moma_rt.specs import Precision
 
 if TYPE_CHECKING:
+    from export.checkpoints.model import Checkpoint
     from export.networks import Precisions
 
 PROGRAM = "export.build"
@@ -40,9 +41,33 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_checkpoint_options(p)
+    p.add_argument(
+        "--only",
+        metavar="NETWORKS",
+        help="export only these, separated by commas; those of the bundle that come from the same sources stay",
+    )
+    p.add_argument("--skip", metavar="NETWORKS", help="export all but these, separated by commas")
+    p.add_argument(
+        "--precision",
+        choices=[p.value for p in Precision if not p.is_weight_only],
+        help="of all networks but the language model (default: fp32 on a CPU, fp16 where engines are built)",
+    )
+    p.add_argument(
+        "--mllm-precision",
+        choices=[p.value for p in Precision],
+        help="of the language model; int8 and int4 are of its weights alone (default: that of the others)",
+    )
+    add_engine_options(p, default="cpu")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the bundle; default: bundles/NAME")
+    return p
+
+
+def add_checkpoint_options(p: argparse.ArgumentParser, *, base_required: bool = True) -> None:
+    """The options that say where weights are."""
     p.add_argument(
         "--base",
-        required=True,
+        required=base_required,
         metavar="NAME|DIR|FILE",
         help="tiny, a name in export/bases.toml (realistic_vision_v4, rev_animated, sd15, ...; downloaded unless "
         "--weights is given), a folder in diffusers' layout, or a .safetensors or .ckpt file in CompVis'",
@@ -63,26 +88,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mllm", type=Path, metavar="DIR", help="MoMA's language model, a folder in LLaVA's format")
     p.add_argument("--vision", type=Path, metavar="DIR", help="CLIP ViT-L/14-336; default: the copy in --mllm")
     p.add_argument("--vae", type=Path, metavar="DIR|FILE", help="an autoencoder in place of the base's own")
-    p.add_argument(
-        "--only",
-        metavar="NETWORKS",
-        help="export only these, separated by commas; those of the bundle that come from the same sources stay",
-    )
-    p.add_argument("--skip", metavar="NETWORKS", help="export all but these, separated by commas")
-    p.add_argument(
-        "--precision",
-        choices=[p.value for p in Precision if not p.is_weight_only],
-        help="of all networks but the language model (default: fp32 on a CPU, fp16 where engines are built)",
-    )
-    p.add_argument(
-        "--mllm-precision",
-        choices=[p.value for p in Precision],
-        help="of the language model; int8 and int4 are of its weights alone (default: that of the others)",
-    )
-    add_engine_options(p, default="cpu")
-    p.add_argument("--out", type=Path, metavar="DIR", help="the bundle; default: bundles/NAME")
     p.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
-    return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,16 +100,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build(options: argparse.Namespace) -> int:
     # PyTorch takes seconds to import; --help should not.
     from export.bundling import ExportPlan, build_bundle
-    from export.checkpoints.load import CheckpointRequest, load_checkpoint
-    from export.checkpoints.lora import parse_lora
-    from export.checkpoints.model import LANGUAGE, VISION, roles_for
     from export.progress import Progress
 
     names = _network_names(options.only, options.skip)
     # Before the minutes of work: a target that this machine cannot build for.
     engines = engine_plan(options, names)
-    default = Precision.FP16 if engines.targets else Precision.FP32
-    precisions = _precisions(options, default)
+    precisions = _precisions(options, Precision.FP16 if engines.targets else Precision.FP32)
+    checkpoint = checkpoint_of(options, names)
+    out = options.out if options.out is not None else Path("bundles") / checkpoint.base
+    shared = shared_store(options, out)
+    with Progress(len(names) * (1 + len(engines.targets)), sys.stderr) as progress:
+        bundle = build_bundle(checkpoint, ExportPlan(names, precisions), out, progress.report, shared)
+        if engines.targets:
+            bundle = build_engines(out, engines, shared, progress.report)
+    size = sum(file.size for file in bundle.manifest.files.values())
+    print(f"{out}: {', '.join(bundle.manifest.networks)}; {len(bundle.manifest.engines)} engines; {size / 1e6:,.1f} MB")
+    return 0
+
+
+def checkpoint_of(options: argparse.Namespace, names: tuple[str, ...]) -> "Checkpoint":
+    """The checkpoint that the options of `add_checkpoint_options` name, as far as the named networks need it.
+
+    Raises:
+        CheckpointError: something that is needed was not given, or cannot be used.
+    """
+    from export.checkpoints.load import CheckpointRequest, load_checkpoint
+    from export.checkpoints.lora import parse_lora
+    from export.checkpoints.model import LANGUAGE, VISION, roles_for
+
     roles = roles_for(names)
     if LANGUAGE in roles:
         # How many image tokens the language model reads only the vision encoder's config tells.
@@ -119,16 +143,7 @@ def _build(options: argparse.Namespace) -> int:
         seed=options.seed,
         loras=tuple(parse_lora(text) for text in options.lora),
     )
-    checkpoint = load_checkpoint(request)
-    out = options.out if options.out is not None else Path("bundles") / checkpoint.base
-    shared = shared_store(options, out)
-    with Progress(len(names) * (1 + len(engines.targets)), sys.stderr) as progress:
-        bundle = build_bundle(checkpoint, ExportPlan(names, precisions), out, progress.report, shared)
-        if engines.targets:
-            bundle = build_engines(out, engines, shared, progress.report)
-    size = sum(file.size for file in bundle.manifest.files.values())
-    print(f"{out}: {', '.join(bundle.manifest.networks)}; {len(bundle.manifest.engines)} engines; {size / 1e6:,.1f} MB")
-    return 0
+    return load_checkpoint(request)
 
 
 def _precisions(options: argparse.Namespace, default: Precision) -> "Precisions":
@@ -144,15 +159,15 @@ def _network_names(only: str | None, skip: str | None) -> tuple[str, ...]:
     if only is not None and skip is not None:
         raise InputError("--only and --skip exclude each other: give one of them")
     if only is not None:
-        return _listed("--only", only, tuple(NETWORKS))
-    skipped = () if skip is None else _listed("--skip", skip, tuple(NETWORKS))
+        return listed("--only", only, tuple(NETWORKS))
+    skipped = () if skip is None else listed("--skip", skip, tuple(NETWORKS))
     names = tuple(name for name in NETWORKS if name not in skipped)
     if not names:
         raise InputError(f"--skip {skip!r} leaves no network; there are: {', '.join(NETWORKS)}")
     return names
 
 
-def _listed(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+def listed(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """The networks that an option names, in the order of `known`."""
     asked = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in asked if name not in known]

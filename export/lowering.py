@@ -299,7 +299,7 @@ def _by_head(r: _Rewrite, name: str, heads: int) -> str:
 def _group_normalization(r: _Rewrite) -> None:
     """Every group as a channel of InstanceNormalization, in the precision of `stash_type`; then scale and bias.
 
-    The parser refuses bfloat16 for InstanceNormalization, whatever its documentation says.
+    The parser refuses bfloat16 for InstanceNormalization, although its documentation names it.
     """
     x, scale, bias = r.node.input
     groups, stash = r.attributes["num_groups"], r.attributes.get("stash_type", TensorProto.FLOAT)

@@ -36,14 +36,23 @@ class Networks:
     def run(self, name: str, inputs: Mapping[str, Array], stages: Stages) -> dict[str, Array]:
         """Run a network once on buffers made for this run: for what is computed once a subject or a prompt."""
         network = self.get(name, stages)
-        backend, spec = self.backend, network.spec
-        sizes = sizes_of(spec, inputs)
         with stages.timed(name):
-            buffers = {t.name: backend.allocate(t.resolve(**sizes), t.dtype) for t in (*spec.inputs, *spec.outputs)}
-            for tensor in spec.inputs:
-                backend.upload(buffers[tensor.name], inputs[tensor.name])
-            network.bind(buffers).enqueue()
-            return {tensor.name: backend.download(buffers[tensor.name]) for tensor in spec.outputs}
+            return run_once(self.backend, network, inputs)
+
+
+def run_once(backend: Backend, network: Network, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """A network's outputs for these inputs, on buffers of their sizes.
+
+    Raises:
+        ValueError: inputs whose sizes do not fit each other or the network.
+    """
+    spec = network.spec
+    sizes = sizes_of(spec, inputs)
+    buffers = {t.name: backend.allocate(t.resolve(**sizes), t.dtype) for t in (*spec.inputs, *spec.outputs)}
+    for tensor in spec.inputs:
+        backend.upload(buffers[tensor.name], inputs[tensor.name])
+    network.bind(buffers).enqueue()
+    return {tensor.name: backend.download(buffers[tensor.name]) for tensor in spec.outputs}
 
 
 def sizes_of(spec: NetworkSpec, inputs: Mapping[str, Array]) -> dict[str, int]:

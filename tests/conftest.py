@@ -75,13 +75,13 @@ def large_goldens() -> Path:
     return folder
 
 
-def _build_original(hub: Path, out: Path) -> Path:
+def _build_original(hub: Path, out: Path, *options: str) -> Path:
     from export.build import main
 
     arguments = ["--base", hub / "SG161222/Realistic_Vision_V4.0_noVAE", "--vae", hub / "stabilityai/sd-vae-ft-mse"]
     arguments += ["--adapters", hub / "checkpoints/attn_adapters_projectors.th"]
     arguments += ["--mllm", hub / "KunpengSong/MoMA_llava_7b", "--vision", hub / "openai/clip-vit-large-patch14-336"]
-    assert main([*map(str, arguments), "--out", str(out)]) == 0
+    assert main([*map(str, arguments), *options, "--out", str(out)]) == 0
     return out
 
 
@@ -95,3 +95,16 @@ def golden_bundle(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def large_golden_bundle(large_goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of the checkpoints behind `large_goldens`."""
     return _build_original(large_goldens / "hub", tmp_path_factory.mktemp("bundles") / "large")
+
+
+@pytest.fixture(scope="session")
+def golden_bundle_fp16(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the checkpoints behind `goldens`, in fp16 where that is safe."""
+    return _build_original(hub, tmp_path_factory.mktemp("bundles") / "golden-fp16", "--precision", "fp16")
+
+
+@pytest.fixture(scope="session")
+def large_golden_bundle_fp16(large_goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the checkpoints behind `large_goldens`, in fp16 where that is safe."""
+    out = tmp_path_factory.mktemp("bundles") / "large-fp16"
+    return _build_original(large_goldens / "hub", out, "--precision", "fp16")

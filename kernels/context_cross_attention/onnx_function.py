@@ -16,9 +16,12 @@ ContextCrossAttention <num_heads, softmax_scale>
 {
   guided_batch = Shape <start = 0, end = 1> (q)
   batch = Shape <start = 0, end = 1> (gate)
-  groups = Div (guided_batch, batch)
+  zero_scalar = Constant <value_int: int = 0> ()
+  one_scalar = Constant <value_int: int = 1> ()
+  guided_scalar = Squeeze (guided_batch)
+  all_rows = Range (zero_scalar, guided_scalar, one_scalar)
+  rows = Mod (all_rows, batch)
   one = Constant <value_ints = [1]> ()
-  groups_1 = Concat <axis = 0> (groups, one)
 
   heads_scalar = Constant <value_int: int = @num_heads> ()
   heads = Reshape (heads_scalar, one)
@@ -47,7 +50,7 @@ ContextCrossAttention <num_heads, softmax_scale>
   column = Constant <value_floats = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]> ()
   column_typed = CastLike (column, q)
   weights_typed = CastLike (subject_weights, q)
-  weights_gt = Tile (weights_typed, groups_1)
+  weights_gt = Gather <axis = 0> (weights_typed, rows)
   last_two = Constant <value_ints = [2, 3]> ()
   weights_gt11 = Unsqueeze (weights_gt, last_two)
   weights_gt18 = Mul (weights_gt11, column_typed)
@@ -71,7 +74,7 @@ ContextCrossAttention <num_heads, softmax_scale>
     <q_num_heads: int = @num_heads, kv_num_heads: int = @num_heads, scale: float = @softmax_scale>
     (q, context_k, context_v)
   gate_typed = CastLike (gate, q)
-  gate_gs = Tile (gate_typed, groups_1)
+  gate_gs = Gather <axis = 0> (gate_typed, rows)
   gate_gs1 = Unsqueeze (gate_gs, rest)
   weighted = Mul (context, gate_gs1)
   out = Add (text, weighted)

@@ -10,7 +10,8 @@ INPUTS = ("q", "k", "v", "ref_k", "ref_v", "mask", "gate", "scale")
 # a token inside the mask and -65504 (fp16's lowest) outside. So the fused kernels that runtimes keep for unmasked
 # attention serve here, and a mask of [N] is never expanded to [S, N], which ONNX Runtime's Attention would need.
 # 8 keeps the width a multiple of what tensor cores want; k and v must have one shape. The reference of sample b
-# serves every guidance half, so it is tiled from B to G·B rows.
+# serves every guidance half, so row g of G·B gathers sample g mod B: tiling would leave TensorRT with B·(G·B/B) rows
+# whose most it takes for four times what it is, and with it the memory of the whole network.
 _TEXT = """
 InjectedSelfAttention <num_heads, softmax_scale> (q, k, v, ref_k, ref_v, mask, gate, scale) => (out)
 {
@@ -20,10 +21,12 @@ InjectedSelfAttention <num_heads, softmax_scale> (q, k, v, ref_k, ref_v, mask, g
 
   guided_batch = Shape <start = 0, end = 1> (q)
   batch = Shape <start = 0, end = 1> (gate)
-  groups = Div (guided_batch, batch)
+  zero_scalar = Constant <value_int: int = 0> ()
+  one_scalar = Constant <value_int: int = 1> ()
+  guided_scalar = Squeeze (guided_batch)
+  all_rows = Range (zero_scalar, guided_scalar, one_scalar)
+  rows = Mod (all_rows, batch)
   one = Constant <value_ints = [1]> ()
-  groups_1 = Concat <axis = 0> (groups, one)
-  groups_1_1_1 = Concat <axis = 0> (groups, one, one, one)
 
   heads_scalar = Constant <value_int: int = @num_heads> ()
   heads = Reshape (heads_scalar, one)
@@ -62,8 +65,8 @@ InjectedSelfAttention <num_heads, softmax_scale> (q, k, v, ref_k, ref_v, mask, g
   v_wide = Concat <axis = -1> (v_heads, v_extra)
   k_bhnw = Transpose <perm = [0, 2, 1, 3]> (k_wide)
   v_bhnw = Transpose <perm = [0, 2, 1, 3]> (v_wide)
-  k_ghnw = Tile (k_bhnw, groups_1_1_1)
-  v_ghnw = Tile (v_bhnw, groups_1_1_1)
+  k_ghnw = Gather <axis = 0> (k_bhnw, rows)
+  v_ghnw = Gather <axis = 0> (v_bhnw, rows)
 
   injected_ghsw = Attention <scale: float = @softmax_scale> (q_ghsw, k_ghnw, v_ghnw)
   injected_wide = Transpose <perm = [0, 2, 1, 3]> (injected_ghsw)
@@ -75,7 +78,7 @@ InjectedSelfAttention <num_heads, softmax_scale> (q, k, v, ref_k, ref_v, mask, g
 
   weight_bs = Mul (gate, scale)
   weight_typed = CastLike (weight_bs, q)
-  weight_gs = Tile (weight_typed, groups_1)
+  weight_gs = Gather <axis = 0> (weight_typed, rows)
   weight_gs1 = Unsqueeze (weight_gs, rest)
   weighted = Mul (injected, weight_gs1)
   out = Add (own, weighted)

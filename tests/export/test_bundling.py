@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.store import SharedStore, Store
+from engines.store import Store
 from export import bundling
 from export.bundling import ExportPlan, build_bundle
 from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint, roles_for

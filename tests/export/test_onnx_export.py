@@ -3,6 +3,7 @@
 import collections
 import functools
 import getpass
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -41,9 +42,10 @@ def test_the_bundle_has_every_network(bundle, tiny_geometry):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_graph_has_the_specs_tensors(graphs, tiny_geometry, name):
+def test_the_graph_has_the_specs_tensors(graphs, tmp_path, tiny_geometry, name):
     path, model = graphs[name]
-    onnx.checker.check_model(path)
+    # A copy: a bundle's files are links into its store too, and onnx's own loader refuses files of several names.
+    onnx.checker.check_model(Path(shutil.copytree(path.parent, tmp_path / name)) / path.name)
     spec = NETWORKS[name].spec(tiny_geometry)
     assert model.graph.name == name
     for values, tensors in ((model.graph.input, spec.inputs), (model.graph.output, spec.outputs)):

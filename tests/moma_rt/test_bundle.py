@@ -57,7 +57,8 @@ def root(tmp_path: Path) -> Path:
     for name, content in ((ONNX, b"graph"), (LOWERED, b"old"), (ENGINE, b"engine"), (WEIGHTS, b"weights" * 100)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    files = {n: FileEntry(sha256_file(folder / n), (folder / n).stat().st_size) for n in (ONNX, LOWERED, ENGINE, WEIGHTS)}
+    names = (ONNX, LOWERED, ENGINE, WEIGHTS)
+    files = {n: FileEntry(sha256_file(folder / n), (folder / n).stat().st_size) for n in names}
     write_manifest(folder, make_manifest(files))
     return folder
 

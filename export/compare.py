@@ -1,0 +1,206 @@
+"""`python -m export.compare BUNDLE`: each network in PyTorch fp32 against what the bundle runs.
+
+The reference is the network in PyTorch from the weights that the bundle was made of, so those are asked for again
+(random ones are made again). On a device, the engines that serve it are compared too.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engines.device import local_device
+from engines.tensorrt import library_version
+from export.build import add_checkpoint_options, checkpoint_of, listed
+from export.sample_inputs import sample_inputs, usual_sizes
+from moma_rt.backends.base import Array
+from moma_rt.bundle import Bundle, NetworkEntry
+from moma_rt.engines import EngineEntry, Flavour
+from moma_rt.errors import CheckpointError, InputError, print_output, run_command
+from moma_rt.specs import Precision
+
+if TYPE_CHECKING:
+    from export.checkpoints.model import Checkpoint
+
+PROGRAM = "export.compare"
+_RANDOM = "random weights"
+
+Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one tensor is from its reference.
+
+    `relative` is ‖found − expected‖ / ‖expected‖; `tolerance` the largest absolute difference, and so the least
+    tolerance that would have passed; `at` where it is.
+    """
+
+    tensor: str
+    relative: float
+    tolerance: float
+    at: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensor}{list(self.at)} is worst: relative error {self.relative:.1e}, "
+            f"passes with a tolerance of {self.tolerance:.1e}"
+        )
+
+
+def difference(name: str, found: Array, expected: Array) -> Difference:
+    """Compare two arrays of one shape; a value that is not finite differs infinitely."""
+    if found.shape != expected.shape:
+        raise ValueError(f"{name} has shape {found.shape}, its reference {expected.shape}")
+    wanted = expected.astype(np.float64)
+    apart = np.abs(found.astype(np.float64) - wanted)
+    apart[np.isnan(apart)] = np.inf
+    at = np.unravel_index(int(apart.argmax()), apart.shape)
+    norm = float(np.linalg.norm(wanted)) or 1.0
+    return Difference(name, float(np.linalg.norm(apart)) / norm, float(apart[at]), tuple(int(i) for i in at))
+
+
+def worst(found: Arrays, expected: Arrays) -> Difference:
+    """The output that is furthest from its reference."""
+    return max((difference(name, found[name], expected[name]) for name in expected), key=lambda d: d.relative)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog=f"python -m {PROGRAM}",
+        description="Compare each network of a bundle, as its backends run it, with PyTorch in fp32. Weights are given "
+        "as for export.build; a bundle of random weights needs none.",
+    )
+    p.add_argument("bundle", type=Path, metavar="BUNDLE")
+    add_checkpoint_options(p, base_required=False)
+    p.add_argument("--only", metavar="NETWORKS", help="compare these only, separated by commas")
+    p.add_argument(
+        "--modules",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also list the N parts of each network whose output changes most in the bundle's precision",
+    )
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parser().parse_args(arguments)
+    return run_command(PROGRAM, lambda: _compare(options))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from export.module_differences import module_differences
+    from export.networks import NETWORKS
+
+    bundle = Bundle.open(options.bundle)
+    names = tuple(bundle.manifest.networks)
+    if options.only is not None:
+        names = listed("--only", options.only, names)
+    if options.modules < 0:
+        raise InputError(f"--modules {options.modules}: a number of modules, 0 or more")
+    checkpoint = _same_checkpoint(options, bundle, names)
+    geometry = bundle.manifest.geometry
+    for name in names:
+        entry = bundle.network(name)
+        spec = NETWORKS[name].spec(geometry)
+        inputs = sample_inputs(spec, geometry, usual_sizes(spec))
+        expected = torch_outputs(checkpoint, bundle, entry, inputs)
+        for runner, outputs in runs(bundle, entry, inputs):
+            print_output(f"{name:<18} {entry.precision.value} {runner}: {worst(outputs, expected)}")
+        if options.modules and entry.precision is not Precision.FP32:
+            for path, relative in module_differences(checkpoint, bundle, entry, inputs)[: options.modules]:
+                print_output(f"{'':<18} {relative:.1e} {path}")
+    return 0
+
+
+def torch_outputs(checkpoint: "Checkpoint", bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Arrays:
+    """The network's outputs in PyTorch, fp32."""
+    import torch
+
+    from export.networks import NETWORKS
+
+    network, geometry = NETWORKS[entry.spec.name], bundle.manifest.geometry
+    spec = network.spec(geometry)
+    arguments = network.arguments(tuple(torch.from_numpy(inputs[t.name]) for t in spec.inputs), geometry)
+    with torch.inference_mode():
+        outputs = network.module(checkpoint, geometry)(*arguments)
+    flat = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {tensor.name: output.numpy() for tensor, output in zip(spec.outputs, flat, strict=True)}
+
+
+def runs(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Iterator[tuple[str, Arrays]]:
+    """What runs the network here, by name, and its outputs."""
+    inputs = {t.name: inputs[t.name].astype(t.dtype, copy=False) for t in entry.spec.inputs}
+    bundle.verified(entry.all_files)
+    if entry.precision is not Precision.BF16:  # ONNX Runtime's CPU kernels have none
+        yield "onnxruntime", _onnxruntime(bundle, entry, inputs)
+    device = local_device()
+    if device is None:
+        return
+    for engine in bundle.manifest.engines:
+        if engine.network == entry.spec.name and device.capability in engine.capabilities:
+            bundle.verified([engine.file])
+            yield f"{engine.flavour.value} {engine.version} on {device.name}", _engine(bundle, engine, entry, inputs)
+
+
+def _onnxruntime(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Arrays:
+    from moma_rt.backends import create
+    from moma_rt.networks import run_once
+
+    backend = create("onnxruntime")
+    return run_once(backend, backend.load(entry.spec, bundle.path(entry.onnx)), inputs)
+
+
+def _engine(bundle: Bundle, engine: EngineEntry, entry: NetworkEntry, inputs: Arrays) -> Arrays:
+    if library_version(engine.flavour) != engine.version:
+        raise InputError(
+            f"{engine.file} was built by {engine.flavour.value} {engine.version}, "
+            f"installed is {library_version(engine.flavour)}"
+        )
+    import os
+
+    # Polygraphy decides between the two libraries once, when it is imported.
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(engine.flavour is Flavour.TENSORRT_RTX))
+    from polygraphy.backend.common import BytesFromPath
+    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+
+    with TrtRunner(EngineFromBytes(BytesFromPath(str(bundle.path(engine.file))))) as runner:
+        outputs = runner.infer(inputs)
+    return {tensor.name: np.asarray(outputs[tensor.name]) for tensor in entry.spec.outputs}
+
+
+def _same_checkpoint(options: argparse.Namespace, bundle: Bundle, names: tuple[str, ...]) -> "Checkpoint":
+    """The checkpoint that the bundle was made of.
+
+    Raises:
+        CheckpointError: it was not given, or another one was.
+    """
+    from export.checkpoints.model import roles_for
+
+    needed = [source for source in bundle.manifest.sources if source.role in roles_for(names)]
+    if options.base is None:
+        if not all(source.name.startswith(_RANDOM) for source in needed):
+            given = ", ".join(f"{source.role} from {source.name}" for source in needed)
+            raise CheckpointError(f"{bundle.root} was made of {given}: give them again, as for export.build")
+        options.base = bundle.manifest.base
+        options.weights = None if options.base == "tiny" else "random"
+    checkpoint = checkpoint_of(options, names)
+    found = {component.role: component.sha256 for component in checkpoint.components}
+    for source in needed:
+        if found.get(source.role) != source.sha256:
+            raise CheckpointError(
+                f"the {source.role} weights given are not those of {bundle.root}, which is made of {source.name} "
+                f"({source.sha256[:12]})"
+            )
+    return checkpoint
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""Build one engine with `engines.tensorrt`, in a process of its own.
+
+python build_one.py FLAVOUR GRAPH FOLDER [TIMING_CACHE] < NetworkSpec as JSON
+-> JSON: what the builder reported, its facts, and the modules that were imported
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from engines.tensorrt import EngineOptions, EngineRequest, build_engine
+from moma_rt.engines import Flavour
+from moma_rt.specs import NetworkSpec
+
+
+def main() -> None:
+    flavour, graph, folder, *timing_cache = sys.argv[1:]
+    options = EngineOptions(timing_cache=Path(timing_cache[0]) if timing_cache else None)
+    spec = NetworkSpec.from_json(json.load(sys.stdin))
+    reported: list[str] = []
+    # No capability named: TensorRT-RTX then chooses as it does for TensorRT's bindings, which cannot name one.
+    facts = build_engine(EngineRequest(Flavour(flavour), (), Path(graph), spec, options), Path(folder), reported.append)
+    modules = {name.partition(".")[0] for name in sys.modules}
+    json.dump({"reported": reported, "facts": dataclasses.asdict(facts), "modules": sorted(modules)}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Comparing a bundle with PyTorch: the numbers, what is listed, and that it sees a network that is wrong."""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from export import compare
+from export.compare import Difference, difference, main, worst
+from moma_rt.bundle import Bundle, FileEntry, read_manifest, write_manifest
+from moma_rt.engines import Device
+from moma_rt.files import sha256_file
+
+SMALL = "text_encoder,context_projector"
+
+
+def test_the_worst_place_and_the_tolerance_that_would_have_passed():
+    expected = np.arange(12.0).reshape(3, 4)
+    found = expected.copy()
+    found[2, 1] += 0.5
+    found[0, 3] -= 0.25
+    apart = difference("x", found, expected)
+    assert apart.at == (2, 1)
+    assert apart.tolerance == 0.5
+    assert np.isclose(apart.relative, np.hypot(0.5, 0.25) / np.linalg.norm(expected))
+    assert np.allclose(found, expected, rtol=0, atol=apart.tolerance)
+    assert not np.allclose(found, expected, rtol=0, atol=0.99 * apart.tolerance)
+    assert str(apart) == "x[2, 1] is worst: relative error 2.5e-02, passes with a tolerance of 5.0e-01"
+
+
+def test_integers_are_compared_as_numbers():
+    assert difference("image", np.uint8([[250, 3]]), np.uint8([[251, 3]])).tolerance == 1.0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_passes_with_no_tolerance(value):
+    apart = difference("x", np.array([1.0, value]), np.array([1.0, 2.0]))
+    assert (apart.at, apart.tolerance, apart.relative) == ((1,), np.inf, np.inf)
+
+
+def test_the_worst_output_is_shown():
+    expected = {"a": np.ones(4), "b": np.full(4, 100.0)}
+    found = {"a": np.ones(4) + 0.1, "b": np.full(4, 101.0)}
+    assert worst(found, expected).tensor == "a"
+    with pytest.raises(ValueError, match="shape"):
+        worst({"a": np.ones(3), "b": found["b"]}, expected)
+
+
+def test_every_network_of_a_bundle(tiny_bundle, capsys):
+    assert main([str(tiny_bundle)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(Bundle.open(tiny_bundle).manifest.networks)
+    for line in lines:
+        error = float(re.search(r"relative error (\S+),", line)[1])
+        assert error < (1e-2 if line.startswith("vae_decoder") else 1e-5), line
+
+
+def test_a_lower_precision_and_its_worst_modules(tmp_path, capsys):
+    from export.build import main as build
+
+    out = tmp_path / "bundle"
+    assert build(["--base", "tiny", "--precision", "fp16", "--only", "text_encoder", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert main([str(out), "--modules", "3"]) == 0
+    first, *modules = capsys.readouterr().out.splitlines()
+    assert first.startswith("text_encoder       fp16 onnxruntime: text_tokens[")
+    assert 1e-5 < float(re.search(r"relative error (\S+),", first)[1]) < 1e-2
+    errors = [float(line.split()[0]) for line in modules]
+    assert len(errors) == 3
+    assert errors == sorted(errors, reverse=True)
+    assert all(0 < error < 1e-2 and "model." in line for error, line in zip(errors, modules, strict=True))
+
+
+@pytest.fixture
+def wrong_bundle(tiny_bundle, tmp_path) -> Path:
+    """The tiny bundle with one weight of the context projector changed, and hashes that say so."""
+    root = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    manifest = read_manifest(root)
+    entry = manifest.networks["context_projector"]
+    path = root / entry.onnx
+    model = onnx.load(path)
+    weight = max(model.graph.initializer, key=lambda tensor: np.prod(tensor.dims))
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values.flat[0] += 1.0
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    data = root / f"{entry.onnx}.data"
+    for file in (path, data):
+        file.chmod(0o644)
+    onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=1024)
+    hashes = {name: FileEntry(sha256_file(root / name), (root / name).stat().st_size) for name in entry.all_files}
+    write_manifest(root, dataclasses.replace(manifest, files={**manifest.files, **hashes}))
+    return root
+
+
+def test_a_wrong_weight_is_seen(wrong_bundle, capsys):
+    assert main([str(wrong_bundle), "--only", "context_projector"]) == 0
+    assert float(re.search(r"relative error (\S+),", capsys.readouterr().out)[1]) > 1e-3
+
+
+def test_engines_of_this_device_are_compared(tiny_bundle, monkeypatch, capsys):
+    """The one that serves the device, through what runs engines; the device and its run are stood in for."""
+    from moma_rt.engines import EngineEntry, Flavour
+
+    bundle = Bundle.open(tiny_bundle)
+    entry = bundle.network("context_projector")
+    engines = [
+        EngineEntry(entry.spec.name, Flavour.TENSORRT, "11.4.0", (c,), False, entry.key, "e", entry.onnx, 1, 1)
+        for c in (89, 90)
+    ]
+    bundle = Bundle(tiny_bundle, dataclasses.replace(bundle.manifest, engines=tuple(engines)))
+    monkeypatch.setattr(compare, "local_device", lambda: Device("H100", 90))
+    monkeypatch.setattr(compare, "_engine", lambda bundle, engine, entry, inputs: engine.capabilities)
+    found = list(compare.runs(bundle, entry, {"embedding": np.ones((1, 1024), np.float32)}))
+    assert [name for name, _ in found] == ["onnxruntime", "tensorrt 11.4.0 on H100"]
+    assert found[1][1] == (90,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["none"], "none is not a bundle"),
+        (["{tiny}", "--only", "unet"], "no network unet"),
+        (["{tiny}", "--modules", "-1"], "--modules -1"),
+        (["{tiny}", "--base", "tiny", "--seed", "1"], "weights given are not those of"),
+        (["{golden}"], "was made of unet from Realistic_Vision_V4.0_noVAE"),
+    ],
+)
+def test_mistakes_are_one_line(tiny_bundle, golden_bundle, capsys, arguments, said):
+    assert main([a.format(tiny=tiny_bundle, golden=golden_bundle) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_difference_is_a_value():
+    assert Difference("x", 0.0, 0.0, (0,)) == difference("x", np.ones(2), np.ones(2))
