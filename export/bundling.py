@@ -42,7 +42,7 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 # Sources whose change may change a graph.
 _CODE = (
     *("export/models", "export/checkpoints", "export/geometry.py", "export/networks.py", "export/onnx_export.py"),
-    "export/lowering.py",
+    *("export/lowering.py", "export/quantize.py", "export/streaming.py"),
     *("kernels", "moma_rt/schedules.py"),
 )
 _TOKENIZER_ROLES = MappingProxyType({TEXT_TOKENIZER: TEXT_ENCODER, LANGUAGE_TOKENIZER: LANGUAGE})
@@ -140,11 +140,8 @@ class _Exporter:
             return _entry(spec, precision, key, finished), finished
 
         def write(folder: Path) -> dict[str, object]:
-            report(network.name, "reading weights")
-            module = network.module(self.checkpoint, self.geometry, precision)
             report(network.name, "tracing")
-            export_network(module, network, self.geometry, precision, folder)
-            del module
+            export_network(self.checkpoint, network, self.geometry, precision, folder)
             gc.collect()
             report(network.name, "hashing")
             return {}

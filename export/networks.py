@@ -3,7 +3,8 @@
 ONNX names and axes, example inputs, optimization profiles and runtime buffers all follow from the specs made here.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.checkpoints.architectures import llama_config
-from export.checkpoints.model import Checkpoint, Component
+from export.checkpoints.adapters import AdapterGeometry
+from export.checkpoints.adapters import expected_shapes as adapter_shapes
+from export.checkpoints.architectures import expected_shapes, llama_config
+from export.checkpoints.model import ADAPTERS, LANGUAGE, Checkpoint, Component
 from export.models.language import ContextProjector, LanguageModel
 from export.models.text import TextEncoder
 from export.models.unet import Denoiser, SubjectEncoder, load_unet
 from export.models.vae import VaeDecoder, VaeEncoder, load_vae
 from export.models.vision import VisionEncoder
+from export.streaming import WeightSource
 from moma_rt.errors import CheckpointError, InputError
 from moma_rt.schedules import ROW_LENGTH
 from moma_rt.specs import Dim, Geometry, NetworkSpec, Precision, TensorSpec
@@ -45,13 +49,14 @@ class Network:
 
     `tensors` makes the spec, with the dtype of the tensors that are large and pass between networks; `parts` the
     module, of weights that were converted to a dtype; `arguments` turns the flat inputs, in the spec's order, into the
-    module's positional arguments.
+    module's positional arguments. One whose weights are not to be held has a `source` of single weights.
     """
 
     name: str
     tensors: Callable[[Geometry, str], NetworkSpec]
     parts: Callable[[Checkpoint, Geometry, torch.dtype], nn.Module]
     arguments: Callable[[tuple[Any, ...], Geometry], tuple[Any, ...]] = lambda flat, _: flat
+    source: Callable[[Checkpoint], WeightSource] | None = None
 
     def spec(self, geometry: Geometry, precision: Precision = Precision.FP32) -> NetworkSpec:
         """The network's inputs and outputs in the given precision."""
@@ -60,6 +65,14 @@ class Network:
     def module(self, checkpoint: Checkpoint, geometry: Geometry, precision: Precision = Precision.FP32) -> nn.Module:
         """The network in PyTorch, with the checkpoint's weights."""
         return self.parts(checkpoint, geometry, _DTYPES[precision])
+
+    def exportable(
+        self, checkpoint: Checkpoint, geometry: Geometry, precision: Precision = Precision.FP32
+    ) -> tuple[nn.Module, WeightSource | None]:
+        """The network for the export: on the meta device, with a source of its weights, where it has one."""
+        if self.source is None:
+            return self.module(checkpoint, geometry, precision), None
+        return self.module(_placeholders(checkpoint), geometry, precision), self.source(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -242,6 +255,40 @@ def _vision_encoder(c: Checkpoint, g: Geometry, dtype: torch.dtype) -> nn.Module
     return VisionEncoder(c.vision.config, _weights(c.vision, dtype), projector)
 
 
+def _placeholders(c: Checkpoint) -> Checkpoint:
+    """The checkpoint with tensors on the meta device in place of the language model's weights and its mapping's."""
+    assert c.language is not None
+    assert c.adapters is not None
+    sizes = AdapterGeometry(**c.adapters.config)
+    known = {
+        LANGUAGE: expected_shapes(LANGUAGE, c.language.config, c.language.name),
+        ADAPTERS: adapter_shapes(c.unet.config, sizes),
+    }
+
+    def empty(component: Component) -> Component:
+        shapes = known[component.role]
+
+        def load(names: Iterable[str] | None = None) -> dict[str, Tensor]:
+            return {n: torch.empty(shapes[n], device="meta") for n in (shapes if names is None else names)}
+
+        return dataclasses.replace(component, load=load)
+
+    return dataclasses.replace(c, language=empty(c.language), adapters=empty(c.adapters))
+
+
+def _language_source(c: Checkpoint) -> WeightSource:
+    language, adapters = c.language, c.adapters
+    assert language is not None
+    assert adapters is not None
+    shapes = expected_shapes(LANGUAGE, language.config, language.name)
+
+    def read(name: str) -> Tensor:
+        return (adapters if name.startswith("mapping.") else language).load([name])[name]
+
+    # The decoder's matrices; embeddings are looked up, and norms are vectors.
+    return WeightSource(read, frozenset(n for n in shapes if n.startswith("layers.") and n.endswith("_proj.weight")))
+
+
 def _language_model(c: Checkpoint, g: Geometry, dtype: torch.dtype) -> nn.Module:
     assert c.language is not None
     weights = {name: t for name, t in _weights(c.language, dtype).items() if not name.startswith("mm_projector.")}
@@ -260,7 +307,7 @@ NETWORKS = MappingProxyType(
             Network("vae_encoder", _vae_encoder_spec, _vae_encoder),
             Network("subject_encoder", _subject_encoder_spec, _subject_encoder),
             Network("vision_encoder", _vision_encoder_spec, _vision_encoder),
-            Network("language_model", _language_model_spec, _language_model),
+            Network("language_model", _language_model_spec, _language_model, source=_language_source),
             Network("context_projector", _context_projector_spec, _context_projector),
             Network("denoiser", _denoiser_spec, _denoiser, denoiser_arguments),
             Network("vae_decoder", _vae_decoder_spec, _vae_decoder),

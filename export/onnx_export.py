@@ -8,8 +8,10 @@ from typing import Any
 import onnx_ir
 import torch
 
+from export.checkpoints.model import Checkpoint
 from export.lowering import write_lowered
 from export.networks import Network
+from export.streaming import fill, quantize_weights
 from kernels.operators import onnx_operators
 from kernels.registration import DOMAIN, DOMAIN_VERSION, STANDARD_OPSET, OnnxOperator, register_schema
 from moma_rt.specs import Dim, Geometry, NetworkSpec, Precision, TensorSpec
@@ -20,14 +22,16 @@ WEIGHTS_NAME = "model.onnx.data"
 
 
 def export_network(
-    module: torch.nn.Module, network: Network, geometry: Geometry, precision: Precision, folder: Path
+    checkpoint: Checkpoint, network: Network, geometry: Geometry, precision: Precision, folder: Path
 ) -> None:
     """Write `folder/model.onnx` and its weights beside it, with the spec's names and dynamic axes."""
+    module, source = network.exportable(checkpoint, geometry, precision)
     spec = network.spec(geometry, precision)
     operators = onnx_operators()
     for operator in operators:
         register_schema(operator.schema)
-    arguments = network.arguments(example_inputs(spec), geometry)
+    device = "cpu" if source is None else "meta"
+    arguments = network.arguments(tuple(t.to(device) for t in example_inputs(spec)), geometry)
     dims: dict[str, Any] = {}
     shapes = network.arguments(tuple(_dynamic_shape(tensor, dims) for tensor in spec.inputs), geometry)
     with warnings.catch_warnings(), torch.inference_mode():
@@ -44,8 +48,14 @@ def export_network(
             output_names=[tensor.name for tensor in spec.outputs],
             custom_translation_table={operator.torch_op: operator.translation for operator in operators},
             verbose=False,
+            optimize=False,
         )
     assert program is not None
+    if source is not None:
+        fill(program.model, module, source)
+    program.optimize()
+    if source is not None and precision.is_weight_only:
+        quantize_weights(program.model, source, precision)
     _finish(program.model, spec, operators)
     onnx_ir.save(program.model, folder / MODEL_NAME, external_data=WEIGHTS_NAME)
     write_lowered(folder / MODEL_NAME, folder / LOWERED_NAME)

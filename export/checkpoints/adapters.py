@@ -88,9 +88,9 @@ def read_adapters(path: Path, unet_config: dict[str, Any], language_width: int |
             f"{path} maps from a language model of width {geometry.language_width}, the one given has {language_width}"
         )
 
-    def load() -> StateDict:
+    def load(names: Iterable[str] | None = None) -> StateDict:
         loaded = _read(path, layers)
-        return {name: tensor.reshape(found[name]) for name, tensor in loaded.items()}
+        return {name: loaded[name].reshape(found[name]) for name in (loaded if names is None else names)}
 
     return Component(ADAPTERS, path.name, geometry.to_config(), content_hash((path,)), load)
 

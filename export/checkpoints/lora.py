@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,11 @@ def _fused(component: Component, layers: Sequence[_Layer], weights: Weights, sca
         # Its weights were not asked for, so there is nothing to fuse into.
         return component
 
-    def load() -> StateDict:
-        state = component.load()
-        tensors = weights.read(name for layer in layers for name in layer.parts.values())
-        for layer in layers:
+    def load(names: Iterable[str] | None = None) -> StateDict:
+        state = component.load(names)
+        changed = [layer for layer in layers if layer.weight in state]
+        tensors = weights.read(name for layer in changed for name in layer.parts.values())
+        for layer in changed:
             state[layer.weight] = state[layer.weight].float() + scale * layer.delta(tensors)
         return state
 

@@ -1,6 +1,6 @@
 """Fitting a file's tensors to the names and shapes a network expects, strictly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +43,10 @@ def fit(role: str, origin: Origin, weights: Weights, expected: Shapes, rename: R
             stored[new] = name
     report_mismatch(str(weights.location), {new: weights.shapes[old] for new, old in stored.items()}, expected)
 
-    def load() -> StateDict:
-        tensors = weights.read(stored.values())
-        return {new: tensors[old].reshape(expected[new]) for new, old in stored.items()}
+    def load(names: Iterable[str] | None = None) -> StateDict:
+        wanted = stored if names is None else {name: stored[name] for name in names}
+        tensors = weights.read(wanted.values())
+        return {new: tensors[old].reshape(expected[new]) for new, old in wanted.items()}
 
     return Component(role, origin.name, origin.config, origin.sha256, load)
 
@@ -53,7 +54,7 @@ def fit(role: str, origin: Origin, weights: Weights, expected: Shapes, rename: R
 def unread(role: str, name: str, config: dict[str, Any]) -> Component:
     """A component of which only the config is there, because nothing asked for its weights."""
 
-    def refuse() -> StateDict:
+    def refuse(names: Iterable[str] | None = None) -> StateDict:
         raise CheckpointError(f"the weights of the {role} were not asked for")
 
     return Component(role, name, config, "", refuse)

@@ -1,11 +1,11 @@
 """What a checkpoint is once read: one component a role, weights under the names today's libraries use."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -38,13 +38,19 @@ def roles_for(networks: Iterable[str]) -> frozenset[str]:
     return frozenset().union(*(NETWORK_ROLES[network] for network in networks))
 
 
+class LoadWeights(Protocol):
+    """Reads or makes weights: all of them, or those of some names."""
+
+    def __call__(self, names: Iterable[str] | None = None) -> StateDict: ...
+
+
 @dataclass(frozen=True)
 class Component:
     """The weights that play one role, not yet read.
 
     `name` is the file or folder they came from, or says that they are random; `config` is the dictionary its class is
     built from; `sha256` identifies config and weights by content. `load()` reads or makes the weights (stored dtype,
-    CPU, a new dictionary each call), under these names:
+    CPU, a new dictionary each call; of the given names alone, if any are given), under these names:
 
     - unet, vae: diffusers' `UNet2DConditionModel` and `AutoencoderKL`
     - text_encoder, vision: transformers' `CLIPTextModel` and `CLIPVisionModel`, as the installed version names them
@@ -58,7 +64,7 @@ class Component:
     name: str
     config: dict[str, Any]
     sha256: str
-    load: Callable[[], StateDict] = dataclasses.field(repr=False, compare=False)
+    load: LoadWeights = dataclasses.field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ A tensor's values depend only on (generator version, role, tensor name, shape, s
 initialisation, the order of creation or the number of threads.
 """
 
+import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -42,11 +44,16 @@ def _random(role: str, config: Config, known_shapes: Shapes, seed: str) -> Compo
     identity = [_GENERATOR_VERSION, role, config, sorted(known_shapes.items()), seed]
     sha256 = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    def load() -> StateDict:
-        shapes = known_shapes or expected_shapes(role, config, f"the {role} preset")
+    @functools.cache
+    def all_shapes() -> Shapes:
+        return known_shapes or expected_shapes(role, config, f"the {role} preset")
+
+    def load(names: Iterable[str] | None = None) -> StateDict:
+        shapes = all_shapes()
         prefix = class_prefix(shapes)
         dtype = torch.float16 if config.get("torch_dtype") == "float16" else torch.float32
-        return {n: _tensor(role, n.removeprefix(prefix), shapes, prefix, seed).to(dtype) for n in shapes}
+        wanted = shapes if names is None else names
+        return {n: _tensor(role, n.removeprefix(prefix), shapes, prefix, seed).to(dtype) for n in wanted}
 
     return Component(role, f"random weights, seed {seed}", config, sha256, load)
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
 from export.models.edges import at_edge
+from export.streaming import use_projections
 
 
 class LanguageModel(nn.Module):
@@ -36,6 +37,7 @@ class LanguageModel(nn.Module):
         model.load_state_dict(weights, assign=True)
         self.mapping.load_state_dict(mapping, assign=True)
         self.embed_tokens, self.layers, self.norm = model.embed_tokens, model.layers, model.norm
+        use_projections(self)
         self.vocabulary = llama.vocab_size
         self.heads = llama.num_attention_heads
         self.kv_heads = llama.num_key_value_heads
@@ -50,7 +52,8 @@ class LanguageModel(nn.Module):
         past_kv = past_kv.to(dtype)
         hidden_bsc = self._embed(token_ids, image_tokens.to(dtype))
         cos, sin = self._rotary(positions, hidden_bsc.dtype)
-        key_positions = torch.cat([torch.arange(past_kv.shape[3], dtype=positions.dtype), positions[0]])
+        past = torch.arange(past_kv.shape[3], dtype=positions.dtype, device=positions.device)
+        key_positions = torch.cat([past, positions[0]])
         visible_sk = key_positions[None, :] <= positions[0][:, None]
         new_kv = []
         for index, layer in enumerate(self.layers):
@@ -80,7 +83,7 @@ class LanguageModel(nn.Module):
         return torch.where(is_image[..., None], image_tokens.index_select(1, rows), words)
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        exponents = torch.arange(0, self.head_width, 2, dtype=torch.float32) / self.head_width
+        exponents = torch.arange(0, self.head_width, 2, dtype=torch.float32, device=positions.device) / self.head_width
         angles = positions[..., None].float() * (1.0 / self.rope_theta**exponents)
         both = torch.cat([angles, angles], dim=-1)
         return both.cos().to(dtype), both.sin().to(dtype)
