@@ -14,7 +14,7 @@ import numpy as np
 import moma_rt
 from moma_rt.files import atomic_write
 
-_PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers", "transformers")
+_PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers", "transformers", "tensorrt_rtx")
 
 
 def environment(command: str) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def environment(command: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
-        "versions": {"moma-rt": moma_rt.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {"moma-rt": moma_rt.__version__} | _versions(),
         "commit": _commit(),
         "command": command,
     }
@@ -41,6 +41,12 @@ def write_results(name: str, results: dict[str, Any]) -> Path:
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _versions() -> dict[str, str]:
+    """Of those packages that are installed."""
+    installed = {distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()}
+    return {name: installed[name] for name in _PACKAGES if name in installed}
 
 
 def _cpu_name() -> str:

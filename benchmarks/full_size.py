@@ -19,15 +19,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment, percentiles, write_results
+from export.sample_inputs import sample_inputs
 from moma_rt.bundle import Bundle
-from moma_rt.schedules import Column, schedule
-from moma_rt.specs import Geometry, NetworkSpec
+from moma_rt.specs import Geometry
 
 NETWORKS = "denoiser,subject_encoder,vae_encoder,vae_decoder,text_encoder"
-STEPS, STEP_NUMBER = 50, 25
 # The share of reference tokens inside the object mask.
 OBJECT_SHARE = 0.4
-SUBJECT_TOKENS = [4, 7]
 
 Arrays = dict[str, np.ndarray]
 Step = Callable[[], Arrays]
@@ -85,7 +83,7 @@ def pytorch_step(out: Path) -> Step:
     checkpoint = load_checkpoint(CheckpointRequest("sd15", "random", roles=roles_for(["denoiser"])))
     geometry = Bundle.open(out).manifest.geometry
     spec, module = network.spec(geometry), network.module(checkpoint, geometry)
-    inputs = step_inputs(spec, geometry)
+    inputs = sample_inputs(spec, geometry, step_sizes(geometry))
     arguments = network.arguments(tuple(torch.from_numpy(inputs[t.name]) for t in spec.inputs), geometry)
 
     def run() -> Arrays:
@@ -103,8 +101,8 @@ def onnxruntime_step(out: Path) -> Step:
     bundle = Bundle.open(out)
     entry, backend = bundle.network("denoiser"), create("onnxruntime")
     network = backend.load(entry.spec, bundle.path(entry.onnx))
-    inputs = step_inputs(entry.spec, bundle.manifest.geometry)
     sizes = step_sizes(bundle.manifest.geometry)
+    inputs = sample_inputs(entry.spec, bundle.manifest.geometry, sizes)
     buffers = {t.name: backend.allocate(t.resolve(**sizes), t.dtype) for t in (*entry.spec.inputs, *entry.spec.outputs)}
     for name, array in inputs.items():
         backend.upload(buffers[name], array)
@@ -121,21 +119,6 @@ def step_sizes(geometry: Geometry) -> dict[str, int]:
     """One sample, both guidance halves, a mask of `OBJECT_SHARE`."""
     tokens = {f"reference_tokens_{g}": max(1, round(OBJECT_SHARE * g * g)) for g in geometry.grids}
     return {"batch": 1, "guided_batch": 2, **tokens}
-
-
-def step_inputs(spec: NetworkSpec, geometry: Geometry) -> Arrays:
-    """Random inputs of a step in the middle of a generation; the same on every call."""
-    random, sizes = np.random.default_rng(0), step_sizes(geometry)
-    inputs = {t.name: random.standard_normal(t.resolve(**sizes), dtype=np.float32) for t in spec.inputs}
-    row = schedule("ddim", STEPS, 7.5)[STEP_NUMBER]
-    assert row[Column.INJECTION] == 1.0
-    inputs["schedule_row"], inputs["strength"][:] = row, 1.0
-    inputs["foreground_mask"][:] = random.random(inputs["foreground_mask"].shape)
-    inputs["subject_weights"][:] = 0.0
-    inputs["subject_weights"][:, SUBJECT_TOKENS] = 1.0
-    for grid in geometry.grids:
-        inputs[f"object_mask.{grid}"][:] = 1.0
-    return inputs
 
 
 def alternate(contenders: Sequence[Callable[[Path], Step]], out: Path, repeats: int) -> list[dict[str, Any]]:
