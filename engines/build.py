@@ -22,13 +22,13 @@ from engines.tensorrt import (
     EngineRequest,
     build_engine,
     check_options,
-    library_version,
     refit_engine,
     version_tuple,
 )
 from moma_rt.bundle import Bundle, Manifest, NetworkEntry, write_manifest
 from moma_rt.engines import EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError, run_command
+from moma_rt.libraries import library_version
 from moma_rt.specs import Geometry, Precision
 
 PROGRAM = "engines.build"

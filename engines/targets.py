@@ -4,12 +4,12 @@ TensorRT-RTX compiles for GeForce and RTX devices on any machine. TensorRT measu
 the device itself: a bundle for an A100, an H100 or a Jetson is exported anywhere and finished there.
 """
 
-import importlib.util
 from dataclasses import dataclass
 
-from engines.device import local_device
+from moma_rt.device import local_device
 from moma_rt.engines import RTX_CAPABILITIES, Device, Flavour, spelled
 from moma_rt.errors import InputError
+from moma_rt.libraries import is_installed
 
 CPU, RTX, LOCAL = "cpu", "rtx", "local"
 # What `rtx` stands for: Ampere and later. Turing is built when it is named (sm75).
@@ -17,7 +17,6 @@ _RTX = (86, 89, 120, 121)
 # Datacenter and Jetson devices, for whose capabilities there is only TensorRT itself.
 TENSORRT_CAPABILITIES = (80, 87, 90, 100, 103, 110)
 KNOWN = (CPU, RTX, LOCAL, *(f"sm{c}" for c in sorted((*RTX_CAPABILITIES, *TENSORRT_CAPABILITIES))))
-_PACKAGES = {Flavour.TENSORRT: "tensorrt", Flavour.TENSORRT_RTX: "tensorrt-rtx"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Machine:
     @classmethod
     def here(cls) -> "Machine":
         """This machine; nothing is imported for it."""
-        installed = frozenset(f for f in Flavour if importlib.util.find_spec(f.value) is not None)
+        installed = frozenset(f for f in Flavour if is_installed(f.value))
         return cls(local_device(), installed)
 
 
@@ -107,6 +106,6 @@ def _installed(target: EngineTarget, machine: Machine) -> EngineTarget:
     if target.flavour not in machine.installed:
         raise InputError(
             f"{target}: the Python package {target.flavour.value} is not installed; "
-            f"pip install {_PACKAGES[target.flavour]}"
+            f"pip install {target.flavour.pip_name}"
         )
     return target

@@ -5,8 +5,6 @@ ONNX graph, and no flag changes one. TensorRT builds for the device it runs on; 
 engine for any set of compute capabilities, also where there is no device.
 """
 
-import functools
-import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +14,12 @@ from typing import Any
 from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import atomic_write
+from moma_rt.libraries import library, library_log, library_version
+from moma_rt.messages import one_line
 from moma_rt.specs import NetworkSpec
 
 ENGINE_NAME = "engine.trt"
 LAYERS_NAME = "layers.json"
-_MEMORY_LINE = re.compile(r"Total (Activation|Weights) Memory: (\d+)")
 # Its release notes: a refittable engine may give wrong results there, refitted or not.
 _BROKEN_REFIT = (11, 3)
 
@@ -60,23 +59,6 @@ class EngineFacts:
     activation_bytes: int | None
 
 
-def library(flavour: Flavour) -> Any:
-    """The flavour's Python package.
-
-    Raises:
-        InputError: it is not installed, or its native libraries cannot be loaded.
-    """
-    try:
-        return importlib.import_module(flavour.value)
-    except (ImportError, OSError, RuntimeError) as error:
-        raise InputError(f"the Python package {flavour.value} cannot be loaded: {_one_line(error)}") from None
-
-
-def library_version(flavour: Flavour) -> str:
-    """The flavour's version, such as 10.3.0."""
-    return str(library(flavour).__version__)
-
-
 def check_options(flavour: Flavour, version: str, options: EngineOptions) -> None:
     """Refuse what a library is known to get wrong.
 
@@ -100,14 +82,14 @@ def build_engine(request: EngineRequest, folder: Path, report: Report) -> Engine
         KeyboardInterrupt: as soon as the builder can stop.
     """
     trt = library(request.flavour)
-    logger = _logger(request.flavour)
-    logger.begin()
-    builder = trt.Builder(logger)
+    log = library_log(request.flavour)
+    log.begin()
+    builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(request.onnx)):
         found = parser.get_error(0).desc() if parser.num_errors else ""
-        raise BundleError(f"{_who(request)} cannot parse it: {logger.first_error() or _one_line(found)}")
+        raise BundleError(f"{_who(request)} cannot parse it: {log.error or one_line(found)}")
     config = builder.create_builder_config()
     _configure(trt, config, request)
     profile = _profile(builder, request.spec)
@@ -118,12 +100,12 @@ def build_engine(request: EngineRequest, folder: Path, report: Report) -> Engine
     if monitor.interruption is not None:
         raise monitor.interruption
     if serialized is None or not serialized.nbytes:
-        raise BundleError(f"{_who(request)} cannot compile it: {logger.first_error() or 'the builder did not say why'}")
+        raise BundleError(f"{_who(request)} cannot compile it: {log.error or 'the builder did not say why'}")
     (folder / ENGINE_NAME).write_bytes(memoryview(serialized))
     _save_timing_cache(config, request)
     if request.options.layers:
-        (folder / LAYERS_NAME).write_text(_layers(trt, logger, serialized), encoding="utf-8")
-    return logger.facts()
+        (folder / LAYERS_NAME).write_text(_layers(trt, log, serialized), encoding="utf-8")
+    return EngineFacts(log.memory.get("Weights"), log.memory.get("Activation"))
 
 
 def refit_engine(flavour: Flavour, engine_file: Path, onnx: Path, folder: Path) -> None:
@@ -133,18 +115,18 @@ def refit_engine(flavour: Flavour, engine_file: Path, onnx: Path, folder: Path) 
         BundleError: not refittable, or a graph of another structure.
     """
     trt = library(flavour)
-    logger = _logger(flavour)
-    logger.begin()
-    runtime = trt.Runtime(logger)
+    log = library_log(flavour)
+    log.begin()
+    runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(engine_file.read_bytes())
     if engine is None or not engine.refittable:
-        raise BundleError(f"{engine_file} is no refittable engine: {logger.first_error() or 'it was built without'}")
-    refitter = trt.Refitter(engine, logger)
-    parser_refitter = trt.OnnxParserRefitter(refitter, logger)
+        raise BundleError(f"{engine_file} is no refittable engine: {log.error or 'it was built without'}")
+    refitter = trt.Refitter(engine, log)
+    parser_refitter = trt.OnnxParserRefitter(refitter, log)
     if not parser_refitter.refit_from_file(str(onnx)) or refitter.get_missing_weights():
-        raise BundleError(f"{engine_file} cannot take the weights of {onnx}: {logger.first_error() or 'other names'}")
+        raise BundleError(f"{engine_file} cannot take the weights of {onnx}: {log.error or 'other names'}")
     if not refitter.refit_cuda_engine():
-        raise BundleError(f"{engine_file} could not be refitted: {logger.first_error()}")
+        raise BundleError(f"{engine_file} could not be refitted: {log.error}")
     (folder / ENGINE_NAME).write_bytes(memoryview(engine.serialize()))
 
 
@@ -184,44 +166,13 @@ def _save_timing_cache(config: Any, request: EngineRequest) -> None:
             temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
 
 
-def _layers(trt: Any, logger: Any, serialized: Any) -> str:
-    runtime = trt.Runtime(logger)
+def _layers(trt: Any, log: Any, serialized: Any) -> str:
+    runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(serialized)
     if engine is None:
-        raise BundleError(f"the engine's layers cannot be listed: {logger.first_error()}")
+        raise BundleError(f"the engine's layers cannot be listed: {log.error}")
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-@functools.cache
-def _logger(flavour: Flavour) -> Any:
-    """The process's one logger of a library, which ignores every further one; `begin` empties it for a new build."""
-    trt = library(flavour)
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps the first error, and what the builder says about memory."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.begin()
-
-        def begin(self) -> None:
-            self._errors: list[str] = []
-            self._memory: dict[str, int] = {}
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self._errors.append(message)
-            elif found := _MEMORY_LINE.search(message):
-                self._memory[found[1]] = int(found[2])
-
-        def first_error(self) -> str:
-            return _one_line(self._errors[0]) if self._errors else ""
-
-        def facts(self) -> EngineFacts:
-            return EngineFacts(self._memory.get("Weights"), self._memory.get("Activation"))
-
-    return Logger()
 
 
 def _monitor(trt: Any, report: Report) -> Any:
@@ -260,7 +211,3 @@ def _monitor(trt: Any, report: Report) -> Any:
 
 def _who(request: EngineRequest) -> str:
     return f"{request.spec.name}: {request.flavour.value} {library_version(request.flavour)}"
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]

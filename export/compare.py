@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engines.device import local_device
-from engines.tensorrt import library_version
 from export.build import add_checkpoint_options, checkpoint_of, listed
 from export.sample_inputs import sample_inputs, usual_sizes
 from moma_rt.backends.base import Array
 from moma_rt.bundle import Bundle, NetworkEntry
+from moma_rt.device import local_device
 from moma_rt.engines import EngineEntry, Flavour
 from moma_rt.errors import CheckpointError, InputError, print_output, run_command
+from moma_rt.libraries import library_version
 from moma_rt.specs import Precision
 
 if TYPE_CHECKING:

@@ -52,8 +52,13 @@ class NetworkEntry:
 
     @property
     def all_files(self) -> tuple[str, ...]:
-        """Every file that running the network reads, whether or not the manifest lists the graphs among `files`."""
+        """Every file of the network, whether or not the manifest lists the graphs among `files`."""
         return tuple(dict.fromkeys((self.onnx, self.lowered, *self.files)))
+
+    @property
+    def onnx_files(self) -> tuple[str, ...]:
+        """The files that running the network as ONNX reads: the graph and its weights."""
+        return tuple(file for file in self.all_files if file == self.onnx or file != self.lowered)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moma_rt import __version__
+from moma_rt.backends import AUTO, NAMES
 from moma_rt.errors import InputError, print_output, run_command
 from moma_rt.files import atomic_write_all
 
@@ -151,6 +152,9 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend", default=AUTO, metavar="NAME", help=f"what runs the networks: {', '.join(NAMES)} (default: {AUTO})"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a core)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
 
@@ -160,7 +164,7 @@ def _enroll(arguments: argparse.Namespace) -> int:
     from moma_rt.runtime import Runtime
 
     start = time.perf_counter()
-    runtime = Runtime.load(arguments.bundle, threads=arguments.threads)
+    runtime = Runtime.load(arguments.bundle, arguments.backend, arguments.threads)
     subject = runtime.enroll(arguments.photo, arguments.mask, arguments.name, seed=arguments.seed)
     with _writing(arguments.out):
         subject.save(arguments.out)
@@ -182,7 +186,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     embedding = None if arguments.context_embedding is None else _read_embedding(arguments.context_embedding)
 
     start = time.perf_counter()
-    runtime = Runtime.load(arguments.bundle, threads=arguments.threads)
+    runtime = Runtime.load(arguments.bundle, arguments.backend, arguments.threads)
     subject = Subject.load(arguments.subject)
     result = runtime.generate(
         subject,

@@ -25,6 +25,11 @@ class Flavour(enum.Enum):
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt_rtx"
 
+    @property
+    def pip_name(self) -> str:
+        """What pip installs that package by."""
+        return self.value.replace("_", "-")
+
 
 @dataclass(frozen=True)
 class Device:

@@ -7,6 +7,7 @@ from pathlib import Path
 from moma_rt.errors import MomaWarning
 
 _SHOWN_CHARACTERS = 80
+_LINE_CHARACTERS = 300
 
 
 def shown(value: object) -> str:
@@ -22,6 +23,11 @@ def shown(value: object) -> str:
 def first_line(error: BaseException) -> str:
     """What an error of another library says, without the traceback or advice that may follow; its type if nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(text: object) -> str:
+    """All that another library says, on one line; the end of what is very long is left out."""
+    return " ".join(str(text).split())[:_LINE_CHARACTERS]
 
 
 def warn(message: str) -> None:

@@ -4,16 +4,21 @@ from collections.abc import Mapping
 
 from moma_rt.backends.base import Array, Backend, Network
 from moma_rt.bundle import Bundle
+from moma_rt.engines import EngineEntry
 from moma_rt.specs import Geometry, NetworkSpec
 from moma_rt.stages import LOADING, Stages
 
 
 class Networks:
-    """Loads each network of a bundle at most once, after checking the hashes of its files."""
+    """Loads each network of a bundle at most once, after checking the hashes of the files that this reads.
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    engines: what is loaded for each network, where the backend runs engines; None where it runs the ONNX files.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, engines: Mapping[str, EngineEntry] | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
+        self._engines = engines
         self._loaded: dict[str, Network] = {}
 
     @property
@@ -28,9 +33,13 @@ class Networks:
         """
         if name not in self._loaded:
             entry = self.bundle.network(name)
+            file, read = entry.onnx, entry.onnx_files
+            if self._engines is not None:
+                file = self._engines[name].file
+                read = (file,)
             with stages.timed(LOADING):
-                self.bundle.verified(entry.all_files)
-                self._loaded[name] = self.backend.load(entry.spec, self.bundle.path(entry.onnx))
+                self.bundle.verified(read)
+                self._loaded[name] = self.backend.load(entry.spec, self.bundle.path(file))
         return self._loaded[name]
 
     def run(self, name: str, inputs: Mapping[str, Array], stages: Stages) -> dict[str, Array]:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from moma_rt.backends.base import Array, Backend
 from moma_rt.buffers import GenerationBuffers
 from moma_rt.bundle import Bundle
 from moma_rt.conditioning import Conditioner
+from moma_rt.engines import EngineEntry
 from moma_rt.enrollment import ReferenceNoise, compact, reference_pass
 from moma_rt.errors import InputError
 from moma_rt.generation import (
@@ -30,11 +31,12 @@ from moma_rt.generation import (
 )
 from moma_rt.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
 from moma_rt.lru import Lru
-from moma_rt.messages import shown
+from moma_rt.messages import shown, warn
 from moma_rt.networks import Networks, largest
 from moma_rt.noise import Stream, check_seed, draw
 from moma_rt.prompts import check_prompt, text_prompt
 from moma_rt.schedules import Column
+from moma_rt.selection import choose, local_host
 from moma_rt.stages import Stages
 from moma_rt.subject import Origin, Prefix, Subject
 
@@ -57,31 +59,39 @@ class Runtime:
     May be shared between threads: calls run one after the other. A step callback runs within its call's turn.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, engines: Mapping[str, EngineEntry] | None = None) -> None:
         self.bundle = bundle
-        self._networks = Networks(bundle, backend)
+        self._networks = Networks(bundle, backend, engines)
         self._conditioner = Conditioner(self._networks)
         self._buffers: Lru[tuple[object, ...], GenerationBuffers] = Lru(_BUFFER_SETS)
         self._lock = threading.Lock()
         self._owner: int | None = None
 
     @classmethod
-    def load(cls, bundle: str | Path, backend: str = "onnxruntime", threads: int | None = None) -> "Runtime":
+    def load(cls, bundle: str | Path, backend: str = backends.AUTO, threads: int | None = None) -> "Runtime":
         """Open a bundle. Its networks are checked and loaded when they are first needed.
 
         Args:
             bundle: the folder that `python -m export.build` made.
-            backend: one of `moma_rt.backends.NAMES`.
+            backend: one of `moma_rt.backends.NAMES`. "auto" runs the bundle's engines where all of them serve this
+                machine's GPU, and else its ONNX files on the CPU, with a MomaWarning if there are engines and a GPU.
             threads: CPU threads a network may use; None leaves the choice to the backend.
 
         Raises:
-            BundleError: no bundle, a newer format, or a missing or truncated file.
-            InputError: `bundle` is no path, there is no such backend, or threads are out of range.
+            BundleError: no bundle, a newer format, a missing or truncated file, or, where the backend is named, no
+                engines for this machine's GPU.
+            InputError: `bundle` is no path, there is no such backend, it lacks a GPU or a package, or threads are out
+                of range.
+            MomaError: the GPU cannot be used.
         """
         if not isinstance(bundle, str | os.PathLike):
             raise InputError(f"a bundle is named by the path of its folder, not by {shown(bundle)}")
-        created = backends.create(backend, threads)
-        return cls(Bundle.open(bundle), created)
+        backends.check(backend, threads)
+        opened = Bundle.open(bundle)
+        choice = choose(backend, opened.manifest, local_host)
+        if choice.warning:
+            warn(choice.warning)
+        return cls(opened, backends.create(choice.backend, threads), choice.engines)
 
     def enroll(
         self,

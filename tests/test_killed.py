@@ -1,4 +1,4 @@
-"""A build, export and engines, that is killed at random moments: what has its final name is whole, and the next goes on.
+"""Builds of networks and engines, killed at random moments: final names are whole, and the next build goes on.
 
 A timer of the process's own computing time kills it, so that nothing here waits and any instruction may be the last.
 """

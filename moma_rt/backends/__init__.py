@@ -1,25 +1,49 @@
 """Backends by name. A backend's library is imported when the backend is created, not before."""
 
-from moma_rt.backends.base import Backend
+from typing import TYPE_CHECKING
+
+from moma_rt.engines import Flavour
 from moma_rt.errors import InputError
 
-NAMES = ("onnxruntime",)
+if TYPE_CHECKING:
+    from moma_rt.backends.base import Backend
+
+# The best that a bundle and this machine allow.
+AUTO = "auto"
+ONNXRUNTIME = "onnxruntime"
+NAMES = (AUTO, ONNXRUNTIME, *(flavour.value for flavour in Flavour))
 
 
-def create(name: str, threads: int | None = None) -> Backend:
-    """Create a backend.
-
-    Args:
-        name: one of `NAMES`.
-        threads: CPU threads a network may use, 1 to 1024; None leaves the choice to the backend.
+def check(name: str, threads: int | None = None) -> None:
+    """Refuse what no backend can be.
 
     Raises:
-        InputError: no such backend, or threads out of range.
+        InputError: a name that is not in `NAMES`, or threads out of range.
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
         raise InputError(f"threads is {threads!r}: it must be an integer from 1 to 1024")
-    if name == "onnxruntime":
+    if name not in NAMES:
+        raise InputError(f"no backend {name!r}; there are: {', '.join(NAMES)}")
+
+
+def create(name: str, threads: int | None = None) -> "Backend":
+    """Create a backend.
+
+    Args:
+        name: one of `NAMES`, but not `AUTO`: what that is depends on a bundle (`moma_rt.selection.choose`).
+        threads: CPU threads a network may use, 1 to 1024; None leaves the choice to the backend. Engines use none.
+
+    Raises:
+        InputError: no such backend, threads out of range, or a library that is not installed.
+        MomaError: the device cannot be used.
+    """
+    check(name, threads)
+    if name == AUTO:
+        raise InputError(f"backend {AUTO} is chosen for a bundle; name one of: {', '.join(NAMES[1:])}")
+    if name == ONNXRUNTIME:
         from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(threads)
-    raise InputError(f"no backend {name!r}; there are: {', '.join(NAMES)}")
+    from moma_rt.backends.tensorrt import TensorRtBackend
+
+    return TensorRtBackend(Flavour(name))

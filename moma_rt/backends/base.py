@@ -4,13 +4,14 @@ A network is bound to its buffers once and then run as often as needed: addresse
 so a backend can capture a run and replay it, and nothing is allocated while pictures are made.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moma_rt.errors import BundleError
 from moma_rt.specs import NetworkSpec
 
 # Networks have tensors of several dtypes; their names in a NetworkSpec say which.
@@ -50,8 +51,8 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def load(self, spec: NetworkSpec, onnx: Path) -> Network:
-        """Load a network from its ONNX file.
+    def load(self, spec: NetworkSpec, path: Path) -> Network:
+        """Load a network from the file that this backend runs: an ONNX graph, or an engine.
 
         Raises:
             BundleError: the file is no such network, or this backend cannot run it.
@@ -68,3 +69,16 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Wait until everything enqueued before has run."""
+
+
+def check_tensors(path: Path, what: str, expected: Iterable[str], found: Iterable[str]) -> None:
+    """Refuse a file whose inputs or outputs are not those of the manifest.
+
+    Raises:
+        BundleError: some are missing, or there are further ones.
+    """
+    want, have = set(expected), set(found)
+    if want != have:
+        raise BundleError(
+            f"{path}: its {what} are not the manifest's: missing {sorted(want - have)}, further {sorted(have - want)}"
+        )

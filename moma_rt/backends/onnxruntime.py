@@ -1,6 +1,6 @@
 """The CPU backend: ONNX Runtime on buffers that are bound once."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from moma_rt.backends.base import Array, Buffer
+from moma_rt.backends.base import Array, Buffer, check_tensors
 from moma_rt.errors import BundleError
 from moma_rt.messages import first_line
 from moma_rt.specs import NetworkSpec
@@ -74,15 +74,15 @@ class OnnxRuntimeBackend:
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
 
-    def load(self, spec: NetworkSpec, onnx: Path) -> OrtNetwork:
+    def load(self, spec: NetworkSpec, path: Path) -> OrtNetwork:
         try:
-            session = ort.InferenceSession(str(onnx), self._options(), providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(str(path), self._options(), providers=["CPUExecutionProvider"])
         except Exception as error:
             if not _is_ort_error(error):
                 raise
-            raise BundleError(f"{onnx}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from None
-        _check_names(onnx, "inputs", spec.inputs, session.get_inputs())
-        _check_names(onnx, "outputs", spec.outputs, session.get_outputs())
+            raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from None
+        check_tensors(path, "inputs", [t.name for t in spec.inputs], [t.name for t in session.get_inputs()])
+        check_tensors(path, "outputs", [t.name for t in spec.outputs], [t.name for t in session.get_outputs()])
         return OrtNetwork(spec, session)
 
     def _options(self) -> ort.SessionOptions:
@@ -117,14 +117,6 @@ def _own(buffer: Buffer) -> OrtBuffer:
     if not isinstance(buffer, OrtBuffer):
         raise TypeError(f"a {type(buffer).__name__} is not a buffer of the onnxruntime backend")
     return buffer
-
-
-def _check_names(path: Path, what: str, expected: Iterable[Any], found: Iterable[Any]) -> None:
-    want, have = {t.name for t in expected}, {t.name for t in found}
-    if want != have:
-        raise BundleError(
-            f"{path}: its {what} are not the manifest's: missing {sorted(want - have)}, further {sorted(have - want)}"
-        )
 
 
 def _is_ort_error(error: Exception) -> bool:

@@ -71,6 +71,18 @@ def test_the_builder_is_scanned(scans):
     assert paths >= {"trt.Builder()", "builder.build_serialized_network()", "parser.parse_from_file()"}
 
 
+def test_the_backend_is_scanned(scans):
+    paths = {use.path for use in scans["moma_rt/backends/tensorrt.py"].uses}
+    assert paths >= {
+        "trt.Runtime()",
+        "runtime.deserialize_cuda_engine()",
+        "engine.create_execution_context()",
+        "trt.ExecutionContextAllocationStrategy.USER_MANAGED",
+        "context.update_device_memory_size_for_shapes()",
+        "context.execute_async_v3()",
+    }
+
+
 def test_every_attribute_exists(scans, bindings):
     found = {name: problems(scan, bindings) for name, scan in scans.items()}
     assert {name: wrong for name, wrong in found.items() if wrong} == {}

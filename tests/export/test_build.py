@@ -203,3 +203,67 @@ def test_progress_on_a_terminal_counts():
         assert "0/2" in stream.getvalue()
         progress.report("a", "kept")
         assert "1/2" in stream.getvalue()
+
+
+def test_a_second_base_takes_what_does_not_depend_on_it(tmp_path, capsys):
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    lora = tmp_path / "style.safetensors"
+    save_file({f"{layer}.lora_down.weight": torch.ones(1, 64), f"{layer}.lora_up.weight": torch.ones(128, 1)}, lora)
+    names = ["--base", "tiny", "--only", "text_encoder,vae_decoder"]
+    assert main([*names, "--out", str(tmp_path / "first")]) == 0
+    capsys.readouterr()
+    assert main([*names, "--lora", str(lora), "--out", str(tmp_path / "second")]) == 0
+    said = {line.split()[0]: line.split()[1] for line in capsys.readouterr().err.splitlines()}
+    assert said == {"text_encoder": "built", "vae_decoder": "kept"}
+    first, second = (Bundle.open(tmp_path / name) for name in ("first", "second"))
+    for name, same in (("vae_decoder", True), ("text_encoder", False)):
+        paths = [bundle.path(f"{bundle.network(name).onnx}.data") for bundle in (first, second)]
+        assert paths[0].samefile(paths[1]) == same
+    shared = tmp_path / "elsewhere"
+    assert main([*names, "--out", str(tmp_path / "third"), "--store", str(shared)]) == 0
+    assert len(list((shared / "networks").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--base tiny --only denoiser --skip denoiser", "--only and --skip exclude each other"),
+        ("--base tiny --skip unet", "--skip 'unet': no network unet; there are: text_encoder"),
+        (f"--base tiny --skip {','.join(NETWORKS)}", "leaves no network"),
+        ("--base tiny --target sm61", "--target 'sm61': no target sm61; there are: cpu, rtx, local, sm75"),
+        ("--base tiny --target sm87", "TensorRT builds only on such a device"),
+        ("--base tiny --store /proc/none", "--store /proc/none: cannot be written"),
+    ],
+)
+def test_targets_and_choices_that_cannot_be(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr("engines.targets.local_device", lambda: None)
+    assert main([*arguments.split(), "--out", str(tmp_path / "bundle")]) == 2
+    assert said in one_line(capsys)
+    assert not (tmp_path / "bundle" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "networks", "language"),
+    [
+        ("", "fp32", "fp32"),
+        ("--target sm86", "fp16", "fp16"),
+        ("--target sm86 --precision bf16", "bf16", "bf16"),
+        ("--precision fp16 --mllm-precision int8", "fp16", "int8"),
+        ("--target cpu --mllm-precision int4", "fp32", "int4"),
+        ("--target cpu,sm86 --precision fp32", "fp32", "fp32"),
+    ],
+)
+def test_precisions(monkeypatch, tiny_bundle, arguments, networks, language):
+    plans = []
+
+    def build(checkpoint, plan, out, report, shared):
+        plans.append(plan)
+        return Bundle.open(tiny_bundle)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(bundling, "build_bundle", build)
+    monkeypatch.setattr("export.build.build_engines", lambda *_: Bundle.open(tiny_bundle))
+    assert main(["--base", "tiny", *arguments.split()]) == 0
+    found = plans[0].precisions
+    assert (found.networks.value, found.language.value) == (networks, language)
+    assert found.of("context_projector").value == "fp32"

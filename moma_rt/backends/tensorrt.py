@@ -1,0 +1,213 @@
+"""The backends on a GPU: engines of TensorRT or TensorRT-RTX, run one after the other on one stream."""
+
+import math
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moma_rt.backends.base import Array, Buffer, check_tensors
+from moma_rt.backends.cuda import DeviceMemory, Stream
+from moma_rt.engines import Flavour
+from moma_rt.errors import BundleError, MomaError
+from moma_rt.libraries import library, library_log
+from moma_rt.specs import NetworkSpec
+
+# NumPy's names of TensorRT's types.
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TrtBuffer:
+    """Device memory and what lies in it."""
+
+    memory: DeviceMemory
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class Scratch:
+    """Where networks compute on the way from inputs to outputs: one region, as large as the largest of them needs.
+
+    All can share it, because they run one after the other. It grows when a network needs more, and never shrinks.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._memory: DeviceMemory | None = None
+
+    def reserve(self, size: int) -> tuple[int, int]:
+        """The address and size of at least `size` bytes; the region of before may be gone.
+
+        Raises:
+            MomaError: the device has not so much left. The next call tries again, for what that one needs.
+        """
+        if self._memory is None or self._memory.size < size:
+            # What still runs in the old region ends first, and the two never lie side by side.
+            self._stream.synchronize()
+            self._memory = None
+            self._memory = self._stream.allocate(size)
+        return self._memory.address, self._memory.size
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """What all networks of a backend have in common. `library` names the flavour and its version."""
+
+    trt: Any
+    library: str
+    log: Any
+    stream: Stream
+    scratch: Scratch
+
+    def reason(self) -> str:
+        """What the library said first, since its log began."""
+        return str(self.log.error) or "it did not say why"
+
+
+class TrtBound:
+    """An execution context with its shapes and addresses set. It keeps the buffers, which the context does not own."""
+
+    def __init__(self, name: str, shared: _Shared, context: Any, buffers: tuple[TrtBuffer, ...]) -> None:
+        self._name = name
+        self._shared = shared
+        self._context = context
+        self._buffers = buffers
+        self._scratch_bytes = int(context.update_device_memory_size_for_shapes())
+        self._scratch: tuple[int, int] | None = None
+        # Now rather than at the first run: what does not fit is said before a picture is begun.
+        shared.scratch.reserve(self._scratch_bytes)
+
+    def enqueue(self) -> None:
+        shared, context = self._shared, self._context
+        scratch = shared.scratch.reserve(self._scratch_bytes)
+        if scratch != self._scratch:
+            context.set_device_memory(*scratch)
+            self._scratch = scratch
+        shared.log.begin()
+        shared.stream.keep(self)
+        if not context.execute_async_v3(shared.stream.handle):
+            raise MomaError(f"{self._name}: {shared.library} cannot run it: {shared.reason()}")
+
+
+@dataclass(frozen=True, eq=False)
+class TrtNetwork:
+    """A loaded engine and what the manifest says of its network."""
+
+    spec: NetworkSpec
+    engine: Any
+    shared: _Shared
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> TrtBound:
+        """Bind a buffer to every input and output by name; further names are ignored. No two may overlap.
+
+        Raises:
+            BundleError: the engine does not take buffers of these shapes.
+            MomaError: no device memory left.
+        """
+        shared, spec, trt = self.shared, self.spec, self.shared.trt
+        own = {tensor.name: _own(buffers[tensor.name]) for tensor in (*spec.inputs, *spec.outputs)}
+        shared.log.begin()
+        context = self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise MomaError(f"{spec.name}: {shared.library} has no room to run it: {shared.reason()}")
+        for tensor in spec.inputs:
+            shape = own[tensor.name].shape
+            if tensor.dynamic_axes and not context.set_input_shape(tensor.name, shape):
+                raise BundleError(
+                    f"{spec.name}: its engine takes no {tensor.name} of shape {list(shape)}: {shared.reason()}"
+                )
+        for name, buffer in own.items():
+            if not context.set_tensor_address(name, buffer.memory.address):
+                raise BundleError(f"{spec.name}: its engine takes no memory for {name}: {shared.reason()}")
+        return TrtBound(spec.name, shared, context, tuple(own.values()))
+
+
+class TensorRtBackend:
+    """The engines of one flavour, on the first GPU.
+
+    Raises:
+        InputError: the flavour's package or cuda-bindings is not installed, or cannot be loaded.
+        MomaError: CUDA or the library cannot use the device.
+    """
+
+    def __init__(self, flavour: Flavour) -> None:
+        trt, log = library(flavour), library_log(flavour)
+        self.name = flavour.value
+        stream = Stream()
+        self._shared = _Shared(trt, f"{flavour.value} {trt.__version__}", log, stream, Scratch(stream))
+        log.begin()
+        try:
+            self._runtime = trt.Runtime(log)
+        except (TypeError, RuntimeError):  # how the bindings say that they were given no object
+            raise MomaError(f"{self._shared.library} cannot use this GPU: {self._shared.reason()}") from None
+
+    def load(self, spec: NetworkSpec, path: Path) -> TrtNetwork:
+        shared = self._shared
+        shared.log.begin()
+        with path.open("rb") as file:
+            try:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except ValueError:
+                raise BundleError(f"{path} is no engine: it is empty") from None
+        # Mapped, because an engine may be as large as the memory that a Jetson's CPU and GPU share.
+        with content:
+            engine = self._runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise BundleError(f"{path}: {shared.library} cannot load it: {shared.reason()}")
+        found = _tensors(shared.trt, engine)
+        for what, specs in (("inputs", spec.inputs), ("outputs", spec.outputs)):
+            check_tensors(path, what, [f"{t.name} {t.dtype}" for t in specs], found[what])
+        return TrtNetwork(spec, engine, shared)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> TrtBuffer:
+        kind = np.dtype(dtype)
+        memory = self._shared.stream.allocate(kind.itemsize * math.prod(shape))
+        self._shared.stream.clear(memory)
+        return TrtBuffer(memory, shape, kind)
+
+    def upload(self, buffer: Buffer, array: Array) -> None:
+        target = _own(buffer)
+        if array.shape != target.shape:
+            raise ValueError(f"an array of shape {array.shape} does not fit a buffer of shape {target.shape}")
+        # A copy in any case: the caller may change its array before the device has read it.
+        host = np.empty(target.shape, target.dtype)
+        np.copyto(host, array, casting="same_kind")
+        self._shared.stream.copy_in(target.memory, host)
+
+    def download(self, buffer: Buffer) -> Array:
+        source = _own(buffer)
+        host = np.empty(source.shape, source.dtype)
+        self._shared.stream.copy_out(host, source.memory)
+        return host
+
+    def synchronize(self) -> None:
+        self._shared.stream.synchronize()
+
+
+def _own(buffer: Buffer) -> TrtBuffer:
+    if not isinstance(buffer, TrtBuffer):
+        raise TypeError(f"a {type(buffer).__name__} is not a buffer of a TensorRT backend")
+    return buffer
+
+
+def _tensors(trt: Any, engine: Any) -> dict[str, list[str]]:
+    """Name and type of an engine's inputs and outputs."""
+    found: dict[str, list[str]] = {"inputs": [], "outputs": []}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        dtype = engine.get_tensor_dtype(name).name
+        what = "inputs" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "outputs"
+        found[what].append(f"{name} {_DTYPES.get(dtype, dtype)}")
+    return found

@@ -1,0 +1,99 @@
+"""The Python packages of TensorRT, TensorRT-RTX and CUDA, imported when they are first asked for.
+
+Both flavours have the same interface, so a flavour is a value: its module is named trt wherever it is used.
+"""
+
+import functools
+import importlib
+import importlib.util
+import re
+from types import ModuleType
+from typing import Any
+
+from moma_rt.engines import Flavour
+from moma_rt.errors import InputError
+from moma_rt.messages import one_line
+
+# The CUDA runtime, and what pip installs it by.
+CUDA_MODULE, CUDA_PIP_NAME = "cuda.bindings.runtime", "cuda-bindings"
+_MEMORY_LINE = re.compile(r"Total (Activation|Weights) Memory: (\d+)")
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported; of a dotted name, its packages are."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def library(flavour: Flavour) -> Any:
+    """The flavour's Python package.
+
+    Raises:
+        InputError: it is not installed, or its native libraries cannot be loaded.
+    """
+    return _load(flavour.value, flavour.pip_name)
+
+
+def cuda_runtime() -> Any:
+    """The Python package of the CUDA runtime.
+
+    Raises:
+        InputError: as for `library`.
+    """
+    return _load(CUDA_MODULE, CUDA_PIP_NAME)
+
+
+def _load(module: str, pip_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the Python package {module} is not installed ({one_line(error)}): pip install {pip_name}"
+        ) from None
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(f"the Python package {module} cannot be loaded: {one_line(error)}") from None
+
+
+def library_version(flavour: Flavour) -> str:
+    """The flavour's version, such as 10.3.0, as the package itself says it.
+
+    The metadata of what pip installed is under a name of the CUDA version, and absent where a Jetson has TensorRT from
+    its system.
+
+    Raises:
+        InputError: as for `library`.
+    """
+    return str(library(flavour).__version__)
+
+
+def library_log(flavour: Flavour) -> Any:
+    """What a library says: `error`, the first one since `begin()`, and `memory`, bytes by what they are for.
+
+    It is the library's ILogger as well: the only one in this process, since the library ignores every further one.
+
+    Raises:
+        InputError: as for `library`.
+    """
+    return _log_of(library(flavour))
+
+
+@functools.cache
+def _log_of(trt: ModuleType) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.begin()
+
+        def begin(self) -> None:
+            self.error = ""
+            self.memory: dict[str, int] = {}
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.error = self.error or one_line(message)
+            elif found := _MEMORY_LINE.search(message):
+                self.memory[found[1]] = int(found[2])
+
+    return Log()

@@ -1,0 +1,90 @@
+"""A whole bundle with engines for RTX devices, built here: no GPU is needed for that, and none is there in CI."""
+
+import collections
+
+import onnx
+import onnx.inliner
+import pytest
+
+from export.build import main
+from moma_rt.bundle import Bundle
+from moma_rt.engines import Device, Library, select
+from moma_rt.inspection import describe_bundle
+from moma_rt.specs import Precision
+
+pytestmark = pytest.mark.tensorrt
+TARGET = "sm86,sm89,sm120"
+# Of each self-attention: its own and the injected one. Of each cross-attention: to the text and to the context.
+SOFTMAXES_PER_LAYER = 2
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    pytest.importorskip("tensorrt_rtx")
+    root = tmp_path_factory.mktemp("bundles") / "rtx"
+    assert main(["--base", "tiny", "--target", TARGET, "--mllm-precision", "int4", "--out", str(root)]) == 0
+    return Bundle.open(root)
+
+
+def test_every_network_has_an_engine_for_every_device(bundle):
+    library = Library(bundle.manifest.engines[0].flavour, bundle.manifest.engines[0].version)
+    bundle.verified(bundle.manifest.files)
+    for capability in (86, 89, 120):
+        found = select(bundle.manifest.engines, bundle.manifest.networks, library, Device("a GPU", capability))
+        assert set(found) == set(bundle.manifest.networks)
+    assert len(bundle.manifest.engines) == len(bundle.manifest.networks), "one engine for all devices"
+    precisions = {name: entry.precision for name, entry in bundle.manifest.networks.items()}
+    assert precisions.pop("context_projector") is Precision.FP32
+    assert precisions.pop("language_model") is Precision.INT4
+    assert set(precisions.values()) == {Precision.FP16}
+
+
+def test_the_memory_an_engine_needs_is_known(bundle):
+    for engine in bundle.manifest.engines:
+        assert engine.weight_bytes is not None
+        assert engine.activation_bytes is not None
+        # All weights are in the engine, beside the compiled code.
+        size = bundle.manifest.files[engine.file].size
+        assert 0 < engine.weight_bytes <= size
+    text = describe_bundle(bundle)
+    assert f"engines     tensorrt_rtx {bundle.manifest.engines[0].version} for {TARGET}" in text
+    assert "device memory: " in text
+    assert "none of" not in text
+
+
+def test_each_softmax_of_the_denoiser_is_one_fused_attention(bundle):
+    """The builder refuses an `Attention` that it has no fused kernel for, so an engine of this graph has them all."""
+    model = onnx.load(bundle.path(bundle.network("denoiser").onnx), load_external_data=False)
+    calls = collections.Counter(node.op_type for node in model.graph.node if node.domain == "moma")
+    layers = len(bundle.manifest.geometry.self_attention)
+    assert calls == {"InjectedSelfAttention": layers, "ContextCrossAttention": layers}
+    inlined = collections.Counter(node.op_type for node in onnx.inliner.inline_local_functions(model).graph.node)
+    assert inlined["Attention"] == SOFTMAXES_PER_LAYER * 2 * layers
+    assert inlined["Softmax"] == 0
+    assert not [attribute for node in model.graph.node for attribute in node.attribute if "decompos" in attribute.name]
+
+
+def test_memory_grows_with_the_batch_and_not_with_its_square(bundle):
+    """Rows that TensorRT cannot bound would multiply: 16 times the memory for a batch of 4."""
+    denoiser = next(engine for engine in bundle.manifest.engines if engine.network == "denoiser")
+    spec = bundle.network("denoiser").spec
+    largest = sum(int(bytes_of(tensor)) for tensor in (*spec.inputs, *spec.outputs))
+    assert denoiser.activation_bytes < 20 * largest
+
+
+def bytes_of(tensor) -> int:
+    size = {"float32": 4, "float16": 2, "int32": 4}[tensor.dtype]
+    for length in tensor.max_shape:
+        size *= length
+    return size
+
+
+def test_the_same_bundle_still_runs_on_a_cpu(bundle, repository):
+    from moma_rt.runtime import Runtime
+
+    runtime = Runtime.load(bundle.root, backend="onnxruntime")
+    assets = repository / "assets"
+    subject = runtime.enroll(assets / "coffee.jpg", assets / "coffee_mask.png", "coffee cup")
+    picture = runtime.generate(subject, "A coffee cup on a beach.", steps=2).images[0]
+    assert picture.size == (256, 256)
+    assert len(set(picture.tobytes())) > 16

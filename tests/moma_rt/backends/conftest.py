@@ -1,0 +1,28 @@
+"""A TensorRT backend on a GPU of NumPy."""
+
+import pytest
+
+from moma_rt import backends
+from tests.moma_rt.backends.networks import PAST, STEP, past, step
+from tests.moma_rt.fake_gpu import FakeGpu
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A fake GPU, on which nothing may have gone wrong."""
+    installed = FakeGpu.install(monkeypatch, {b"step": (STEP, step), b"past": (PAST, past)})
+    yield installed
+    assert installed.cuda.wrong == []
+
+
+@pytest.fixture
+def load(gpu, tmp_path):
+    """A backend, and what loads a network of it by what the manifest says of it."""
+    backend = backends.create("tensorrt")
+
+    def network(spec):
+        path = tmp_path / "engine.trt"
+        path.write_bytes(spec.name.encode())
+        return backend.load(spec, path)
+
+    return backend, network

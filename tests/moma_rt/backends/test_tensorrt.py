@@ -1,0 +1,202 @@
+"""The TensorRT backends on a GPU of NumPy."""
+
+import gc
+
+import numpy as np
+import pytest
+
+from moma_rt.backends.tensorrt import TensorRtBackend
+from moma_rt.engines import Flavour
+from tests.moma_rt.backends.networks import PAST, STEP, allocate
+
+
+def test_two_bindings_of_one_network_hand_the_state_to_and_fro(load):
+    backend, network = load
+    even = allocate(backend, STEP, batch=2)
+    odd = {**even, "x": even["next_x"], "next_x": even["x"]}
+    loaded = network(STEP)
+    steps = [loaded.bind(even), loaded.bind(odd)]
+    backend.upload(even["ids"], np.arange(6, dtype=np.int32).reshape(2, 3))
+    for i in range(4):
+        steps[i % 2].enqueue()
+    np.testing.assert_array_equal(backend.download(even["x"]), 4 * np.arange(6).reshape(2, 3))
+    np.testing.assert_array_equal(backend.download(even["next_x"]), 3 * np.arange(6).reshape(2, 3))
+    image = backend.download(even["image"])
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, np.arange(6).reshape(2, 3))
+
+
+def test_a_run_is_enqueued_and_not_waited_for(gpu, load):
+    backend, network = load
+    buffers = allocate(backend, STEP, batch=1)
+    bound = network(STEP).bind(buffers)
+    backend.synchronize()
+    bound.enqueue()
+    assert len(gpu.cuda.queue) == 1
+    backend.synchronize()
+    assert gpu.cuda.queue == []
+
+
+def test_an_upload_is_of_what_the_array_was_then(gpu, load):
+    backend, _ = load
+    rows = [backend.allocate((64,), "float32") for _ in range(8)]
+    for value, row in enumerate(rows):
+        array = np.full(64, value, np.float32)
+        backend.upload(row, array)
+        array.fill(np.nan)
+        del array
+    assert len(gpu.cuda.queue) == 16
+    assert [backend.download(row).tolist() for row in rows] == [[value] * 64 for value in range(8)]
+
+
+def test_an_upload_into_a_buffer_that_nobody_wants_any_more(gpu, load):
+    backend, _ = load
+    buffer = backend.allocate((64,), "float32")
+    backend.synchronize()
+    backend.upload(buffer, np.ones(64, np.float32))
+    del buffer
+    assert len(gpu.cuda.memory) == 1
+    backend.synchronize()
+    assert gpu.cuda.memory == {}
+
+
+def test_a_large_upload_is_waited_for_rather_than_kept(gpu, load):
+    backend, _ = load
+    buffer = backend.allocate((1 << 18,), "float32")
+    backend.upload(buffer, np.ones(1 << 18, np.float32))
+    assert gpu.cuda.queue == []
+    assert (backend.download(buffer) == 1).all()
+
+
+def test_what_runs_outlives_those_who_enqueued_it(gpu, load):
+    backend, network = load
+    result = backend.allocate((2, 3), "float32")
+    network(STEP).bind({**allocate(backend, STEP, batch=2), "next_x": result}).enqueue()
+    gc.collect()
+    assert gpu.trt.contexts[0]() is not None
+    np.testing.assert_array_equal(backend.download(result), np.zeros((2, 3)))
+    gc.collect()
+    assert gpu.trt.contexts[0]() is None
+
+
+def test_a_backend_that_goes_while_it_runs_waits_and_frees_everything(gpu, tmp_path):
+    backend = TensorRtBackend(Flavour.TENSORRT)
+    (tmp_path / "engine.trt").write_bytes(b"step")
+    backend.load(STEP, tmp_path / "engine.trt").bind(allocate(backend, STEP, batch=2)).enqueue()
+    assert gpu.cuda.queue
+    del backend
+    gc.collect()
+    assert gpu.cuda.queue == []
+    assert (gpu.cuda.memory, gpu.cuda.streams) == ({}, 0)
+    assert [context() for context in gpu.trt.contexts] == [None]
+
+
+def test_memory_is_freed_with_the_last_who_uses_it(gpu, load):
+    backend, network = load
+    buffers = allocate(backend, STEP, batch=1000)
+    bound = network(STEP).bind(buffers)
+    bound.enqueue()
+    backend.synchronize()
+    full = len(gpu.cuda.memory)
+    buffers.clear()
+    assert len(gpu.cuda.memory) == full == 6
+    del bound
+    # All but the scratch region, which the next network will use.
+    assert len(gpu.cuda.memory) == 1
+
+
+def test_networks_share_one_scratch_region_that_grows(gpu, load):
+    backend, network = load
+    loaded, regions = network(STEP), []
+    bounds = []
+    for batch in (100, 1000, 10):
+        buffers = allocate(backend, STEP, batch=batch)
+        before = set(gpu.cuda.memory)
+        backend.upload(buffers["ids"], np.full((batch, 3), batch, np.int32))
+        bounds.append((loaded.bind(buffers), buffers))
+        # In flight in the region of then, while a later one may need a larger region.
+        bounds[-1][0].enqueue()
+        regions.append((len(set(gpu.cuda.memory) - before), gpu.trt.contexts[-1]().scratch))
+    sizes = [size for _, (_, size) in regions]
+    assert [new for new, _ in regions] == [1, 1, 0]
+    assert sizes == [2 * (6 * 100 + 1), 2 * (6 * 1000 + 1), sizes[1]]
+    assert regions[0][1][0] not in gpu.cuda.memory
+    for bound, _ in bounds:
+        bound.enqueue()
+    assert [context().scratch for context in gpu.trt.contexts] == [regions[1][1]] * 3
+    for (_, buffers), batch in zip(bounds, (100, 1000, 10), strict=True):
+        assert (backend.download(buffers["next_x"]) == batch).all()
+
+
+def test_an_old_scratch_region_goes_before_a_larger_one_is_asked_for(gpu, load):
+    backend, network = load
+    loaded, small, large = network(STEP), allocate(backend, STEP, batch=1 << 10), allocate(backend, STEP, batch=1 << 11)
+    bound = loaded.bind(small)
+    bound.enqueue()
+    gpu.cuda.capacity = gpu.cuda.used + 2 * 6 * 1024
+    loaded.bind(large).enqueue()
+    bound.enqueue()
+    backend.synchronize()
+    assert gpu.cuda.used == gpu.cuda.capacity
+
+
+def test_a_scratch_address_is_set_once(gpu, load, monkeypatch):
+    backend, network = load
+    bound = network(STEP).bind(allocate(backend, STEP, batch=1))
+    given = []
+    monkeypatch.setattr(gpu.trt.contexts[0](), "set_device_memory", lambda *place: given.append(place))
+    gpu.trt.contexts[0]().scratch = next(iter(gpu.cuda.memory)), 256
+    for _ in range(3):
+        bound.enqueue()
+    assert len(given) == 1
+
+
+def test_a_dimension_may_be_zero(load):
+    backend, network = load
+    loaded = network(PAST)
+    for length in (0, 3):
+        buffers = allocate(backend, PAST, past=length, s=2)
+        backend.upload(buffers["past"], np.ones((2, length), np.float32))
+        backend.upload(buffers["new"], np.ones((2, 2), np.float32))
+        loaded.bind(buffers).enqueue()
+        assert backend.download(buffers["total"]) == 2 * (length + 2)
+        assert backend.download(buffers["past"]).shape == (2, length)
+
+
+def test_buffers_are_zeroed_and_downloads_are_copies(load):
+    backend, _ = load
+    buffer = backend.allocate((3,), "float32")
+    before = backend.download(buffer)
+    backend.upload(buffer, np.ones(3, np.float32))
+    assert not before.any()
+    assert (backend.download(buffer) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int64", "int32", "int8", "uint8", "bool"])
+def test_every_dtype_goes_and_comes_back(load, dtype):
+    backend, _ = load
+    array = np.arange(12).reshape(3, 4).astype(dtype)
+    buffer = backend.allocate((4, 3), dtype)
+    backend.upload(buffer, array.T)
+    found = backend.download(buffer)
+    assert found.dtype == array.dtype
+    np.testing.assert_array_equal(found, array.T)
+
+
+def test_uploads_convert_between_floats_and_refuse_everything_else(load):
+    backend, _ = load
+    buffer = backend.allocate((2, 3), "float32")
+    backend.upload(buffer, np.full((2, 3), 0.5, np.float64))
+    assert (backend.download(buffer) == 0.5).all()
+    backend.upload(buffer, np.broadcast_to(np.float32(2), (2, 3)))
+    assert (backend.download(buffer) == 2).all()
+    with pytest.raises(ValueError, match=r"shape \(3,\) does not fit a buffer of shape \(2, 3\)"):
+        backend.upload(buffer, np.zeros(3, np.float32))
+    with pytest.raises(TypeError):
+        backend.upload(backend.allocate((1,), "int32"), np.ones(1, np.float32))
+
+
+def test_buffers_of_another_backend_are_refused(load):
+    _, network = load
+    with pytest.raises(TypeError, match="a ndarray is not a buffer of a TensorRT backend"):
+        network(STEP).bind({"x": np.zeros((1, 3))})

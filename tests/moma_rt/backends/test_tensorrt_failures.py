@@ -1,0 +1,213 @@
+"""What a TensorRT backend refuses, and what it makes of CUDA's and the library's failures."""
+
+import gc
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+
+from moma_rt import backends
+from moma_rt.backends.cuda import Stream
+from moma_rt.backends.tensorrt import TensorRtBackend
+from moma_rt.device import local_device
+from moma_rt.engines import Flavour
+from moma_rt.errors import BundleError, InputError, MomaError
+from moma_rt.specs import NetworkSpec, TensorSpec
+from tests.moma_rt.backends.networks import BATCH, PAST, STEP, allocate
+from tests.moma_rt.fake_gpu import CudaError, FakeCuda, FakeGpu
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (NetworkSpec("step", STEP.inputs[:2], STEP.outputs), "its inputs are not the manifest's: missing [], further"),
+        (NetworkSpec("step", STEP.inputs, PAST.outputs), "its outputs are not the manifest's: missing ['kv float32', "),
+        (
+            NetworkSpec("step", (TensorSpec("x", "float16", (BATCH, 3)), *STEP.inputs[1:]), STEP.outputs),
+            "missing ['x float16'], further ['x float32']",
+        ),
+        (NetworkSpec("step", STEP.outputs, STEP.inputs), "its inputs are not the manifest's"),
+    ],
+)
+def test_an_engine_with_other_tensors_than_the_manifest_is_refused(load, spec, said):
+    _, network = load
+    with pytest.raises(BundleError) as caught:
+        network(spec)
+    assert said in str(caught.value)
+
+
+def test_a_file_that_is_no_engine_is_one_line(load, tmp_path):
+    backend, _ = load
+    path = tmp_path / "engine.trt"
+    path.write_bytes(b"junk")
+    with pytest.raises(BundleError) as caught:
+        backend.load(STEP, path)
+    assert str(caught.value) == (
+        f"{path}: tensorrt 11.4.0 cannot load it: IRuntime::deserializeCudaEngine: Error Code 1: Serialization (magic)"
+    )
+    path.write_bytes(b"")
+    with pytest.raises(BundleError, match="is no engine: it is empty"):
+        backend.load(STEP, path)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "said"),
+    [
+        (
+            "create_execution_context",
+            MomaError,
+            "step: tensorrt 11.4.0 has no room to run it: create_execution_context",
+        ),
+        ("set_input_shape", BundleError, "step: its engine takes no x of shape [1, 3]: set_input_shape: Error Code 3"),
+        ("set_tensor_address", BundleError, "step: its engine takes no memory for x: set_tensor_address: Error Code 3"),
+        (
+            "execute_async_v3",
+            MomaError,
+            "step: tensorrt 11.4.0 cannot run it: execute_async_v3: Error Code 3 (no reaso",
+        ),
+    ],
+)
+def test_what_the_library_refuses_is_one_line_with_its_reason(gpu, load, method, kind, said):
+    backend, network = load
+    loaded, buffers = network(STEP), allocate(backend, STEP, batch=1)
+    bound = loaded.bind(buffers)
+    gpu.trt.logger.log(gpu.trt.ILogger.Severity.ERROR, "of something else, before")
+    gpu.trt.refusals.add(method)
+    with pytest.raises(kind) as caught:
+        bound.enqueue() if method == "execute_async_v3" else loaded.bind(buffers)
+    assert str(caught.value).startswith(said)
+    loaded.bind(buffers).enqueue()
+    assert not backend.download(buffers["next_x"]).any()
+
+
+def use_everything(backend, network):
+    """Every call of CUDA that a backend makes: 12 of STEP's inputs and outputs, 64 KiB up, 48 KiB down."""
+    buffers = allocate(backend, STEP, batch=4096)
+    backend.upload(buffers["ids"], np.ones((4096, 3), np.int32))
+    network(STEP).bind(buffers).enqueue()
+    backend.synchronize()
+    assert (backend.download(buffers["next_x"]) == 1).all()
+
+
+@pytest.mark.parametrize("call", ["cudaMalloc", "cudaMemsetAsync", "cudaMemcpyAsync", "cudaStreamSynchronize"])
+def test_a_failing_call_is_named_and_the_next_one_works(gpu, load, call):
+    backend, network = load
+    gpu.cuda.failures[call] = CudaError.cudaErrorIllegalAddress
+    with pytest.raises(MomaError, match=rf"^{call}( of \d+ bytes)? failed: cudaErrorIllegalAddress$"):
+        use_everything(backend, network)
+    use_everything(backend, network)
+
+
+def test_a_device_that_cannot_be_used(gpu):
+    gpu.cuda.failures["cudaStreamCreateWithFlags"] = CudaError.cudaErrorInsufficientDriver
+    with pytest.raises(MomaError) as caught:
+        TensorRtBackend(Flavour.TENSORRT)
+    assert str(caught.value) == (
+        "cudaStreamCreateWithFlags failed: cudaErrorInsufficientDriver; cuda-bindings is newer than the driver: update "
+        "that, or install an older one"
+    )
+
+
+def test_a_library_that_is_too_new_for_the_driver(gpu):
+    gpu.trt.refusals.add("Runtime")
+    with pytest.raises(MomaError) as caught:
+        TensorRtBackend(Flavour.TENSORRT)
+    assert str(caught.value) == "tensorrt 11.4.0 cannot use this GPU: Runtime: Error Code 3 (no reason)"
+
+
+def test_a_failure_to_free_is_no_error(gpu, load):
+    backend, _ = load
+    buffer = backend.allocate((3,), "float32")
+    backend.synchronize()
+    (address,) = gpu.cuda.memory
+    gpu.cuda.failures["cudaFree"] = CudaError.cudaErrorIllegalAddress
+    del buffer
+    gc.collect()
+    assert gpu.cuda.failures == {}
+    gpu.cuda.cudaFree(address)
+
+
+def test_out_of_memory_says_how_much_was_asked_for_and_leaves_the_backend_usable(gpu, load):
+    backend, network = load
+    with pytest.raises(MomaError) as caught:
+        backend.allocate((1 << 20, 17), "float32")
+    assert str(caught.value) == (
+        "cudaMalloc of 71303168 bytes failed: cudaErrorMemoryAllocation; end what else runs on the GPU, or make fewer "
+        "pictures at a time"
+    )
+    use_everything(backend, network)
+
+
+def test_a_scratch_region_that_cannot_grow_is_made_again_for_who_needs_less(gpu, load):
+    backend, network = load
+    loaded, small, large = network(STEP), allocate(backend, STEP, batch=4), allocate(backend, STEP, batch=1 << 18)
+    bound = loaded.bind(small)
+    bound.enqueue()
+    gpu.cuda.capacity = gpu.cuda.used + 4096
+    with pytest.raises(MomaError, match="cudaMalloc of 3145730 bytes failed: cudaErrorMemoryAllocation"):
+        loaded.bind(large)
+    backend.upload(small["ids"], np.ones((4, 3), np.int32))
+    bound.enqueue()
+    assert (backend.download(small["next_x"]) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (
+            "cuda.bindings.runtime",
+            r"the Python package cuda.bindings.runtime is not installed \(.*\): pip install cuda-b",
+        ),
+        ("tensorrt", r"the Python package tensorrt is not installed \(.*\): pip install tensorrt$"),
+    ],
+)
+def test_a_missing_package_is_named(gpu, monkeypatch, module, said):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=said) as caught:
+        backends.create("tensorrt")
+    assert "\n" not in str(caught.value)
+
+
+def test_auto_is_nothing_to_create():
+    with pytest.raises(
+        InputError, match="auto is chosen for a bundle; name one of: onnxruntime, tensorrt, tensorrt_rt"
+    ):
+        backends.create("auto")
+
+
+def test_the_fake_cuda_has_only_what_the_real_one_has():
+    real = pytest.importorskip("cuda.bindings.runtime")
+    names = [name for name in dir(FakeCuda) if name.startswith("cuda")]
+    assert "cudaMemcpyAsync" in names
+    assert [name for name in names if not hasattr(real, name)] == []
+    assert real.cudaStreamNonBlocking == FakeCuda.cudaStreamNonBlocking
+    for kind in ("cudaError_t", "cudaMemcpyKind"):
+        for member in getattr(FakeCuda, kind):
+            found = getattr(getattr(real, kind), member.name)
+            assert (found.name, int(found)) == (member.name, member.value)
+
+
+def test_cuda_itself_says_that_there_is_no_device():
+    pytest.importorskip("cuda.bindings.runtime")
+    if local_device() is not None:
+        pytest.skip("there is one")
+    with pytest.raises(
+        MomaError, match="^cudaStreamCreateWithFlags failed: (cudaError(InsufficientDriver|NoDevice)|.*libcuda)"
+    ):
+        Stream()
+
+
+@pytest.mark.tensorrt
+def test_the_library_itself_says_why_it_loads_no_junk(monkeypatch, tmp_path):
+    """The library that is installed, on a device that is none."""
+    flavour = next(f for f in Flavour if importlib.util.find_spec(f.value) is not None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", FakeGpu.install(monkeypatch, {}, "unused").cuda)
+    (tmp_path / "engine.trt").write_bytes(b"junk" * 100)
+    # On a machine without a driver TensorRT may not even start; TensorRT-RTX does.
+    said = (
+        rf"engine.trt: {flavour.value} [\d.]+ cannot load it: .*rializ|{flavour.value} [\d.]+ cannot use this GPU: \w"
+    )
+    with pytest.raises(MomaError, match=said) as caught:
+        TensorRtBackend(flavour).load(STEP, tmp_path / "engine.trt")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,172 @@
+"""Which backend runs a bundle, by table: no GPU and no library is asked."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from moma_rt import selection
+from moma_rt.backends import NAMES
+from moma_rt.engines import Device, EngineEntry, Flavour
+from moma_rt.errors import BundleError, InputError
+from moma_rt.selection import Choice, Host, choose, local_host
+
+FULL, RTX = Flavour.TENSORRT, Flavour.TENSORRT_RTX
+H100, RTX4090, ORIN = Device("H100", 90), Device("RTX 4090", 89), Device("Orin", 87)
+VERSIONS = {FULL: "11.4.0", RTX: "1.7.1"}
+NETWORKS = ("denoiser", "vae_decoder")
+
+
+def engines(flavour, *capabilities, names=NETWORKS, version=None):
+    """An engine of each network for a set of devices."""
+    version = version or VERSIONS[flavour]
+    return tuple(
+        EngineEntry(name, flavour, version, capabilities, False, "k", "e", f"engines/{name}/{flavour.value}", 7, None)
+        for name in names
+    )
+
+
+def select(backend, entries, device=H100, missing=(), versions=VERSIONS):
+    """What is chosen, the libraries that were imported for it, and whether the machine was looked at."""
+    imported, looked = [], []
+
+    def version(flavour):
+        imported.append(flavour)
+        if flavour not in versions:
+            raise InputError(f"the Python package {flavour.value} cannot be loaded: no libnvinfer")
+        return versions[flavour]
+
+    def host():
+        looked.append(True)
+        return Host(device, {f: (f.pip_name, "cuda-bindings") for f in missing}, version)
+
+    manifest = SimpleNamespace(engines=entries, networks=dict.fromkeys(NETWORKS))
+    return choose(backend, manifest, host), imported, bool(looked)
+
+
+@pytest.mark.parametrize(
+    ("entries", "device", "missing", "flavour"),
+    [
+        (engines(FULL, 90), H100, (), FULL),
+        (engines(FULL, 90), H100, {RTX}, FULL),
+        (engines(RTX, 86, 89), RTX4090, (), RTX),
+        (engines(RTX, 86, 89), RTX4090, {FULL}, RTX),
+        (engines(RTX, 86, 89) + engines(FULL, 89), RTX4090, (), FULL),
+        (engines(RTX, 86, 89) + engines(FULL, 89), RTX4090, {FULL}, RTX),
+        (engines(RTX, 86, 89) + engines(FULL, 87), ORIN, (), FULL),
+        (engines(RTX, 89) + engines(FULL, 89, version="10.3.0"), RTX4090, (), RTX),
+        (engines(RTX, 89) + engines(FULL, 89, names=NETWORKS[:1]), RTX4090, (), RTX),
+    ],
+)
+def test_auto_takes_the_engines_that_serve_the_device(entries, device, missing, flavour):
+    choice, _, _ = select("auto", entries, device, missing)
+    assert (choice.backend, choice.warning) == (flavour.value, "")
+    assert {name: engine.file for name, engine in choice.engines.items()} == {
+        name: f"engines/{name}/{flavour.value}" for name in NETWORKS
+    }
+    named, _, _ = select(flavour.value, entries, device, missing)
+    assert named == choice
+
+
+def test_a_library_is_imported_only_to_be_used():
+    entries = engines(RTX, 89) + engines(FULL, 90)
+    assert select("auto", entries, RTX4090)[1] == [RTX]
+    assert select("auto", entries, H100)[1] == [FULL]
+    assert select("tensorrt_rtx", entries, RTX4090)[1] == [RTX]
+
+
+@pytest.mark.parametrize(
+    ("backend", "entries", "device", "looked"),
+    [
+        ("auto", (), H100, False),
+        ("auto", engines(FULL, 90), None, True),
+        ("onnxruntime", engines(FULL, 90), H100, False),
+    ],
+)
+def test_onnx_runtime_without_a_word(backend, entries, device, looked):
+    assert select(backend, entries, device) == (Choice("onnxruntime"), [], looked)
+
+
+@pytest.mark.parametrize(
+    ("entries", "device", "missing", "versions", "said"),
+    [
+        (
+            engines(RTX, 86, 89),
+            H100,
+            {FULL},
+            VERSIONS,
+            "no engine of denoiser, vae_decoder for tensorrt_rtx 1.7.1 on sm90 (H100); the bundle has engines for "
+            "tensorrt_rtx 1.7.1 on sm86,sm89: build them with python -m engines.build BUNDLE --target local",
+        ),
+        (
+            engines(FULL, 90, names=NETWORKS[1:]),
+            H100,
+            (),
+            VERSIONS,
+            "no engine of denoiser for tensorrt 11.4.0 on sm90 (H100); the bundle has engines for tensorrt 11.4.0 on "
+            "sm90: build them with python -m engines.build BUNDLE --target local",
+        ),
+        (
+            engines(RTX, 89),
+            RTX4090,
+            (),
+            {**VERSIONS, RTX: "1.8.0"},
+            "no engine of denoiser, vae_decoder for tensorrt_rtx 1.8.0 on sm89 (RTX 4090); the bundle has engines for "
+            "tensorrt_rtx 1.7.1 on sm89: build them with python -m engines.build BUNDLE --target sm89",
+        ),
+        (
+            engines(RTX, 89),
+            RTX4090,
+            {RTX},
+            VERSIONS,
+            "backend tensorrt_rtx needs packages that are not installed: pip install tensorrt-rtx cuda-bindings",
+        ),
+        (
+            engines(RTX, 89),
+            RTX4090,
+            {RTX, FULL},
+            VERSIONS,
+            "backend tensorrt_rtx needs packages that are not installed: pip install tensorrt-rtx cuda-bindings",
+        ),
+        (engines(FULL, 90), H100, (), {RTX: "1.7.1"}, "the Python package tensorrt cannot be loaded: no libnvinfer"),
+    ],
+)
+def test_engines_that_do_not_serve_are_a_warning_and_an_error_where_the_flavour_is_named(
+    entries, device, missing, versions, said
+):
+    choice, _, _ = select("auto", entries, device, missing, versions)
+    assert choice == Choice("onnxruntime", warning=f"{said}; the bundle runs on the CPU now")
+    flavour = next(f for f in (RTX, FULL) if f.value in said)
+    with pytest.raises((BundleError, InputError)) as caught:
+        select(flavour.value, entries, device, missing, versions)
+    assert str(caught.value) == said
+
+
+def test_a_named_flavour_needs_engines_and_a_gpu():
+    with pytest.raises(BundleError, match="the bundle has engines for no device"):
+        select("tensorrt", ())
+    with pytest.raises(InputError) as caught:
+        select("tensorrt", engines(FULL, 90), None)
+    assert str(caught.value) == (
+        "backend tensorrt: this machine has no NVIDIA GPU (or no driver); onnxruntime runs on the CPU"
+    )
+
+
+def test_every_name_is_resolved():
+    for name in NAMES:
+        choice, _, _ = select(name, engines(FULL, 90) + engines(RTX, 90))
+        assert choice.backend == (name if name != "auto" else "tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("installed", "missing"),
+    [
+        ({"tensorrt", "tensorrt_rtx", "cuda.bindings.runtime"}, {}),
+        ({"tensorrt_rtx", "cuda.bindings.runtime"}, {FULL: ("tensorrt",)}),
+        ({"tensorrt"}, {FULL: ("cuda-bindings",), RTX: ("tensorrt-rtx", "cuda-bindings")}),
+    ],
+)
+def test_what_is_missing_here(monkeypatch, installed, missing):
+    monkeypatch.setattr(selection, "is_installed", lambda module: module in installed)
+    monkeypatch.setattr(selection, "local_device", lambda: H100)
+    host = local_host()
+    assert (host.device, host.missing) == (H100, missing)
