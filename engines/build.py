@@ -25,7 +25,7 @@ from engines.tensorrt import (
     refit_engine,
     version_tuple,
 )
-from moma_rt.bundle import Bundle, Manifest, NetworkEntry, write_manifest
+from moma_rt.bundle import Bundle, Manifest, NetworkEntry, read_manifest, write_manifest
 from moma_rt.engines import EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError, run_command
 from moma_rt.libraries import library_version
@@ -67,9 +67,10 @@ def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, repo
     for target, version in versions.items():
         check_options(target.flavour, version, plan.options)
     store = Store(root, shared)
-    Bundle.open(root)
+    read_manifest(root)
     with store.locked():
         # Again: what was read before may be of the build that held the lock.
+        write_manifest(root, _without_lost_engines(root, read_manifest(root)))
         bundle = Bundle.open(root)
         manifest = bundle.manifest
         names = plan.names if plan.names is not None else tuple(manifest.networks)
@@ -80,6 +81,19 @@ def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, repo
         write_manifest(root, manifest)
         store.remove_unused(manifest)
     return Bundle.open(root)
+
+
+def _without_lost_engines(root: Path, manifest: Manifest) -> Manifest:
+    """The manifest without engines whose files are gone or cut: on a device they can be built again."""
+
+    def is_whole(name: str) -> bool:
+        path = Bundle(root, manifest).path(name)
+        return path.is_file() and name in manifest.files and path.stat().st_size == manifest.files[name].size
+
+    kept = tuple(engine for engine in manifest.engines if is_whole(engine.file))
+    lost = {str(Path(engine.file).parent) for engine in manifest.engines if engine not in kept}
+    files = {name: file for name, file in manifest.files.items() if str(Path(name).parent) not in lost}
+    return dataclasses.replace(manifest, engines=kept, files=files)
 
 
 def wants_lowered(flavour: Flavour, version: str, precision: Precision, geometry: Geometry) -> bool:
@@ -143,6 +157,8 @@ class _Builder:
             "library": [self.target.flavour.value, self.version],
             "capabilities": self.target.capabilities,
             "options": [options.refittable, options.layers],
+            # What a refitting gave is not what compiling gives.
+            "refitted": self.plan.refit_from is not None and self.target.flavour is Flavour.TENSORRT,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

@@ -85,7 +85,9 @@ class SharedStore:
         """Link an intact artifact's files into `folder`; False if there is none. A damaged one is deleted."""
         place = self.root / artifact.place
         if _read(place, artifact) is None:
-            shutil.rmtree(place, ignore_errors=True)
+            # Only what is there and damaged: another build may be publishing it just now.
+            if (place / RECORD_NAME).is_file():
+                shutil.rmtree(place, ignore_errors=True)
             return False
         _link_files(place, folder)
         return True
@@ -243,6 +245,10 @@ def _complete(partial: Path, place: Path) -> None:
     partial.chmod(0o755)
     fsync(partial)
     shutil.rmtree(place, ignore_errors=True)
-    with contextlib.suppress(FileExistsError):
+    try:
         partial.rename(place)
+    except OSError:
+        # Another build was first; what it put there is the same, since the name is a hash of all it is made of.
+        if not place.is_dir():
+            raise
     fsync(place.parent)

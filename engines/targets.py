@@ -97,7 +97,8 @@ def _on_device(capability: int, machine: Machine) -> EngineTarget:
         here = "no GPU" if device is None else f"sm{device.capability}"
         raise InputError(
             f"--target sm{capability}: TensorRT builds only on such a device, and this machine has {here}; export here "
-            f"without it, copy the bundle there, and run python -m engines.build BUNDLE --target {LOCAL}"
+            f"with --precision fp16 instead, copy the bundle there, and run python -m engines.build BUNDLE "
+            f"--target {LOCAL}"
         )
     return _installed(EngineTarget(Flavour.TENSORRT, (capability,)), machine)
 

@@ -146,7 +146,9 @@ def _configure(trt: Any, config: Any, request: EngineRequest) -> None:
             config.set_flag(trt.BuilderFlag.REFIT)
         if options.timing_cache is not None:
             known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
-            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+            if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
+                # Another model of the same capability measured it.
+                config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     if options.layers:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
 
@@ -162,8 +164,10 @@ def _profile(builder: Any, spec: NetworkSpec) -> Any:
 def _save_timing_cache(config: Any, request: EngineRequest) -> None:
     path = request.options.timing_cache
     if path is not None and request.flavour is Flavour.TENSORRT:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
+        timing_cache = config.get_timing_cache()
+        if timing_cache is not None:
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(memoryview(timing_cache.serialize()))
 
 
 def _layers(trt: Any, log: Any, serialized: Any) -> str:

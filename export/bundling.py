@@ -33,6 +33,7 @@ from moma_rt.bundle import (
     read_manifest,
     write_manifest,
 )
+from moma_rt.engines import spelled
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import resolve_inside, sha256_file
 from moma_rt.specs import Geometry, NetworkSpec, Precision
@@ -98,6 +99,9 @@ def build_bundle(
         )
         manifest = _without_unused(manifest)
         write_manifest(out, manifest)
+        for engine in previous.engines:
+            if engine not in manifest.engines:
+                report(engine.network, f"dropped: the engine of another export, for {spelled(engine.capabilities)}")
         for name in sorted(before - manifest.networks.keys()):
             report(name, "dropped: it was made from other sources")
         store.remove_unused(manifest)

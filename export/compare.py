@@ -18,9 +18,9 @@ from export.sample_inputs import sample_inputs, usual_sizes
 from moma_rt.backends.base import Array
 from moma_rt.bundle import Bundle, NetworkEntry
 from moma_rt.device import local_device
-from moma_rt.engines import EngineEntry, Flavour
 from moma_rt.errors import CheckpointError, InputError, print_output, run_command
-from moma_rt.libraries import library_version
+from moma_rt.libraries import is_installed, library_version
+from moma_rt.messages import warn
 from moma_rt.specs import Precision
 
 if TYPE_CHECKING:
@@ -140,40 +140,28 @@ def runs(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Iterator[tuple[
     inputs = {t.name: inputs[t.name].astype(t.dtype, copy=False) for t in entry.spec.inputs}
     bundle.verified(entry.all_files)
     if entry.precision is not Precision.BF16:  # ONNX Runtime's CPU kernels have none
-        yield "onnxruntime", _onnxruntime(bundle, entry, inputs)
+        yield "onnxruntime", outputs_of("onnxruntime", entry, bundle.path(entry.onnx), inputs)
     device = local_device()
     if device is None:
         return
     for engine in bundle.manifest.engines:
-        if engine.network == entry.spec.name and device.capability in engine.capabilities:
-            bundle.verified([engine.file])
-            yield f"{engine.flavour.value} {engine.version} on {device.name}", _engine(bundle, engine, entry, inputs)
+        name = engine.flavour.value
+        if engine.network != entry.spec.name or device.capability not in engine.capabilities:
+            continue
+        if not is_installed(name) or library_version(engine.flavour) != engine.version:
+            warn(f"{engine.file} was built by {name} {engine.version}, which is not installed here: not compared")
+            continue
+        bundle.verified([engine.file])
+        yield f"{name} {engine.version} on {device.name}", outputs_of(name, entry, bundle.path(engine.file), inputs)
 
 
-def _onnxruntime(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Arrays:
+def outputs_of(backend: str, entry: NetworkEntry, path: Path, inputs: Arrays) -> Arrays:
+    """The outputs of a network's file on one of the runtime's backends."""
     from moma_rt.backends import create
     from moma_rt.networks import run_once
 
-    backend = create("onnxruntime")
-    return run_once(backend, backend.load(entry.spec, bundle.path(entry.onnx)), inputs)
-
-
-def _engine(bundle: Bundle, engine: EngineEntry, entry: NetworkEntry, inputs: Arrays) -> Arrays:
-    if library_version(engine.flavour) != engine.version:
-        raise InputError(
-            f"{engine.file} was built by {engine.flavour.value} {engine.version}, "
-            f"installed is {library_version(engine.flavour)}"
-        )
-    import os
-
-    # Polygraphy decides between the two libraries once, when it is imported.
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(engine.flavour is Flavour.TENSORRT_RTX))
-    from polygraphy.backend.common import BytesFromPath
-    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
-
-    with TrtRunner(EngineFromBytes(BytesFromPath(str(bundle.path(engine.file))))) as runner:
-        outputs = runner.infer(inputs)
-    return {tensor.name: np.asarray(outputs[tensor.name]) for tensor in entry.spec.outputs}
+    created = create(backend)
+    return run_once(created, created.load(entry.spec, path), inputs)
 
 
 def _same_checkpoint(options: argparse.Namespace, bundle: Bundle, names: tuple[str, ...]) -> "Checkpoint":

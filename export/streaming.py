@@ -7,7 +7,9 @@ passes from its shard to the graph's file.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir
+from numpy.typing import NDArray
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor, nn
 
@@ -83,25 +85,25 @@ def quantize_weights(model: onnx_ir.Model, source: WeightSource, precision: Prec
 
 
 class _Pair:
-    """A matrix's integers and scales, which are written one after the other: it is quantized once and let go then."""
+    """A matrix's integers and scales, of which the integers are written first: the scales are kept from then on."""
 
     def __init__(self, name: str, source: WeightSource, precision: Precision) -> None:
         self._name, self._source, self._precision = name, source, precision
-        self._held: Quantized | None = None
+        self._scales: NDArray[np.float16] | None = None
 
     def values(self) -> onnx_ir.TensorProtocol:
-        self._held = quantize(self._source.read(self._name), self._precision, self._name)
-        values = self._held.values_kn
+        quantized = self._quantize()
+        self._scales = quantized.scales
+        values = quantized.values_kn
         if self._precision is Precision.INT4:
             return onnx_ir.PackedTensor(packed_int4(values), onnx_ir.DataType.INT4, shape=values.shape)
         return onnx_ir.Tensor(values)
 
     def scales(self) -> onnx_ir.TensorProtocol:
-        held = self._held if self._held is not None else self._quantized_again()
-        self._held = None
-        return onnx_ir.Tensor(held.scales)
+        kept, self._scales = self._scales, None
+        return onnx_ir.Tensor(kept if kept is not None else self._quantize().scales)
 
-    def _quantized_again(self) -> Quantized:
+    def _quantize(self) -> Quantized:
         return quantize(self._source.read(self._name), self._precision, self._name)
 
 

@@ -51,7 +51,12 @@ def test_every_known_target_is_built_or_explained(name):
         ("local", None, BOTH, "this machine has no NVIDIA GPU"),
         ("local", H100, {RTX}, "tensorrt is not installed; pip install tensorrt"),
         ("local", RTX4090, (), "tensorrt_rtx is not installed; pip install tensorrt-rtx"),
-        ("sm90", None, BOTH, "this machine has no GPU; export here without it, copy the bundle there, and run python"),
+        (
+            "sm90",
+            None,
+            BOTH,
+            "this machine has no GPU; export here with --precision fp16 instead, copy the bundle",
+        ),
         ("sm90", RTX4090, BOTH, "this machine has sm89"),
         ("sm90", H100, {RTX}, "pip install tensorrt"),
         ("sm86", None, (), "pip install tensorrt-rtx"),

@@ -22,6 +22,7 @@ from moma_rt.specs import Precision
 
 SMALL = ("text_encoder", "context_projector")
 FP32 = Precisions()
+STAGES = [(name, stage) for name in SMALL for stage in ("checking", "tracing", "hashing", "built")]
 
 
 @pytest.fixture
@@ -271,12 +272,8 @@ def test_what_a_killed_build_left_is_removed(tmp_path, exports):
     assert contents(tmp_path) == before
 
 
-def stages(names) -> list[tuple[str, str]]:
-    return [(name, stage) for name in names for stage in ("checking", "tracing", "hashing", "built")]
-
-
 @pytest.mark.parametrize("over", ["nothing", "an earlier bundle"])
-@pytest.mark.parametrize("at", stages(SMALL), ids="-".join)
+@pytest.mark.parametrize("at", STAGES, ids="-".join)
 def test_interrupted_at_each_stage(tmp_path, exports, over, at):
     old = None
     if over == "an earlier bundle":

@@ -13,6 +13,7 @@ from export import compare
 from export.compare import Difference, difference, main, worst
 from moma_rt.bundle import Bundle, FileEntry, read_manifest, write_manifest
 from moma_rt.engines import Device
+from moma_rt.errors import MomaWarning
 from moma_rt.files import sha256_file
 
 SMALL = "text_encoder,context_projector"
@@ -113,10 +114,15 @@ def test_engines_of_this_device_are_compared(tiny_bundle, monkeypatch, capsys):
     ]
     bundle = Bundle(tiny_bundle, dataclasses.replace(bundle.manifest, engines=tuple(engines)))
     monkeypatch.setattr(compare, "local_device", lambda: Device("H100", 90))
-    monkeypatch.setattr(compare, "_engine", lambda bundle, engine, entry, inputs: engine.capabilities)
+    monkeypatch.setattr(compare, "is_installed", lambda name: True)
+    monkeypatch.setattr(compare, "library_version", lambda flavour: "11.4.0")
+    monkeypatch.setattr(compare, "outputs_of", lambda backend, entry, path, inputs: (backend, path))
     found = list(compare.runs(bundle, entry, {"embedding": np.ones((1, 1024), np.float32)}))
-    assert [name for name, _ in found] == ["onnxruntime", "tensorrt 11.4.0 on H100"]
-    assert found[1][1] == (90,)
+    path = bundle.path(entry.onnx)
+    assert found == [("onnxruntime", ("onnxruntime", path)), ("tensorrt 11.4.0 on H100", ("tensorrt", path))]
+    monkeypatch.setattr(compare, "library_version", lambda flavour: "11.5.0")
+    with pytest.warns(MomaWarning, match="was built by tensorrt 11.4.0, which is not installed here: not compared"):
+        assert len(list(compare.runs(bundle, entry, {"embedding": np.ones((1, 1024), np.float32)}))) == 1
 
 
 @pytest.mark.parametrize(
