@@ -9,14 +9,15 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from engines.store import ENGINES_FOLDER, Artifact, Notes, SharedStore, Store, Stored
-from engines.targets import EngineTarget, Machine, parse_targets, resolve
+from engines.targets import EngineTarget, Machine, listed, parse_targets, resolve
 from engines.tensorrt import (
     ENGINE_NAME,
+    LAYERS_NAME,
     EngineFacts,
     EngineOptions,
     EngineRequest,
@@ -27,15 +28,19 @@ from engines.tensorrt import (
 )
 from moma_rt.bundle import Bundle, Manifest, NetworkEntry, read_manifest, write_manifest
 from moma_rt.engines import EngineEntry, Flavour
-from moma_rt.errors import BundleError, InputError, run_command
+from moma_rt.errors import BundleError, InputError, print_output, run_command
+from moma_rt.files import sha256_file
 from moma_rt.libraries import library_version
 from moma_rt.specs import Geometry, Precision
 
 PROGRAM = "engines.build"
+REFITTED = "refitted"
 # The first TensorRT whose parser knows ONNX's Attention.
 _ATTENTION_SINCE = (10, 15)
 # The narrowest head for which TensorRT has a fused attention.
 _FUSED_HEAD_WIDTH = 16
+# Of what a network is at, on a terminal: a line that wraps cannot be replaced.
+_SHOWN = 56
 
 Report = Callable[[str, str], None]
 
@@ -70,9 +75,11 @@ def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, repo
     read_manifest(root)
     with store.locked():
         # Again: what was read before may be of the build that held the lock.
-        write_manifest(root, _without_lost_engines(root, read_manifest(root)))
+        before = read_manifest(root)
+        manifest = _without_lost_engines(root, before)
+        if manifest != before:
+            write_manifest(root, manifest)
         bundle = Bundle.open(root)
-        manifest = bundle.manifest
         names = plan.names if plan.names is not None else tuple(manifest.networks)
         for target in plan.targets:
             builder = _Builder(bundle, target, versions[target], plan, store, report)
@@ -87,13 +94,19 @@ def _without_lost_engines(root: Path, manifest: Manifest) -> Manifest:
     """The manifest without engines whose files are gone or cut: on a device they can be built again."""
 
     def is_whole(name: str) -> bool:
-        path = Bundle(root, manifest).path(name)
-        return path.is_file() and name in manifest.files and path.stat().st_size == manifest.files[name].size
+        path, file = Bundle(root, manifest).path(name), manifest.files.get(name)
+        return file is not None and path.is_file() and path.stat().st_size == file.size
 
-    kept = tuple(engine for engine in manifest.engines if is_whole(engine.file))
-    lost = {str(Path(engine.file).parent) for engine in manifest.engines if engine not in kept}
-    files = {name: file for name, file in manifest.files.items() if str(Path(name).parent) not in lost}
-    return dataclasses.replace(manifest, engines=kept, files=files)
+    return _with_engines(manifest, [engine for engine in manifest.engines if is_whole(engine.file)])
+
+
+def _with_engines(manifest: Manifest, engines: Iterable[EngineEntry]) -> Manifest:
+    """The manifest with these engines alone, in order, and without the files of those that are not among them."""
+    order = list(manifest.networks)
+    kept = sorted(engines, key=lambda e: (order.index(e.network), e.flavour.value, e.capabilities))
+    gone = {e.folder for e in manifest.engines} - {e.folder for e in kept}
+    files = {name: file for name, file in manifest.files.items() if str(PurePosixPath(name).parent) not in gone}
+    return dataclasses.replace(manifest, engines=tuple(kept), files=files)
 
 
 def wants_lowered(flavour: Flavour, version: str, precision: Precision, geometry: Geometry) -> bool:
@@ -140,6 +153,7 @@ class _Builder:
         return (
             (engine.network, engine.source) == (network.spec.name, network.key)
             and engine.refittable >= self.plan.options.refittable
+            and (not self.plan.options.layers or f"{engine.folder}/{LAYERS_NAME}" in self.bundle.manifest.files)
             and all(engine.serves(self.target.flavour, self.version, c) for c in self.target.capabilities)
         )
 
@@ -157,6 +171,7 @@ class _Builder:
             "library": [self.target.flavour.value, self.version],
             "capabilities": self.target.capabilities,
             "options": [options.refittable, options.layers],
+            "code": sha256_file(Path(__file__).with_name("tensorrt.py")),
             # What a refitting gave is not what compiling gives.
             "refitted": self.plan.refit_from is not None and self.target.flavour is Flavour.TENSORRT,
         }
@@ -199,7 +214,7 @@ class _Builder:
             except BundleError as error:
                 self.report(name, f"note: {error}; it is built anew")
                 return build(folder)
-            return {"how": "refitted", **dataclasses.asdict(EngineFacts(engine.weight_bytes, engine.activation_bytes))}
+            return {"how": REFITTED, **dataclasses.asdict(EngineFacts(engine.weight_bytes, engine.activation_bytes))}
 
         return refit
 
@@ -217,13 +232,14 @@ class _Builder:
 
     def _with(self, manifest: Manifest, network: NetworkEntry, artifact: Artifact, stored: Stored) -> Manifest:
         """The manifest with an engine in place of those it supersedes."""
-        name, options = network.spec.name, self.plan.options
+        name = network.spec.name
         entry = EngineEntry(
             network=name,
             flavour=self.target.flavour,
             version=self.version,
             capabilities=self.target.capabilities,
-            refittable=options.refittable,
+            # What was refitted can be again, whether or not that was asked for.
+            refittable=self.plan.options.refittable or stored.notes["how"] == REFITTED,
             source=network.key,
             key=artifact.key,
             file=stored.path(ENGINE_NAME),
@@ -236,12 +252,8 @@ class _Builder:
             if (engine.network, engine.flavour) != (name, self.target.flavour)
             or not set(engine.capabilities) <= set(self.target.capabilities)
         ]
-        order = list(manifest.networks)
-        engines = sorted((*kept, entry), key=lambda e: (order.index(e.network), e.flavour.value, e.capabilities))
-        gone = {str(Path(e.file).parent) for e in manifest.engines} - {str(Path(e.file).parent) for e in engines}
-        files = {file: hashed for file, hashed in manifest.files.items() if str(Path(file).parent) not in gone}
-        files |= stored.files
-        return dataclasses.replace(manifest, engines=tuple(engines), files=dict(sorted(files.items())))
+        found = _with_engines(manifest, [*kept, entry])
+        return dataclasses.replace(found, files=dict(sorted({**found.files, **stored.files}.items())))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -307,18 +319,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     names = None
     if options.only is not None:
-        names = tuple(name.strip() for name in options.only.split(",") if name.strip())
-        if not names:
-            raise InputError(f"--only {options.only!r}: no network is named")
+        names = listed("--only", "network", options.only, tuple(read_manifest(options.bundle).networks))
     plan = engine_plan(options, names)
-
-    def report(name: str, state: str) -> None:
-        if state.startswith(("kept", "built", "refitted", "note")):
-            print(f"{name:<18} {state}", file=sys.stderr)
-
-    bundle = build_engines(options.bundle, plan, shared_store(options, options.bundle), report)
-    print(f"{options.bundle}: {len(bundle.manifest.engines)} engines")
+    bundle = build_engines(options.bundle, plan, shared_store(options, options.bundle), _report)
+    print_output(f"{options.bundle}: {len(bundle.manifest.engines)} engines")
     return 0
+
+
+def _report(name: str, state: str) -> None:
+    """A line a network; on a terminal also what is being done, on a line that the next one replaces."""
+    is_terminal = sys.stderr.isatty()
+    erase = "\r\033[K" if is_terminal else ""
+    if state.startswith(("kept", "built", REFITTED, "note")):
+        print(f"{erase}{name:<18} {state}", file=sys.stderr)
+    elif is_terminal:
+        print(f"{erase}{name}: {state[:_SHOWN]}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

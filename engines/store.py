@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moma_rt.bundle import MANIFEST_NAME, RECORD_NAME, FileEntry, Manifest
+from moma_rt.bundle import MANIFEST_NAME, RECORD_NAME, TEXT_TOKENIZER, FileEntry, Manifest
 from moma_rt.errors import InputError
 from moma_rt.files import fsync, sha256_file
 
@@ -118,8 +118,7 @@ class SharedStore:
         return freed
 
     def _folders(self, kind: str) -> list[Path]:
-        place = self.root / kind
-        return [path for path in place.iterdir() if _OWN_FOLDER.fullmatch(path.name)] if place.is_dir() else []
+        return [path for path in (self.root / kind).glob("*") if path.is_dir() and _OWN_FOLDER.fullmatch(path.name)]
 
 
 class Store:
@@ -141,11 +140,11 @@ class Store:
                 raise InputError(f"{self.root}: holds other files and no bundle; give a new or an empty folder")
             for kind in _KINDS:
                 (self.root / kind).mkdir(parents=True, exist_ok=True)
+            if self.shared is not None:
+                self.shared.prepare()
             stream = (self.root / LOCK_NAME).open("w")
         except OSError as error:
             raise InputError(f"{self.root}: cannot be written: {error.strerror}") from None
-        if self.shared is not None:
-            self.shared.prepare()
         with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,7 +152,7 @@ class Store:
                 raise InputError(
                     f"{self.root}: another build is writing it; wait for it or choose another folder"
                 ) from None
-            self._remove(lambda place: Path(place).name.startswith(PARTIAL_PREFIX))
+            self._remove_partial()
             yield
 
     def find(self, artifact: Artifact) -> Stored | None:
@@ -190,8 +189,7 @@ class Store:
 
     def remove_unused(self, manifest: Manifest) -> None:
         """Delete the folders that `manifest` does not name."""
-        used = {str(Path(entry.onnx).parent) for entry in manifest.networks.values()}
-        used |= {str(Path(engine.file).parent) for engine in manifest.engines}
+        used = {owner.folder for owner in (*manifest.networks.values(), *manifest.engines)}
         self._remove(lambda place: place not in used)
 
     @contextlib.contextmanager
@@ -204,6 +202,13 @@ class Store:
 
     def _is_ours(self) -> bool:
         return (self.root / MANIFEST_NAME).is_file() or (self.root / LOCK_NAME).is_file()
+
+    def _remove_partial(self) -> None:
+        """Delete what a killed build was writing: a network, an engine, a manifest or a tokenizer."""
+        self._remove(lambda place: Path(place).name.startswith(PARTIAL_PREFIX))
+        for folder in (self.root, (self.root / TEXT_TOKENIZER).parent):
+            for path in folder.glob(f"{PARTIAL_PREFIX}*"):
+                path.unlink(missing_ok=True)
 
     def _remove(self, unwanted: Callable[[str], bool]) -> None:
         for kind in _KINDS:

@@ -50,13 +50,22 @@ def parse_targets(text: str) -> tuple[str, ...]:
     Raises:
         InputError: none, or one that is not in `KNOWN`.
     """
-    names = tuple(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
-    unknown = [name for name in names if name not in KNOWN]
-    if unknown or not names:
+    return listed("--target", "target", text.lower(), KNOWN)
+
+
+def listed(option: str, kind: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """What an option names, separated by commas, in the order of `known`.
+
+    Raises:
+        InputError: nothing, or something that is not known.
+    """
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in known]
+    if unknown or not asked:
         raise InputError(
-            f"--target {text!r}: no target {', '.join(unknown) or 'is named'}; there are: {', '.join(KNOWN)}"
+            f"{option} {text!r}: no {kind} {', '.join(unknown) or 'is named'}; there are: {', '.join(known)}"
         )
-    return names
+    return tuple(name for name in known if name in asked)
 
 
 def resolve(names: tuple[str, ...], machine: Machine) -> tuple[EngineTarget, ...]:

@@ -84,7 +84,10 @@ def build_engine(request: EngineRequest, folder: Path, report: Report) -> Engine
     trt = library(request.flavour)
     log = library_log(request.flavour)
     log.begin()
-    builder = trt.Builder(log)
+    try:
+        builder = trt.Builder(log)
+    except (TypeError, RuntimeError):  # how the bindings say that they were given no object
+        raise BundleError(f"{_who(request)} cannot build here: {log.error or 'it did not say why'}") from None
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(request.onnx)):
@@ -163,11 +166,10 @@ def _profile(builder: Any, spec: NetworkSpec) -> Any:
 
 def _save_timing_cache(config: Any, request: EngineRequest) -> None:
     path = request.options.timing_cache
-    if path is not None and request.flavour is Flavour.TENSORRT:
-        timing_cache = config.get_timing_cache()
-        if timing_cache is not None:
-            with atomic_write(path) as temporary:
-                temporary.write_bytes(memoryview(timing_cache.serialize()))
+    timing_cache = config.get_timing_cache() if path is not None else None
+    if path is not None and timing_cache is not None:
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(memoryview(timing_cache.serialize()))
 
 
 def _layers(trt: Any, log: Any, serialized: Any) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.build import add_engine_options, build_engines, engine_plan, shared_store
+from engines.targets import listed
 from moma_rt.errors import InputError, run_command
 from moma_rt.specs import Precision
 
@@ -159,23 +160,12 @@ def _network_names(only: str | None, skip: str | None) -> tuple[str, ...]:
     if only is not None and skip is not None:
         raise InputError("--only and --skip exclude each other: give one of them")
     if only is not None:
-        return listed("--only", only, tuple(NETWORKS))
-    skipped = () if skip is None else listed("--skip", skip, tuple(NETWORKS))
+        return listed("--only", "network", only, tuple(NETWORKS))
+    skipped = () if skip is None else listed("--skip", "network", skip, tuple(NETWORKS))
     names = tuple(name for name in NETWORKS if name not in skipped)
     if not names:
         raise InputError(f"--skip {skip!r} leaves no network; there are: {', '.join(NETWORKS)}")
     return names
-
-
-def listed(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The networks that an option names, in the order of `known`."""
-    asked = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in asked if name not in known]
-    if unknown or not asked:
-        raise InputError(
-            f"{option} {text!r}: no network {', '.join(unknown) or 'is named'}; there are: {', '.join(known)}"
-        )
-    return tuple(name for name in known if name in asked)
 
 
 if __name__ == "__main__":

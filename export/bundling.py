@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from tokenizers import Tokenizer
@@ -39,7 +39,7 @@ from moma_rt.files import resolve_inside, sha256_file
 from moma_rt.specs import Geometry, NetworkSpec, Precision
 
 # Libraries whose version may change a graph.
-_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
 # Sources whose change may change a graph.
 _CODE = (
     *("export/models", "export/checkpoints", "export/geometry.py", "export/networks.py", "export/onnx_export.py"),
@@ -78,7 +78,6 @@ def build_bundle(
     # Before the minutes of work: what can be wrong with the tokenizers shows here.
     made_tokenizers = _tokenizers(checkpoint)
     with _disk_errors(out), store.locked():
-        _remove_partial_files(out)
         before = _networks_before(out)
         previous = _previous(out, checkpoint, geometry)
         geometry = previous.geometry
@@ -233,8 +232,8 @@ def _without_unused(manifest: Manifest) -> Manifest:
     one manifest whatever steps it was built in.
     """
     files = {file for entry in manifest.networks.values() for file in entry.files}
-    places = {str(Path(engine.file).parent) for engine in manifest.engines}
-    files |= {file for file in manifest.files if str(Path(file).parent) in places}
+    folders = {engine.folder for engine in manifest.engines}
+    files |= {file for file in manifest.files if str(PurePosixPath(file).parent) in folders}
     roles = frozenset().union(*(NETWORK_ROLES[name] for name in manifest.networks))
     files |= {tokenizer for tokenizer, role in _TOKENIZER_ROLES.items() if role in roles}
     return dataclasses.replace(
@@ -246,13 +245,6 @@ def _without_unused(manifest: Manifest) -> Manifest:
 
 def _has_size(path: Path, file: FileEntry) -> bool:
     return path.is_file() and path.stat().st_size == file.size
-
-
-def _remove_partial_files(out: Path) -> None:
-    """Delete what a killed build was writing besides networks: a manifest or a tokenizer."""
-    for folder in (out, (out / TEXT_TOKENIZER).parent):
-        for path in folder.glob(f"{PARTIAL_PREFIX}*"):
-            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ The reference is the network in PyTorch from the weights that the bundle was mad
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.build import add_checkpoint_options, checkpoint_of, listed
+from engines.targets import listed
+from export.build import add_checkpoint_options, checkpoint_of
 from export.sample_inputs import sample_inputs, usual_sizes
 from moma_rt.backends.base import Array
 from moma_rt.bundle import Bundle, NetworkEntry
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from export.checkpoints.model import Checkpoint
 
 PROGRAM = "export.compare"
-_RANDOM = "random weights"
+_RANDOM = re.compile(r"random weights, seed (\d+)( of \w+)?")
 
 Arrays = dict[str, Array]
 
@@ -96,13 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from export.module_differences import module_differences
     from export.networks import NETWORKS
+    from export.torch_runs import TorchRuns
 
     bundle = Bundle.open(options.bundle)
     names = tuple(bundle.manifest.networks)
     if options.only is not None:
-        names = listed("--only", options.only, names)
+        names = listed("--only", "network", options.only, names)
     if options.modules < 0:
         raise InputError(f"--modules {options.modules}: a number of modules, 0 or more")
     checkpoint = _same_checkpoint(options, bundle, names)
@@ -111,28 +113,17 @@ def _compare(options: argparse.Namespace) -> int:
         entry = bundle.network(name)
         spec = NETWORKS[name].spec(geometry)
         inputs = sample_inputs(spec, geometry, usual_sizes(spec))
-        expected = torch_outputs(checkpoint, bundle, entry, inputs)
+        reference = TorchRuns(checkpoint, NETWORKS[name], geometry, inputs)
+        expected, compared = reference.outputs(), False
         for runner, outputs in runs(bundle, entry, inputs):
+            compared = True
             print_output(f"{name:<18} {entry.precision.value} {runner}: {worst(outputs, expected)}")
+        if not compared:
+            print_output(f"{name:<18} {entry.precision.value}: nothing on this machine runs it")
         if options.modules and entry.precision is not Precision.FP32:
-            for path, relative in module_differences(checkpoint, bundle, entry, inputs)[: options.modules]:
+            for path, relative in reference.module_differences(entry.precision)[: options.modules]:
                 print_output(f"{'':<18} {relative:.1e} {path}")
     return 0
-
-
-def torch_outputs(checkpoint: "Checkpoint", bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Arrays:
-    """The network's outputs in PyTorch, fp32."""
-    import torch
-
-    from export.networks import NETWORKS
-
-    network, geometry = NETWORKS[entry.spec.name], bundle.manifest.geometry
-    spec = network.spec(geometry)
-    arguments = network.arguments(tuple(torch.from_numpy(inputs[t.name]) for t in spec.inputs), geometry)
-    with torch.inference_mode():
-        outputs = network.module(checkpoint, geometry)(*arguments)
-    flat = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {tensor.name: output.numpy() for tensor, output in zip(spec.outputs, flat, strict=True)}
 
 
 def runs(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Iterator[tuple[str, Arrays]]:
@@ -174,11 +165,13 @@ def _same_checkpoint(options: argparse.Namespace, bundle: Bundle, names: tuple[s
 
     needed = [source for source in bundle.manifest.sources if source.role in roles_for(names)]
     if options.base is None:
-        if not all(source.name.startswith(_RANDOM) for source in needed):
+        seeds = {match[1] if (match := _RANDOM.fullmatch(source.name)) else None for source in needed}
+        if len(seeds) != 1 or None in seeds:
             given = ", ".join(f"{source.role} from {source.name}" for source in needed)
             raise CheckpointError(f"{bundle.root} was made of {given}: give them again, as for export.build")
         options.base = bundle.manifest.base
         options.weights = None if options.base == "tiny" else "random"
+        options.seed = int(seeds.pop())
     checkpoint = checkpoint_of(options, names)
     found = {component.role: component.sha256 for component in checkpoint.components}
     for source in needed:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moma_rt.engines import EngineEntry
@@ -49,6 +49,11 @@ class NetworkEntry:
     onnx: str
     lowered: str
     files: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """The folder of its files."""
+        return str(PurePosixPath(self.onnx).parent)
 
     @property
     def all_files(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ missing without opening a file.
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from moma_rt.errors import BundleError
@@ -57,6 +58,11 @@ class EngineEntry:
     file: str
     weight_bytes: int | None
     activation_bytes: int | None
+
+    @property
+    def folder(self) -> str:
+        """The folder of its file, in which lies whatever else belongs to it."""
+        return str(PurePosixPath(self.file).parent)
 
     def serves(self, flavour: Flavour, version: str, capability: int) -> bool:
         """Whether this engine runs on a device of `capability` with that library."""

@@ -5,10 +5,12 @@ A timer of the process's own computing time kills it, so that nothing here waits
 
 import importlib.util
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,10 @@ names, targets = json.loads(sys.argv[1])
 checkpoint = load_checkpoint(CheckpointRequest("tiny", roles=roles_for(names)))
 plan = ExportPlan(tuple(names), Precisions(Precision.FP16, Precision.FP16))
 engines = EnginePlan(resolve(tuple(targets), Machine.here()))
+
+def report(network, state):
+    print(network, state, sep=":", flush=True)
+
 # The libraries are imported once; nothing has run in them, so that a fork of this process may.
 for line in sys.stdin:
     root, seconds = json.loads(line)
@@ -42,14 +48,24 @@ for line in sys.stdin:
     if child == 0:
         if seconds:
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        print(os.getpid(), flush=True)
         shared = SharedStore(Path(root).parent / "store")
-        build_bundle(checkpoint, plan, Path(root), lambda *_: None, shared)
+        build_bundle(checkpoint, plan, Path(root), report, shared)
         if engines.targets:
-            build_engines(Path(root), engines, shared, lambda *_: None)
+            build_engines(Path(root), engines, shared, report)
         os._exit(0)
     _, status, used = os.wait4(child, 0)
-    print(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime]), flush=True)
+    print("gone", json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime]), flush=True)
 """
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a build ended: its exit code (of a signal: negative), its seconds of computing, and what it reported."""
+
+    code: int
+    computing: float
+    said: list[str]
 
 
 def incomplete(root: Path) -> list[str]:
@@ -77,18 +93,27 @@ def contents(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def build(repository):
-    """Builds a bundle in a process of its own, ended after some seconds of computing (0: not at all)."""
+    """Builds a bundle in a process of its own, ended after some seconds of computing, or as it reports something."""
     targets = ["sm86"] if importlib.util.find_spec("tensorrt_rtx") is not None else ["cpu"]
     command = [sys.executable, "-c", SERVER, json.dumps([NAMES, targets])]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=repository, text=True, **pipes) as server:
 
-        def run(root: Path, seconds: float) -> tuple[int, float]:
+        def run(root: Path, seconds: float = 0, until: str = "never") -> Build:
             print(json.dumps([str(root), seconds]), file=server.stdin, flush=True)
-            code, used = json.loads(server.stdout.readline())
-            return code, used
+            process, said = 0, []
+            for line in server.stdout:
+                if line.startswith("gone "):
+                    return Build(*json.loads(line.removeprefix("gone ")), said)
+                if not process:
+                    process = int(line)
+                    continue
+                said.append(line.strip())
+                if line.startswith(until):
+                    os.kill(process, signal.SIGKILL)
+            raise AssertionError(said)
 
         yield run
         server.stdin.close()
@@ -96,8 +121,8 @@ def build(repository):
 
 def test_killed_at_random_moments(tmp_path, build):
     whole = tmp_path / "whole" / "bundle"
-    code, computing = build(whole, 0)
-    assert code == 0
+    complete = build(whole)
+    assert complete.code == 0
     assert incomplete(whole) == []
 
     chance, root, killed = random.Random(0), tmp_path / "killed" / "bundle", 0
@@ -105,7 +130,7 @@ def test_killed_at_random_moments(tmp_path, build):
         # Half of them begin anew, so that the early moments are met as often as the late ones.
         if number % 2 == 0:
             root = tmp_path / f"killed-{number}" / "bundle"
-        code, _ = build(root, chance.uniform(0.02, 0.95) * computing)
+        code = build(root, chance.uniform(0.02, 0.95) * complete.computing).code
         assert code in (0, -signal.SIGVTALRM)
         killed += code != 0
         assert incomplete(root) == []
@@ -113,7 +138,27 @@ def test_killed_at_random_moments(tmp_path, build):
     assert killed >= MOMENTS // 2
 
     for root in sorted(tmp_path.glob("killed-*/bundle")):
-        assert build(root, 0)[0] == 0
+        assert build(root).code == 0
         assert incomplete(root) == []
         assert contents(root) == contents(whole)
         assert not list(root.rglob(".partial-*"))
+
+
+def test_killed_as_it_announces_a_stage(tmp_path, build):
+    """Whatever it does next is cut off somewhere, and what it had finished is kept."""
+    root = tmp_path / "bundle"
+    for finished, network in enumerate(NAMES):
+        killed = build(root, until=f"{network}:tracing")
+        assert killed.code == -signal.SIGKILL
+        assert not (root / "manifest.json").exists()
+        complete = [p for p in (root / "networks").iterdir() if not p.name.startswith(".partial-")]
+        assert all((p / "record.json").is_file() for p in complete)
+        assert len(complete) == finished
+    # From here on it may be quicker than the signal: then the bundle is whole already.
+    build(root, until=f"{NAMES[-1]}:hashing")
+    assert incomplete(root) == []
+    last = build(root)
+    assert last.code == 0
+    assert f"{NAMES[0]}:kept" in last.said
+    assert incomplete(root) == []
+    assert set(Bundle.open(root).manifest.networks) == set(NAMES)

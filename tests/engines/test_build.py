@@ -231,6 +231,9 @@ def test_refitting(tmp_path, compiled, monkeypatch):
     assert len(refitted) == len(NAMES)
     assert [line.split(" in ")[0] for line in said] == [f"{name} refitted for {FULL}" for name in NAMES]
     assert all(engine.refittable and engine.activation_bytes == 20 for engine in engines)
+    engines, _ = build(make_bundle(tmp_path / "unasked", b"other"), FULL, refit_from=donor)
+    assert all(engine.refittable for engine in engines)
+    assert compiled == []
 
     _, said = build(make_bundle(tmp_path / "c", b"odd weights"), FULL, options=options, refit_from=donor)
     assert [line.split(" in ")[0] for line in said[:2]] == [
@@ -261,6 +264,41 @@ def test_layers_are_part_of_the_bundle(tmp_path, compiled):
     assert not [name for name in Bundle.open(tmp_path).manifest.files if name.endswith(LAYERS_NAME)]
 
 
+def test_layers_are_written_for_an_engine_that_has_none(tmp_path, compiled):
+    build(make_bundle(tmp_path), FULL)
+    compiled.clear()
+    engines, _ = build(tmp_path, FULL, options=EngineOptions(layers=True))
+    assert names_of(compiled) == list(NAMES)
+    assert all((tmp_path / engine.folder / LAYERS_NAME).is_file() for engine in engines)
+    build(tmp_path, FULL, options=EngineOptions(layers=True))
+    build(tmp_path, FULL)
+    assert names_of(compiled) == list(NAMES), "they serve with and without"
+
+
+def test_what_another_code_compiled_is_not_taken_from_the_store(tmp_path, compiled, monkeypatch):
+    shared = SharedStore(tmp_path / "store")
+    build(make_bundle(tmp_path / "a"), shared=shared)
+    monkeypatch.setattr(module, "sha256_file", lambda _: "other code")
+    build(make_bundle(tmp_path / "b"), shared=shared)
+    assert names_of(compiled) == [*NAMES, *NAMES]
+
+
+def test_a_killed_build_leaves_nothing_beside_the_engines(tmp_path, compiled):
+    make_bundle(tmp_path)
+    (tmp_path / ".partial-manifest.json").write_text("half")
+    (tmp_path / "engines" / ".partial-x").mkdir(parents=True)
+    (tmp_path / ".lock").touch()
+    build(tmp_path)
+    assert not list(tmp_path.rglob(".partial-*"))
+
+
+def test_a_manifest_is_left_alone_where_nothing_changes(tmp_path, compiled):
+    build(make_bundle(tmp_path))
+    before = (tmp_path / "manifest.json").read_bytes()
+    build(tmp_path)
+    assert (tmp_path / "manifest.json").read_bytes() == before
+
+
 def test_a_timing_cache_lies_in_the_store(tmp_path, compiled):
     build(make_bundle(tmp_path / "a"), FULL, RTX, shared=SharedStore(tmp_path / "store"))
     caches = {request.flavour: request.options.timing_cache for request in compiled}
@@ -278,7 +316,8 @@ def test_a_timing_cache_lies_in_the_store(tmp_path, compiled):
         (["{bundle}", "--target", "sm90"], "this machine has no GPU"),
         (["{bundle}", "--target", "sm86", "--only", ","], "no network is named"),
         (["{bundle}", "--target", "sm86", "--layers"], "--layers: an engine's layers can be listed only where"),
-        (["{bundle}", "--target", "sm86", "--only", "unet"], "has no unet network"),
+        (["{bundle}", "--target", "sm86", "--only", "unet"], "no network unet; there are: text_encoder, vae_decoder"),
+        (["{bundle}", "--target", "cpu", "--only", "unet"], "no network unet; there are: text_encoder, vae_decoder"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, compiled, monkeypatch, capsys, arguments, said):

@@ -61,12 +61,9 @@ def test_every_network_of_a_bundle(tiny_bundle, capsys):
 
 
 def test_a_lower_precision_and_its_worst_modules(tmp_path, capsys):
-    from export.build import main as build
-
-    out = tmp_path / "bundle"
-    assert build(["--base", "tiny", "--precision", "fp16", "--only", "text_encoder", "--out", str(out)]) == 0
+    root = built(tmp_path / "bundle", "--precision", "fp16", "--only", "text_encoder")
     capsys.readouterr()
-    assert main([str(out), "--modules", "3"]) == 0
+    assert main([root, "--modules", "3"]) == 0
     first, *modules = capsys.readouterr().out.splitlines()
     assert first.startswith("text_encoder       fp16 onnxruntime: text_tokens[")
     assert 1e-5 < float(re.search(r"relative error (\S+),", first)[1]) < 1e-2
@@ -74,6 +71,38 @@ def test_a_lower_precision_and_its_worst_modules(tmp_path, capsys):
     assert len(errors) == 3
     assert errors == sorted(errors, reverse=True)
     assert all(0 < error < 1e-2 and "model." in line for error, line in zip(errors, modules, strict=True))
+
+
+def built(out: Path, *options: str) -> str:
+    from export.build import main as build
+
+    assert build(["--base", "tiny", *options, "--out", str(out)]) == 0
+    return str(out)
+
+
+def test_random_weights_are_made_again_from_their_seed(tmp_path, capsys):
+    root = built(tmp_path / "bundle", "--seed", "3", "--only", "context_projector")
+    capsys.readouterr()
+    assert main([root]) == 0
+    assert float(re.search(r"relative error (\S+),", capsys.readouterr().out)[1]) < 1e-5
+
+
+def test_what_nothing_here_runs_is_said(tmp_path, monkeypatch, capsys):
+    root = built(tmp_path / "bundle", "--precision", "bf16", "--only", "text_encoder")
+    monkeypatch.setattr(compare, "local_device", lambda: None)
+    capsys.readouterr()
+    assert main([root]) == 0
+    assert capsys.readouterr().out == f"{'text_encoder':<18} bf16: nothing on this machine runs it\n"
+
+
+def test_the_modules_of_int4_have_its_weights(tmp_path, capsys):
+    root = built(tmp_path / "bundle", "--mllm-precision", "int4", "--only", "language_model")
+    capsys.readouterr()
+    assert main([root, "--modules", "1"]) == 0
+    first, worst_module = capsys.readouterr().out.splitlines()
+    assert 1e-2 < float(re.search(r"relative error (\S+),", first)[1]) < 1
+    # fp16 alone changes no module by more than a few thousandths.
+    assert float(worst_module.split()[0]) > 1e-2
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from moma_rt.backends.base import Backend, Buffer
+from moma_rt.backends.base import Backend, Buffer, Network
 from moma_rt.specs import Dim, NetworkSpec, TensorSpec
 
 BATCH = Dim("batch", 1, 2, 1 << 20)
@@ -61,3 +61,18 @@ def save_graph(path: Path, spec: NetworkSpec) -> Path:
 def allocate(backend: Backend, spec: NetworkSpec, **sizes: int) -> dict[str, Buffer]:
     """Buffers of all inputs and outputs."""
     return {t.name: backend.allocate(t.resolve(**sizes), t.dtype) for t in (*spec.inputs, *spec.outputs)}
+
+
+def check_two_bindings(backend: Backend, step: Network) -> None:
+    """Two bindings of `STEP` read what the other one wrote, and every other buffer is theirs in common."""
+    even = allocate(backend, STEP, batch=2)
+    odd = {**even, "x": even["next_x"], "next_x": even["x"]}
+    steps = [step.bind(even), step.bind(odd)]
+    backend.upload(even["ids"], np.arange(6, dtype=np.int32).reshape(2, 3))
+    for i in range(4):
+        steps[i % 2].enqueue()
+    np.testing.assert_array_equal(backend.download(even["x"]), 4 * np.arange(6).reshape(2, 3))
+    np.testing.assert_array_equal(backend.download(even["next_x"]), 3 * np.arange(6).reshape(2, 3))
+    image = backend.download(even["image"])
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, np.arange(6).reshape(2, 3))

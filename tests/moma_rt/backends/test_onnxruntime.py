@@ -10,19 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from moma_rt import backends
 from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
 from moma_rt.errors import BundleError, InputError
-from moma_rt.specs import Dim, NetworkSpec, TensorSpec
-
-BATCH = Dim("batch", 1, 2, 8)
-SPEC = NetworkSpec(
-    "step",
-    (TensorSpec("x", "float32", (BATCH, 3)), TensorSpec("ids", "int32", (BATCH, 3))),
-    (TensorSpec("next_x", "float32", (BATCH, 3)), TensorSpec("image", "uint8", (BATCH, 3))),
-)
-PAST = NetworkSpec(
-    "past",
-    (TensorSpec("past", "float32", (2, Dim("past", 0, 1, 9))), TensorSpec("new", "float32", (2, Dim("s", 1, 1, 9)))),
-    (TensorSpec("kv", "float32", (2, Dim("s", 1, 1, 9))), TensorSpec("total", "float32", (1, 1))),
-)
+from moma_rt.specs import NetworkSpec, TensorSpec
+from tests.moma_rt.backends.networks import PAST, STEP, allocate, check_two_bindings, save_graph
 
 
 def save(path, nodes, inputs, outputs, initializers=()):
@@ -34,40 +23,12 @@ def save(path, nodes, inputs, outputs, initializers=()):
 
 @pytest.fixture(scope="module")
 def step_onnx(tmp_path_factory):
-    """next_x = x + ids; image = ids as uint8."""
-    nodes = [
-        helper.make_node("Cast", ["ids"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("Add", ["x", "floats"], ["next_x"]),
-        helper.make_node("Cast", ["ids"], ["image"], to=TensorProto.UINT8),
-    ]
-    inputs = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", 3]),
-        helper.make_tensor_value_info("ids", TensorProto.INT32, ["b", 3]),
-    ]
-    outputs = [
-        helper.make_tensor_value_info("next_x", TensorProto.FLOAT, ["b", 3]),
-        helper.make_tensor_value_info("image", TensorProto.UINT8, ["b", 3]),
-    ]
-    return save(tmp_path_factory.mktemp("onnx") / "step.onnx", nodes, inputs, outputs)
+    return save_graph(tmp_path_factory.mktemp("onnx") / "step.onnx", STEP)
 
 
 @pytest.fixture(scope="module")
 def past_onnx(tmp_path_factory):
-    """kv = new * 2; total = sum of past and new."""
-    nodes = [
-        helper.make_node("Add", ["new", "new"], ["kv"]),
-        helper.make_node("Concat", ["past", "new"], ["all"], axis=1),
-        helper.make_node("ReduceSum", ["all"], ["total"], keepdims=1),
-    ]
-    inputs = [
-        helper.make_tensor_value_info("past", TensorProto.FLOAT, [2, "p"]),
-        helper.make_tensor_value_info("new", TensorProto.FLOAT, [2, "s"]),
-    ]
-    outputs = [
-        helper.make_tensor_value_info("kv", TensorProto.FLOAT, [2, "s"]),
-        helper.make_tensor_value_info("total", TensorProto.FLOAT, [1, 1]),
-    ]
-    return save(tmp_path_factory.mktemp("onnx") / "past.onnx", nodes, inputs, outputs)
+    return save_graph(tmp_path_factory.mktemp("onnx") / "past.onnx", PAST)
 
 
 @pytest.fixture
@@ -75,29 +36,13 @@ def backend():
     return OnnxRuntimeBackend(threads=1)
 
 
-def allocate(backend, spec, **sizes):
-    return {t.name: backend.allocate(t.resolve(**sizes), t.dtype) for t in (*spec.inputs, *spec.outputs)}
-
-
 def test_two_bindings_of_one_network_hand_the_state_to_and_fro(backend, step_onnx):
-    network = backend.load(SPEC, step_onnx)
-    even = allocate(backend, SPEC, batch=2)
-    odd = {**even, "x": even["next_x"], "next_x": even["x"]}
-    steps = [network.bind(even), network.bind(odd)]
-    backend.upload(even["x"], np.zeros((2, 3), np.float32))
-    backend.upload(even["ids"], np.arange(6, dtype=np.int32).reshape(2, 3))
-    for i in range(4):
-        steps[i % 2].enqueue()
-    np.testing.assert_array_equal(backend.download(even["x"]), 4 * np.arange(6).reshape(2, 3))
-    np.testing.assert_array_equal(backend.download(even["next_x"]), 3 * np.arange(6).reshape(2, 3))
-    image = backend.download(even["image"])
-    assert image.dtype == np.uint8
-    np.testing.assert_array_equal(image, np.arange(6).reshape(2, 3))
+    check_two_bindings(backend, backend.load(STEP, step_onnx))
 
 
 def test_a_run_writes_into_the_bound_memory(backend, step_onnx):
-    network = backend.load(SPEC, step_onnx)
-    buffers = allocate(backend, SPEC, batch=1)
+    network = backend.load(STEP, step_onnx)
+    buffers = allocate(backend, STEP, batch=1)
     address = buffers["next_x"].array.ctypes.data
     bound = network.bind(buffers)
     for value in (1, 2):
@@ -108,9 +53,9 @@ def test_a_run_writes_into_the_bound_memory(backend, step_onnx):
 
 
 def test_a_binding_keeps_its_buffers_alive(backend, step_onnx):
-    network = backend.load(SPEC, step_onnx)
+    network = backend.load(STEP, step_onnx)
     kept = backend.allocate((2, 3), "float32")
-    bound = network.bind({**allocate(backend, SPEC, batch=2), "next_x": kept})
+    bound = network.bind({**allocate(backend, STEP, batch=2), "next_x": kept})
     del network
     gc.collect()
     filler = [np.full((2, 3), np.nan, np.float32) for _ in range(100)]
@@ -150,7 +95,7 @@ def test_uploads_convert_between_floats_and_refuse_everything_else(backend):
 
 def test_buffers_of_another_backend_are_refused(backend, step_onnx):
     with pytest.raises(TypeError, match="a ndarray is not a buffer of the onnxruntime backend"):
-        backend.load(SPEC, step_onnx).bind({"x": np.zeros((1, 3))})
+        backend.load(STEP, step_onnx).bind({"x": np.zeros((1, 3))})
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0a" * 30])
@@ -158,7 +103,7 @@ def test_a_file_that_is_no_graph_is_one_line(backend, tmp_path, content):
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
     with pytest.raises(BundleError, match=r"model\.onnx: ONNX Runtime .* cannot load it: ") as caught:
-        backend.load(SPEC, path)
+        backend.load(STEP, path)
     assert "\n" not in str(caught.value)
 
 
@@ -184,7 +129,7 @@ def test_an_unknown_operator_is_one_line(backend, tmp_path):
 
 
 def test_a_graph_with_other_tensors_than_the_manifest_is_refused(backend, step_onnx):
-    spec = NetworkSpec("step", SPEC.inputs[:1], SPEC.outputs)
+    spec = NetworkSpec("step", (STEP.inputs[0], STEP.inputs[2]), STEP.outputs)
     with pytest.raises(BundleError, match=r"its inputs are not the manifest's: missing \[\], further \['ids'\]"):
         backend.load(spec, step_onnx)
 
@@ -192,7 +137,7 @@ def test_a_graph_with_other_tensors_than_the_manifest_is_refused(backend, step_o
 def test_loading_prints_nothing(backend, tmp_path, capfd):
     (tmp_path / "m.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError):
-        backend.load(SPEC, tmp_path / "m.onnx")
+        backend.load(STEP, tmp_path / "m.onnx")
     assert capfd.readouterr() == ("", "")
 
 

@@ -7,23 +7,12 @@ import pytest
 
 from moma_rt.backends.tensorrt import TensorRtBackend
 from moma_rt.engines import Flavour
-from tests.moma_rt.backends.networks import PAST, STEP, allocate
+from tests.moma_rt.backends.networks import PAST, STEP, allocate, check_two_bindings
 
 
 def test_two_bindings_of_one_network_hand_the_state_to_and_fro(load):
     backend, network = load
-    even = allocate(backend, STEP, batch=2)
-    odd = {**even, "x": even["next_x"], "next_x": even["x"]}
-    loaded = network(STEP)
-    steps = [loaded.bind(even), loaded.bind(odd)]
-    backend.upload(even["ids"], np.arange(6, dtype=np.int32).reshape(2, 3))
-    for i in range(4):
-        steps[i % 2].enqueue()
-    np.testing.assert_array_equal(backend.download(even["x"]), 4 * np.arange(6).reshape(2, 3))
-    np.testing.assert_array_equal(backend.download(even["next_x"]), 3 * np.arange(6).reshape(2, 3))
-    image = backend.download(even["image"])
-    assert image.dtype == np.uint8
-    np.testing.assert_array_equal(image, np.arange(6).reshape(2, 3))
+    check_two_bindings(backend, network(STEP))
 
 
 def test_a_run_is_enqueued_and_not_waited_for(gpu, load):
