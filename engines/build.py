@@ -297,11 +297,14 @@ def engine_plan(options: argparse.Namespace, names: tuple[str, ...] | None) -> E
 
     Raises:
         InputError: a target that cannot be built on this machine.
+        BundleError: no bundle to refit from.
     """
     machine = Machine.here()
     targets = resolve(parse_targets(options.target), machine)
     if options.layers and machine.device is None:
         raise InputError("--layers: an engine's layers can be listed only where there is an NVIDIA GPU")
+    if options.refit_from is not None:
+        read_manifest(options.refit_from)
     return EnginePlan(targets, names, EngineOptions(options.refittable, options.layers), options.refit_from)
 
 

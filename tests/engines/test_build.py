@@ -315,6 +315,7 @@ def test_a_timing_cache_lies_in_the_store(tmp_path, compiled):
         (["{bundle}", "--target", "sm61"], "no target sm61"),
         (["{bundle}", "--target", "sm90"], "this machine has no GPU"),
         (["{bundle}", "--target", "sm86", "--only", ","], "no network is named"),
+        (["{bundle}", "--target", "sm86", "--refit-from", "nowhere"], "nowhere is not a bundle"),
         (["{bundle}", "--target", "sm86", "--layers"], "--layers: an engine's layers can be listed only where"),
         (["{bundle}", "--target", "sm86", "--only", "unet"], "no network unet; there are: text_encoder, vae_decoder"),
         (["{bundle}", "--target", "cpu", "--only", "unet"], "no network unet; there are: text_encoder, vae_decoder"),
