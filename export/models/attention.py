@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-import kernels.context_cross_attention.reference
-import kernels.injected_self_attention.reference  # noqa: F401  (both register the torch operators)
+import kernels.context_cross_attention.operator
+import kernels.injected_self_attention.operator  # noqa: F401  (both register the torch operators)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`moma::ContextCrossAttention` in ONNX: its schema, its meaning in standard operators, and its translation."""
 
-from kernels.context_cross_attention.reference import context_cross_attention
+from kernels.context_cross_attention.operator import context_cross_attention
 from kernels.registration import OnnxOperator, make_schema, make_translation, parse_function
 
 NAME = "ContextCrossAttention"

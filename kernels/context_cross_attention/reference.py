@@ -1,11 +1,10 @@
-"""The definition of `moma::context_cross_attention`, and its implementation on a CPU."""
+"""The definition of `moma::context_cross_attention` in plain PyTorch, which is also its implementation on a CPU."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.library.custom_op("moma::context_cross_attention", mutates_args=(), device_types="cpu")
 def context_cross_attention(
     q_gsc: Tensor,
     text_k_gtc: Tensor,
@@ -30,13 +29,8 @@ def context_cross_attention(
 
     Returns:
         The output [G·B, S, C], and the saliency [G·B, S]: the mean over heads of Σ_t weight_t · probability_t.
-
-    Raises:
-        ValueError: G·B is no multiple of B.
     """
-    groups, rest = divmod(len(q_gsc), len(gate_bs))
-    if rest:
-        raise ValueError(f"q has {len(q_gsc)} rows, which is no multiple of {len(gate_bs)} samples")
+    groups = q_gsc.shape[0] // gate_bs.shape[0]
     q, text_k, text_v, context_k, context_v = (
         t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
         for t in (q_gsc, text_k_gtc, text_v_gtc, context_k_gmc, context_v_gmc)
@@ -48,18 +42,3 @@ def context_cross_attention(
     context_gsc = F.scaled_dot_product_attention(q, context_k, context_v).transpose(1, 2).flatten(2)
     gate_gs1 = gate_bs.to(q_gsc.dtype).repeat(groups, 1)[..., None]
     return text_gsc + gate_gs1 * context_gsc, saliency_gs
-
-
-@context_cross_attention.register_fake
-def _(
-    q_gsc: Tensor,
-    text_k_gtc: Tensor,
-    text_v_gtc: Tensor,
-    context_k_gmc: Tensor,
-    context_v_gmc: Tensor,
-    gate_bs: Tensor,
-    subject_weights_bt: Tensor,
-    num_heads: int,
-) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q_gsc, memory_format=torch.contiguous_format)
-    return out, q_gsc.new_empty(q_gsc.shape[:2])

@@ -1,6 +1,6 @@
 """`moma::InjectedSelfAttention` in ONNX: its schema, its meaning in standard operators, and its translation."""
 
-from kernels.injected_self_attention.reference import injected_self_attention
+from kernels.injected_self_attention.operator import injected_self_attention
 from kernels.registration import OnnxOperator, make_schema, make_translation, parse_function
 
 NAME = "InjectedSelfAttention"

@@ -1,11 +1,10 @@
-"""The definition of `moma::injected_self_attention`, and its implementation on a CPU."""
+"""The definition of `moma::injected_self_attention` in plain PyTorch, which is also its implementation on a CPU."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.library.custom_op("moma::injected_self_attention", mutates_args=(), device_types="cpu")
 def injected_self_attention(
     q_gsc: Tensor,
     k_gsc: Tensor,
@@ -30,34 +29,14 @@ def injected_self_attention(
 
     Returns:
         [G·B, S, C], in the dtype of `q_gsc`.
-
-    Raises:
-        ValueError: G·B is no multiple of B.
     """
-    groups, rest = divmod(len(q_gsc), len(ref_k_bnc))
-    if rest:
-        raise ValueError(f"q has {len(q_gsc)} rows, which is no multiple of {len(ref_k_bnc)} samples")
+    groups = q_gsc.shape[0] // ref_k_bnc.shape[0]
     own = _attention(q_gsc, k_gsc, v_gsc, num_heads, None)
     bias_bn = torch.zeros_like(mask_bn, dtype=q_gsc.dtype).masked_fill_(mask_bn == 0, torch.finfo(q_gsc.dtype).min)
     bias_g11n = bias_bn.repeat(groups, 1)[:, None, None, :]
     injected = _attention(q_gsc, ref_k_bnc.repeat(groups, 1, 1), ref_v_bnc.repeat(groups, 1, 1), num_heads, bias_g11n)
     gate_gs1 = (gate_bs * scale).to(q_gsc.dtype).repeat(groups, 1)[..., None]
     return own + gate_gs1 * injected
-
-
-@injected_self_attention.register_fake
-def _(
-    q_gsc: Tensor,
-    k_gsc: Tensor,
-    v_gsc: Tensor,
-    ref_k_bnc: Tensor,
-    ref_v_bnc: Tensor,
-    mask_bn: Tensor,
-    gate_bs: Tensor,
-    scale: Tensor,
-    num_heads: int,
-) -> Tensor:
-    return torch.empty_like(q_gsc, memory_format=torch.contiguous_format)
 
 
 def _attention(q_bsc: Tensor, k_bnc: Tensor, v_bnc: Tensor, num_heads: int, bias: Tensor | None) -> Tensor:

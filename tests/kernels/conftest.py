@@ -1,10 +1,16 @@
 """Naive float64 attention, the same operators as ONNX models, and the grid of shapes every operator is tested on."""
 
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +18,7 @@ import onnxruntime
 import pytest
 import torch
 
+from kernels.launch import LaunchConfig
 from kernels.operators import onnx_operators
 from kernels.registration import STANDARD_OPSET, OnnxOperator, register_schema
 
@@ -165,3 +172,53 @@ def run_onnx(sized, tmp_path_factory) -> Callable[..., tuple[list[np.ndarray], P
         return session.run(None, feed), path
 
     return run
+
+
+@pytest.fixture(scope="session")
+def interpreter(repository) -> Iterator[Callable[..., Any]]:
+    """(operator, tensors, heads, launch or None) → what the kernel computes in Triton's interpreter."""
+    pytest.importorskip("triton")
+    worker = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("interpreter.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+    )
+
+    def run(operator: str, tensors: tuple[torch.Tensor, ...], heads: int, config: LaunchConfig | None = None) -> Any:
+        pickle.dump((operator, tensors, heads, config), worker.stdin)
+        worker.stdin.flush()
+        answer = pickle.load(worker.stdout)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with worker:
+        yield run
+        worker.stdin.close()
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def run_kernel(request) -> Callable[..., Any]:
+    """(operator, tensors, heads) → the kernel's outputs on the CPU: interpreted, and on a GPU where there is one."""
+    if request.param == "interpreter":
+        return request.getfixturevalue("interpreter")
+
+    def run(operator: str, tensors: tuple[torch.Tensor, ...], heads: int) -> Any:
+        with _poisoned_memory():
+            found = getattr(torch.ops.moma, operator)(*(t.cuda() for t in tensors), heads)
+        return found.cpu() if isinstance(found, torch.Tensor) else tuple(t.cpu() for t in found)
+
+    return run
+
+
+@contextlib.contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """Memory that torch allocates is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

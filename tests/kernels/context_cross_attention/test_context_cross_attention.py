@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.context_cross_attention.reference import context_cross_attention
+from kernels.context_cross_attention.operator import context_cross_attention
 
 CONTEXT_TOKENS = 4
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.injected_self_attention.reference import injected_self_attention
+from kernels.injected_self_attention.operator import injected_self_attention
 
 HALF_PRECISIONS = [torch.float16, torch.bfloat16]
 

@@ -1,0 +1,49 @@
+"""`torch.ops.moma.context_cross_attention`: the kernel on a GPU, the definition elsewhere."""
+
+import torch
+from torch import Tensor
+
+from kernels.context_cross_attention import reference
+from kernels.dispatch import HAS_TRITON, check_rows, takes_kernel, torch_operator
+
+if HAS_TRITON:
+    from kernels.context_cross_attention.triton_kernel import launch
+
+
+@torch_operator("moma::context_cross_attention")
+def context_cross_attention(
+    q_gsc: Tensor,
+    text_k_gtc: Tensor,
+    text_v_gtc: Tensor,
+    context_k_gmc: Tensor,
+    context_v_gmc: Tensor,
+    gate_bs: Tensor,
+    subject_weights_bt: Tensor,
+    num_heads: int,
+) -> tuple[Tensor, Tensor]:
+    """`reference.context_cross_attention`, which says what the tensors are.
+
+    Raises:
+        ValueError: G·B is no multiple of B.
+        TypeError: on a GPU, queries, keys and values of several dtypes.
+    """
+    check_rows(q_gsc, gate_bs.shape[0])
+    tensors = (q_gsc, text_k_gtc, text_v_gtc, context_k_gmc, context_v_gmc, gate_bs, subject_weights_bt)
+    if takes_kernel(q_gsc):
+        return launch(tensors, num_heads)
+    return reference.context_cross_attention(*tensors, num_heads)
+
+
+@context_cross_attention.register_fake
+def _(
+    q_gsc: Tensor,
+    text_k_gtc: Tensor,
+    text_v_gtc: Tensor,
+    context_k_gmc: Tensor,
+    context_v_gmc: Tensor,
+    gate_bs: Tensor,
+    subject_weights_bt: Tensor,
+    num_heads: int,
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q_gsc, memory_format=torch.contiguous_format)
+    return out, q_gsc.new_empty(q_gsc.shape[:2])

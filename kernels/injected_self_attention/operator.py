@@ -1,0 +1,50 @@
+"""`torch.ops.moma.injected_self_attention`: the kernel on a GPU, the definition elsewhere."""
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import HAS_TRITON, check_rows, takes_kernel, torch_operator
+from kernels.injected_self_attention import reference
+
+if HAS_TRITON:
+    from kernels.injected_self_attention.triton_kernel import launch
+
+
+@torch_operator("moma::injected_self_attention")
+def injected_self_attention(
+    q_gsc: Tensor,
+    k_gsc: Tensor,
+    v_gsc: Tensor,
+    ref_k_bnc: Tensor,
+    ref_v_bnc: Tensor,
+    mask_bn: Tensor,
+    gate_bs: Tensor,
+    scale: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """`reference.injected_self_attention`, which says what the tensors are.
+
+    Raises:
+        ValueError: G·B is no multiple of B.
+        TypeError: on a GPU, queries, keys and values of several dtypes.
+    """
+    check_rows(q_gsc, ref_k_bnc.shape[0])
+    tensors = (q_gsc, k_gsc, v_gsc, ref_k_bnc, ref_v_bnc, mask_bn, gate_bs, scale)
+    if takes_kernel(q_gsc):
+        return launch(tensors, num_heads)
+    return reference.injected_self_attention(*tensors, num_heads)
+
+
+@injected_self_attention.register_fake
+def _(
+    q_gsc: Tensor,
+    k_gsc: Tensor,
+    v_gsc: Tensor,
+    ref_k_bnc: Tensor,
+    ref_v_bnc: Tensor,
+    mask_bn: Tensor,
+    gate_bs: Tensor,
+    scale: Tensor,
+    num_heads: int,
+) -> Tensor:
+    return torch.empty_like(q_gsc, memory_format=torch.contiguous_format)

@@ -1,0 +1,134 @@
+"""`moma::InjectedSelfAttention` as one Triton kernel: a block of queries' own attention and that to the reference."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from kernels.dispatch import compute_capability
+from kernels.launch import AttentionShape, self_attention_launch
+from kernels.online_softmax import LOG2_E, attend, load_rows, split_width, store_rows
+
+# Mask values that are read at a time when looking for the tokens that count.
+_SCAN = tl.constexpr(1024)
+
+
+def launch(tensors: tuple[Tensor, ...], num_heads: int) -> Tensor:
+    """Run the kernel on the operator's tensors, in its order; they are made contiguous where they are not.
+
+    Returns:
+        [G·B, S, C], contiguous.
+
+    Raises:
+        TypeError: queries, keys and values of several dtypes.
+    """
+    q_gsc, ref_k_bnc = tensors[0], tensors[3]
+    if len({t.dtype for t in tensors[:5]}) > 1:
+        raise TypeError(f"queries, keys and values must have one dtype, not {[str(t.dtype) for t in tensors[:5]]}")
+    rows, queries, channels = q_gsc.shape
+    samples, reference_tokens, _ = ref_k_bnc.shape
+    width = channels // num_heads
+    main, tail = split_width(width)
+    config = self_attention_launch(AttentionShape(queries, width, q_gsc.element_size()), compute_capability(q_gsc))
+    out_gsc = torch.empty_like(q_gsc, memory_format=torch.contiguous_format)
+    grid = (-(-queries // config.block_queries), samples * num_heads, rows // samples)
+    wrap_triton(injected_self_attention_kernel)[grid](
+        *(t.contiguous() for t in tensors),
+        reference_tokens,
+        out_gsc,
+        HEADS=num_heads,
+        WIDTH=width,
+        MAIN=main,
+        TAIL=tail,
+        QUERIES=queries,
+        BLOCK_QUERIES=config.block_queries,
+        BLOCK_TOKENS=config.block_tokens,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out_gsc
+
+
+@triton.jit
+def injected_self_attention_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_ref_k,
+    p_ref_v,
+    p_mask,
+    p_gate,
+    p_scale,
+    reference_tokens,
+    p_out,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Program: query block, sample · heads + head, guidance half. The tensors are those of `reference.py`, contiguous.
+
+    The number of samples is that of programs, so that nothing but pointers and the number of reference tokens is
+    passed. What is skipped contributes exactly zero: the reference where the scale or all gates of the block are 0,
+    and its tokens before the first and after the last that the mask holds.
+    """
+    CHANNELS: tl.constexpr = HEADS * WIDTH
+    EVEN: tl.constexpr = QUERIES % BLOCK_TOKENS == 0
+    SCALE_LOG2: tl.constexpr = WIDTH**-0.5 * LOG2_E
+    i_head = tl.program_id(1) % HEADS
+    i_sample = (tl.program_id(1) // HEADS).to(tl.int64)
+    i_row = tl.program_id(2) * (tl.num_programs(1) // HEADS) + i_sample
+    o_query = tl.program_id(0) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    m_query = o_query < QUERIES
+    o_own = i_row * (QUERIES * CHANNELS) + i_head * WIDTH
+    o_reference = i_sample * reference_tokens * CHANNELS + i_head * WIDTH
+
+    # [queries, MAIN], [queries, TAIL]
+    q_main = load_rows(p_q + o_own, o_query, m_query, CHANNELS, WIDTH, 0, MAIN, QUERIES % BLOCK_QUERIES == 0)
+    q_tail = q_main
+    if TAIL > 0:
+        q_tail = load_rows(p_q + o_own, o_query, m_query, CHANNELS, WIDTH, MAIN, TAIL, QUERIES % BLOCK_QUERIES == 0)
+    out_main, out_tail, total, _ = attend(
+        q_main, q_tail, p_k + o_own, p_v + o_own, p_mask, 0, QUERIES, SCALE_LOG2, False,
+        CHANNELS, WIDTH, MAIN, TAIL, BLOCK_TOKENS, "plain", EVEN,
+    )  # fmt: skip
+    out_main = out_main / total[:, None]
+    out_tail = out_tail / total[:, None]
+
+    weight = tl.load(p_gate + i_sample * QUERIES + o_query, mask=m_query, other=0.0).to(tl.float32)
+    weight = weight * tl.load(p_scale).to(tl.float32)
+    if tl.max((weight != 0).to(tl.int32), 0) > 0:
+        p_sample_mask = p_mask + i_sample * reference_tokens
+        first, last = _first_and_last(p_sample_mask, reference_tokens)
+        # A mask without a token gives the average of all, as adding the lowest number to every score does.
+        is_empty = last < 0
+        begin = tl.where(is_empty, 0, first // BLOCK_TOKENS * BLOCK_TOKENS)
+        end = tl.where(is_empty, reference_tokens, last + 1)
+        injected_main, injected_tail, total, _ = attend(
+            q_main, q_tail, p_ref_k + o_reference, p_ref_v + o_reference, p_sample_mask, begin, end,
+            tl.where(is_empty, 0.0, SCALE_LOG2), is_empty,
+            CHANNELS, WIDTH, MAIN, TAIL, BLOCK_TOKENS, "masked", False,
+        )  # fmt: skip
+        weight = weight / total
+        out_main += injected_main * weight[:, None]
+        out_tail += injected_tail * weight[:, None]
+    store_rows(p_out + o_own, out_main, o_query, m_query, CHANNELS, WIDTH, 0, MAIN)
+    if TAIL > 0:
+        store_rows(p_out + o_own, out_tail, o_query, m_query, CHANNELS, WIDTH, MAIN, TAIL)
+
+
+@triton.jit
+def _first_and_last(p_mask, tokens):
+    """Where the first and the last value of a mask that is not 0 stand; (`tokens`, -1) where none is."""
+    first = tokens
+    last = -1
+    for start in range(0, tokens, _SCAN):
+        o_token = start + tl.arange(0, _SCAN)
+        m_kept = tl.load(p_mask + o_token, mask=o_token < tokens, other=0.0).to(tl.float32) != 0
+        first = tl.minimum(first, tl.min(tl.where(m_kept, o_token, tokens), 0))
+        last = tl.maximum(last, tl.max(tl.where(m_kept, o_token, -1), 0))
+    return first, last

@@ -1,0 +1,88 @@
+"""How the kernels are launched: block sizes, warps and pipeline stages, from shape, precision and compute capability.
+
+The tables were chosen by the compiler's report (registers, spills, shared memory: `python -m kernels.compile` writes
+it), not by a stopwatch; `python -m benchmarks.kernels --tune` measures the alternatives on a GPU.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeVar
+
+# What a kernel may use unless its launcher asks the driver for more, which TensorRT is not known to do.
+PORTABLE_SHARED_BYTES = 48 * 1024
+# At most this many queries leave most of a device idle with blocks of 64.
+_FEW_QUERIES = 256
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """A program's queries, the tokens it reads at a time, its warps, and the stages of its loads' pipeline."""
+
+    block_queries: int
+    block_tokens: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What a launch depends on of an attention layer: queries, the width of a head, and bytes an element."""
+
+    queries: int
+    width: int
+    element_bytes: int
+
+
+# By the widest head. Two choices: what is best where shared memory is to be had, and what PORTABLE_SHARED_BYTES admit.
+_Row = tuple[LaunchConfig, LaunchConfig]
+_Choice = TypeVar("_Choice")
+_SELF_MMA: Mapping[int, _Row] = MappingProxyType(
+    {
+        48: (LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3)),
+        64: (LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 2)),
+        96: (LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 4, 3)),
+        128: (LaunchConfig(64, 32, 4, 3), LaunchConfig(64, 32, 4, 2)),
+        160: (LaunchConfig(64, 16, 4, 3), LaunchConfig(64, 16, 4, 3)),
+    }
+)
+# Hopper's and datacenter Blackwell's tensor cores read their operands from shared memory, so the queries lie there too.
+_SELF_WGMMA: Mapping[int, _Row] = MappingProxyType(
+    {
+        48: (LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3)),
+        64: (LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 4, 2)),
+        96: (LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 32, 4, 3)),
+        128: (LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 16, 4, 3)),
+        160: (LaunchConfig(64, 32, 4, 2), LaunchConfig(64, 32, 4, 1)),
+    }
+)
+_SELF_FEW = LaunchConfig(32, 16, 4, 3)
+_CROSS: Mapping[int, LaunchConfig] = MappingProxyType({96: LaunchConfig(32, 32, 4, 2), 160: LaunchConfig(16, 32, 4, 2)})
+# Any head width, and fp32, whose tiles are twice as large and which is there for tests.
+_FRUGAL = LaunchConfig(16, 16, 4, 1)
+
+
+def self_attention_launch(shape: AttentionShape, capability: int, *, portable: bool = False) -> LaunchConfig:
+    """The launch of `moma::InjectedSelfAttention`'s kernel.
+
+    Args:
+        capability: the device's compute capability, 90 for 9.0.
+        portable: keep within PORTABLE_SHARED_BYTES, as a launch by TensorRT must.
+    """
+    table = _SELF_WGMMA if capability // 10 in (9, 10) else _SELF_MMA
+    row = _fitting(table, shape)
+    if row is None:
+        return _FRUGAL
+    if shape.queries <= _FEW_QUERIES:
+        return _SELF_FEW
+    return row[1] if portable else row[0]
+
+
+def cross_attention_launch(shape: AttentionShape) -> LaunchConfig:
+    """The launch of `moma::ContextCrossAttention`'s kernel, within PORTABLE_SHARED_BYTES on every device."""
+    return _fitting(_CROSS, shape) or _FRUGAL
+
+
+def _fitting(table: Mapping[int, _Choice], shape: AttentionShape) -> _Choice | None:
+    widest = next((width for width in table if shape.width <= width), None)
+    return None if widest is None or shape.element_bytes > 2 else table[widest]
