@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,8 +26,14 @@ from triton.compiler import ASTSource
 
 from kernels.context_cross_attention.triton_kernel import context_cross_attention_kernel
 from kernels.injected_self_attention.triton_kernel import injected_self_attention_kernel
-from kernels.launch import AttentionShape, LaunchConfig, cross_attention_launch, self_attention_launch
-from kernels.online_softmax import split_width
+from kernels.launch import (
+    PORTABLE_SHARED_BYTES,
+    AttentionShape,
+    LaunchConfig,
+    cross_attention_launch,
+    self_attention_launch,
+    split_width,
+)
 
 INDEX_NAME = "kernels.json"
 FORMAT_VERSION = 1
@@ -117,28 +123,12 @@ def write_kernels(
 def compile_kernel(layer: AttentionLayer, dtype: str, capability: int) -> tuple[CompiledKernel, str]:
     """A layer's kernel, and its PTX."""
     kernel, config, constants = _specialized(layer, capability)
-    pointer = "*" + _TRITON_DTYPES[dtype]
-    names = kernel.arg_names
-    types = {name: pointer if name.startswith("p_") else "i32" for name in names}
-    with triton.knobs.compilation.scope():
-        # Line information would name the folder that the sources lie in.
-        triton.knobs.compilation.disable_line_info = True
-        made = triton.compile(
-            ASTSource(
-                fn=kernel,
-                signature={name: "constexpr" if name in constants else types[name] for name in names},
-                constexprs={(names.index(name),): value for name, value in constants.items()},
-                attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.startswith("p_")},
-            ),
-            target=GPUTarget("cuda", capability, 32),
-            options={
-                "num_warps": config.num_warps,
-                "num_stages": config.num_stages,
-                "ptx_version": _PTX_VERSIONS[capability],
-                "enable_fp_fusion": True,
-            },
-        )
-    ptx = _without_hidden_parameters(made.asm["ptx"], len(names) - len(constants))
+    made = _compiled(kernel, config, constants, dtype, capability)
+    while made.metadata.shared > PORTABLE_SHARED_BYTES and config.num_stages > 1:
+        # Another version of Triton than the table was made with may lay its buffers out differently.
+        config = replace(config, num_stages=config.num_stages - 1)
+        made = _compiled(kernel, config, constants, dtype, capability)
+    ptx = _without_hidden_parameters(made.asm["ptx"], len(kernel.arg_names) - len(constants))
     registers, spill_bytes = _assembled(ptx, capability)
     tokens = "".join(f"-{count}" for count in layer.tokens)
     return CompiledKernel(
@@ -153,6 +143,29 @@ def compile_kernel(layer: AttentionLayer, dtype: str, capability: int) -> tuple[
         registers=registers,
         spill_bytes=spill_bytes,
     ), ptx
+
+
+def _compiled(kernel: Any, config: LaunchConfig, constants: dict[str, int], dtype: str, capability: int) -> Any:
+    names = kernel.arg_names
+    types = {name: "*" + _TRITON_DTYPES[dtype] if name.startswith("p_") else "i32" for name in names}
+    with triton.knobs.compilation.scope():
+        # Line information would name the folder that the sources lie in.
+        triton.knobs.compilation.disable_line_info = True
+        return triton.compile(
+            ASTSource(
+                fn=kernel,
+                signature={name: "constexpr" if name in constants else types[name] for name in names},
+                constexprs={(names.index(name),): value for name, value in constants.items()},
+                attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.startswith("p_")},
+            ),
+            target=GPUTarget("cuda", capability, 32),
+            options={
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+                "ptx_version": _PTX_VERSIONS[capability],
+                "enable_fp_fusion": True,
+            },
+        )
 
 
 def _specialized(layer: AttentionLayer, capability: int) -> tuple[Any, LaunchConfig, dict[str, int]]:

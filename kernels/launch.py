@@ -11,6 +11,8 @@ from typing import TypeVar
 
 # What a kernel may use unless its launcher asks the driver for more, which TensorRT is not known to do.
 PORTABLE_SHARED_BYTES = 48 * 1024
+# The least that `tl.dot` takes on any axis.
+_LEAST = 16
 # At most this many queries leave most of a device idle with blocks of 64.
 _FEW_QUERIES = 256
 
@@ -49,7 +51,7 @@ _SELF_MMA: Mapping[int, _Row] = MappingProxyType(
 # Hopper's and datacenter Blackwell's tensor cores read their operands from shared memory, so the queries lie there too.
 _SELF_WGMMA: Mapping[int, _Row] = MappingProxyType(
     {
-        48: (LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3)),
+        48: (LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 2)),
         64: (LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 4, 2)),
         96: (LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 32, 4, 3)),
         128: (LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 16, 4, 3)),
@@ -60,6 +62,17 @@ _SELF_FEW = LaunchConfig(32, 16, 4, 3)
 _CROSS: Mapping[int, LaunchConfig] = MappingProxyType({96: LaunchConfig(32, 32, 4, 2), 160: LaunchConfig(16, 32, 4, 2)})
 # Any head width, and fp32, whose tiles are twice as large and which is there for tests.
 _FRUGAL = LaunchConfig(16, 16, 4, 1)
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """A head's width as a main part and a tail (0: none) that cover it, each a power of two that `tl.dot` takes.
+
+    >>> split_width(40), split_width(64), split_width(160)
+    ((32, 16), (64, 0), (128, 32))
+    """
+    main = max(_LEAST, 1 << (width.bit_length() - 1))
+    rest = width - main
+    return (main, 0) if rest <= 0 else (main, max(_LEAST, 1 << (rest - 1).bit_length()))
 
 
 def self_attention_launch(shape: AttentionShape, capability: int, *, portable: bool = False) -> LaunchConfig:

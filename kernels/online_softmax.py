@@ -12,19 +12,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# The least that `tl.dot` takes on any axis.
-_LEAST = 16
-
-
-def split_width(width: int) -> tuple[int, int]:
-    """A head's width as a main part and a tail (0: none) that cover it, each a power of two.
-
-    >>> split_width(40), split_width(64), split_width(160)
-    ((32, 16), (64, 0), (128, 32))
-    """
-    main = max(_LEAST, 1 << (width.bit_length() - 1))
-    rest = width - main
-    return (main, 0) if rest <= 0 else (main, max(_LEAST, 1 << (rest - 1).bit_length()))
 
 
 @triton.jit

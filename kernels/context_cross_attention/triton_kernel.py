@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from kernels.launch import AttentionShape, cross_attention_launch
-from kernels.online_softmax import LOG2_E, attend, load_rows, split_width, store_rows
+from kernels.launch import AttentionShape, cross_attention_launch, split_width
+from kernels.online_softmax import LOG2_E, attend, load_rows, store_rows
 
 
 def launch(tensors: tuple[Tensor, ...], num_heads: int) -> tuple[Tensor, Tensor]:

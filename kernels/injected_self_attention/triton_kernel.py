@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from kernels.dispatch import compute_capability
-from kernels.launch import AttentionShape, self_attention_launch
-from kernels.online_softmax import LOG2_E, attend, load_rows, split_width, store_rows
+from kernels.launch import AttentionShape, self_attention_launch, split_width
+from kernels.online_softmax import LOG2_E, attend, load_rows, store_rows
 
 # Mask values that are read at a time when looking for the tokens that count.
 _SCAN = tl.constexpr(1024)
