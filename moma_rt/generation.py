@@ -13,7 +13,7 @@ from moma_rt.buffers import GenerationBuffers
 from moma_rt.errors import Cancelled, InputError, MomaError
 from moma_rt.messages import shown
 from moma_rt.noise import MAX_SEED, check_seed
-from moma_rt.schedules import Column, schedule
+from moma_rt.schedules import ALL_TIMESTEPS, Column, guidance_halves, schedule
 
 MAX_STRENGTH = 2.0
 MAX_GUIDANCE_SCALE = 100.0
@@ -61,6 +61,7 @@ class Settings:
     strength: float
     steps: int
     guidance_scale: float
+    guidance_interval: tuple[float, float]
     scheduler: str
     seed: int
     num_images: int
@@ -68,6 +69,7 @@ class Settings:
     def __post_init__(self) -> None:
         _check_number("strength", self.strength, 0.0, MAX_STRENGTH)
         _check_number("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE_SCALE)
+        _check_interval("guidance_interval", self.guidance_interval, *ALL_TIMESTEPS)
         if isinstance(self.num_images, bool) or not isinstance(self.num_images, int | np.integer):
             raise InputError(
                 f"num_images is {shown(self.num_images)}: it must be a whole number from 1 to {MAX_IMAGES}"
@@ -81,12 +83,17 @@ class Settings:
     @cached_property
     def rows(self) -> FloatArray:
         """The schedule, float32 [steps,64]."""
-        return schedule(self.scheduler, self.steps, self.guidance_scale)
+        return schedule(self.scheduler, self.steps, self.guidance_scale, self.guidance_interval)
+
+    @property
+    def halves(self) -> tuple[int, ...]:
+        """The numbers of guidance halves that steps have, rising: 2 where guided, 1 where not."""
+        return tuple(np.unique(guidance_halves(self.rows)).tolist())
 
     @property
     def guided(self) -> bool:
         """Whether the unconditional half is computed at all."""
-        return self.guidance_scale != 1.0
+        return 2 in self.halves
 
     @property
     def seeds(self) -> list[int]:
@@ -104,11 +111,12 @@ def sample(buffers: GenerationBuffers, rows: FloatArray, noise: FloatArray | Non
     Raises:
         Cancelled: `done` returned False.
     """
+    halves = guidance_halves(rows)
     for index, row in enumerate(rows):
         buffers.upload("schedule_row", row)
         if noise is not None:
             buffers.upload("noise", noise[index])
-        buffers.step()
+        buffers.step(int(halves[index]))
         if done(StepInfo(index + 1, len(rows), int(row[Column.TIMESTEP]))) is False:
             raise Cancelled(f"cancelled after step {index + 1} of {len(rows)}")
 
@@ -162,3 +170,12 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
     if not isinstance(value, bool) and isinstance(value, numbers) and low <= value <= high:
         return
     raise InputError(f"{name} is {shown(value)}: it must be between {low:g} and {high:g}")
+
+
+def _check_interval(name: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise InputError(f"{name} is {shown(value)}: it must be two numbers, the lowest and the highest timestep")
+    for number in value:
+        _check_number(name, number, low, high)
+    if value[0] > value[1]:
+        raise InputError(f"{name} is {shown(value)}: its first number must not be above its second")

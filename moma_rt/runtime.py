@@ -35,7 +35,7 @@ from moma_rt.messages import shown, warn
 from moma_rt.networks import Networks, largest
 from moma_rt.noise import Stream, check_seed, draw
 from moma_rt.prompts import check_prompt, text_prompt
-from moma_rt.schedules import Column
+from moma_rt.schedules import ALL_TIMESTEPS, Column
 from moma_rt.selection import choose, local_host
 from moma_rt.stages import Stages
 from moma_rt.subject import Origin, Prefix, Subject
@@ -156,6 +156,7 @@ class Runtime:
         strength: float = 1.0,
         steps: int = 50,
         guidance_scale: float = 7.5,
+        guidance_interval: tuple[float, float] = ALL_TIMESTEPS,
         negative_prompt: str = "",
         seed: int = 0,
         num_images: int = 1,
@@ -170,12 +171,16 @@ class Runtime:
             subject: from `enroll` with a bundle of the same base, or `Subject.load`.
             prompt: such as "A car on a beach."; beyond 77 CLIP tokens it is cut, with a MomaWarning.
             strength: of the subject's appearance, 0 to 2: about 1.0 for a new context, 0.4 for a new texture.
-            steps: of denoising, 1 to 999.
+            steps: of denoising, 1 to 999; at most 50 with "lcm" and "tcd", 998 with "dpmpp_2m".
             guidance_scale: of the prompt, 0 to 100; 1.0 is none and takes half the time.
+            guidance_interval: lowest and highest timestep that is guided, 0 to 999 (arXiv 2404.07724). Steps outside
+                are those of guidance scale 1.0: they take half the time, and scale the foreground mask to the range of
+                the conditional half instead of that of both.
             negative_prompt: what the picture should not show.
             seed: of the first picture, 0 to 2**64 - 1; the following ones have the following seeds.
             num_images: 1 to 64; as many as the bundle allows are made together.
-            scheduler: one of `moma_rt.schedules.SCHEDULERS`.
+            scheduler: one of `moma_rt.schedules.SCHEDULERS`. "lcm" and "tcd" are for bundles with a fused LCM, TCD or
+                Hyper-SD LoRA (`python -m export.build --lora`), 4 to 8 steps and a guidance_scale of 1.0.
             latents: float32 [num_images,4,h,w], standard normal, instead of drawn from the seeds.
             context_embedding: float32 [1024], instead of the language model's reading of photo and prompt.
             on_step: called after each step with a StepInfo; returning False cancels. It must not call this runtime,
@@ -192,7 +197,7 @@ class Runtime:
             raise InputError(f"subject must be a Subject, from enroll or Subject.load, not {shown(subject)}")
         if on_step is not None and not callable(on_step):
             raise InputError(f"on_step must be a function of a StepInfo, not {shown(on_step)}")
-        settings = Settings(strength, steps, guidance_scale, scheduler, seed, num_images)
+        settings = Settings(strength, steps, guidance_scale, guidance_interval, scheduler, seed, num_images)
         check_prompt(prompt)
         check_prompt(negative_prompt, "negative prompt")
         geometry = self.bundle.manifest.geometry
@@ -268,7 +273,7 @@ class Runtime:
             def done(info: StepInfo, before: int = number * len(rows)) -> bool | None:
                 return on_step(StepInfo(before + info.step, len(chunks) * len(rows), info.timestep))
 
-            buffers = self._ready_buffers(subject, conditions, latents[chunk], settings.strength, stages)
+            buffers = self._ready_buffers(subject, conditions, settings, latents[chunk], stages)
             noise = _step_noise(rows, settings.seeds[chunk], latents.shape[1:])
             with stages.timed("denoiser"):
                 sample(buffers, rows, noise, done)
@@ -284,22 +289,23 @@ class Runtime:
         return [slice(start, min(start + most, count)) for start in range(0, count, most)]
 
     def _ready_buffers(
-        self, subject: Subject, conditions: _Conditions, latents: FloatArray, strength: float, stages: Stages
+        self, subject: Subject, conditions: _Conditions, settings: Settings, latents: FloatArray, stages: Stages
     ) -> GenerationBuffers:
         """Buffers of the right size with everything in place for the first step."""
-        batch, halves = len(latents), len(conditions.text_tokens)
-        sizes = {"batch": batch, "guided_batch": halves * batch}
-        sizes |= {f"reference_tokens_{grid}": count for grid, count in subject.token_counts().items()}
+        batch, halves = len(latents), settings.halves
+        sizes = {f"reference_tokens_{grid}": count for grid, count in subject.token_counts().items()}
+        sizes["batch"] = batch
         networks = self._networks
         denoiser, decoder = networks.get("denoiser", stages), networks.get("vae_decoder", stages)
         buffers = self._buffers.get_or_make(
-            tuple(sorted(sizes.items())), lambda: GenerationBuffers(networks.backend, denoiser, decoder, sizes)
+            (halves, *sorted(sizes.items())),
+            lambda: GenerationBuffers(networks.backend, denoiser, decoder, sizes, halves),
         )
         buffers.hold(subject.identity, subject.inputs())
-        buffers.upload("text_tokens", conditions.text_tokens.repeat(batch, axis=0))
-        buffers.upload("context_tokens", conditions.context_tokens.repeat(batch, axis=0))
+        buffers.condition("text_tokens", conditions.text_tokens)
+        buffers.condition("context_tokens", conditions.context_tokens)
         buffers.upload("subject_weights", np.tile(conditions.subject_weights, (batch, 1)))
-        buffers.upload("strength", np.full(batch, strength, np.float32))
+        buffers.upload("strength", np.full(batch, settings.strength, np.float32))
         buffers.begin(latents)
         return buffers
 

@@ -5,13 +5,15 @@ A step of any scheduler here is linear in the latents, the predicted noise, a hi
     x'       = a·x  + b·eps  + c·history  + s·noise
     history' = hx·x + he·eps + hh·history
 
-The denoiser is given the row and never knows which scheduler made it. `Column` names the entries of a row.
+The denoiser is given the row and never knows which scheduler made it. `Column` names the entries of a row; what the
+coefficients of each scheduler are, and why, is in `moma_rt.solvers`.
 """
 
 import enum
 import math
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -19,15 +21,25 @@ import numpy.typing as npt
 
 from moma_rt.errors import InputError
 from moma_rt.messages import shown
+from moma_rt.solvers import (
+    DISTILLED_STEPS,
+    TRAINING_STEPS,
+    Floats,
+    Solution,
+    ddim,
+    dpmpp_2m,
+    dpmpp_2m_karras,
+    euler,
+    lcm,
+    tcd,
+)
 
-TRAINING_STEPS = 1000
-# The leading grid starts at offset 1: with 1000 steps its first timestep would be 1000, one past the last.
-MAX_STEPS = TRAINING_STEPS - 1
 ROW_LENGTH = 64
+# Every timestep of every scheduler is inside it.
+ALL_TIMESTEPS = (0, TRAINING_STEPS - 1)
 
 _BETA_START = 0.00085
 _BETA_END = 0.012
-_STEPS_OFFSET = 1
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 # MoMA injects no reference while t >= 950: the layout of the new picture is not yet settled there.
 _INJECTION_BELOW = 950
@@ -72,13 +84,41 @@ def reference_noising() -> tuple[float, float]:
     return math.sqrt(first), math.sqrt(1.0 - first)
 
 
-def schedule(name: str, steps: int, guidance_scale: float) -> npt.NDArray[np.float32]:
+@dataclass(frozen=True)
+class _Scheduler:
+    solve: Callable[[int, Floats], Solution]
+    max_steps: int
+
+
+_SCHEDULERS: Mapping[str, _Scheduler] = MappingProxyType(
+    {
+        # The leading grid starts at offset 1: of 1000 steps the first timestep would be 1000, one past the last.
+        "ddim": _Scheduler(ddim, TRAINING_STEPS - 1),
+        "dpmpp_2m": _Scheduler(dpmpp_2m, TRAINING_STEPS - 2),
+        "dpmpp_2m_karras": _Scheduler(dpmpp_2m_karras, TRAINING_STEPS - 1),
+        "euler": _Scheduler(euler, TRAINING_STEPS - 1),
+        "lcm": _Scheduler(lcm, DISTILLED_STEPS),
+        "tcd": _Scheduler(tcd, DISTILLED_STEPS),
+    }
+)
+SCHEDULERS: tuple[str, ...] = tuple(_SCHEDULERS)
+
+
+def schedule(
+    name: str, steps: int, guidance_scale: float, guidance_interval: tuple[float, float] = ALL_TIMESTEPS
+) -> npt.NDArray[np.float32]:
     """The table of a whole generation, first step (most noise) first.
+
+    "ddim" is the original MoMA's. "lcm" and "tcd" make pictures in 4 to 8 steps, but only of bases that were distilled
+    for it: fuse an LCM, TCD or Hyper-SD LoRA (`python -m export.build --lora`), and use guidance scale 1, because such
+    a LoRA has guidance built in.
 
     Args:
         name: one of `SCHEDULERS`.
-        steps: number of denoising steps, 1 to `MAX_STEPS`.
+        steps: number of denoising steps, from 1; to 50 with "lcm" and "tcd", 998 with "dpmpp_2m", else 999.
         guidance_scale: finite weight of classifier-free guidance; 1 is none.
+        guidance_interval: lowest and highest timestep that is guided; at all others the scale is 1. Kynkäänniemi et
+            al., "Applying Guidance in a Limited Interval", arXiv 2404.07724.
 
     Returns:
         float32 [steps, 64], C-contiguous; columns as `Column` names them.
@@ -86,47 +126,36 @@ def schedule(name: str, steps: int, guidance_scale: float) -> npt.NDArray[np.flo
     Raises:
         InputError: an unknown scheduler, or a number outside its range.
     """
-    if not isinstance(name, str) or name not in _TABLES:
+    if not isinstance(name, str) or name not in _SCHEDULERS:
         raise InputError(f"unknown scheduler {shown(name)}; available: {', '.join(SCHEDULERS)}")
-    count = _checked_steps(steps)
     if not abs(guidance_scale) <= _FLOAT32_MAX:
         raise InputError(f"guidance scale must be a finite number in float32, not {shown(guidance_scale)}")
-    rows = np.zeros((count, ROW_LENGTH), np.float64)
-    _TABLES[name](rows)
-    rows[:, Column.GUIDANCE] = guidance_scale
-    rows[:, Column.INJECTION] = rows[:, Column.TIMESTEP] < _INJECTION_BELOW
+    scheduler, (low, high) = _SCHEDULERS[name], guidance_interval
+    solution = scheduler.solve(_checked_steps(name, steps, scheduler.max_steps), alphas_cumprod())
+    timesteps = solution.timesteps
+    rows = np.zeros((len(timesteps), ROW_LENGTH), np.float64)
+    rows[:, Column.TIMESTEP] = timesteps
+    rows[:, Column.LATENTS] = solution.latents
+    rows[:, Column.EPS] = solution.eps
+    rows[:, Column.HISTORY] = solution.history
+    rows[:, Column.NOISE] = solution.noise
+    rows[:, Column.HISTORY_LATENTS] = solution.history_latents
+    rows[:, Column.HISTORY_EPS] = solution.history_eps
+    rows[:, Column.GUIDANCE] = np.where((low <= timesteps) & (timesteps <= high), guidance_scale, 1.0)
+    rows[:, Column.INJECTION] = timesteps < _INJECTION_BELOW
     return rows.astype(np.float32)
 
 
-def _checked_steps(steps: int) -> int:
+def guidance_halves(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """How many halves of guidance each step of a table computes: int64 [steps], 2, or 1 where the scale is 1."""
+    return np.where(rows[:, Column.GUIDANCE] == 1.0, 1, 2)
+
+
+def _checked_steps(name: str, steps: int, most: int) -> int:
     try:
         count = operator.index(steps)
     except TypeError:
-        raise InputError(f"steps must be a whole number, 1 to {MAX_STEPS}, not {shown(steps)}") from None
-    if not 1 <= count <= MAX_STEPS:
-        raise InputError(f"steps must be 1 to {MAX_STEPS}, not {shown(count)}")
+        raise InputError(f"with {name}, steps must be a whole number, 1 to {most}, not {shown(steps)}") from None
+    if not 1 <= count <= most:
+        raise InputError(f"with {name}, steps must be 1 to {most}, not {shown(count)}")
     return count
-
-
-def _leading_timesteps(steps: int) -> npt.NDArray[np.int64]:
-    """Multiples of 1000 // steps, plus one, falling: int64 [steps] in 1..999."""
-    return np.arange(steps, dtype=np.int64)[::-1] * (TRAINING_STEPS // steps) + _STEPS_OFFSET
-
-
-def _ddim(rows: npt.NDArray[np.float64]) -> None:
-    """Deterministic DDIM: Song et al., "Denoising Diffusion Implicit Models", eq. 12 with sigma = 0.
-
-    The last step goes to abar_0, not to 1: what is left of the noise there stays, as in the original.
-    """
-    steps = len(rows)
-    timesteps = _leading_timesteps(steps)
-    previous = np.maximum(timesteps - TRAINING_STEPS // steps, 0)
-    signal = alphas_cumprod()
-    now, then = signal[timesteps], signal[previous]
-    rows[:, Column.TIMESTEP] = timesteps
-    rows[:, Column.LATENTS] = np.sqrt(then / now)
-    rows[:, Column.EPS] = np.sqrt(1.0 - then) - np.sqrt(then * (1.0 - now) / now)
-
-
-_TABLES: Mapping[str, Callable[[npt.NDArray[np.float64]], None]] = MappingProxyType({"ddim": _ddim})
-SCHEDULERS: tuple[str, ...] = tuple(_TABLES)

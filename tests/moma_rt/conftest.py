@@ -190,7 +190,11 @@ def _denoiser(i: Arrays) -> Arrays:
         + row[Column.HISTORY] * i["history"]
         + row[Column.NOISE] * i["noise"]
     )
-    history = row[Column.HISTORY_EPS] * eps + row[Column.HISTORY_HISTORY] * i["history"]
+    history = (
+        row[Column.HISTORY_LATENTS] * i["latents"]
+        + row[Column.HISTORY_EPS] * eps
+        + row[Column.HISTORY_HISTORY] * i["history"]
+    )
     foreground = 1 / (1 + np.exp(-following.mean(1, keepdims=True))) * (0.5 + 0.5 * i["foreground_mask"])
     return {"next_latents": following, "next_history": history, "next_foreground_mask": foreground}
 

@@ -6,36 +6,14 @@ import pytest
 
 from moma_rt.errors import InputError
 from moma_rt.schedules import (
-    MAX_STEPS,
     ROW_LENGTH,
     SCHEDULERS,
     Column,
     alphas_cumprod,
+    guidance_halves,
     reference_noising,
     schedule,
 )
-
-ALL_STEPS = [1, 4, 10, 19, 20, 50, 100, 500, 999]
-
-
-def _ddim_scheduler(steps: int):
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def _denoise(matrix: np.ndarray, x: np.ndarray, timestep: float) -> np.ndarray:
-    """A linear denoiser: predicts noise of about unit size that depends on the timestep."""
-    return matrix @ x * (0.5 + timestep / 1000)
 
 
 def _step(row: np.ndarray, x: np.ndarray, eps: np.ndarray) -> np.ndarray:
@@ -63,13 +41,26 @@ class TestTable:
     def test_guidance_is_in_every_row(self):
         assert (schedule("ddim", 5, 3.25)[:, Column.GUIDANCE] == 3.25).all()
 
+    @pytest.mark.parametrize(
+        ("interval", "scales"),
+        [
+            ((201, 801), [3.25, 3.25, 3.25, 3.25, 1.0]),
+            ((201.5, 800.5), [1.0, 3.25, 3.25, 1.0, 1.0]),
+            ((0, 999), [3.25] * 5),
+            ((2, 200), [1.0] * 5),
+        ],
+    )
+    def test_guidance_is_in_the_rows_of_its_interval(self, interval, scales):
+        rows, without = schedule("ddim", 5, 3.25, interval), schedule("ddim", 5, 1.0)
+        assert rows[:, Column.GUIDANCE].tolist() == scales
+        assert guidance_halves(rows).tolist() == [1 if scale == 1.0 else 2 for scale in scales]
+        others = np.arange(ROW_LENGTH) != Column.GUIDANCE
+        np.testing.assert_array_equal(rows[:, others], without[:, others])
+        assert (guidance_halves(without) == 1).all()
+
     def test_tables_are_independent(self):
         schedule("ddim", 5, 7.5)[:] = 0
         assert schedule("ddim", 5, 7.5)[:, Column.LATENTS].all()
-
-    @pytest.mark.parametrize("steps", ALL_STEPS)
-    def test_every_number_is_finite(self, steps):
-        assert np.isfinite(schedule("ddim", steps, 7.5)).all()
 
     # Measured on the original: number of steps -> first three timesteps, steps without injection (t >= 950).
     @pytest.mark.parametrize(
@@ -103,36 +94,15 @@ class TestNoiseSchedule:
         assert (np.diff(signal) < 0).all()
 
     def test_signal_power_is_that_of_diffusers_to_the_last_bit(self):
-        np.testing.assert_array_equal(alphas_cumprod(), _ddim_scheduler(1).alphas_cumprod.numpy().astype(np.float64))
+        diffusers = pytest.importorskip("diffusers")
+        scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        np.testing.assert_array_equal(alphas_cumprod(), scheduler.alphas_cumprod.numpy().astype(np.float64))
 
     def test_reference_noising(self):
         signal, noise = reference_noising()
         assert signal == pytest.approx(math.sqrt(0.9991499781608582), rel=1e-12)
         assert signal**2 + noise**2 == pytest.approx(1.0, abs=1e-12)
         assert noise == pytest.approx(math.sqrt(0.00085), rel=1e-4)
-
-
-class TestAgainstDiffusers:
-    @pytest.mark.parametrize("steps", ALL_STEPS)
-    def test_timesteps(self, steps):
-        expected = _ddim_scheduler(steps).timesteps.tolist()
-        assert schedule("ddim", steps, 7.5)[:, Column.TIMESTEP].tolist() == expected
-
-    @pytest.mark.parametrize("steps", [1, 4, 10, 19, 20, 50, 100])
-    def test_trajectory_under_a_linear_denoiser(self, steps):
-        torch = pytest.importorskip("torch")
-        generator = np.random.default_rng(steps)
-        matrix, _ = np.linalg.qr(generator.standard_normal((64, 64)))
-        matrix = matrix.astype(np.float32)
-        ours = generator.standard_normal(64).astype(np.float32)
-        theirs = ours.copy()
-        scheduler = _ddim_scheduler(steps)
-        for row in schedule("ddim", steps, 7.5):
-            timestep = int(row[Column.TIMESTEP])
-            ours = _step(row, ours, _denoise(matrix, ours, timestep))
-            eps = torch.from_numpy(_denoise(matrix, theirs, timestep))
-            theirs = scheduler.step(eps, timestep, torch.from_numpy(theirs)).prev_sample.numpy()
-            assert np.abs(ours - theirs).max() <= 1e-5 * max(1.0, np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("case", ["context", "texture"])
@@ -156,9 +126,9 @@ class TestAgainstTheOriginal:
 
 
 class TestWrongInput:
-    @pytest.mark.parametrize("steps", [0, -1, MAX_STEPS + 1, 10**30])
+    @pytest.mark.parametrize("steps", [0, -1, 1000, 10**30])
     def test_steps_out_of_range(self, steps):
-        with pytest.raises(InputError, match=f"steps must be 1 to 999, not {steps}"):
+        with pytest.raises(InputError, match=f"with ddim, steps must be 1 to 999, not {steps}"):
             schedule("ddim", steps, 7.5)
 
     @pytest.mark.parametrize("steps", [2.0, "20", None])
@@ -170,9 +140,11 @@ class TestWrongInput:
         assert len(schedule("ddim", np.int64(7), 7.5)) == 7
 
     def test_unknown_scheduler_lists_the_known_ones(self):
-        with pytest.raises(InputError, match="unknown scheduler 'DDIM'; available: ddim"):
+        with pytest.raises(InputError) as caught:
             schedule("DDIM", 20, 7.5)
-        assert "ddim" in SCHEDULERS
+        available = "ddim, dpmpp_2m, dpmpp_2m_karras, euler, lcm, tcd"
+        assert str(caught.value) == f"unknown scheduler 'DDIM'; available: {available}"
+        assert ", ".join(SCHEDULERS) == available
 
     @pytest.mark.parametrize("guidance", [math.nan, math.inf, -math.inf, 1e39, -1e39, 10**400])
     def test_guidance_that_is_no_number(self, guidance):
