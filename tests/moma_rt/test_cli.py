@@ -85,9 +85,11 @@ def test_the_options_reach_the_runtime(enrolled, fake_bundle, backend, runtime, 
     from moma_rt.subject import Subject
 
     out = enrolled / "a.png"
-    options = "--steps 3 --strength 0.4 --guidance-scale 2 --seed 9 --scheduler ddim --threads 1 --quiet".split()
+    options = "--steps 3 --strength 0.4 --guidance-scale 2 --seed 9 --threads 1 --quiet".split()
+    options += "--scheduler dpmpp_2m --guidance-interval 300,600.5".split()
     assert run("generate", fake_bundle, enrolled / "car.subject", "A car.", "--out", out, *options) == 0
     options = {"steps": 3, "strength": 0.4, "guidance_scale": 2.0, "seed": 9}
+    options |= {"scheduler": "dpmpp_2m", "guidance_interval": (300, 600.5)}
     expected = runtime.generate(Subject.load(enrolled / "car.subject"), "A car.", **options)
     np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(expected.images[0]))
     runs = len(backend.inputs_of("text_encoder"))
@@ -183,6 +185,9 @@ def test_a_folder_without_permission(enrolled, fake_bundle, capsys, monkeypatch)
         (["--strength", "nan"], "strength is nan"),
         (["--steps", "0"], "steps must be 1 to 999, not 0"),
         (["--guidance-scale", "-2"], "guidance_scale is -2.0"),
+        (["--guidance-interval", "9,3"], "guidance_interval is (9.0, 3.0): its first number must not be above"),
+        (["--guidance-interval", "9"], "guidance_interval is (9.0,): it must be two numbers"),
+        (["--guidance-interval", "a,b"], "--guidance-interval a,b: it must be two timesteps, LOW,HIGH"),
         (["--num-images", "0"], "num_images is 0"),
         (["--num-images", "65"], "num_images is 65"),
         (["--seed", "-1"], "seed must be 0 to"),

@@ -12,6 +12,7 @@ from moma_rt.engines import Device, EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError, MomaError, MomaWarning
 from moma_rt.files import sha256_file
 from moma_rt.runtime import Runtime
+from moma_rt.schedules import ALL_TIMESTEPS
 from tests.moma_rt.fake_gpu import FakeGpu
 
 H100 = Device("H100", 90)
@@ -51,8 +52,13 @@ def bundle(tmp_path, fakes):
 def pictures(runtime, subject):
     """Of several batch sizes, with and without guidance, so that buffers and scratch regions of many sizes are used."""
     results = [
-        runtime.generate(subject, prompt, steps=3, num_images=count, guidance_scale=scale)
-        for prompt, count, scale in ((PROMPTS[0], 1, 7.5), (PROMPTS[1], 6, 7.5), (PROMPTS[0], 2, 1.0))
+        runtime.generate(subject, prompt, steps=3, num_images=count, guidance_scale=scale, guidance_interval=interval)
+        for prompt, count, scale, interval in (
+            (PROMPTS[0], 1, 7.5, ALL_TIMESTEPS),
+            (PROMPTS[1], 6, 7.5, ALL_TIMESTEPS),
+            (PROMPTS[0], 2, 1.0, ALL_TIMESTEPS),
+            (PROMPTS[1], 5, 7.5, (300, 400)),
+        )
     ]
     return [np.asarray(image) for r in results for image in r.images], [m for r in results for m in r.foreground_masks]
 
@@ -67,7 +73,7 @@ def test_engines_make_the_same_pictures(gpu, bundle, fakes, photo, mask):
     for name, tensor in tensors[1].items():
         np.testing.assert_array_equal(tensors[0][name], tensor)
     (images, masks), (wanted_images, wanted_masks) = pictures(runtime, subjects[0]), pictures(expected, subjects[1])
-    assert len(images) == 9
+    assert len(images) == 14
     np.testing.assert_array_equal(images, wanted_images)
     np.testing.assert_array_equal(masks, wanted_masks)
     assert gpu.cuda.used > 0
