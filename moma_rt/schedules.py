@@ -92,7 +92,7 @@ class _Scheduler:
 
 _SCHEDULERS: Mapping[str, _Scheduler] = MappingProxyType(
     {
-        # The leading grid starts at offset 1: of 1000 steps the first timestep would be 1000, one past the last.
+        # Leading grids have offset 1: with one step more, the first timestep would be 1000, one past the last.
         "ddim": _Scheduler(ddim, TRAINING_STEPS - 1),
         "dpmpp_2m": _Scheduler(dpmpp_2m, TRAINING_STEPS - 2),
         "dpmpp_2m_karras": _Scheduler(dpmpp_2m_karras, TRAINING_STEPS - 1),
