@@ -9,11 +9,12 @@ result.images[0].save("beach.png")
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from moma_rt.errors import BundleError, Cancelled, InputError, MomaError, MomaWarning, SubjectError
+from moma_rt.errors import BundleError, Cancelled, InputError, MomaError, MomaWarning, OutOfMemory, SubjectError
 
 if TYPE_CHECKING:
-    from moma_rt.generation import Result, StepInfo
+    from moma_rt.generation import Result
     from moma_rt.runtime import Runtime
+    from moma_rt.sampling import StepInfo
     from moma_rt.subject import Subject
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "InputError",
     "MomaError",
     "MomaWarning",
+    "OutOfMemory",
     "Result",
     "Runtime",
     "StepInfo",
@@ -36,7 +38,7 @@ __all__ = [
 _LAZY = {
     "Result": "moma_rt.generation",
     "Runtime": "moma_rt.runtime",
-    "StepInfo": "moma_rt.generation",
+    "StepInfo": "moma_rt.sampling",
     "Subject": "moma_rt.subject",
 }
 

@@ -1,24 +1,31 @@
 """The memory in which pictures are made: allocated and bound once, used by every generation of its size."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
-from moma_rt.backends.base import Array, Backend, Bound, Buffer, Network
+from moma_rt.backends.base import Array, Backend, Bound, Buffer, Network, Recording
+from moma_rt.lru import Lru
 from moma_rt.specs import NetworkSpec
 
 # What a step reads of itself and hands to the next one; the denoiser's outputs are named next_<name>.
 STATE = ("latents", "history", "foreground_mask")
 # What the halves of guidance differ in: their batch is that of the halves together.
 CONDITIONS = ("text_tokens", "context_tokens")
+# What differs from step to step: a row of a table each. Tables have room for so many steps at least.
+_TABLE_ROWS = MappingProxyType({"schedule_row": 64, "noise": 1})
+# Generations of other lengths or guidance; a recording of 50 steps holds some ten thousand launches.
+_RECORDINGS = 4
 
 
 class GenerationBuffers:
     """Owns every buffer of the denoiser and the VAE decoder for one batch size, choice of guidance and reference size.
 
     The state lies in two sets of buffers. Even steps read the first and write the second, odd steps the other
-    way round; each direction is bound once, so a step uploads 256 bytes and allocates nothing. A step computes as many
-    halves of guidance as it has conditions for: each number of `halves` has its own conditions, and shares the rest.
+    way round; each direction is bound once. What differs between the steps lies in tables beside them, so a generation
+    uploads before its first step and not again, and the whole of it can be recorded. A step computes as many halves of
+    guidance as it has conditions for: each number of `halves` has its own conditions, and shares the rest.
 
     sizes: of the denoiser's dynamic dimensions but guided_batch, which is halves times batch.
     halves: the numbers of halves that steps will have, 2 with guidance and 1 without.
@@ -33,11 +40,12 @@ class GenerationBuffers:
         halves: Iterable[int],
     ) -> None:
         self._backend = backend
-        self._batch = sizes["batch"]
+        self._spec = denoiser.spec
+        self.batch = sizes["batch"]
         shared = (t.name for t in denoiser.spec.inputs)
         self._inputs = _allocate(backend, denoiser.spec, sizes, shared, (*STATE, *CONDITIONS))
         self._conditions = {
-            count: _allocate(backend, denoiser.spec, {**sizes, "guided_batch": count * self._batch}, CONDITIONS)
+            count: _allocate(backend, denoiser.spec, {**sizes, "guided_batch": count * self.batch}, CONDITIONS)
             for count in halves
         }
         self._states = tuple(_allocate(backend, denoiser.spec, sizes, STATE) for _ in range(2))
@@ -46,12 +54,24 @@ class GenerationBuffers:
         self._decoders = tuple(
             decoder.bind({"latents": state["latents"], "image": self._images["image"]}) for state in self._states
         )
+        self._tables: dict[str, Buffer] = {}
+        self._read: tuple[str, ...] = ()
+        self._recordings: Lru[tuple[int, ...], Recording | None] = Lru(_RECORDINGS)
         self._current = 0
-        self._resident = ""
+        self._residents = [""] * self.batch
 
     def _bind_step(self, denoiser: Network, halves: int, parity: int) -> Bound:
         following = {f"next_{name}": buffer for name, buffer in self._states[1 - parity].items()}
         return denoiser.bind({**self._inputs, **self._conditions[halves], **self._states[parity], **following})
+
+    def schedule(self, rows: Array, noise: Array | None) -> None:
+        """What each step reads: rows float32 [steps,64], and fresh noise float32 [steps,B,4,h,w] or None."""
+        self._upload_table("schedule_row", rows)
+        if noise is not None:
+            self._upload_table("noise", noise)
+        elif "noise" in self._read:
+            self._fill(self._inputs["noise"], 0.0)
+        self._read = ("schedule_row",) if noise is None else tuple(_TABLE_ROWS)
 
     def begin(self, latents_bchw: Array) -> None:
         """Start over from these latents, float32 [B,4,h,w], with no history and a foreground of ones."""
@@ -60,42 +80,98 @@ class GenerationBuffers:
         self._backend.upload(state["latents"], latents_bchw)
         self._fill(state["history"], 0.0)
         self._fill(state["foreground_mask"], 1.0)
-        self._fill(self._inputs["noise"], 0.0)
 
-    def hold(self, owner: str, inputs: Mapping[str, Array]) -> None:
-        """Upload inputs of one sample, repeated over the batch, unless they are still here from the same owner."""
-        if owner == self._resident:
+    def hold(self, sample: int, owner: str, inputs: Mapping[str, Array]) -> None:
+        """Upload one sample's inputs, of a sample's shape, unless they are still here from the same owner.
+
+        Reference tokens may be fewer than there is room for: zeros follow, in the object mask as well.
+        """
+        if owner == self._residents[sample]:
             return
-        self._resident = ""
-        for name, sample in inputs.items():
-            self.upload(name, np.broadcast_to(sample, self._inputs[name].shape))
-        self._resident = owner
+        self._residents[sample] = ""
+        for name, array in inputs.items():
+            buffer = self._inputs[name]
+            padded = np.zeros(buffer.shape[1:], array.dtype)
+            padded[: len(array)] = array
+            self._backend.upload(buffer, padded, row=sample)
+        self._residents[sample] = owner
 
     def upload(self, name: str, array: Array) -> None:
         """Copy an array into a denoiser input that is neither state nor condition."""
         self._backend.upload(self._inputs[name], array)
 
-    def condition(self, name: str, array_g: Array) -> None:
-        """Copy one of `CONDITIONS`, [G, ...] with the unconditional half first, over the batch.
+    def condition(self, name: str, array_gb: Array) -> None:
+        """Copy one of `CONDITIONS`, [G,B,...] with the unconditional half first.
 
         Steps of one half take the conditional one.
         """
         for halves, buffers in self._conditions.items():
-            self._backend.upload(buffers[name], array_g[-halves:].repeat(self._batch, axis=0))
+            chosen = array_gb[-halves:]
+            self._backend.upload(buffers[name], chosen.reshape(-1, *chosen.shape[2:]))
 
-    def step(self, halves: int) -> None:
-        """Enqueue one denoising step with or without guidance and make its outputs the state of the next."""
+    def step(self, index: int, halves: int) -> None:
+        """Enqueue a step, with or without guidance, and make its outputs the state of the next."""
+        for name in self._read:
+            self._backend.copy_row(self._tables[name], index, self._inputs[name])
         self._steps[halves][self._current].enqueue()
         self._current = 1 - self._current
+
+    def decode(self) -> None:
+        """Enqueue the decoding of the current latents."""
+        self._decoders[self._current].enqueue()
+
+    def recording(self, halves: Sequence[int]) -> Recording | None:
+        """The whole generation, of steps with these halves and the decoding, to be replayed; None where it cannot be.
+
+        It is recorded if it was not, and what was begun before is lost then: `begin` comes after this.
+        """
+        if not self._backend.records:
+            return None
+        key = (len(self._read), *halves)
+        recording = self._recordings.get_or_make(key, lambda: self._record(halves))
+        if recording is not None and not recording.usable:
+            self._recordings.clear()
+            recording = self._recordings.get_or_make(key, lambda: self._record(halves))
+        return recording
+
+    def replay(self, recording: Recording, steps: int) -> None:
+        """Enqueue a recorded generation of so many steps."""
+        recording.replay()
+        self._current = steps % 2
+
+    def _record(self, halves: Sequence[int]) -> Recording | None:
+        # Libraries load code and choose among it when something runs for the first time, which cannot be recorded.
+        for count in dict.fromkeys(halves):
+            self.step(0, count)
+        self.decode()
+        self._backend.synchronize()
+        self._current = 0
+
+        def enqueue() -> None:
+            for index, count in enumerate(halves):
+                self.step(index, count)
+            self.decode()
+
+        return self._backend.record(enqueue)
 
     def state(self, name: str) -> Array:
         """A copy of one of `STATE`, after everything enqueued so far."""
         return self._backend.download(self._states[self._current][name])
 
-    def decode(self) -> Array:
-        """Decode the current latents to uint8 [B,H,W,3]."""
-        self._decoders[self._current].enqueue()
+    def images(self) -> Array:
+        """What was decoded last, uint8 [B,H,W,3]."""
         return self._backend.download(self._images["image"])
+
+    def _upload_table(self, name: str, rows: Array) -> None:
+        """Tables keep their place, which recordings know, and are replaced by longer ones where they are too short."""
+        table = self._tables.get(name)
+        if table is None or table.shape[0] < len(rows):
+            self._recordings.clear()
+            shape = (max(len(rows), _TABLE_ROWS[name]), *self._inputs[name].shape)
+            table = self._tables[name] = self._backend.allocate(shape, self._spec.tensor(name).dtype)
+        padded = np.zeros(table.shape, rows.dtype)
+        padded[: len(rows)] = rows
+        self._backend.upload(table, padded)
 
     def _fill(self, buffer: Buffer, value: float) -> None:
         self._backend.upload(buffer, np.broadcast_to(np.float32(value), buffer.shape))

@@ -38,6 +38,10 @@ class CheckpointError(MomaError):
     """A checkpoint that is missing, truncated, unsafe or of another architecture."""
 
 
+class OutOfMemory(MomaError):
+    """The device has not as much memory left as a call needs; smaller calls still run."""
+
+
 class Cancelled(MomaError):
     """A generation that its step callback ended."""
 

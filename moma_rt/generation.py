@@ -1,40 +1,20 @@
-"""The sampling loop, its settings and its result."""
+"""What a generation is asked for, checked, and what it returns."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from moma_rt.backends.base import Array
-from moma_rt.buffers import GenerationBuffers
-from moma_rt.errors import Cancelled, InputError, MomaError
+from moma_rt.errors import InputError
 from moma_rt.messages import shown
 from moma_rt.noise import MAX_SEED, check_seed
-from moma_rt.schedules import ALL_TIMESTEPS, Column, guidance_halves, schedule
+from moma_rt.sampling import FloatArray
+from moma_rt.schedules import ALL_TIMESTEPS, guidance_halves, schedule
 
 MAX_STRENGTH = 2.0
 MAX_GUIDANCE_SCALE = 100.0
 MAX_IMAGES = 64
-
-FloatArray = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """A step that was done: number `step` (from 1) of `steps`, at `timestep` (999 to 0).
-
-    `steps` counts those of the whole call, which is more than one pass if its images do not fit one batch.
-    """
-
-    step: int
-    steps: int
-    timestep: int
-
-
-OnStep = Callable[[StepInfo], bool | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +25,8 @@ class Result:
         images: RGB pictures.
         foreground_masks: one a picture, float32 [H,W] in 0..1: where the denoiser saw the subject at the end.
         seeds: one a picture.
-        seconds: how long each stage took; a stage whose result was cached is absent.
+        seconds: how long each stage took; a stage whose result was cached is absent. Where all steps and the decoding
+            are replayed at once, that is "denoiser"; what was made together with other calls took all of them so long.
     """
 
     images: list[Image.Image]
@@ -98,48 +79,6 @@ class Settings:
     @property
     def seeds(self) -> list[int]:
         return [int(self.seed) + i for i in range(self.num_images)]
-
-
-def sample(buffers: GenerationBuffers, rows: FloatArray, noise: FloatArray | None, done: OnStep) -> None:
-    """Denoise what `buffers` holds, one row of the schedule a step.
-
-    Args:
-        rows: float32 [steps,64].
-        noise: float32 [steps,B,4,h,w] for schedulers that add noise; None for the others.
-        done: called after each step with the StepInfo of this pass; False ends the generation.
-
-    Raises:
-        Cancelled: `done` returned False.
-    """
-    halves = guidance_halves(rows)
-    for index, row in enumerate(rows):
-        buffers.upload("schedule_row", row)
-        if noise is not None:
-            buffers.upload("noise", noise[index])
-        buffers.step(int(halves[index]))
-        if done(StepInfo(index + 1, len(rows), int(row[Column.TIMESTEP]))) is False:
-            raise Cancelled(f"cancelled after step {index + 1} of {len(rows)}")
-
-
-def check_finite(latents: Array) -> None:
-    """Refuse latents that no longer are numbers, which would be decoded to a black picture.
-
-    Raises:
-        MomaError: NaN or infinity in them.
-    """
-    if not np.isfinite(latents).all():
-        raise MomaError("the latents became NaN or infinity while denoising: lower guidance_scale or strength")
-
-
-def pictures(images_bhwc: NDArray[np.uint8]) -> list[Image.Image]:
-    """One RGB picture a sample."""
-    return [Image.fromarray(image) for image in images_bhwc]
-
-
-def upsample(masks_b1hw: FloatArray, size: int) -> list[FloatArray]:
-    """Masks of the latents' grid as masks of the picture's pixels, nearest: float32 [size,size] each."""
-    factor = size // masks_b1hw.shape[-1]
-    return [mask[0].repeat(factor, axis=0).repeat(factor, axis=1) for mask in masks_b1hw]
 
 
 def check_array(name: str, array: object, shape: tuple[int, ...]) -> FloatArray:

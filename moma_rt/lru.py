@@ -18,6 +18,10 @@ class Lru(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def clear(self) -> None:
+        """Forget all."""
+        self._values.clear()
+
     def get_or_make(self, key: K, make: Callable[[], V]) -> V:
         """The value of `key`, made by `make()` if it is not held; a `make` that raises leaves the key absent."""
         if key in self._values:

@@ -1,9 +1,7 @@
 """The runtime: a bundle's networks on one backend, turned into enrol and generate."""
 
-import contextlib
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,64 +9,75 @@ import numpy as np
 
 from moma_rt import backends
 from moma_rt.backends.base import Array, Backend
-from moma_rt.buffers import GenerationBuffers
 from moma_rt.bundle import Bundle
 from moma_rt.conditioning import Conditioner
 from moma_rt.engines import EngineEntry
 from moma_rt.enrollment import ReferenceNoise, compact, reference_pass
-from moma_rt.errors import InputError
-from moma_rt.generation import (
-    FloatArray,
-    OnStep,
-    Result,
-    Settings,
-    StepInfo,
-    check_array,
-    check_finite,
-    pictures,
-    sample,
-    upsample,
-)
+from moma_rt.errors import InputError, MomaError
+from moma_rt.generation import MAX_IMAGES, Result, Settings, check_array
 from moma_rt.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
-from moma_rt.lru import Lru
 from moma_rt.messages import shown, warn
-from moma_rt.networks import Networks, largest
+from moma_rt.networks import Networks
 from moma_rt.noise import Stream, check_seed, draw
 from moma_rt.prompts import check_prompt, text_prompt
-from moma_rt.schedules import ALL_TIMESTEPS, Column
+from moma_rt.sampling import FloatArray, OnStep, Picture, Sample, Sampler
+from moma_rt.schedules import ALL_TIMESTEPS
 from moma_rt.selection import choose, local_host
 from moma_rt.stages import Stages
 from moma_rt.subject import Origin, Prefix, Subject
-
-# One set for a full batch and one for what is left over; at SD1.5's size a set is hundreds of megabytes.
-_BUFFER_SETS = 2
+from moma_rt.turns import Call, Turns
 
 
 @dataclass(frozen=True, eq=False)
 class _Conditions:
-    """What all samples of a call share: text [G,77,768], context [G,4,768], subject weights [77]."""
+    """What the samples of a call share: text [G,77,768], context [G,4,768], subject weights [77]."""
 
     text_tokens: Array
     context_tokens: Array
     subject_weights: Array
 
 
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """A call of `generate`, checked. `prompts` are the prompt and the negative one."""
+
+    subject: Subject
+    prompts: tuple[str, str]
+    embedding: Array | None
+    settings: Settings
+    latents: FloatArray
+    on_step: OnStep | None
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for requests that can be made together: of one schedule, and without a callback."""
+        return self if self.on_step is not None else self.settings.rows.tobytes()
+
+
 class Runtime:
     """Enrolls subjects and makes pictures of them with one bundle.
 
-    May be shared between threads: calls run one after the other. A step callback runs within its call's turn.
+    May be shared between threads: calls run one after the other, or together as far as `max_batch` allows. A step
+    callback runs within its call's turn.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, engines: Mapping[str, EngineEntry] | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        engines: Mapping[str, EngineEntry] | None = None,
+        max_batch: int = 1,
+    ) -> None:
         self.bundle = bundle
         self._networks = Networks(bundle, backend, engines)
         self._conditioner = Conditioner(self._networks)
-        self._buffers: Lru[tuple[object, ...], GenerationBuffers] = Lru(_BUFFER_SETS)
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._sampler = Sampler(self._networks)
+        self._turns: Turns[_Request, Result] = Turns(max_batch)
 
     @classmethod
-    def load(cls, bundle: str | Path, backend: str = backends.AUTO, threads: int | None = None) -> "Runtime":
+    def load(
+        cls, bundle: str | Path, backend: str = backends.AUTO, threads: int | None = None, max_batch: int = 1
+    ) -> "Runtime":
         """Open a bundle. Its networks are checked and loaded when they are first needed.
 
         Args:
@@ -76,22 +85,27 @@ class Runtime:
             backend: one of `moma_rt.backends.NAMES`. "auto" runs the bundle's engines where all of them serve this
                 machine's GPU, and else its ONNX files on the CPU, with a MomaWarning if there are engines and a GPU.
             threads: CPU threads a network may use; None leaves the choice to the backend.
+            max_batch: pictures that calls of several threads may be made in together, 1 to 64. Calls of one schedule
+                (steps, scheduler, guidance) that wait for the device are; each has its own subject, prompt, strength
+                and seed.
 
         Raises:
             BundleError: no bundle, a newer format, a missing or truncated file, or, where the backend is named, no
                 engines for this machine's GPU.
-            InputError: `bundle` is no path, there is no such backend, it lacks a GPU or a package, or threads are out
+            InputError: `bundle` is no path, there is no such backend, it lacks a GPU or a package, or a number is out
                 of range.
             MomaError: the GPU cannot be used.
         """
         if not isinstance(bundle, str | os.PathLike):
             raise InputError(f"a bundle is named by the path of its folder, not by {shown(bundle)}")
         backends.check(backend, threads)
+        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or not 1 <= max_batch <= MAX_IMAGES:
+            raise InputError(f"max_batch is {shown(max_batch)}: it must be a whole number from 1 to {MAX_IMAGES}")
         opened = Bundle.open(bundle)
         choice = choose(backend, opened.manifest, local_host)
         if choice.warning:
             warn(choice.warning)
-        return cls(opened, backends.create(choice.backend, threads), choice.engines)
+        return cls(opened, backends.create(choice.backend, threads), choice.engines, max_batch)
 
     def enroll(
         self,
@@ -131,7 +145,7 @@ class Runtime:
         prepared = prepare(load_photo(image), load_mask(mask), geometry.image_size, vision_size)
         origin = Origin.of(self.bundle)
         stages = Stages()
-        with self._turn():
+        with self._turns.turn():
             text_tokens, _ = self._conditioner.text_tokens(name, stages)
             full = reference_pass(self._networks, prepared.photo_chw, noise, text_tokens, stages)
             reference = compact(geometry, prepared.mask_hw, full)
@@ -209,26 +223,45 @@ class Runtime:
         if context_embedding is not None:
             context_embedding = check_array("context_embedding", context_embedding, (geometry.embedding_width,))
         subject.check(self.bundle)
-        stages = Stages()
-        with self._turn():
-            conditions = self._conditions(
-                subject, (prompt, negative_prompt), context_embedding, settings.guided, stages
-            )
-            return self._generate(subject, conditions, settings, latents, on_step or _ignore, stages)
+        request = _Request(subject, (prompt, negative_prompt), context_embedding, settings, latents, on_step)
+        return self._turns.answer(Call(request, request.kind, num_images), self._make)
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Wait for this thread's turn; the lock is not reentrant, because the buffers are of one call."""
-        here = threading.get_ident()
-        # Only this thread can have written its own number there, so it cannot change between here and the lock.
-        if self._owner == here:
-            raise InputError("the runtime was called from on_step, while it is busy with the call that is reported")
-        with self._lock:
-            self._owner = here
+    def _make(self, calls: Sequence[Call[_Request, Result]]) -> None:
+        """Answer calls of one kind. What is wrong with one of them is the error of that one."""
+        stages = Stages()
+        prepared = []
+        for call in calls:
             try:
-                yield
-            finally:
-                self._owner = None
+                prepared.append((call, self._samples(call.request, stages)))
+            except Exception as error:
+                call.error = error
+        samples = [sample for _, of_call in prepared for sample in of_call]
+        if not samples:
+            return
+        request = calls[0].request
+        try:
+            made = iter(self._sampler.run(samples, request.settings.rows, request.on_step, stages))
+        except Exception as error:
+            for call, _ in prepared:
+                call.error = error
+        else:
+            for call, of_call in prepared:
+                _end(call, [next(made) for _ in of_call], stages)
+            return
+        if len(prepared) > 1:
+            # One may be what the others fail for, or together they need more memory than there is.
+            for call, _ in prepared:
+                call.error = None
+                self._make([call])
+
+    def _samples(self, request: _Request, stages: Stages) -> list[Sample]:
+        settings = request.settings
+        conditions = self._conditions(request.subject, request.prompts, request.embedding, settings.guided, stages)
+        shared = (conditions.text_tokens, conditions.context_tokens, conditions.subject_weights, settings.strength)
+        return [
+            Sample(request.subject, *shared, seed, latents)
+            for seed, latents in zip(settings.seeds, request.latents, strict=True)
+        ]
 
     def _conditions(
         self,
@@ -255,66 +288,11 @@ class Runtime:
         unconditional_context = conditioner.unconditional_context_tokens(stages)
         return _Conditions(np.stack([unconditional_text, text]), np.stack([unconditional_context, context]), weights)
 
-    def _generate(
-        self,
-        subject: Subject,
-        conditions: _Conditions,
-        settings: Settings,
-        latents: FloatArray,
-        on_step: OnStep,
-        stages: Stages,
-    ) -> Result:
-        size = self.bundle.manifest.geometry.image_size
-        result = Result([], [], settings.seeds, stages.seconds)
-        chunks = self._chunks(len(latents), stages)
-        rows = settings.rows
-        for number, chunk in enumerate(chunks):
 
-            def done(info: StepInfo, before: int = number * len(rows)) -> bool | None:
-                return on_step(StepInfo(before + info.step, len(chunks) * len(rows), info.timestep))
-
-            buffers = self._ready_buffers(subject, conditions, settings, latents[chunk], stages)
-            noise = _step_noise(rows, settings.seeds[chunk], latents.shape[1:])
-            with stages.timed("denoiser"):
-                sample(buffers, rows, noise, done)
-                self._networks.backend.synchronize()
-                check_finite(buffers.state("latents"))
-            with stages.timed("vae_decoder"):
-                result.images.extend(pictures(buffers.decode()))
-            result.foreground_masks.extend(upsample(buffers.state("foreground_mask"), size))
-        return result
-
-    def _chunks(self, count: int, stages: Stages) -> Sequence[slice]:
-        most = min(largest(self._networks.get(name, stages).spec, "batch") for name in ("denoiser", "vae_decoder"))
-        return [slice(start, min(start + most, count)) for start in range(0, count, most)]
-
-    def _ready_buffers(
-        self, subject: Subject, conditions: _Conditions, settings: Settings, latents: FloatArray, stages: Stages
-    ) -> GenerationBuffers:
-        """Buffers of the right size with everything in place for the first step."""
-        batch, halves = len(latents), settings.halves
-        sizes = {f"reference_tokens_{grid}": count for grid, count in subject.token_counts().items()}
-        sizes["batch"] = batch
-        networks = self._networks
-        denoiser, decoder = networks.get("denoiser", stages), networks.get("vae_decoder", stages)
-        buffers = self._buffers.get_or_make(
-            (halves, *sorted(sizes.items())),
-            lambda: GenerationBuffers(networks.backend, denoiser, decoder, sizes, halves),
-        )
-        buffers.hold(subject.identity, subject.inputs())
-        buffers.condition("text_tokens", conditions.text_tokens)
-        buffers.condition("context_tokens", conditions.context_tokens)
-        buffers.upload("subject_weights", np.tile(conditions.subject_weights, (batch, 1)))
-        buffers.upload("strength", np.full(batch, settings.strength, np.float32))
-        buffers.begin(latents)
-        return buffers
-
-
-def _step_noise(rows: FloatArray, seeds: Sequence[int], shape: tuple[int, ...]) -> FloatArray | None:
-    if not rows[:, Column.NOISE].any():
-        return None
-    return np.stack([draw(seed, Stream.STEP, (len(rows), *shape)) for seed in seeds], axis=1)
-
-
-def _ignore(_: StepInfo) -> None:
-    """The step callback of those who gave none."""
+def _end(call: Call[_Request, Result], made: Sequence[Picture], stages: Stages) -> None:
+    """Answer a call with its pictures, or with what went wrong while they were made."""
+    if all(picture.finite for picture in made):
+        images, masks = [picture.image for picture in made], [picture.foreground_mask for picture in made]
+        call.answer(Result(images, masks, call.request.settings.seeds, dict(stages.seconds)))
+    else:
+        call.error = MomaError("the latents became NaN or infinity while denoising: lower guidance_scale or strength")

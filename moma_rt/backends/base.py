@@ -4,7 +4,7 @@ A network is bound to its buffers once and then run as often as needed: addresse
 so a backend can capture a run and replay it, and nothing is allocated while pictures are made.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,17 @@ class Bound(Protocol):
         """Run once, after everything enqueued or uploaded before; may return before the run has ended."""
 
 
+class Recording(Protocol):
+    """Work that was enqueued once and can be enqueued again as a whole; it keeps alive what the work uses."""
+
+    @property
+    def usable(self) -> bool:
+        """False once something that it was recorded with has moved."""
+
+    def replay(self) -> None:
+        """Enqueue all of it; it must be usable."""
+
+
 class Network(Protocol):
     """A loaded network."""
 
@@ -51,6 +62,10 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def records(self) -> bool:
+        """Whether work can be recorded. It pays then to have few sizes, since a recording is of one."""
+
     def load(self, spec: NetworkSpec, path: Path) -> Network:
         """Load a network from the file that this backend runs: an ONNX graph, or an engine.
 
@@ -61,14 +76,37 @@ class Backend(Protocol):
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """A zeroed buffer. A dimension may be 0."""
 
-    def upload(self, buffer: Buffer, array: Array) -> None:
-        """Copy an array of the buffer's shape into it, converted to its dtype."""
+    def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
+        """Copy an array of the buffer's shape, or of that of a row of it, into it, converted to its dtype."""
+
+    def copy_row(self, table: Buffer, row: int, target: Buffer) -> None:
+        """Enqueue a copy of a row of `table` to `target`, which has a row's shape and the table's dtype."""
 
     def download(self, buffer: Buffer) -> Array:
         """A new array with the buffer's content, once everything enqueued before has run."""
 
+    def record(self, enqueue: Callable[[], None]) -> Recording | None:
+        """Record what `enqueue` enqueues, without running it: networks and copies of rows, all of which ran before.
+
+        None where this cannot be recorded.
+        """
+
+    def trim(self) -> None:
+        """Give back memory that is only kept to be there for the next run."""
+
     def synchronize(self) -> None:
         """Wait until everything enqueued before has run."""
+
+
+def fitting(buffer: Buffer, array: Array, row: int | None) -> None:
+    """Refuse an array that is neither of the buffer's shape nor, with `row`, of that of its rows.
+
+    Raises:
+        ValueError: another shape.
+    """
+    shape = buffer.shape if row is None else buffer.shape[1:]
+    if array.shape != shape:
+        raise ValueError(f"an array of shape {array.shape} does not fit a buffer of shape {shape}")
 
 
 def check_tensors(path: Path, what: str, expected: Iterable[str], found: Iterable[str]) -> None:

@@ -1,10 +1,11 @@
 """One stream of the first GPU, and memory of that GPU: what running engines needs of the CUDA runtime."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from moma_rt.backends.base import Array
-from moma_rt.errors import MomaError
+from moma_rt.errors import MomaError, OutOfMemory
 from moma_rt.libraries import CUDA_PIP_NAME, cuda_runtime
 from moma_rt.messages import one_line
 
@@ -51,7 +52,7 @@ class Stream:
         """Memory of at least `size` bytes, aligned to 256, of unknown content; even of 0 bytes it has an address.
 
         Raises:
-            MomaError: there is not so much left. Nothing else changed.
+            OutOfMemory: there is not so much left. Nothing else changed.
         """
         size = max(size, _ALIGNMENT)
         return DeviceMemory(self._cuda, int(self._call("cudaMalloc", size, of=f" of {size} bytes")), size)
@@ -61,19 +62,55 @@ class Stream:
         self.keep(memory)
         self._call("cudaMemsetAsync", memory.address, 0, memory.size, self.handle)
 
-    def copy_in(self, memory: DeviceMemory, host: Array) -> None:
-        """Copy a contiguous array, which must not change any more, to the beginning of `memory`."""
+    def copy_in(self, memory: DeviceMemory, host: Array, offset: int = 0) -> None:
+        """Copy a contiguous array, which must not change any more, into `memory` from byte `offset` on."""
         self.keep(memory)
         self.keep(host)
-        self._copy(memory.address, host.ctypes.data, host.nbytes, "cudaMemcpyHostToDevice")
+        self._copy(memory.address + offset, host.ctypes.data, host.nbytes, "cudaMemcpyHostToDevice")
         if host.nbytes >= _KEPT_BYTES:
             self.synchronize()
+
+    def copy_within(self, to: DeviceMemory, source: DeviceMemory, size: int, offset: int) -> None:
+        """Copy `size` bytes of `source`, from byte `offset` on, to the beginning of `to`."""
+        self.keep(to)
+        self.keep(source)
+        self._copy(to.address, source.address + offset, size, "cudaMemcpyDeviceToDevice")
 
     def copy_out(self, host: Array, memory: DeviceMemory) -> None:
         """Fill a contiguous array from the beginning of `memory`; returns when that is done."""
         self.keep(memory)
         self._copy(host.ctypes.data, memory.address, host.nbytes, "cudaMemcpyDeviceToHost")
         self.synchronize()
+
+    def capture(self, enqueue: Callable[[], None]) -> "Graph":
+        """What `enqueue` puts on the stream, which is not run, as a graph. Host memory must have no part in it.
+
+        Raises:
+            MomaError: something in it cannot be captured, or `enqueue` raised it. The stream is as before.
+        """
+        cuda, captured = self._cuda, None
+        kept_before, self._kept = self._kept, {}
+        try:
+            self._call(
+                "cudaStreamBeginCapture", self.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+            )
+            try:
+                enqueue()
+            finally:
+                # Whatever happened: until then the stream runs nothing.
+                error, captured = cuda.cudaStreamEndCapture(self.handle)
+            self._check("cudaStreamEndCapture", error)
+            executable = self._call("cudaGraphInstantiate", captured, 0)
+            return Graph(cuda, executable, tuple(self._kept.values()))
+        finally:
+            self._kept = kept_before
+            if captured:
+                cuda.cudaGraphDestroy(captured)
+
+    def launch(self, graph: "Graph") -> None:
+        """Put the work of a graph on the stream."""
+        self.keep(graph)
+        self._call("cudaGraphLaunch", graph.executable, self.handle)
 
     def synchronize(self) -> None:
         """Wait for everything that was put on the stream, and let go of what was kept for it."""
@@ -93,10 +130,23 @@ class Stream:
             error, *values = getattr(self._cuda, name)(*arguments)
         except RuntimeError as problem:  # of the package itself, where the driver is missing or lacks a function
             raise MomaError(f"{name}{of} failed: {one_line(problem)}") from None
+        self._check(f"{name}{of}", error)
+        return values[0] if values else None
+
+    def _check(self, what: str, error: Any) -> None:
         if error != self._cuda.cudaError_t.cudaSuccess:
             advice = f"; {_ADVICE[error.name]}" if error.name in _ADVICE else ""
-            raise MomaError(f"{name}{of} failed: {error.name}{advice}")
-        return values[0] if values else None
+            kind = OutOfMemory if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation else MomaError
+            raise kind(f"{what} failed: {error.name}{advice}")
+
+
+class Graph:
+    """Work that was captured from a stream. What it uses lives as long as this object."""
+
+    def __init__(self, cuda: Any, executable: Any, used: tuple[object, ...]) -> None:
+        self.executable = executable
+        self._used = used
+        _when_gone(self, cuda.cudaGraphExecDestroy, executable)
 
 
 def _end(cuda: Any, stream: Any) -> None:

@@ -1,6 +1,6 @@
 """The CPU backend: ONNX Runtime on buffers that are bound once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from moma_rt.backends.base import Array, Buffer, check_tensors
+from moma_rt.backends.base import Array, Buffer, check_tensors, fitting
 from moma_rt.errors import BundleError
 from moma_rt.messages import first_line
 from moma_rt.specs import NetworkSpec
@@ -70,6 +70,7 @@ class OnnxRuntimeBackend:
     """ONNX Runtime on the CPU, with `threads` threads a network (None: one a physical core)."""
 
     name = "onnxruntime"
+    records = False
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
@@ -100,14 +101,22 @@ class OnnxRuntimeBackend:
         array = np.zeros(shape, np.dtype(dtype))
         return OrtBuffer(array, ort.OrtValue.ortvalue_from_numpy(array))
 
-    def upload(self, buffer: Buffer, array: Array) -> None:
+    def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
+        fitting(buffer, array, row)
         target = _own(buffer).array
-        if array.shape != target.shape:
-            raise ValueError(f"an array of shape {array.shape} does not fit a buffer of shape {target.shape}")
-        np.copyto(target, array, casting="same_kind")
+        np.copyto(target if row is None else target[row, ...], array, casting="same_kind")
+
+    def copy_row(self, table: Buffer, row: int, target: Buffer) -> None:
+        np.copyto(_own(target).array, _own(table).array[row])
+
+    def record(self, enqueue: Callable[[], None]) -> None:
+        """A CPU has nothing to replay: each network is called anyway."""
 
     def download(self, buffer: Buffer) -> Array:
         return _own(buffer).array.copy()
+
+    def trim(self) -> None:
+        """ONNX Runtime gives back what it computes in when a session ends, and not before."""
 
     def synchronize(self) -> None:
         """Nothing to wait for: a run has ended when `enqueue` returns."""

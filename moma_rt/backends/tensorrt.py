@@ -2,15 +2,15 @@
 
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moma_rt.backends.base import Array, Buffer, check_tensors
-from moma_rt.backends.cuda import DeviceMemory, Stream
+from moma_rt.backends.base import Array, Buffer, check_tensors, fitting
+from moma_rt.backends.cuda import DeviceMemory, Graph, Stream
 from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError, MomaError
 from moma_rt.libraries import library, library_log
@@ -40,23 +40,32 @@ class TrtBuffer:
 class Scratch:
     """Where networks compute on the way from inputs to outputs: one region, as large as the largest of them needs.
 
-    All can share it, because they run one after the other. It grows when a network needs more, and never shrinks.
+    All can share it, because they run one after the other. It grows when a network needs more.
     """
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._memory: DeviceMemory | None = None
 
+    @property
+    def region(self) -> tuple[int, int] | None:
+        """Its address and size; None before the first `reserve`."""
+        return None if self._memory is None else (self._memory.address, self._memory.size)
+
+    def release(self) -> None:
+        """Free the region; the next `reserve` allocates as much as it needs."""
+        self._stream.synchronize()
+        self._memory = None
+
     def reserve(self, size: int) -> tuple[int, int]:
         """The address and size of at least `size` bytes; the region of before may be gone.
 
         Raises:
-            MomaError: the device has not so much left. The next call tries again, for what that one needs.
+            OutOfMemory: the device has not so much left. The next call tries again, for what that one needs.
         """
         if self._memory is None or self._memory.size < size:
             # What still runs in the old region ends first, and the two never lie side by side.
-            self._stream.synchronize()
-            self._memory = None
+            self.release()
             self._memory = self._stream.allocate(size)
         return self._memory.address, self._memory.size
 
@@ -134,6 +143,23 @@ class TrtNetwork:
         return TrtBound(spec.name, shared, context, tuple(own.values()))
 
 
+@dataclass(frozen=True, eq=False)
+class TrtRecording:
+    """A CUDA graph, and the scratch region whose address is in it."""
+
+    stream: Stream
+    graph: Graph
+    scratch: Scratch
+    region: tuple[int, int] | None
+
+    @property
+    def usable(self) -> bool:
+        return self.scratch.region == self.region
+
+    def replay(self) -> None:
+        self.stream.launch(self.graph)
+
+
 class TensorRtBackend:
     """The engines of one flavour, on the first GPU.
 
@@ -141,6 +167,8 @@ class TensorRtBackend:
         InputError: the flavour's package or cuda-bindings is not installed, or cannot be loaded.
         MomaError: CUDA or the library cannot use the device.
     """
+
+    records = True
 
     def __init__(self, flavour: Flavour) -> None:
         trt, log = library(flavour), library_log(flavour)
@@ -177,20 +205,36 @@ class TensorRtBackend:
         self._shared.stream.clear(memory)
         return TrtBuffer(memory, shape, kind)
 
-    def upload(self, buffer: Buffer, array: Array) -> None:
+    def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
+        fitting(buffer, array, row)
         target = _own(buffer)
-        if array.shape != target.shape:
-            raise ValueError(f"an array of shape {array.shape} does not fit a buffer of shape {target.shape}")
         # A copy in any case: the caller may change its array before the device has read it.
-        host = np.empty(target.shape, target.dtype)
+        host = np.empty(array.shape, target.dtype)
         np.copyto(host, array, casting="same_kind")
-        self._shared.stream.copy_in(target.memory, host)
+        self._shared.stream.copy_in(target.memory, host, offset=0 if row is None else row * host.nbytes)
+
+    def copy_row(self, table: Buffer, row: int, target: Buffer) -> None:
+        source, to = _own(table), _own(target)
+        size = to.dtype.itemsize * math.prod(to.shape)
+        self._shared.stream.copy_within(to.memory, source.memory, size, offset=row * size)
 
     def download(self, buffer: Buffer) -> Array:
         source = _own(buffer)
         host = np.empty(source.shape, source.dtype)
         self._shared.stream.copy_out(host, source.memory)
         return host
+
+    def record(self, enqueue: Callable[[], None]) -> TrtRecording | None:
+        shared = self._shared
+        try:
+            graph = shared.stream.capture(enqueue)
+        except MomaError:
+            # Work that cannot be captured runs all the same when it is enqueued, or says then what is wrong with it.
+            return None
+        return TrtRecording(shared.stream, graph, shared.scratch, shared.scratch.region)
+
+    def trim(self) -> None:
+        self._shared.scratch.release()
 
     def synchronize(self) -> None:
         self._shared.stream.synchronize()

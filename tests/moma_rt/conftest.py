@@ -253,6 +253,7 @@ class FakeBackend:
     """
 
     name: str = "fake"
+    records: bool = False
     loads: list[str] = field(default_factory=list)
     allocations: list[tuple[int, ...]] = field(default_factory=list)
     binds: list[str] = field(default_factory=list)
@@ -282,15 +283,27 @@ class FakeBackend:
             self.allocations.append(shape)
             return np.zeros(shape, dtype)
 
-    def upload(self, buffer: np.ndarray, array: np.ndarray) -> None:
+    def upload(self, buffer: np.ndarray, array: np.ndarray, row: int | None = None) -> None:
         with self.alone():
-            assert buffer.shape == array.shape
+            target = buffer if row is None else buffer[row, ...]
+            assert target.shape == array.shape
             self.uploads.append(array.shape)
-            np.copyto(buffer, array, casting="same_kind")
+            np.copyto(target, array, casting="same_kind")
+
+    def copy_row(self, table: np.ndarray, row: int, target: np.ndarray) -> None:
+        with self.alone():
+            assert (table.shape[1:], table.dtype) == (target.shape, target.dtype)
+            target[...] = table[row]
+
+    def record(self, enqueue: Callable[[], None]) -> None:
+        raise AssertionError("this backend does not record")
 
     def download(self, buffer: np.ndarray) -> np.ndarray:
         with self.alone():
             return buffer.copy()
+
+    def trim(self) -> None:
+        pass
 
     def synchronize(self) -> None:
         pass

@@ -51,7 +51,11 @@ class FakeCuda(ModuleType):
     """
 
     cudaError_t = CudaError
-    cudaMemcpyKind = enum.IntEnum("cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2})
+    cudaMemcpyKind = enum.IntEnum(
+        "cudaMemcpyKind",
+        {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2, "cudaMemcpyDeviceToDevice": 3},
+    )
+    cudaStreamCaptureMode = enum.IntEnum("cudaStreamCaptureMode", {"cudaStreamCaptureModeThreadLocal": 1})
     cudaStreamNonBlocking = 1
 
     def __init__(self, capacity: int) -> None:
@@ -63,11 +67,15 @@ class FakeCuda(ModuleType):
         self.streams = 0
         self.wrong: list[str] = []
         self.failures: dict[str, CudaError] = {}
+        # What is put on the stream goes here while it is captured. Graphs are captured ones, or executable ones.
+        self.captured: list[Work] | None = None
+        self.graphs: dict[int, list[Work]] = {}
+        self.launches = 0
         self._next = 0x7F00_0000_0000
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        if not name.startswith("cuda") or isinstance(value, type | int):
+        if not name.startswith("cuda") or isinstance(value, type | int) or name == "cudaStreamEndCapture":
             return value
         return lambda *arguments: (self.failures.pop(name), None) if name in self.failures else value(*arguments)
 
@@ -88,11 +96,54 @@ class FakeCuda(ModuleType):
 
     def cudaStreamSynchronize(self, stream: int) -> tuple:
         assert stream == STREAM
+        assert self.captured is None, "nobody may wait for a stream while it is captured"
         while self.queue:
             self.queue.pop(0).run()
         return (CudaError.cudaSuccess,)
 
+    def cudaStreamBeginCapture(self, stream: int, mode: enum.IntEnum) -> tuple:
+        assert (stream, mode) == (STREAM, self.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        assert self.captured is None
+        self.captured = []
+        return (CudaError.cudaSuccess,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple:
+        assert stream == STREAM
+        captured, self.captured = self.captured, None
+        if "cudaStreamEndCapture" in self.failures:
+            # A capture that was invalidated ends all the same, without a graph.
+            return self.failures.pop("cudaStreamEndCapture"), 0
+        return CudaError.cudaSuccess, self._new_graph(captured)
+
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple:
+        assert flags == 0
+        return CudaError.cudaSuccess, self._new_graph(self.graphs[graph])
+
+    def cudaGraphDestroy(self, graph: int) -> tuple:
+        del self.graphs[graph]
+        return (CudaError.cudaSuccess,)
+
+    def cudaGraphExecDestroy(self, graph: int) -> tuple:
+        if any(work in self.queue for work in self.graphs.pop(graph)):
+            self.wrong.append("a graph was destroyed while it ran")
+        return (CudaError.cudaSuccess,)
+
+    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple:
+        assert stream == STREAM
+        assert self.captured is None
+        for work in self.graphs[graph]:
+            assert work.uses <= self.memory.keys(), "a graph uses memory that was freed"
+        self.queue += self.graphs[graph]
+        self.launches += 1
+        return (CudaError.cudaSuccess,)
+
+    def _new_graph(self, work: list[Work]) -> int:
+        self._next += ALIGNMENT
+        self.graphs[self._next] = work
+        return self._next
+
     def cudaMalloc(self, size: int) -> tuple:
+        assert self.captured is None, "memory may not be allocated while a stream is captured"
         assert size > 0, "cudaMalloc(0) returns no address"
         if self.used + size > self.capacity:
             return CudaError.cudaErrorMemoryAllocation, 0
@@ -115,16 +166,29 @@ class FakeCuda(ModuleType):
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple:
         if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
-            view = self.view(to, size)
-            self.put(stream, lambda: ctypes.memmove(view.ctypes.data, source, size), to)
+            assert self.captured is None, "a graph would read host memory that is gone"
+            base, view = self.inside(to, size)
+            self.put(stream, lambda: ctypes.memmove(view.ctypes.data, source, size), base)
+        elif kind == self.cudaMemcpyKind.cudaMemcpyDeviceToHost:
+            assert self.captured is None, "a graph would write to host memory that is gone"
+            base, view = self.inside(source, size)
+            self.put(stream, lambda: ctypes.memmove(to, view.ctypes.data, size), base)
         else:
-            view = self.view(source, size)
-            self.put(stream, lambda: ctypes.memmove(to, view.ctypes.data, size), source)
+            (base, view), (target, written) = self.inside(source, size), self.inside(to, size)
+            self.put(stream, lambda: np.copyto(written, view), base, target)
         return (CudaError.cudaSuccess,)
 
     def put(self, stream: int, run: Callable[[], object], *addresses: int) -> None:
         assert stream == STREAM, "work belongs on the backend's own stream"
-        self.queue.append(Work(run, set(addresses)))
+        work = Work(run, set(addresses))
+        (self.queue if self.captured is None else self.captured).append(work)
+
+    def inside(self, address: int, size: int) -> tuple[int, np.ndarray]:
+        """The allocation that holds so many bytes from an address on, and those bytes."""
+        for base, memory in self.memory.items():
+            if base <= address and address + size <= base + len(memory):
+                return base, memory[address - base : address - base + size]
+        raise AssertionError(f"{size} bytes at {address} are not within memory of the device")
 
     def view(self, address: int, size: int) -> np.ndarray:
         assert address % ALIGNMENT == 0

@@ -75,8 +75,9 @@ def test_engines_make_the_same_pictures(gpu, bundle, fakes, photo, mask):
     (images, masks), (wanted_images, wanted_masks) = pictures(runtime, subjects[0]), pictures(expected, subjects[1])
     assert len(images) == 14
     np.testing.assert_array_equal(images, wanted_images)
-    np.testing.assert_array_equal(masks, wanted_masks)
-    assert gpu.cuda.used > 0
+    # There is room for some more reference tokens than there are, so sums are of more numbers.
+    np.testing.assert_allclose(masks, wanted_masks, rtol=1e-5)
+    assert gpu.cuda.launches == 1 + 2 + 1 + 2, "one graph a batch"
 
 
 def test_out_of_memory_ends_a_call_and_not_the_runtime(gpu, bundle, photo, mask):

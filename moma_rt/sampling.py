@@ -1,0 +1,205 @@
+"""Making pictures: samples that may differ in everything but the schedule, as many at a time as the bundle allows."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from moma_rt.backends.base import Array
+from moma_rt.buffers import GenerationBuffers
+from moma_rt.errors import Cancelled, OutOfMemory
+from moma_rt.lru import Lru
+from moma_rt.networks import Networks, largest
+from moma_rt.noise import Stream, draw
+from moma_rt.schedules import Column, guidance_halves
+from moma_rt.stages import Stages
+from moma_rt.subject import Subject
+
+FloatArray = NDArray[np.float32]
+
+# One set for a full batch and one for what is left over; at SD1.5's size a set is hundreds of megabytes.
+_BUFFER_SETS = 2
+# Where generations are recorded, subjects share a recording if they have about as many reference tokens: in steps of
+# this part of a grid. The kernels do not read the tokens in between.
+_TOKEN_STEPS = 16
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """A step that was done: number `step` (from 1) of `steps`, at `timestep` (999 to 0).
+
+    `steps` counts those of the whole call, which is more than one pass if its images do not fit one batch.
+    """
+
+    step: int
+    steps: int
+    timestep: int
+
+
+OnStep = Callable[[StepInfo], bool | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One picture to be made, of `seed`: all that may differ between the samples of a batch.
+
+    Attributes:
+        text_tokens: [G,77,768], G 2 with guidance, the unconditional half first, and 1 without.
+        context_tokens: [G,4,768].
+        subject_weights: [77].
+        latents: float32 [4,h,w], standard normal.
+    """
+
+    subject: Subject
+    text_tokens: Array
+    context_tokens: Array
+    subject_weights: Array
+    strength: float
+    seed: int
+    latents: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """What became of a sample: `image` RGB, and its foreground mask, float32 [H,W] in 0..1.
+
+    `finite` is False where the latents became NaN or infinity, and the picture means nothing.
+    """
+
+    image: Image.Image
+    foreground_mask: FloatArray
+    finite: bool
+
+
+class Sampler:
+    """Makes pictures with one bundle's denoiser and VAE decoder; one call at a time."""
+
+    def __init__(self, networks: Networks) -> None:
+        self._networks = networks
+        self._buffers: Lru[tuple[object, ...], GenerationBuffers] = Lru(_BUFFER_SETS)
+
+    def run(self, samples: Sequence[Sample], rows: FloatArray, on_step: OnStep | None, stages: Stages) -> list[Picture]:
+        """A picture of each sample.
+
+        Without a callback the backend may replay a recording of all steps and the decoding, which are the stage
+        "denoiser" then.
+
+        Args:
+            rows: the schedule, float32 [steps,64].
+
+        Raises:
+            Cancelled: `on_step` returned False.
+            BundleError, MomaError: a network that cannot be loaded or run.
+        """
+        pictures: list[Picture] = []
+        passes = self._passes(len(samples), stages)
+        for number, chosen in enumerate(passes):
+            report = on_step and _counted(on_step, number * len(rows), len(passes) * len(rows))
+            pictures += self._pass(samples[chosen], rows, report, stages)
+        return pictures
+
+    def _passes(self, count: int, stages: Stages) -> list[slice]:
+        most = min(largest(self._networks.get(name, stages).spec, "batch") for name in ("denoiser", "vae_decoder"))
+        return [slice(start, min(start + most, count)) for start in range(0, count, most)]
+
+    def _pass(
+        self, samples: Sequence[Sample], rows: FloatArray, on_step: OnStep | None, stages: Stages
+    ) -> list[Picture]:
+        halves = [int(count) for count in guidance_halves(rows)]
+        buffers = self._buffers_for(samples, tuple(sorted(set(halves))), stages)
+        with stages.timed("denoiser"):
+            buffers.schedule(rows, _step_noise(rows, samples))
+            _fill(buffers, samples)
+            recording = buffers.recording(halves) if on_step is None else None
+            buffers.begin(np.stack([sample.latents for sample in samples]))
+            if recording is not None:
+                buffers.replay(recording, len(rows))
+            else:
+                denoise(buffers, halves, rows, on_step)
+            latents = buffers.state("latents")
+        with stages.timed("vae_decoder"):
+            if recording is None:
+                buffers.decode()
+            images = buffers.images()
+        masks = upsample(buffers.state("foreground_mask"), images.shape[1])
+        return [
+            Picture(Image.fromarray(image), mask, bool(np.isfinite(latent).all()))
+            for image, mask, latent in zip(images, masks, latents, strict=True)
+        ]
+
+    def _buffers_for(self, samples: Sequence[Sample], halves: tuple[int, ...], stages: Stages) -> GenerationBuffers:
+        networks = self._networks
+        sizes = self._token_sizes(samples) | {"batch": len(samples)}
+        denoiser, decoder = networks.get("denoiser", stages), networks.get("vae_decoder", stages)
+        key = (halves, *sorted(sizes.items()))
+
+        def make() -> GenerationBuffers:
+            return GenerationBuffers(networks.backend, denoiser, decoder, sizes, halves)
+
+        with contextlib.suppress(OutOfMemory):
+            return self._buffers.get_or_make(key, make)
+        # Those of other sizes make room, and what was recorded on them.
+        self._buffers.clear()
+        networks.backend.trim()
+        try:
+            return self._buffers.get_or_make(key, make)
+        except OutOfMemory:
+            # What this call made room for is not held against the next one.
+            networks.backend.trim()
+            raise
+
+    def _token_sizes(self, samples: Sequence[Sample]) -> dict[str, int]:
+        """Room for the reference tokens of the samples, by the denoiser's names of these sizes."""
+        sizes = {}
+        for grid in samples[0].subject.token_counts():
+            most = max(sample.subject.token_counts()[grid] for sample in samples)
+            step = max(1, grid * grid // _TOKEN_STEPS) if self._networks.backend.records else 1
+            sizes[f"reference_tokens_{grid}"] = min(-(-most // step) * step, grid * grid)
+        return sizes
+
+
+def denoise(buffers: GenerationBuffers, halves: Sequence[int], rows: FloatArray, on_step: OnStep | None) -> None:
+    """Denoise what `buffers` holds, one row of the schedule a step.
+
+    Args:
+        halves: how many halves of guidance each step computes.
+        on_step: called after each step with the StepInfo of this pass; False ends the generation.
+
+    Raises:
+        Cancelled: `on_step` returned False.
+    """
+    for index, row in enumerate(rows):
+        buffers.step(index, halves[index])
+        if on_step is not None and on_step(StepInfo(index + 1, len(rows), int(row[Column.TIMESTEP]))) is False:
+            raise Cancelled(f"cancelled after step {index + 1} of {len(rows)}")
+
+
+def upsample(masks_b1hw: FloatArray, size: int) -> list[FloatArray]:
+    """Masks of the latents' grid as masks of the picture's pixels, nearest: float32 [size,size] each."""
+    factor = size // masks_b1hw.shape[-1]
+    return [mask[0].repeat(factor, axis=0).repeat(factor, axis=1) for mask in masks_b1hw]
+
+
+def _fill(buffers: GenerationBuffers, samples: Sequence[Sample]) -> None:
+    """Put everything in place that all steps read."""
+    for index, sample in enumerate(samples):
+        buffers.hold(index, sample.subject.identity, sample.subject.inputs())
+    buffers.condition("text_tokens", np.stack([sample.text_tokens for sample in samples], axis=1))
+    buffers.condition("context_tokens", np.stack([sample.context_tokens for sample in samples], axis=1))
+    buffers.upload("subject_weights", np.stack([sample.subject_weights for sample in samples]))
+    buffers.upload("strength", np.array([sample.strength for sample in samples], np.float32))
+
+
+def _step_noise(rows: FloatArray, samples: Sequence[Sample]) -> FloatArray | None:
+    """Fresh noise of every step, float32 [steps,B,4,h,w], for schedules that add some."""
+    if not rows[:, Column.NOISE].any():
+        return None
+    return np.stack([draw(s.seed, Stream.STEP, (len(rows), *s.latents.shape)) for s in samples], axis=1)
+
+
+def _counted(on_step: OnStep, before: int, steps: int) -> OnStep:
+    """`on_step` told of the whole call's steps, of which `before` were done in earlier passes."""
+    return lambda info: on_step(StepInfo(before + info.step, steps, info.timestep))

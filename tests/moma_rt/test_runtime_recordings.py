@@ -1,0 +1,184 @@
+"""A whole generation as one CUDA graph, on a GPU of NumPy: what is replayed, when it is recorded anew, and when not."""
+
+import dataclasses
+import gc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from moma_rt.bundle import Bundle
+from moma_rt.errors import Cancelled
+from moma_rt.runtime import Runtime
+from moma_rt.sampling import Sampler
+from tests.moma_rt.fake_gpu import Context, CudaError
+from tests.moma_rt.test_runtime_engines import bundle, gpu  # noqa: F401
+
+PROMPT = "A car on a beach."
+
+
+@pytest.fixture
+def runtime(gpu, bundle):  # noqa: F811
+    return Runtime.load(bundle, "tensorrt")
+
+
+@pytest.fixture
+def subject(runtime, photo, mask):
+    return runtime.enroll(photo, mask, "car")
+
+
+@pytest.fixture
+def eager(bundle, fakes, photo, mask):  # noqa: F811
+    """What a backend without recordings makes of the same call."""
+    plain = Runtime(Bundle.open(bundle), fakes.FakeBackend())
+    subject = plain.enroll(photo, mask, "car")
+    return lambda **options: pixels(plain.generate(subject, PROMPT, **options))
+
+
+@pytest.fixture
+def enqueued(monkeypatch):
+    """How often networks were put on the stream one by one."""
+    calls = []
+    execute = Context.execute_async_v3
+    monkeypatch.setattr(Context, "execute_async_v3", lambda *a: (calls.append(a[0].engine.spec.name), execute(*a))[1])
+    return calls
+
+
+def pixels(result):
+    return np.stack([np.asarray(image) for image in result.images])
+
+
+def test_a_second_generation_is_one_launch(gpu, runtime, subject, eager, enqueued):  # noqa: F811
+    runtime.generate(subject, PROMPT, steps=5)
+    # Once to warm up, and once for the record: two halves make one shape.
+    assert enqueued.count("denoiser") == 1 + 5
+    assert enqueued.count("vae_decoder") == 1 + 1
+    enqueued.clear()
+    used, launches = gpu.cuda.used, gpu.cuda.launches
+    for seed, strength in ((1, 1.0), (2, 0.4)):
+        found = pixels(runtime.generate(subject, PROMPT, steps=5, seed=seed, strength=strength))
+        np.testing.assert_array_equal(found, eager(steps=5, seed=seed, strength=strength))
+    assert "denoiser" not in enqueued
+    assert "vae_decoder" not in enqueued
+    assert (gpu.cuda.used, gpu.cuda.launches) == (used, launches + 2)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmpp_2m", "lcm"])
+def test_every_schedule_is_replayed_as_it_is_run(runtime, subject, eager, scheduler, steps):
+    options = {"scheduler": scheduler, "steps": steps, "num_images": 2}
+    for _ in range(2):
+        np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, **options)), eager(**options))
+
+
+def test_schedules_take_turns(gpu, runtime, subject, eager):  # noqa: F811
+    calls = [
+        {"steps": 3},
+        {"steps": 3, "scheduler": "lcm"},
+        {"steps": 3, "guidance_scale": 3.0},
+        {"steps": 5, "scheduler": "lcm"},
+        {"steps": 3},
+        {"steps": 3, "scheduler": "lcm"},
+        {"steps": 5, "guidance_interval": (300, 700)},
+    ]
+    for options in calls * 2:
+        np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, **options)), eager(**options))
+    assert gpu.cuda.launches == 2 * len(calls)
+
+
+def test_a_callback_is_told_of_each_step_and_may_end_it(gpu, runtime, subject, eager):  # noqa: F811
+    steps = []
+    found = pixels(runtime.generate(subject, PROMPT, steps=4, on_step=lambda info: steps.append(info.step)))
+    np.testing.assert_array_equal(found, eager(steps=4))
+    assert steps == [1, 2, 3, 4]
+    with pytest.raises(Cancelled, match="after step 2 of 4"):
+        runtime.generate(subject, PROMPT, steps=4, on_step=lambda info: info.step < 2)
+    assert gpu.cuda.launches == 0
+    np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=4)), found)
+    assert gpu.cuda.launches == 1
+
+
+def with_tokens(subject, count):
+    """A subject of which so many tokens are inside the mask at the finest grid."""
+
+    def cut(tensors):
+        return {name: t[:count] if len(t) == len(subject.object_mask[8]) else t for name, t in tensors.items()}
+
+    fields = ("reference_k", "reference_v", "object_mask")
+    return dataclasses.replace(subject, **{field: cut(getattr(subject, field)) for field in fields})
+
+
+def test_subjects_of_about_one_size_share_a_recording(gpu, runtime, subject, eager, enqueued):  # noqa: F811
+    # At a grid of 64 tokens sizes differ by 4.
+    sizes = [21, 18, 17, 16, 20]
+    assert subject.token_counts()[8] == sizes[0]
+    recorded = []
+    for count in sizes:
+        enqueued.clear()
+        runtime.generate(with_tokens(subject, count), PROMPT, steps=3)
+        recorded.append("denoiser" in enqueued)
+    assert recorded == [True, True, False, True, False]
+    np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), eager(steps=3))
+
+
+def test_there_is_room_for_some_more_reference_tokens(runtime, subject):
+    counts = subject.token_counts()
+    sizes = runtime._sampler._token_sizes([SimpleNamespace(subject=subject)])
+    for grid, count in counts.items():
+        assert count <= sizes[f"reference_tokens_{grid}"] <= grid * grid
+        assert sizes[f"reference_tokens_{grid}"] % max(1, grid * grid // 16) == 0
+
+
+def test_a_recording_does_not_outlive_its_scratch_region(gpu, runtime, subject, eager, enqueued):  # noqa: F811
+    runtime.generate(subject, PROMPT, steps=3)
+    runtime._networks.backend.trim()
+    enqueued.clear()
+    np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), eager(steps=3))
+    assert enqueued.count("denoiser") == 1 + 3, "recorded again, in the new region"
+
+
+@pytest.mark.parametrize("failing", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
+def test_what_cannot_be_recorded_is_run_step_by_step(gpu, runtime, subject, eager, failing):  # noqa: F811
+    gpu.cuda.failures[failing] = CudaError.cudaErrorIllegalAddress
+    for _ in range(2):
+        np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), eager(steps=3))
+    assert gpu.cuda.launches == 0
+    assert gpu.cuda.captured is None
+
+
+def test_a_network_that_refuses_to_be_recorded(gpu, runtime, subject, eager, monkeypatch):  # noqa: F811
+    execute = Context.execute_async_v3
+
+    def refusing(context, stream):
+        return gpu.cuda.captured is None and execute(context, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", refusing)
+    np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), eager(steps=3))
+    assert (gpu.cuda.launches, gpu.cuda.graphs, gpu.cuda.captured) == (0, {}, None)
+
+
+def test_old_recordings_go(gpu, runtime, subject):  # noqa: F811
+    for steps in range(1, 10):
+        runtime.generate(subject, PROMPT, steps=steps)
+    gc.collect()
+    assert len(gpu.cuda.graphs) == 4
+
+
+def test_everything_goes_with_the_runtime(gpu, bundle, photo, mask):  # noqa: F811
+    runtime = Runtime.load(bundle, "tensorrt")
+    subject = runtime.enroll(photo, mask, "car")
+    for count in (1, 2, 3):
+        runtime.generate(subject, PROMPT, steps=2, num_images=count)
+    del runtime
+    gc.collect()
+    assert (gpu.cuda.graphs, gpu.cuda.memory, gpu.cuda.streams) == ({}, {}, 0)
+
+
+def test_memory_that_is_short_is_made_by_forgetting_other_sizes(gpu, runtime, subject, eager):  # noqa: F811
+    for count in (1, 2):
+        runtime.generate(subject, PROMPT, steps=2, num_images=count)
+    gpu.cuda.capacity = gpu.cuda.used + 10_000
+    expected = eager(steps=2, num_images=3)
+    np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=2, num_images=3)), expected)
+    assert isinstance(runtime._sampler, Sampler)
+    assert len(runtime._sampler._buffers) == 1

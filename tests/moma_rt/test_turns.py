@@ -1,0 +1,135 @@
+"""Whose calls are answered together."""
+
+import threading
+
+import pytest
+
+from moma_rt.errors import InputError
+from moma_rt.turns import Call, Turns
+
+
+class Gate:
+    """Answers calls with the calls of their group; the first group waits until it may go on."""
+
+    def __init__(self, waiting):
+        self.groups = []
+        self.entered, self.go_on = threading.Event(), threading.Event()
+        self.waiting = waiting
+
+    def __call__(self, calls):
+        self.groups.append([call.request for call in calls])
+        if not self.entered.is_set():
+            self.entered.set()
+            assert self.go_on.wait(60)
+        for call in calls:
+            call.answer(f"{call.request}!")
+
+
+def answers(turns, calls, gate):
+    """The answers of calls from as many threads; the first call has its turn until all others wait."""
+    found, started = {}, []
+
+    def work(call):
+        found[call.request] = turns.answer(call, gate)
+
+    def start(call):
+        started.append(threading.Thread(target=work, args=(call,)))
+        started[-1].start()
+
+    start(calls[0])
+    assert gate.entered.wait(60)
+    for count, call in enumerate(calls[1:], 1):
+        start(call)
+        while len(turns._waiting) < count:
+            threading.Event().wait(0.001)
+    gate.go_on.set()
+    for thread in started:
+        thread.join()
+    return found
+
+
+def test_waiting_calls_of_one_kind_go_together():
+    turns, calls = Turns(4), [Call(f"call {i}", "kind", 1) for i in range(4)]
+    gate = Gate(turns)
+    assert answers(turns, calls, gate) == {f"call {i}": f"call {i}!" for i in range(4)}
+    first, second = gate.groups
+    assert first == ["call 0"]
+    assert sorted(second) == ["call 1", "call 2", "call 3"]
+    assert turns._waiting == []
+
+
+def test_no_more_than_there_is_room_for():
+    turns, calls = Turns(3), [Call(i, "kind", size) for i, size in enumerate([1, 2, 2, 1, 1, 5])]
+    gate = Gate(turns)
+    assert answers(turns, calls, gate).keys() == set(range(6))
+    assert sorted(request for group in gate.groups for request in group) == list(range(6))
+    for group in gate.groups:
+        assert len(group) == 1 or sum(calls[request].size for request in group) <= 3
+    assert [5] in gate.groups, "a call that is too large for any company goes alone"
+    assert any(len(group) > 1 for group in gate.groups)
+
+
+def test_other_kinds_wait():
+    turns, calls = Turns(8), [Call(i, kind, 1) for i, kind in enumerate("abab")]
+    gate = Gate(turns)
+    assert answers(turns, calls, gate).keys() == set(range(4))
+    assert sorted(map(sorted, gate.groups)) == [[0], [1, 3], [2]]
+
+
+def test_an_error_is_that_of_its_call():
+    turns = Turns(1)
+
+    def fail(calls):
+        calls[0].error = ValueError("this one")
+
+    with pytest.raises(ValueError, match="this one"):
+        turns.answer(Call(1, "kind", 1), fail)
+    assert turns.answer(Call(2, "kind", 1), lambda calls: calls[0].answer("fine")) == "fine"
+    assert turns._waiting == []
+
+
+def test_calls_that_were_left_unanswered_are_asked_again():
+    """Whoever answers others with its own call may be interrupted."""
+    turns, calls = Turns(4), [Call(i, "kind", 1) for i in range(3)]
+    gate = Gate(turns)
+    interrupted = []
+
+    def together(group):
+        if len(group) > 1:
+            interrupted.append(len(group))
+            raise KeyboardInterrupt
+        gate(group)
+
+    found, threads = {}, []
+
+    def work(call):
+        try:
+            found[call.request] = turns.answer(call, together)
+        except KeyboardInterrupt:
+            found[call.request] = "interrupted"
+
+    for call in calls:
+        threads.append(threading.Thread(target=work, args=(call,)))
+    threads[0].start()
+    assert gate.entered.wait(60)
+    for count, thread in enumerate(threads[1:], 1):
+        thread.start()
+        while len(turns._waiting) < count:
+            threading.Event().wait(0.001)
+    gate.go_on.set()
+    for thread in threads:
+        thread.join()
+    assert interrupted == [2]
+    assert sorted(found.values()) == ["0!", "1!", "interrupted"] or sorted(found.values()) == [
+        "0!",
+        "2!",
+        "interrupted",
+    ]
+
+
+def test_a_turn_is_not_reentrant():
+    turns = Turns(1)
+    with turns.turn(), pytest.raises(InputError, match="called from on_step"), turns.turn():
+        pass
+    with turns.turn():
+        pass
