@@ -1,46 +1,100 @@
 """The networks of a bundle, loaded when first needed, and single runs of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from moma_rt.backends.base import Array, Backend, Network
 from moma_rt.bundle import Bundle
 from moma_rt.engines import EngineEntry
+from moma_rt.errors import OutOfMemory
+from moma_rt.footprint import Footprint, footprint, spelled_bytes, together
 from moma_rt.specs import Geometry, NetworkSpec
 from moma_rt.stages import LOADING, Stages
 
 
 class Networks:
-    """Loads each network of a bundle at most once, after checking the hashes of the files that this reads.
+    """Loads each network of a bundle when it is needed, after checking the hashes of the files that this reads.
 
     engines: what is loaded for each network, where the backend runs engines; None where it runs the ONNX files.
+    budget: bytes that loaded networks may need together. Those that were used longest ago go where another one needs
+        the room; None keeps all of them.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, engines: Mapping[str, EngineEntry] | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        engines: Mapping[str, EngineEntry] | None = None,
+        budget: int | None = None,
+    ) -> None:
         self.bundle = bundle
         self.backend = backend
         self._engines = engines
+        self._budget = budget
         self._loaded: dict[str, Network] = {}
+        self._on_unload: list[Callable[[str], None]] = []
 
     @property
     def geometry(self) -> Geometry:
         return self.bundle.manifest.geometry
+
+    def on_unload(self, call: Callable[[str], None]) -> None:
+        """Have `call` told of each network that is to be unloaded: whatever holds on to it has to let go."""
+        self._on_unload.append(call)
 
     def get(self, name: str, stages: Stages) -> Network:
         """The network, loaded now if it was not.
 
         Raises:
             BundleError: the bundle has no such network, or its files were altered or cannot be loaded.
+            OutOfMemory: it needs more than the budget.
         """
-        if name not in self._loaded:
-            entry = self.bundle.network(name)
-            file, read = entry.onnx, entry.onnx_files
-            if self._engines is not None:
-                file = self._engines[name].file
-                read = (file,)
-            with stages.timed(LOADING):
-                self.bundle.verified(read)
-                self._loaded[name] = self.backend.load(entry.spec, self.bundle.path(file))
-        return self._loaded[name]
+        return self.together((name,), stages)[0]
+
+    def together(self, names: tuple[str, ...], stages: Stages) -> tuple[Network, ...]:
+        """Networks that are needed at the same time. Raises what `get` raises."""
+        if any(name not in self._loaded for name in names):
+            self._make_room(names)
+        for name in names:
+            network = self._loaded.pop(name, None)
+            # Last is what was used last.
+            self._loaded[name] = self._load(name, stages) if network is None else network
+        return tuple(self._loaded[name] for name in names)
+
+    def _load(self, name: str, stages: Stages) -> Network:
+        entry = self.bundle.network(name)
+        file, read = entry.onnx, entry.onnx_files
+        if self._engines is not None:
+            file = self._engines[name].file
+            read = (file,)
+        with stages.timed(LOADING):
+            self.bundle.verified(read)
+            return self.backend.load(entry.spec, self.bundle.path(file))
+
+    def _make_room(self, names: tuple[str, ...]) -> None:
+        if self._budget is None:
+            return
+        for name in names:
+            # What is not there is no question of room.
+            self.bundle.network(name)
+        need = together(self._footprint(name) for name in names)
+        if need > self._budget:
+            raise OutOfMemory(
+                f"{' and '.join(names)}: {spelled_bytes(need)} of memory needed, the memory budget is "
+                f"{spelled_bytes(self._budget)}"
+            )
+        leaving = [name for name in self._loaded if name not in names]
+        while leaving and together(map(self._footprint, {*self._loaded, *names})) > self._budget:
+            self._unload(leaving.pop(0))
+
+    def _unload(self, name: str) -> None:
+        for call in self._on_unload:
+            call(name)
+        # What still runs keeps its network, and a region to compute in that is as large as the largest needed.
+        self.backend.trim()
+        del self._loaded[name]
+
+    def _footprint(self, name: str) -> Footprint:
+        return footprint(self.bundle.manifest, name, None if self._engines is None else self._engines[name])
 
     def run(self, name: str, inputs: Mapping[str, Array], stages: Stages) -> dict[str, Array]:
         """Run a network once on buffers made for this run: for what is computed once a subject or a prompt."""

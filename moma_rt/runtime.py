@@ -14,6 +14,7 @@ from moma_rt.conditioning import Conditioner
 from moma_rt.engines import EngineEntry
 from moma_rt.enrollment import ReferenceNoise, compact, reference_pass
 from moma_rt.errors import InputError, MomaError
+from moma_rt.footprint import parse_bytes
 from moma_rt.generation import MAX_IMAGES, Result, Settings, check_array
 from moma_rt.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
 from moma_rt.messages import shown, warn
@@ -54,6 +55,19 @@ class _Request:
         return self if self.on_step is not None else self.settings.rows.tobytes()
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How much a runtime does at a time, and how many bytes its loaded networks may need: see `Runtime.load`."""
+
+    max_batch: int = 1
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        most = self.max_batch
+        if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= MAX_IMAGES:
+            raise InputError(f"max_batch is {shown(most)}: it must be a whole number from 1 to {MAX_IMAGES}")
+
+
 class Runtime:
     """Enrolls subjects and makes pictures of them with one bundle.
 
@@ -66,17 +80,23 @@ class Runtime:
         bundle: Bundle,
         backend: Backend,
         engines: Mapping[str, EngineEntry] | None = None,
-        max_batch: int = 1,
+        limits: Limits = Limits(),
     ) -> None:
         self.bundle = bundle
-        self._networks = Networks(bundle, backend, engines)
+        self._networks = Networks(bundle, backend, engines, limits.memory_budget)
         self._conditioner = Conditioner(self._networks)
         self._sampler = Sampler(self._networks)
-        self._turns: Turns[_Request, Result] = Turns(max_batch)
+        self._turns: Turns[_Request, Result] = Turns(limits.max_batch)
 
     @classmethod
     def load(
-        cls, bundle: str | Path, backend: str = backends.AUTO, threads: int | None = None, max_batch: int = 1
+        cls,
+        bundle: str | Path,
+        backend: str = backends.AUTO,
+        threads: int | None = None,
+        *,
+        max_batch: int = 1,
+        memory_budget: int | str | None = None,
     ) -> "Runtime":
         """Open a bundle. Its networks are checked and loaded when they are first needed.
 
@@ -88,6 +108,8 @@ class Runtime:
             max_batch: pictures that calls of several threads may be made in together, 1 to 64. Calls of one schedule
                 (steps, scheduler, guidance) that wait for the device are; each has its own subject, prompt, strength
                 and seed.
+            memory_budget: bytes that loaded networks may need together, or a text such as "8GB": they are loaded in
+                turn then, the last one used staying longest. Neither buffers nor subjects count. None: no limit.
 
         Raises:
             BundleError: no bundle, a newer format, a missing or truncated file, or, where the backend is named, no
@@ -99,13 +121,12 @@ class Runtime:
         if not isinstance(bundle, str | os.PathLike):
             raise InputError(f"a bundle is named by the path of its folder, not by {shown(bundle)}")
         backends.check(backend, threads)
-        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or not 1 <= max_batch <= MAX_IMAGES:
-            raise InputError(f"max_batch is {shown(max_batch)}: it must be a whole number from 1 to {MAX_IMAGES}")
+        limits = Limits(max_batch, None if memory_budget is None else parse_bytes(memory_budget))
         opened = Bundle.open(bundle)
         choice = choose(backend, opened.manifest, local_host)
         if choice.warning:
             warn(choice.warning)
-        return cls(opened, backends.create(choice.backend, threads), choice.engines, max_batch)
+        return cls(opened, backends.create(choice.backend, threads), choice.engines, limits)
 
     def enroll(
         self,

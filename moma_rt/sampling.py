@@ -11,6 +11,7 @@ from PIL import Image
 from moma_rt.backends.base import Array
 from moma_rt.buffers import GenerationBuffers
 from moma_rt.errors import Cancelled, OutOfMemory
+from moma_rt.footprint import PICTURES
 from moma_rt.lru import Lru
 from moma_rt.networks import Networks, largest
 from moma_rt.noise import Stream, draw
@@ -80,6 +81,11 @@ class Sampler:
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
         self._buffers: Lru[tuple[object, ...], GenerationBuffers] = Lru(_BUFFER_SETS)
+        networks.on_unload(self._let_go)
+
+    def _let_go(self, name: str) -> None:
+        if name in PICTURES:
+            self._buffers.clear()
 
     def run(self, samples: Sequence[Sample], rows: FloatArray, on_step: OnStep | None, stages: Stages) -> list[Picture]:
         """A picture of each sample.
@@ -95,14 +101,14 @@ class Sampler:
             BundleError, MomaError: a network that cannot be loaded or run.
         """
         pictures: list[Picture] = []
-        passes = self._passes(len(samples), stages)
+        passes = self._passes(len(samples))
         for number, chosen in enumerate(passes):
             report = on_step and _counted(on_step, number * len(rows), len(passes) * len(rows))
             pictures += self._pass(samples[chosen], rows, report, stages)
         return pictures
 
-    def _passes(self, count: int, stages: Stages) -> list[slice]:
-        most = min(largest(self._networks.get(name, stages).spec, "batch") for name in ("denoiser", "vae_decoder"))
+    def _passes(self, count: int) -> list[slice]:
+        most = min(largest(self._networks.bundle.network(name).spec, "batch") for name in PICTURES)
         return [slice(start, min(start + most, count)) for start in range(0, count, most)]
 
     def _pass(
@@ -133,7 +139,7 @@ class Sampler:
     def _buffers_for(self, samples: Sequence[Sample], halves: tuple[int, ...], stages: Stages) -> GenerationBuffers:
         networks = self._networks
         sizes = self._token_sizes(samples) | {"batch": len(samples)}
-        denoiser, decoder = networks.get("denoiser", stages), networks.get("vae_decoder", stages)
+        denoiser, decoder = networks.together(PICTURES, stages)
         key = (halves, *sorted(sizes.items()))
 
         def make() -> GenerationBuffers:

@@ -7,12 +7,12 @@ import pytest
 
 from moma_rt.bundle import Bundle
 from moma_rt.errors import Cancelled, InputError, MomaError
-from moma_rt.runtime import Runtime
+from moma_rt.runtime import Limits, Runtime
 
 
 @pytest.fixture
 def batching(fake_bundle, backend):
-    return Runtime(Bundle.open(fake_bundle), backend, max_batch=4)
+    return Runtime(Bundle.open(fake_bundle), backend, limits=Limits(max_batch=4))
 
 
 def pixels(result):

@@ -1,0 +1,194 @@
+"""Which networks fit a budget, and that they are loaded in turn where they do not all."""
+
+import dataclasses
+
+import pytest
+
+from moma_rt.bundle import Bundle, read_manifest
+from moma_rt.engines import EngineEntry, Flavour
+from moma_rt.errors import InputError, OutOfMemory
+from moma_rt.footprint import (
+    Footprint,
+    describe_budget,
+    footprint,
+    groups,
+    parse_bytes,
+    spelled_bytes,
+    together,
+)
+from moma_rt.networks import Networks
+from moma_rt.runtime import Limits, Runtime
+from moma_rt.stages import Stages
+
+SIZES = {
+    "text_encoder": 100,
+    "vae_encoder": 50,
+    "subject_encoder": 900,
+    "vision_encoder": 300,
+    "language_model": 7000,
+    "context_projector": 10,
+    "denoiser": 1000,
+    "vae_decoder": 80,
+}
+
+
+@pytest.fixture
+def manifest(fake_bundle):
+    """Of a bundle whose networks are as large as `SIZES` says."""
+    manifest = read_manifest(fake_bundle)
+    sizes = {manifest.networks[name].onnx: size for name, size in SIZES.items()}
+    files = {name: dataclasses.replace(file, size=sizes.get(name, file.size)) for name, file in manifest.files.items()}
+    return dataclasses.replace(manifest, files=files)
+
+
+@pytest.fixture
+def networks(fake_bundle, manifest, backend, monkeypatch):
+    """Makes them with a budget; what is loaded is not checked, since the manifest's sizes are made up."""
+    monkeypatch.setattr(Bundle, "verified", lambda *_: None)
+    return lambda budget: Networks(Bundle(fake_bundle, manifest), backend, budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        (1, 1),
+        (8_000_000_000, 8_000_000_000),
+        ("8GB", 8 * 10**9),
+        ("8 gb", 8 * 10**9),
+        ("7.5G", 7_500_000_000),
+        ("512MiB", 512 << 20),
+        (" 3 kib ", 3072),
+        ("1000", 1000),
+        ("10B", 10),
+    ],
+)
+def test_budgets(given, count):
+    assert parse_bytes(given) == count
+
+
+@pytest.mark.parametrize(
+    "given", [0, -1, "0", "", "GB", "8TB", "8 G B", "-8GB", "1e9", "eight", 1.5, True, None, b"8GB", "9" * 30, 1 << 60]
+)
+def test_no_budgets(given):
+    with pytest.raises(InputError, match="a memory budget is a number of bytes, or a text such as 8GB") as caught:
+        parse_bytes(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_activations_are_shared():
+    assert together([]) == 0
+    assert together([Footprint(10, 5), Footprint(20, 7), Footprint(30, 0)]) == 67
+
+
+def test_only_what_makes_pictures_has_to_be_there_together():
+    assert groups(["text_encoder", "vae_decoder", "denoiser"]) == [("text_encoder",), ("vae_decoder", "denoiser")]
+    assert groups(["vae_encoder"]) == [("vae_encoder",)]
+    assert groups([]) == []
+
+
+def test_an_engine_needs_what_its_builder_counted(manifest):
+    engine = EngineEntry(
+        "denoiser",
+        Flavour.TENSORRT,
+        "11.4.0",
+        (90,),
+        refittable=False,
+        source="s",
+        key="k",
+        file=manifest.networks["denoiser"].onnx,
+        weight_bytes=700,
+        activation_bytes=40,
+        **({"kernels": None} if "kernels" in EngineEntry.__dataclass_fields__ else {}),
+    )
+    assert footprint(manifest, "denoiser", engine) == Footprint(700, 40)
+    unknown = dataclasses.replace(engine, weight_bytes=None, activation_bytes=None)
+    assert footprint(manifest, "denoiser", unknown) == footprint(manifest, "denoiser", None) == Footprint(1000, 0)
+
+
+def test_what_was_used_longest_ago_goes(networks, backend):
+    loaded, gone = networks(8200), []
+    loaded.on_unload(gone.append)
+    for name in ("text_encoder", "language_model", "vae_encoder"):
+        loaded.get(name, Stages())
+    loaded.get("text_encoder", Stages())
+    assert gone == []
+    loaded.together(("denoiser", "vae_decoder"), Stages())
+    assert gone == ["language_model"], "vae_encoder and text_encoder still fit"
+    loaded.get("language_model", Stages())
+    assert gone == ["language_model", "vae_encoder"]
+    # 7000 + 100 + 1000 + 80.
+    assert backend.loads.count("denoiser") == 1
+    loaded.get("subject_encoder", Stages())
+    assert gone[2:] == ["text_encoder", "denoiser"]
+
+
+def test_a_network_is_never_unloaded_for_its_own_company(networks):
+    loaded, gone = networks(1080), []
+    loaded.on_unload(gone.append)
+    loaded.get("vae_decoder", Stages())
+    loaded.together(("denoiser", "vae_decoder"), Stages())
+    assert gone == []
+
+
+def test_what_never_fits_is_said_before_anything_goes(networks):
+    loaded, gone = networks(1050), []
+    loaded.on_unload(gone.append)
+    loaded.get("text_encoder", Stages())
+    with pytest.raises(
+        OutOfMemory, match=r"denoiser and vae_decoder: 1.05 KiB of memory needed, .* budget is 1.03 KiB"
+    ):
+        loaded.together(("denoiser", "vae_decoder"), Stages())
+    with pytest.raises(OutOfMemory, match="language_model: 6.84 KiB of memory needed"):
+        loaded.get("language_model", Stages())
+    assert gone == []
+
+
+def test_a_runtime_with_a_budget_makes_the_same_pictures(fake_bundle, fakes, photo, mask):
+    manifest = read_manifest(fake_bundle)
+    needed = {name: footprint(manifest, name, None).weights for name in manifest.networks}
+    smallest = needed["denoiser"] + needed["vae_decoder"]
+    assert smallest == max(sum(needed[name] for name in group) for group in groups(needed))
+    found, backends = [], [fakes.FakeBackend(), fakes.FakeBackend()]
+    for backend, budget in zip(backends, (None, smallest), strict=True):
+        runtime = Runtime(Bundle.open(fake_bundle), backend, limits=Limits(memory_budget=budget))
+        subject = runtime.enroll(photo, mask, "car")
+        results = [runtime.generate(subject, f"A car {i}.", steps=2, num_images=2) for i in range(3)]
+        found.append([image.tobytes() for result in results for image in result.images])
+    assert found[0] == found[1]
+    assert len(backends[0].loads) == 8
+    assert backends[1].loads.count("denoiser") == 3, "each prompt needs the language model in between"
+
+
+def test_a_budget_is_checked_at_the_boundary(fake_bundle):
+    with pytest.raises(InputError, match="a memory budget is"):
+        Runtime.load(fake_bundle, memory_budget="plenty")
+
+
+@pytest.mark.parametrize(
+    ("budget", "last"),
+    [
+        (9440, "every network stays loaded"),
+        (9439, "networks are loaded in turn"),
+        (7000, "networks are loaded in turn"),
+        (6999, "only with a context embedding"),
+        (1080, "only with a context embedding"),
+        (1079, "not at all: no room for language_model, nor for denoiser + vae_decoder"),
+    ],
+)
+def test_a_budget_is_described(manifest, budget, last):
+    lines = describe_budget(manifest, None, budget)
+    assert last in lines[-1]
+    rows = {tuple(line.split("  ")[1:2]): line for line in lines[:-1]}
+    assert ("denoiser + vae_decoder",) in rows
+    assert rows["all of them",].endswith("does not fit") == (budget < 9440)
+
+
+def test_sizes_for_people():
+    assert [spelled_bytes(n) for n in (None, 0, 1023, 1024, 1536, 7 << 30)] == [
+        "unknown",
+        "0 B",
+        "1023 B",
+        "1 KiB",
+        "1.5 KiB",
+        "7 GiB",
+    ]
