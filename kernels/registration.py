@@ -16,6 +16,8 @@ import torch
 DOMAIN = "moma"
 DOMAIN_VERSION = 1
 STANDARD_OPSET = 23
+# The attribute by which TensorRT's parser looks a node's plugin up.
+PLUGIN_NAMESPACE = "plugin_namespace"
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class OnnxOperator:
 
 
 def make_schema(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], doc: str) -> onnx.defs.OpSchema:
-    """A schema over floating-point tensors, with the two attributes both operators have.
+    """A schema over floating-point tensors, with the three attributes both operators have.
 
     `num_heads` is the number of heads; `softmax_scale` is what q·k is multiplied by, 1/√(head width). The latter
     follows from the former and the width, but a function's body has no way to compute an attribute.
+    `plugin_namespace` has no part in the meaning: where it is given, TensorRT takes the plugin registered there in
+    place of the function, and everything else inlines the function.
     """
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     kind = onnx.defs.OpSchema.AttrType
@@ -46,6 +50,7 @@ def make_schema(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], do
         attributes=[
             attribute("num_heads", kind.INT, required=True),
             attribute("softmax_scale", kind.FLOAT, required=True),
+            attribute(PLUGIN_NAMESPACE, kind.STRING, required=False),
         ],
         type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "floating point")],
     )
@@ -58,9 +63,12 @@ def register_schema(schema: onnx.defs.OpSchema) -> None:
 
 
 def parse_function(text: str) -> onnx.FunctionProto:
-    """A function from ONNX's textual form, with this domain's opsets filled in."""
+    """A function from ONNX's textual form, with this domain's opsets and the attribute without a part in it."""
     header = f'<opset_import: ["" : {STANDARD_OPSET}], domain: "{DOMAIN}">\n'
-    return onnx.parser.parse_function(header + text)
+    function = onnx.parser.parse_function(header + text)
+    # A node may have no attribute that its function does not declare; one with a default may be left out.
+    function.attribute_proto.append(onnx.helper.make_attribute(PLUGIN_NAMESPACE, DOMAIN))
+    return function
 
 
 def make_translation(name: str) -> Callable[..., Any]:
@@ -70,6 +78,6 @@ def make_translation(name: str) -> Callable[..., Any]:
         *tensors, num_heads = arguments
         softmax_scale = (tensors[0].shape[-1] // num_heads) ** -0.5
         emit = getattr(onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION), name)
-        return emit(*tensors, num_heads=num_heads, softmax_scale=softmax_scale)
+        return emit(*tensors, num_heads=num_heads, softmax_scale=softmax_scale, **{PLUGIN_NAMESPACE: DOMAIN})
 
     return translate

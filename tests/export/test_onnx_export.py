@@ -70,6 +70,11 @@ def test_our_operators_are_nodes_with_their_functions(graphs, name):
     assert imports == ({"", "moma"} if expected else {""})
     for function in model.functions:
         assert all(node.domain == "" for node in function.node), "a function must run on standard operators alone"
+        assert [attribute.name for attribute in function.attribute_proto] == ["plugin_namespace"]
+    namespaces = {
+        a.s for node in model.graph.node if node.domain for a in node.attribute if a.name == "plugin_namespace"
+    }
+    assert namespaces == ({b"moma"} if expected else set())
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -120,8 +120,9 @@ def _resize(model: onnx.ModelProto, heads: int, channels: int, dtype: torch.dtyp
     kind = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}[dtype]
     values = {"num_heads": heads, "softmax_scale": (channels // heads) ** -0.5}
     node = model.graph.node[0]
+    kept = [attribute for attribute in node.attribute if attribute.name not in values]
     del node.attribute[:]
-    node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in values.items())
+    node.attribute.extend([*kept, *(onnx.helper.make_attribute(name, value) for name, value in values.items())])
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         value.type.tensor_type.elem_type = kind
         if len(value.type.tensor_type.shape.dim) == 3:
@@ -163,10 +164,8 @@ def sized(exported) -> Callable[..., onnx.ModelProto]:
 def run_onnx(sized, tmp_path_factory) -> Callable[..., tuple[list[np.ndarray], Path]]:
     """Run one operator call in ONNX Runtime, from the model that serves all shapes; returns outputs and the file."""
 
-    def run(operator, tensors: tuple[torch.Tensor, ...], heads: int, attributes: dict | None = None):
+    def run(operator, tensors: tuple[torch.Tensor, ...], heads: int):
         model = sized(operator, tensors, heads)
-        for name, value in (attributes or {}).items():
-            model.graph.node[0].attribute.append(onnx.helper.make_attribute(name, value))
         path = tmp_path_factory.mktemp("operator") / "model.onnx"
         onnx.save(model, path)
         options = onnxruntime.SessionOptions()

@@ -1,11 +1,12 @@
 from types import SimpleNamespace
 
 import onnx
+import onnx.inliner
 import pytest
 import torch
 
 from kernels.operators import onnx_operators
-from kernels.registration import DOMAIN, make_translation, register_schema
+from kernels.registration import DOMAIN, PLUGIN_NAMESPACE, make_translation, register_schema
 
 
 @pytest.mark.parametrize("operator", onnx_operators(), ids=lambda o: o.schema.name)
@@ -14,7 +15,11 @@ def test_schema_function_and_torch_operator_agree(operator):
     assert operator.function.name == operator.schema.name
     assert list(operator.function.input) == [i.name for i in operator.schema.inputs]
     assert list(operator.function.output) == [o.name for o in operator.schema.outputs]
-    assert set(operator.function.attribute) == set(operator.schema.attributes) == {"num_heads", "softmax_scale"}
+    required = {name for name, attribute in operator.schema.attributes.items() if attribute.required}
+    assert set(operator.function.attribute) == required == {"num_heads", "softmax_scale"}
+    (optional,) = operator.function.attribute_proto
+    assert {*required, optional.name} == set(operator.schema.attributes)
+    assert (optional.name, optional.s) == (PLUGIN_NAMESPACE, DOMAIN.encode())
     # The torch operator's last argument is num_heads; the others are the ONNX inputs, in order.
     arguments = [argument.name for argument in operator.torch_op._schema.arguments]
     assert len(arguments) == len(operator.schema.inputs) + 1
@@ -47,7 +52,7 @@ def test_the_softmax_scale_follows_from_the_head_width(monkeypatch):
 
     monkeypatch.setattr("onnxscript.values.Opset", Operators)
     make_translation("Some")(torch.zeros(2, 5, 320), torch.zeros(1), 8)
-    assert seen == {"num_heads": 8, "softmax_scale": pytest.approx(40**-0.5)}
+    assert seen == {"num_heads": 8, "softmax_scale": pytest.approx(40**-0.5), "plugin_namespace": "moma"}
 
 
 def test_the_exporter_keeps_one_node(exported):
@@ -59,11 +64,28 @@ def test_the_exporter_keeps_one_node(exported):
         assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == {
             "num_heads": 8,
             "softmax_scale": 0.5,
+            "plugin_namespace": b"moma",
         }
         # Every axis but the channels is dynamic.
         rows = [axis.dim_value for axis in model.graph.output[0].type.tensor_type.shape.dim]
         assert rows == [0, 0, 32]
         onnx.checker.check_model(model, full_check=True)
+
+
+@pytest.mark.parametrize("operator", onnx_operators(), ids=lambda o: o.schema.name)
+def test_where_a_plugin_is_registered_has_no_part_in_the_meaning(exported, operator):
+    inlined = []
+    for namespace in ("moma", "another", None):
+        model = exported(SimpleNamespace(_opoverload=operator.torch_op))
+        (node,) = model.graph.node
+        (attribute,) = (a for a in node.attribute if a.name == PLUGIN_NAMESPACE)
+        if namespace is None:
+            node.attribute.remove(attribute)
+        else:
+            attribute.s = namespace.encode()
+        onnx.checker.check_model(model, full_check=True)
+        inlined.append(onnx.inliner.inline_local_functions(model).SerializeToString(deterministic=True))
+    assert len(set(inlined)) == 1
 
 
 def test_torch_export_keeps_the_operators_with_symbolic_shapes():

@@ -161,12 +161,10 @@ def test_onnx_in_fp16(random, naive, run_onnx):
     within_twice(found, [t.float() for t in context_cross_attention(*case, 8)], wanted, 2**-10)
 
 
-def test_onnx_keeps_one_node_that_may_name_a_plugin(random, run_onnx):
+def test_onnx_keeps_one_node(random, run_onnx):
     q = random(2, 9, 16)
     case = (q, q + 1, q + 2, q[:, :4], q[:, 4:8], torch.ones(1, 9), torch.ones(1, 9))
-    plain, path = run_onnx(context_cross_attention, case, 2)
-    named, _ = run_onnx(context_cross_attention, case, 2, {"plugin_namespace": "moma"})
-    assert all(np.array_equal(a, b) for a, b in zip(plain, named, strict=True))
+    _, path = run_onnx(context_cross_attention, case, 2)
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert [(node.domain, node.op_type) for node in model.graph.node] == [("moma", "ContextCrossAttention")]

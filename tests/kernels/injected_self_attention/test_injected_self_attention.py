@@ -192,12 +192,10 @@ def test_onnx_in_fp16(random, naive, run_onnx):
     assert error(found, wanted) <= 2 * error(injected_self_attention(*case, 8).float(), wanted) + 2**-10
 
 
-def test_onnx_keeps_one_node_that_may_name_a_plugin(random, run_onnx):
+def test_onnx_keeps_one_node(random, run_onnx):
     q = random(2, 9, 16)
     case = (q, q + 1, q + 2, q[:1], q[1:], torch.ones(1, 9), torch.ones(1, 9), torch.ones(1))
-    (plain,), path = run_onnx(injected_self_attention, case, 2)
-    (named,), _ = run_onnx(injected_self_attention, case, 2, {"plugin_namespace": "moma"})
-    assert np.array_equal(plain, named)
+    _, path = run_onnx(injected_self_attention, case, 2)
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert [(node.domain, node.op_type) for node in model.graph.node] == [("moma", "InjectedSelfAttention")]
