@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from engines.plugins import NetworkKernels, choose, code_hash
 from engines.store import ENGINES_FOLDER, Artifact, Notes, SharedStore, Store, Stored
 from engines.targets import EngineTarget, Machine, listed, parse_targets, resolve
 from engines.tensorrt import (
@@ -24,17 +25,17 @@ from engines.tensorrt import (
     build_engine,
     check_options,
     refit_engine,
-    version_tuple,
 )
 from moma_rt.bundle import Bundle, Manifest, NetworkEntry, read_manifest, write_manifest
 from moma_rt.engines import EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError, print_output, run_command
 from moma_rt.files import sha256_file
-from moma_rt.libraries import library_version
+from moma_rt.libraries import library_version, version_tuple
 from moma_rt.specs import Geometry, Precision
 
 PROGRAM = "engines.build"
 REFITTED = "refitted"
+AUTO, OFF = "auto", "off"
 # The first TensorRT whose parser knows ONNX's Attention.
 _ATTENTION_SINCE = (10, 15)
 # The narrowest head for which TensorRT has a fused attention.
@@ -49,13 +50,15 @@ Report = Callable[[str, str], None]
 class EnginePlan:
     """Which engines to build: of which networks (None: all), for which targets.
 
-    `refit_from` is a bundle whose engines are to be given this bundle's weights where the library can do that.
+    `refit_from` is a bundle whose engines are to be given this bundle's weights where the library can do that;
+    `plugins`: TensorRT is to take the bundle's own kernels where it can.
     """
 
     targets: tuple[EngineTarget, ...]
     names: tuple[str, ...] | None = None
     options: EngineOptions = EngineOptions()
     refit_from: Path | None = None
+    plugins: bool = True
 
 
 def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, report: Report) -> Bundle:
@@ -118,6 +121,29 @@ def wants_lowered(flavour: Flavour, version: str, precision: Precision, geometry
 
 
 @dataclass(frozen=True)
+class _Work:
+    """What an engine is compiled of: a network, one of its two graphs, and the kernels that take its operators."""
+
+    network: NetworkEntry
+    onnx: str
+    kernels: NetworkKernels | None
+
+    @property
+    def name(self) -> str:
+        return self.network.spec.name
+
+    @property
+    def kernels_hash(self) -> str | None:
+        return self.kernels.sha256 if self.kernels is not None else None
+
+    @property
+    def read_files(self) -> list[str]:
+        """The graph and its weights."""
+        others = {self.network.onnx, self.network.lowered} - {self.onnx}
+        return [file for file in self.network.all_files if file not in others]
+
+
+@dataclass(frozen=True)
 class _Builder:
     """Builds the engines of one target."""
 
@@ -131,64 +157,77 @@ class _Builder:
     def add(self, network: NetworkEntry, manifest: Manifest) -> Manifest:
         """The manifest with an engine of `network`, built now if there was none."""
         name = network.spec.name
-        served = [engine for engine in manifest.engines if self._serves(engine, network)]
         self.report(name, "checking")
-        if served and self.store.find(self._artifact(network, served[0].key)) is not None:
+        work, why_without = self._work(network)
+        served = [engine for engine in manifest.engines if self._serves(engine, work)]
+        if served and self.store.find(self._artifact(name, served[0].key)) is not None:
             self.report(name, f"kept for {self.target}")
             return manifest
-        lowered = wants_lowered(self.target.flavour, self.version, network.precision, self.bundle.manifest.geometry)
-        onnx = network.lowered if lowered else network.onnx
-        artifact = self._artifact(network, self._key(network, onnx))
+        if why_without:
+            self.report(name, f"note: its own kernels are not used for {self.target}: {why_without}")
+        artifact = self._artifact(name, self._key(work))
         stored = self.store.find(artifact)
         if stored is not None:
             self.report(name, f"kept for {self.target}: another bundle had it")
         else:
             start = time.monotonic()
-            self.bundle.verified(f for f in network.all_files if f not in {network.onnx, network.lowered} - {onnx})
-            stored = self.store.add(artifact, self._writer(network, self._request(network, onnx)))
+            self.bundle.verified(work.read_files)
+            stored = self.store.add(artifact, self._writer(work))
             self.report(name, f"{stored.notes['how']} for {self.target} in {time.monotonic() - start:.1f} s")
-        return self._with(manifest, network, artifact, stored)
+        return self._with(manifest, work, artifact, stored)
 
-    def _serves(self, engine: EngineEntry, network: NetworkEntry) -> bool:
+    def _work(self, network: NetworkEntry) -> tuple[_Work, str]:
+        """What to compile, and why the bundle's kernels for it are not in it, where that is to be said."""
+        kernels, why_without = None, ""
+        if self.plan.plugins:
+            # TensorRT, which alone takes them, builds for one capability.
+            capability = self.target.capabilities[0]
+            kernels, why_without = choose(self.bundle, network, self.target.flavour, self.version, capability)
+        geometry = self.bundle.manifest.geometry
+        # With its operators' kernels, the full graph has no `Attention` left: that stands in their functions alone.
+        lowered = kernels is None and wants_lowered(self.target.flavour, self.version, network.precision, geometry)
+        return _Work(network, network.lowered if lowered else network.onnx, kernels), why_without
+
+    def _serves(self, engine: EngineEntry, work: _Work) -> bool:
         return (
-            (engine.network, engine.source) == (network.spec.name, network.key)
+            (engine.network, engine.source, engine.kernels) == (work.name, work.network.key, work.kernels_hash)
             and engine.refittable >= self.plan.options.refittable
             and (not self.plan.options.layers or f"{engine.folder}/{LAYERS_NAME}" in self.bundle.manifest.files)
             and all(engine.serves(self.target.flavour, self.version, c) for c in self.target.capabilities)
         )
 
-    def _artifact(self, network: NetworkEntry, key: str) -> Artifact:
-        return Artifact(ENGINES_FOLDER, network.spec.name, key)
+    def _artifact(self, name: str, key: str) -> Artifact:
+        return Artifact(ENGINES_FOLDER, name, key)
 
-    def _key(self, network: NetworkEntry, onnx: str) -> str:
+    def _key(self, work: _Work) -> str:
         """Names what an engine is: the graph and weights, what compiled them, and for what."""
         files, options = self.bundle.manifest.files, self.plan.options
-        weights = [files[name].sha256 for name in network.files if name not in (network.onnx, network.lowered)]
+        graphs = (work.network.onnx, work.network.lowered)
         identity = {
-            "graph": files[onnx].sha256,
-            "weights": weights,
-            "network": network.spec.to_json(),
+            "graph": files[work.onnx].sha256,
+            "weights": [files[name].sha256 for name in work.network.files if name not in graphs],
+            "network": work.network.spec.to_json(),
             "library": [self.target.flavour.value, self.version],
             "capabilities": self.target.capabilities,
             "options": [options.refittable, options.layers],
             "code": sha256_file(Path(__file__).with_name("tensorrt.py")),
+            "kernels": None if work.kernels is None else [work.kernels_hash, code_hash()],
             # What a refitting gave is not what compiling gives.
             "refitted": self.plan.refit_from is not None and self.target.flavour is Flavour.TENSORRT,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    def _request(self, network: NetworkEntry, onnx: str) -> EngineRequest:
+    def _request(self, work: _Work) -> EngineRequest:
         options = self.plan.options
         if self.target.flavour is Flavour.TENSORRT and self.store.shared is not None:
             place = self.store.shared.root / f"timing-{self.version}-sm{self.target.capabilities[0]}.cache"
             options = dataclasses.replace(options, timing_cache=place)
-        return EngineRequest(
-            self.target.flavour, self.target.capabilities, self.bundle.path(onnx), network.spec, options
-        )
+        onnx, spec = self.bundle.path(work.onnx), work.network.spec
+        return EngineRequest(self.target.flavour, self.target.capabilities, onnx, spec, options, work.kernels)
 
-    def _writer(self, network: NetworkEntry, request: EngineRequest) -> Callable[[Path], Notes]:
+    def _writer(self, work: _Work) -> Callable[[Path], Notes]:
         """What fills an engine's folder, by refitting where that was asked for and is possible."""
-        name = network.spec.name
+        name, request = work.name, self._request(work)
 
         def build(folder: Path) -> Notes:
             self.report(name, "compiling")
@@ -201,7 +240,7 @@ class _Builder:
         if self.target.flavour is Flavour.TENSORRT_RTX:
             self.report(name, "note: TensorRT-RTX cannot refit ahead of time, so it is built anew")
             return build
-        donor = self._donor(network, self.plan.refit_from)
+        donor = self._donor(work, self.plan.refit_from)
         if donor is None:
             self.report(name, f"note: {self.plan.refit_from} has no refittable engine of it, so it is built anew")
             return build
@@ -210,7 +249,7 @@ class _Builder:
         def refit(folder: Path) -> Notes:
             self.report(name, "refitting")
             try:
-                refit_engine(self.target.flavour, file, request.onnx, folder)
+                refit_engine(file, request, folder)
             except BundleError as error:
                 self.report(name, f"note: {error}; it is built anew")
                 return build(folder)
@@ -218,38 +257,38 @@ class _Builder:
 
         return refit
 
-    def _donor(self, network: NetworkEntry, root: Path) -> tuple[EngineEntry, Path] | None:
+    def _donor(self, work: _Work, root: Path) -> tuple[EngineEntry, Path] | None:
         """An engine of another bundle that differs from the one wanted in nothing but its weights."""
         bundle = Bundle.open(root)
-        other = bundle.manifest.networks.get(network.spec.name)
-        if other is None or (other.spec, other.precision) != (network.spec, network.precision):
+        other = bundle.manifest.networks.get(work.name)
+        if other is None or (other.spec, other.precision) != (work.network.spec, work.network.precision):
             return None
         for engine in bundle.manifest.engines:
-            if engine.refittable and self._serves(dataclasses.replace(engine, source=network.key), network):
+            if engine.refittable and self._serves(dataclasses.replace(engine, source=work.network.key), work):
                 bundle.verified([engine.file])
                 return engine, bundle.path(engine.file)
         return None
 
-    def _with(self, manifest: Manifest, network: NetworkEntry, artifact: Artifact, stored: Stored) -> Manifest:
+    def _with(self, manifest: Manifest, work: _Work, artifact: Artifact, stored: Stored) -> Manifest:
         """The manifest with an engine in place of those it supersedes."""
-        name = network.spec.name
         entry = EngineEntry(
-            network=name,
+            network=work.name,
             flavour=self.target.flavour,
             version=self.version,
             capabilities=self.target.capabilities,
             # What was refitted can be again, whether or not that was asked for.
             refittable=self.plan.options.refittable or stored.notes["how"] == REFITTED,
-            source=network.key,
+            source=work.network.key,
             key=artifact.key,
             file=stored.path(ENGINE_NAME),
             weight_bytes=stored.notes["weight_bytes"],
             activation_bytes=stored.notes["activation_bytes"],
+            kernels=work.kernels_hash,
         )
         kept = [
             engine
             for engine in manifest.engines
-            if (engine.network, engine.flavour) != (name, self.target.flavour)
+            if (engine.network, engine.flavour) != (work.name, self.target.flavour)
             or not set(engine.capabilities) <= set(self.target.capabilities)
         ]
         found = _with_engines(manifest, [*kept, entry])
@@ -289,23 +328,31 @@ def add_engine_options(p: argparse.ArgumentParser, default: str) -> None:
     p.add_argument(
         "--refit-from", type=Path, metavar="BUNDLE", help="give refittable engines of this bundle the new weights"
     )
+    p.add_argument(
+        "--plugins",
+        choices=(AUTO, OFF),
+        default=AUTO,
+        help="the bundle's own kernels, as TensorRT's plugins: auto, where it can take them, or off "
+        "(default: %(default)s)",
+    )
     p.add_argument("--layers", action="store_true", help="also write each engine's layers.json (on a device)")
 
 
-def engine_plan(options: argparse.Namespace, names: tuple[str, ...] | None) -> EnginePlan:
-    """What the options of `add_engine_options` ask for.
+def engine_plan(
+    options: argparse.Namespace, names: tuple[str, ...] | None, targets: tuple[EngineTarget, ...]
+) -> EnginePlan:
+    """What the options of `add_engine_options` ask for, of the targets that this machine is to build for.
 
     Raises:
-        InputError: a target that cannot be built on this machine.
+        InputError: layers, where there is no device.
         BundleError: no bundle to refit from.
     """
-    machine = Machine.here()
-    targets = resolve(parse_targets(options.target), machine)
-    if options.layers and machine.device is None:
+    if options.layers and Machine.here().device is None:
         raise InputError("--layers: an engine's layers can be listed only where there is an NVIDIA GPU")
     if options.refit_from is not None:
         read_manifest(options.refit_from)
-    return EnginePlan(targets, names, EngineOptions(options.refittable, options.layers), options.refit_from)
+    engine_options = EngineOptions(options.refittable, options.layers)
+    return EnginePlan(targets, names, engine_options, options.refit_from, options.plugins == AUTO)
 
 
 def shared_store(options: argparse.Namespace, out: Path) -> SharedStore:
@@ -323,7 +370,7 @@ def _run(options: argparse.Namespace) -> int:
     names = None
     if options.only is not None:
         names = listed("--only", "network", options.only, tuple(read_manifest(options.bundle).networks))
-    plan = engine_plan(options, names)
+    plan = engine_plan(options, names, resolve(parse_targets(options.target), Machine.here()))
     bundle = build_engines(options.bundle, plan, shared_store(options, options.bundle), _report)
     print_output(f"{options.bundle}: {len(bundle.manifest.engines)} engines")
     return 0

@@ -1,4 +1,4 @@
-"""Folders that appear under their final names only when they are complete: networks and engines.
+"""Folders that appear under their final names only when they are complete: networks, kernels and engines.
 
 A folder is named after its network and its key, a hash of everything that determines its content, so what one build
 finished serves any other. A bundle holds the folders its manifest names; a shared store beside the bundles holds all
@@ -26,19 +26,20 @@ from moma_rt.files import fsync, sha256_file
 
 NETWORKS_FOLDER = "networks"
 ENGINES_FOLDER = "engines"
+KERNELS_FOLDER = "kernels"
 PARTIAL_PREFIX = ".partial-"
 LOCK_NAME = ".lock"
-_KINDS = (NETWORKS_FOLDER, ENGINES_FOLDER)
+_KINDS = (NETWORKS_FOLDER, ENGINES_FOLDER, KERNELS_FOLDER)
 _KEY_LENGTH = 16
 # What this store may delete; whatever else lies beside it is somebody's.
-_OWN_FOLDER = re.compile(rf"[a-z_]+-[0-9a-f]{{{_KEY_LENGTH}}}|{re.escape(PARTIAL_PREFIX)}.*")
+_OWN_FOLDER = re.compile(rf"[a-z0-9_]+-[0-9a-f]{{{_KEY_LENGTH}}}|{re.escape(PARTIAL_PREFIX)}.*")
 
 Notes = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a folder must hold: a network or an engine (`kind` is the folder that holds them), and its key."""
+    """What a folder must hold: a network, kernels or an engine (`kind` is the folder of these), and its key."""
 
     kind: str
     name: str
@@ -64,7 +65,7 @@ class Stored:
 
 
 class SharedStore:
-    """Networks and engines of all bundles beside it, each once."""
+    """What all bundles beside it hold, each folder once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -122,7 +123,7 @@ class SharedStore:
 
 
 class Store:
-    """The networks and engines of the bundle at `root`, which `shared` provides where it has them."""
+    """The folders of the bundle at `root`, which `shared` provides where it has them."""
 
     def __init__(self, root: Path, shared: SharedStore | None = None) -> None:
         self.root = root
@@ -189,7 +190,7 @@ class Store:
 
     def remove_unused(self, manifest: Manifest) -> None:
         """Delete the folders that `manifest` does not name."""
-        used = {owner.folder for owner in (*manifest.networks.values(), *manifest.engines)}
+        used = {owner.folder for owner in (*manifest.networks.values(), *manifest.engines, *manifest.kernels)}
         self._remove(lambda place: place not in used)
 
     @contextlib.contextmanager
@@ -204,7 +205,7 @@ class Store:
         return (self.root / MANIFEST_NAME).is_file() or (self.root / LOCK_NAME).is_file()
 
     def _remove_partial(self) -> None:
-        """Delete what a killed build was writing: a network, an engine, a manifest or a tokenizer."""
+        """Delete what a killed build was writing: a folder, a manifest or a tokenizer."""
         self._remove(lambda place: Path(place).name.startswith(PARTIAL_PREFIX))
         for folder in (self.root, (self.root / TEXT_TOKENIZER).parent):
             for path in folder.glob(f"{PARTIAL_PREFIX}*"):

@@ -5,16 +5,16 @@ ONNX graph, and no flag changes one. TensorRT builds for the device it runs on; 
 engine for any set of compute capabilities, also where there is no device.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.plugins import NetworkKernels, registered
 from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import atomic_write
-from moma_rt.libraries import library, library_log, library_version
+from moma_rt.libraries import library, library_log, library_version, version_tuple
 from moma_rt.messages import one_line
 from moma_rt.specs import NetworkSpec
 
@@ -42,13 +42,14 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A graph and what it is compiled for."""
+    """A graph, what it is compiled for, and the kernels that are to take its operators (None: standard operators)."""
 
     flavour: Flavour
     capabilities: tuple[int, ...]
     onnx: Path
     spec: NetworkSpec
     options: EngineOptions = EngineOptions()
+    kernels: NetworkKernels | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ def build_engine(request: EngineRequest, folder: Path, report: Report) -> Engine
         BundleError: a graph that the library cannot parse or compile; the message is the library's own first error.
         KeyboardInterrupt: as soon as the builder can stop.
     """
+    with registered(request.kernels):
+        return _build_engine(request, folder, report)
+
+
+def _build_engine(request: EngineRequest, folder: Path, report: Report) -> EngineFacts:
     trt = library(request.flavour)
     log = library_log(request.flavour)
     log.begin()
@@ -88,7 +94,7 @@ def build_engine(request: EngineRequest, folder: Path, report: Report) -> Engine
         builder = trt.Builder(log)
     except (TypeError, RuntimeError):  # how the bindings say that they were given no object
         raise BundleError(f"{_who(request)} cannot build here: {log.error or 'it did not say why'}") from None
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = builder.create_network(_network_flags(trt, request))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(request.onnx)):
         found = parser.get_error(0).desc() if parser.num_errors else ""
@@ -111,14 +117,20 @@ def build_engine(request: EngineRequest, folder: Path, report: Report) -> Engine
     return EngineFacts(log.memory.get("Weights"), log.memory.get("Activation"))
 
 
-def refit_engine(flavour: Flavour, engine_file: Path, onnx: Path, folder: Path) -> None:
+def refit_engine(engine_file: Path, request: EngineRequest, folder: Path) -> None:
     """Write `folder/engine.trt`: a refittable engine with the weights of another graph of the same structure.
 
     Raises:
         BundleError: not refittable, or a graph of another structure.
     """
-    trt = library(flavour)
-    log = library_log(flavour)
+    with registered(request.kernels):
+        _refit_engine(engine_file, request, folder)
+
+
+def _refit_engine(engine_file: Path, request: EngineRequest, folder: Path) -> None:
+    trt = library(request.flavour)
+    log = library_log(request.flavour)
+    onnx = request.onnx
     log.begin()
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(engine_file.read_bytes())
@@ -133,9 +145,12 @@ def refit_engine(flavour: Flavour, engine_file: Path, onnx: Path, folder: Path) 
     (folder / ENGINE_NAME).write_bytes(memoryview(engine.serialize()))
 
 
-def version_tuple(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+def _network_flags(trt: Any, request: EngineRequest) -> int:
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    # By name, for the numbers are others in 11.
+    if request.kernels is not None and hasattr(trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS"):
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+    return flags
 
 
 def _configure(trt: Any, config: Any, request: EngineRequest) -> None:

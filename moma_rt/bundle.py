@@ -1,7 +1,8 @@
 """A bundle: the folder an export leaves and a runtime loads.
 
-    manifest.json               format, geometry, an entry a network and an engine, SHA-256 and size of every file
+    manifest.json               format, geometry, an entry a folder, SHA-256 and size of every file
     networks/<name>-<key>/      the ONNX graph, the same graph lowered for older TensorRT, and their weights
+    kernels/<name>_sm80-<key>/  a network's own kernels for TensorRT's plugins, where they were compiled
     engines/<name>-<key>/       what TensorRT or TensorRT-RTX made of a network, where engines were built
     tokenizers/                 text.json (CLIP) and language.json (Llama), in the `tokenizers` format
 
@@ -15,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moma_rt.engines import EngineEntry
+from moma_rt.engines import EngineEntry, KernelsEntry
 from moma_rt.errors import BundleError
 from moma_rt.files import atomic_write, resolve_inside, sha256_file
 from moma_rt.specs import Geometry, NetworkSpec, Precision
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
-# Beside the files of a network or an engine, for the next build; a runtime does not read it.
+# Beside the files of a network, an engine or kernels, for the next build; a runtime does not read it.
 RECORD_NAME = "record.json"
 TEXT_TOKENIZER = "tokenizers/text.json"
 LANGUAGE_TOKENIZER = "tokenizers/language.json"
@@ -86,6 +87,7 @@ class Manifest:
     files: dict[str, FileEntry]
     sources: tuple[Source, ...]
     engines: tuple[EngineEntry, ...] = ()
+    kernels: tuple[KernelsEntry, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -105,6 +107,7 @@ class Manifest:
                 for name, entry in self.networks.items()
             },
             "engines": [engine.to_json() for engine in self.engines],
+            "kernels": [kernels.to_json() for kernels in self.kernels],
             "files": {name: {"sha256": f.sha256, "size": f.size} for name, f in self.files.items()},
             "sources": [{"role": s.role, "name": s.name, "sha256": s.sha256} for s in self.sources],
         }
@@ -126,7 +129,8 @@ class Manifest:
         sources = tuple(Source(s["role"], s["name"], s["sha256"]) for s in data["sources"])
         geometry = Geometry.from_json(data["geometry"])
         engines = tuple(EngineEntry.from_json(e) for e in data["engines"])
-        return cls(str(data["base"]), str(data["created_by"]), geometry, networks, files, sources, engines)
+        kernels = tuple(KernelsEntry.from_json(k) for k in data["kernels"])
+        return cls(str(data["base"]), str(data["created_by"]), geometry, networks, files, sources, engines, kernels)
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class Bundle:
 
     def _check_sizes(self) -> None:
         used = {file for entry in self.manifest.networks.values() for file in entry.all_files}
-        used |= {engine.file for engine in self.manifest.engines}
+        used |= {engine.file for engine in self.manifest.engines} | {kernels.file for kernels in self.manifest.kernels}
         for name in sorted(used - self.manifest.files.keys()):
             raise BundleError(f"{self.root}: the manifest uses {name!r} but gives no hash for it")
         for network in self.manifest.networks.values():

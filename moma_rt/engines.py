@@ -18,6 +18,7 @@ from moma_rt.specs import check_fields
 # The capabilities that TensorRT-RTX compiles for on any machine; the others need TensorRT on such a device.
 RTX_CAPABILITIES = (75, 86, 89, 120, 121)
 _MAX_BYTES = 2**48
+_MAX_CAPABILITY = 999
 
 
 class Flavour(enum.Enum):
@@ -46,6 +47,7 @@ class EngineEntry:
 
     `source` is the key of the network it was built from, `key` its own; `weight_bytes` and `activation_bytes` are the
     device memory it needs, by the builder's own count at the largest shapes (None: the builder did not say).
+    `kernels` is the hash of the kernels that its plugins launch (None: it has no plugins).
     """
 
     network: str
@@ -58,6 +60,7 @@ class EngineEntry:
     file: str
     weight_bytes: int | None
     activation_bytes: int | None
+    kernels: str | None
 
     @property
     def folder(self) -> str:
@@ -75,12 +78,14 @@ class EngineEntry:
     def from_json(cls, data: dict[str, Any]) -> "EngineEntry":
         """Raises ValueError for fields of another type or out of range."""
         check_fields(cls, data)
-        texts = {name: data[name] for name in ("network", "version", "source", "key", "file")}
-        for name, text in texts.items():
-            if not isinstance(text, str) or not text or not text.isprintable():
-                raise ValueError(f"an engine's {name} is {shown(text)}, not a line of text")
+        names = ("network", "version", "source", "key", "file")
+        texts: dict[str, Any] = {name: _line("an engine", data, name) for name in names}
         capabilities = data["capabilities"]
-        if not isinstance(capabilities, list) or not capabilities or not all(_is_number(c, 999) for c in capabilities):
+        if (
+            not isinstance(capabilities, list)
+            or not capabilities
+            or not all(_is_number(c, _MAX_CAPABILITY) for c in capabilities)
+        ):
             raise ValueError(f"an engine's capabilities are {shown(capabilities)}, not a list such as [86, 89]")
         if not isinstance(data["refittable"], bool):
             raise ValueError(f"an engine's refittable is {shown(data['refittable'])}, not true or false")
@@ -88,13 +93,45 @@ class EngineEntry:
         for name, size in sizes.items():
             if size is not None and not _is_number(size, _MAX_BYTES):
                 raise ValueError(f"an engine's {name} is {shown(size)}, not a number of bytes")
+        kernels = None if data["kernels"] is None else _line("an engine", data, "kernels")
         return cls(
             **texts,
             **sizes,
             flavour=Flavour(data["flavour"]),
             capabilities=tuple(capabilities),
             refittable=data["refittable"],
+            kernels=kernels,
         )
+
+
+@dataclass(frozen=True)
+class KernelsEntry:
+    """A network's own kernels, compiled for devices of one capability, from which TensorRT builds its plugins.
+
+    `file` lists the others of its folder and says what each computes; `key` names what they were compiled from.
+    """
+
+    network: str
+    capability: int
+    key: str
+    file: str
+
+    @property
+    def folder(self) -> str:
+        """The folder of its files."""
+        return str(PurePosixPath(self.file).parent)
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "KernelsEntry":
+        """Raises ValueError for fields of another type or out of range."""
+        check_fields(cls, data)
+        if not _is_number(data["capability"], _MAX_CAPABILITY):
+            raise ValueError(f"the kernels' capability is {shown(data['capability'])}, not a number such as 86")
+        texts = {name: _line("a kernel", data, name) for name in ("network", "key", "file")}
+        return cls(**texts, capability=data["capability"])
 
 
 @dataclass(frozen=True)
@@ -138,6 +175,13 @@ def target_for(flavour: Flavour, capability: int) -> str:
 def spelled(capabilities: Iterable[int]) -> str:
     """Capabilities as `--target` takes them, such as sm86,sm89."""
     return ",".join(f"sm{capability}" for capability in capabilities)
+
+
+def _line(owner: str, data: dict[str, Any], name: str) -> str:
+    text = data[name]
+    if not isinstance(text, str) or not text or not text.isprintable():
+        raise ValueError(f"{owner}'s {name} is {shown(text)}, not a line of text")
+    return text
 
 
 def _is_number(value: object, most: int) -> bool:

@@ -2,7 +2,7 @@
 
 import stat
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from moma_rt.bundle import Bundle, Manifest, NetworkEntry
 from moma_rt.engines import EngineEntry, Flavour, spelled
@@ -33,7 +33,7 @@ def describe(path: Path) -> str:
 
 
 def describe_bundle(bundle: Bundle) -> str:
-    """Base, geometry, networks with their tensors, engines with the memory they need, and sources."""
+    """Base, geometry, networks with their tensors, kernels, engines with the memory they need, and sources."""
     manifest = bundle.manifest
     geometry = manifest.geometry
     grids = ", ".join(f"{grid}x{grid}" for grid in geometry.grids)
@@ -50,6 +50,7 @@ def describe_bundle(bundle: Bundle) -> str:
         lines.append(f"language    {language.layers} layers of width {language.width}, {language.vocabulary} tokens")
     for entry in manifest.networks.values():
         lines += ["", *_network(entry, manifest)]
+    lines += _kernels(manifest)
     lines += _engines(manifest)
     lines += ["", "sources", *(f"  {s.role:<20} {s.name}  {s.sha256[:12]}" for s in manifest.sources)]
     return "\n".join(lines)
@@ -82,6 +83,19 @@ def _network(entry: NetworkEntry, manifest: Manifest) -> list[str]:
     return lines
 
 
+def _kernels(manifest: Manifest) -> list[str]:
+    """A line for each network that has kernels of its own."""
+    lines = []
+    for name in manifest.networks:
+        kernels = [k for k in manifest.kernels if k.network == name]
+        folders = {k.folder for k in kernels}
+        size = sum(file.size for path, file in manifest.files.items() if str(PurePosixPath(path).parent) in folders)
+        if kernels:
+            devices = spelled(sorted(k.capability for k in kernels))
+            lines += ["", f"kernels     of the {name} for TensorRT's plugins on {devices}, {_bytes(size)}"]
+    return lines
+
+
 def _engines(manifest: Manifest) -> list[str]:
     """A table for each set of devices: file sizes, and device memory at the largest shapes."""
     groups: dict[tuple[Flavour, str, tuple[int, ...]], list[EngineEntry]] = {}
@@ -94,7 +108,7 @@ def _engines(manifest: Manifest) -> list[str]:
         lines.append(f"  {'':<20} {'file':>10} {'weights':>10} {'activations':>12}")
         lines += [
             f"  {e.network:<20} {_bytes(manifest.files[e.file].size):>10} {_bytes(e.weight_bytes):>10} "
-            f"{_bytes(e.activation_bytes):>12}"
+            f"{_bytes(e.activation_bytes):>12}{'  with plugins' if e.kernels is not None else ''}"
             for e in engines
         ]
         size = _bytes(sum(manifest.files[e.file].size for e in engines))

@@ -68,6 +68,11 @@ def library_version(flavour: Flavour) -> str:
     return str(library(flavour).__version__)
 
 
+def version_tuple(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
 def library_log(flavour: Flavour) -> Any:
     """What a library says: `error`, the first one since `begin()`, and `memory`, bytes by what they are for.
 

@@ -214,10 +214,10 @@ def test_which_graph_a_library_gets(tmp_path, compiled, monkeypatch, flavour, ve
 def test_refitting(tmp_path, compiled, monkeypatch):
     refitted = []
 
-    def refit(flavour, engine_file, onnx, folder):
-        if b"odd" in onnx.with_name("model.onnx.data").read_bytes():
+    def refit(engine_file, request, folder):
+        if b"odd" in request.onnx.with_name("model.onnx.data").read_bytes():
             raise BundleError("another structure")
-        refitted.append((engine_file, onnx))
+        refitted.append((engine_file, request.onnx))
         (folder / ENGINE_NAME).write_bytes(engine_file.read_bytes() + b" refitted")
 
     monkeypatch.setattr(module, "refit_engine", refit)

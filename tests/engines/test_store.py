@@ -11,7 +11,8 @@ from moma_rt.files import sha256_file
 NETWORK = Artifact("networks", "some_network", "0123456789abcdef" + "f" * 48)
 ENGINE = Artifact("engines", "some_network", "f" * 64)
 PLACE = "networks/some_network-0123456789abcdef"
-KINDS = ["networks", "engines"]
+KERNELS = Artifact("kernels", "some_network_sm80", "e" * 64)
+KINDS = ["networks", "engines", "kernels"]
 
 
 def write(folder: Path) -> dict:
@@ -34,7 +35,7 @@ class Unused:
     """A manifest that names nothing."""
 
     networks: dict = {}  # noqa: RUF012
-    engines = ()
+    engines = kernels = ()
 
 
 def entries(store: Store | SharedStore, kind: str = "networks") -> list[str]:
@@ -46,7 +47,7 @@ def overwrite(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("artifact", [NETWORK, ENGINE], ids=KINDS)
+@pytest.mark.parametrize("artifact", [NETWORK, ENGINE, KERNELS], ids=KINDS)
 def test_what_was_added_is_found(store, artifact):
     with store.locked():
         assert store.find(artifact) is None
@@ -109,7 +110,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_its_own_folders_are_deleted(store, kind):
     with store.locked():
-        store.add(Artifact(kind, "some_network", "0" * 64), write)
+        store.add(Artifact(kind, "some_network_sm80", "0" * 64), write)
         for name in ("notes", "some_network-old", ".partial-abc", "some_network-00000000000000aa"):
             (store.root / kind / name).mkdir()
     with store.locked():
@@ -141,7 +142,7 @@ def test_the_record_names_hashes_and_sizes(store):
     assert record["files"]["model.onnx"] == {"sha256": sha256_file(store.root / PLACE / "model.onnx"), "size": 5}
 
 
-@pytest.mark.parametrize("artifact", [NETWORK, ENGINE], ids=KINDS)
+@pytest.mark.parametrize("artifact", [NETWORK, ENGINE, KERNELS], ids=KINDS)
 def test_bundles_share_what_they_have_in_common(tmp_path, shared, artifact):
     first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
     with first.locked(), second.locked():
@@ -189,15 +190,17 @@ def test_pruning_keeps_what_a_bundle_uses(tmp_path, shared):
     with bundle.locked():
         bundle.add(NETWORK, write)
         bundle.add(ENGINE, write)
+        bundle.add(KERNELS, write)
         (shared.root / "networks" / "mine").mkdir()
         assert shared.prune() == 0
         bundle.remove_unused(Unused)
         (shared.root / "engines" / ".partial-killed").mkdir()
         (shared.root / "engines" / ".partial-file").touch()
         assert entries(shared) == ["mine", "some_network-0123456789abcdef"]
-        assert shared.prune() > 2 * len(b"graphweights")
+        assert shared.prune() > 3 * len(b"graphweights")
         assert entries(shared) == ["mine"]
         assert entries(shared, "engines") == [".partial-file"]
+        assert entries(shared, "kernels") == []
 
 
 def test_two_builds_may_publish_the_same(tmp_path, shared):

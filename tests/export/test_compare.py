@@ -138,7 +138,7 @@ def test_engines_of_this_device_are_compared(tiny_bundle, monkeypatch, capsys):
     bundle = Bundle.open(tiny_bundle)
     entry = bundle.network("context_projector")
     engines = [
-        EngineEntry(entry.spec.name, Flavour.TENSORRT, "11.4.0", (c,), False, entry.key, "e", entry.onnx, 1, 1)
+        EngineEntry(entry.spec.name, Flavour.TENSORRT, "11.4.0", (c,), False, entry.key, "e", entry.onnx, 1, 1, None)
         for c in (89, 90)
     ]
     bundle = Bundle(tiny_bundle, dataclasses.replace(bundle.manifest, engines=tuple(engines)))

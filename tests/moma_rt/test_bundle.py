@@ -43,7 +43,9 @@ def make_manifest(files: dict[str, FileEntry]) -> Manifest:
         files=files,
         sources=(Source("base", "tiny", "0" * 64),),
         engines=(
-            EngineEntry("text_encoder", Flavour.TENSORRT_RTX, "1.7.1", (86, 89), False, "k1", "e1", ENGINE, 700, None),
+            EngineEntry(
+                "text_encoder", Flavour.TENSORRT_RTX, "1.7.1", (86, 89), False, "k1", "e1", ENGINE, 700, None, None
+            ),
         ),
     )
 

@@ -12,7 +12,7 @@ RTX4090, H100 = Device("RTX 4090", 89), Device("H100", 90)
 
 def engine(network="denoiser", library=RTX, capabilities=(86, 89)):
     return EngineEntry(
-        network, library.flavour, library.version, capabilities, False, "k", "e", f"engines/{network}/e", 7, None
+        network, library.flavour, library.version, capabilities, False, "k", "e", f"engines/{network}/e", 7, None, None
     )
 
 

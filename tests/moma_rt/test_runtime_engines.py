@@ -29,7 +29,7 @@ def add_engines(root, capability):
         (root / file).write_bytes(b"engine of " + name.encode())
         files[file] = FileEntry(sha256_file(root / file), (root / file).stat().st_size)
         engines.append(
-            EngineEntry(name, Flavour.TENSORRT, "11.4.0", (capability,), False, network.key, name, file, 7, None)
+            EngineEntry(name, Flavour.TENSORRT, "11.4.0", (capability,), False, network.key, name, file, 7, None, None)
         )
     write_manifest(root, dataclasses.replace(manifest, engines=tuple(engines), files=files))
     return root

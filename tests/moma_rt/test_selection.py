@@ -20,7 +20,9 @@ def engines(flavour, *capabilities, names=NETWORKS, version=None):
     """An engine of each network for a set of devices."""
     version = version or VERSIONS[flavour]
     return tuple(
-        EngineEntry(name, flavour, version, capabilities, False, "k", "e", f"engines/{name}/{flavour.value}", 7, None)
+        EngineEntry(
+            name, flavour, version, capabilities, False, "k", "e", f"engines/{name}/{flavour.value}", 7, None, None
+        )
         for name in names
     )
 

@@ -1,0 +1,266 @@
+"""The attention operators' own kernels that travel in a bundle, and the TensorRT plugins that launch them.
+
+`kernels/<network>_sm<capability>-<key>/` holds PTX and a `kernels.json` that says what each file computes and how it
+is launched. TensorRT takes a kernel into an engine through a quick deployable plugin, ahead of time, and the engine
+then runs without any of this. TensorRT-RTX has no plugins, and TensorRT has them of this kind since 10.9.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from moma_rt.bundle import Bundle, NetworkEntry
+from moma_rt.engines import Flavour, KernelsEntry, spelled
+from moma_rt.errors import BundleError
+from moma_rt.files import sha256_file
+from moma_rt.libraries import is_installed, library, version_tuple
+from moma_rt.messages import shown
+from moma_rt.specs import MAX_SIZE, Geometry, Precision
+
+# The one network that has the operators.
+NETWORK = "denoiser"
+KERNELS_NAME = "kernels.json"
+NAMESPACE = "moma"
+FORMAT_VERSION = 1
+INJECTED, CONTEXT = "InjectedSelfAttention", "ContextCrossAttention"
+# Also the first TensorRT that knows all else in the full graph: opset 21's GroupNormalization is of 10.9.
+PLUGINS_SINCE = (10, 9)
+_MODULES = ("kernels.injected_self_attention.tensorrt_plugin", "kernels.context_cross_attention.tensorrt_plugin")
+# The numbers of tokens that a kernel is compiled for: those of text and context; the reference's is an argument.
+_FIXED_TOKENS = MappingProxyType({INJECTED: 0, CONTEXT: 2})
+_DTYPES = MappingProxyType({Precision.FP16: "float16", Precision.BF16: "bfloat16"})
+# TensorRT's names.
+_TENSORRT_DTYPES = MappingProxyType({"HALF": "float16", "BF16": "bfloat16"})
+_MAX_THREADS = 1024
+# As much as any device has.
+_MAX_SHARED_BYTES = 1 << 20
+_ENTRY = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+# A name and no path.
+_FILE = re.compile(r"\w[\w.-]*\.ptx", re.ASCII)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one operator's kernel is compiled for: heads, the width of a head, queries, and fixed numbers of tokens."""
+
+    operator: str
+    heads: int
+    width: int
+    queries: int
+    tokens: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        tokens = f" and {' + '.join(map(str, self.tokens))} tokens" if self.tokens else ""
+        return f"{self.operator} of {self.heads} heads of width {self.width} with {self.queries} queries{tokens}"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel: its name in `path`, the queries of a block, and what a block needs of the device."""
+
+    entry: str
+    path: Path
+    block_queries: int
+    threads: int
+    shared_bytes: int
+
+    @property
+    def ptx(self) -> str:
+        """Its code, as text."""
+        return self.path.read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class NetworkKernels:
+    """The kernels of a network for one capability and dtype; `sha256` names them all, and how they are launched."""
+
+    sha256: str
+    dtype: str
+    kernels: Mapping[AttentionShape, Kernel]
+
+    def find(self, operator: str, dtype: str, heads: int, width: int, queries: int, tokens: tuple[int, ...]) -> Kernel:
+        """What a plugin asks for as TensorRT compiles it; `dtype` as TensorRT names it.
+
+        Raises:
+            BundleError: there is none.
+        """
+        shape = AttentionShape(operator, heads, width, queries, tokens)
+        found = self.kernels.get(shape) if _TENSORRT_DTYPES.get(dtype) == self.dtype else None
+        if found is None:
+            raise BundleError(f"there is no kernel in {dtype} of {shape}; those of the bundle are in {self.dtype}")
+        return found
+
+
+def attention_shapes(geometry: Geometry) -> tuple[AttentionShape, ...]:
+    """What the denoiser's attention layers need, each once: all transformers have one of either operator."""
+    shapes = {}
+    for layer in geometry.self_attention:
+        sizes = (layer.heads, layer.channels // layer.heads, layer.grid * layer.grid)
+        shapes[AttentionShape(INJECTED, *sizes)] = None
+        shapes[AttentionShape(CONTEXT, *sizes, (geometry.text_tokens, geometry.context_tokens))] = None
+    return tuple(shapes)
+
+
+def kernel_dtype(precision: Precision) -> str | None:
+    """The dtype of the kernels for a network; None where it has none."""
+    return _DTYPES.get(precision)
+
+
+def choose(
+    bundle: Bundle, network: NetworkEntry, flavour: Flavour, version: str, capability: int
+) -> tuple[NetworkKernels | None, str]:
+    """The kernels with which TensorRT is to build a network, and, where the bundle's cannot be used, why not.
+
+    Raises:
+        BundleError: an altered file, or a `kernels.json` that is malformed.
+    """
+    entries = {e.capability: e for e in bundle.manifest.kernels if e.network == network.spec.name}
+    if not entries:
+        return None, ""
+    why = _obstacle(flavour, version)
+    if why:
+        return None, why
+    if capability not in entries:
+        return None, f"they are for {spelled(sorted(entries))}, and none for sm{capability}"
+    dtype = kernel_dtype(network.precision)
+    if dtype is None:
+        return None, f"there are none in {network.precision.value}"
+    found = read_kernels(bundle, entries[capability], dtype)
+    for shape in attention_shapes(bundle.manifest.geometry):
+        if shape not in found.kernels:
+            return None, f"there is none in {dtype} of {shape}"
+    return found, ""
+
+
+def _obstacle(flavour: Flavour, version: str) -> str:
+    """Why a library can take no kernels, empty where it can."""
+    if flavour is not Flavour.TENSORRT:
+        return "TensorRT-RTX has no plugins"
+    if version_tuple(version)[:2] < PLUGINS_SINCE:
+        return f"TensorRT {version} has no plugins ahead of time (since {'.'.join(map(str, PLUGINS_SINCE))})"
+    missing = [name for name in (f"{flavour.value}.plugin", *_MODULES) if not is_installed(name)]
+    return f"there is no module {missing[0]}" if missing else ""
+
+
+def read_kernels(bundle: Bundle, entry: KernelsEntry, dtype: str) -> NetworkKernels:
+    """The kernels of one entry in one dtype, every file of them verified.
+
+    Raises:
+        BundleError: a file that is missing or altered, or a `kernels.json` that is malformed; the message names it.
+    """
+    bundle.verified([entry.file])
+    place = bundle.path(entry.file)
+    try:
+        records = _records(json.loads(place.read_text(encoding="utf-8")))
+        kernels = _kernels_of(records, place.parent, entry.capability, dtype)
+    # Nesting without end is a RecursionError.
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(f"{place} is malformed: {type(error).__name__}: {error}") from None
+    files = sorted({f"{entry.folder}/{kernel.path.name}" for kernel in kernels.values()})
+    bundle.verified(files)
+    hashes = [bundle.manifest.files[name].sha256 for name in (entry.file, *files)]
+    digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return NetworkKernels(digest, dtype, MappingProxyType(kernels))
+
+
+def _records(data: Any) -> list[dict[str, Any]]:
+    if data["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format_version is {shown(data['format_version'])}, not {FORMAT_VERSION}")
+    if not isinstance(data["kernels"], list):
+        raise ValueError(f"kernels is {shown(data['kernels'])}, not a list")
+    return data["kernels"]
+
+
+def _kernels_of(
+    records: Iterable[dict[str, Any]], folder: Path, capability: int, dtype: str
+) -> dict[AttentionShape, Kernel]:
+    kernels: dict[AttentionShape, Kernel] = {}
+    for record in records:
+        shape, kernel = _shape(record), _kernel(record, folder)
+        if record["dtype"] not in _DTYPES.values():
+            raise ValueError(f"a dtype is {shown(record['dtype'])}, not one of {', '.join(_DTYPES.values())}")
+        if _number(record, "capability", 1, 999) != capability:
+            raise ValueError(f"a kernel is for sm{record['capability']}, and the folder for sm{capability}")
+        if record["dtype"] == dtype:
+            if shape in kernels:
+                raise ValueError(f"two kernels in {dtype} of {shape}")
+            kernels[shape] = kernel
+    return kernels
+
+
+def _shape(record: dict[str, Any]) -> AttentionShape:
+    operator, tokens = record["operator"], record["tokens"]
+    if operator not in _FIXED_TOKENS:
+        raise ValueError(f"an operator is {shown(operator)}, not one of {', '.join(_FIXED_TOKENS)}")
+    if not isinstance(tokens, list) or len(tokens) != _FIXED_TOKENS[operator]:
+        raise ValueError(f"the tokens of {operator} are {shown(tokens)}, not {_FIXED_TOKENS[operator]} numbers")
+    sizes = (_number(record, name) for name in ("heads", "width", "queries"))
+    return AttentionShape(operator, *sizes, tuple(_checked("a number of tokens", count) for count in tokens))
+
+
+def _kernel(record: dict[str, Any], folder: Path) -> Kernel:
+    entry, file = record["entry"], record["file"]
+    if not isinstance(entry, str) or not _ENTRY.fullmatch(entry):
+        raise ValueError(f"an entry is {shown(entry)}, not the name of a kernel")
+    if not isinstance(file, str) or not _FILE.fullmatch(file):
+        raise ValueError(f"a file is {shown(file)}, not the name of a .ptx beside it")
+    return Kernel(
+        entry,
+        folder / file,
+        _number(record, "block_queries"),
+        _number(record, "threads", 1, _MAX_THREADS),
+        _number(record, "shared_bytes", 0, _MAX_SHARED_BYTES),
+    )
+
+
+def _number(record: dict[str, Any], name: str, least: int = 1, most: int = MAX_SIZE) -> int:
+    return _checked(name, record[name], least, most)
+
+
+def _checked(name: str, value: object, least: int = 1, most: int = MAX_SIZE) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name} is {shown(value)}, not a whole number of {least} to {most}")
+    return value
+
+
+def code_hash() -> str:
+    """Names the code that makes an engine of kernels."""
+    places = [__file__, *(importlib.import_module(name).__file__ for name in _MODULES)]
+    return hashlib.sha256("".join(sha256_file(Path(str(place))) for place in places).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def registered(kernels: NetworkKernels | None) -> Iterator[None]:
+    """Have TensorRT take these kernels for the nodes of their operators, meanwhile and in this process.
+
+    The registry is the process's, and a node whose plugin it knows is given to that plugin. So nothing stays there:
+    the next graph may be of another bundle, or is to be built without.
+
+    Raises:
+        InputError: TensorRT is not installed or cannot be loaded.
+    """
+    if kernels is None:
+        yield
+        return
+    trt = library(Flavour.TENSORRT)
+    with contextlib.ExitStack() as stack:
+        for name in _MODULES:
+            plugin = importlib.import_module(name)
+            plugin.register(kernels.find)
+            stack.callback(_withdraw, trt, plugin)
+        yield
+
+
+def _withdraw(trt: Any, plugin: ModuleType) -> None:
+    import tensorrt.plugin as trtp
+
+    registry = trt.get_plugin_registry()
+    registry.deregister_creator(registry.get_creator(plugin.NAME, "1", NAMESPACE))
+    delattr(getattr(trtp.op, NAMESPACE), plugin.NAME)
