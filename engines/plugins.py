@@ -16,6 +16,8 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
+import numpy as np
+
 from moma_rt.bundle import Bundle, NetworkEntry
 from moma_rt.engines import Flavour, KernelsEntry, spelled
 from moma_rt.errors import BundleError
@@ -32,6 +34,8 @@ FORMAT_VERSION = 1
 INJECTED, CONTEXT = "InjectedSelfAttention", "ContextCrossAttention"
 # Also the first TensorRT that knows all else in the full graph: opset 21's GroupNormalization is of 10.9.
 PLUGINS_SINCE = (10, 9)
+# Older releases read a plugin's numbers in a way that NumPy has refused since 2.4.
+ATTRIBUTES_SINCE = (11, 4)
 _MODULES = ("kernels.injected_self_attention.tensorrt_plugin", "kernels.context_cross_attention.tensorrt_plugin")
 # The numbers of tokens that a kernel is compiled for: those of text and context; the reference's is an argument.
 _FIXED_TOKENS = MappingProxyType({INJECTED: 0, CONTEXT: 2})
@@ -114,14 +118,14 @@ def kernel_dtype(precision: Precision) -> str | None:
 
 
 def choose(
-    bundle: Bundle, network: NetworkEntry, flavour: Flavour, version: str, capability: int
+    bundle: Bundle, owner: NetworkEntry, flavour: Flavour, version: str, capability: int
 ) -> tuple[NetworkKernels | None, str]:
     """The kernels with which TensorRT is to build a network, and, where the bundle's cannot be used, why not.
 
     Raises:
         BundleError: an altered file, or a `kernels.json` that is malformed.
     """
-    entries = {e.capability: e for e in bundle.manifest.kernels if e.network == network.spec.name}
+    entries = {e.capability: e for e in bundle.manifest.kernels if e.network == owner.spec.name}
     if not entries:
         return None, ""
     why = _obstacle(flavour, version)
@@ -129,9 +133,9 @@ def choose(
         return None, why
     if capability not in entries:
         return None, f"they are for {spelled(sorted(entries))}, and none for sm{capability}"
-    dtype = kernel_dtype(network.precision)
+    dtype = kernel_dtype(owner.precision)
     if dtype is None:
-        return None, f"there are none in {network.precision.value}"
+        return None, f"there are none in {owner.precision.value}"
     found = read_kernels(bundle, entries[capability], dtype)
     for shape in attention_shapes(bundle.manifest.geometry):
         if shape not in found.kernels:
@@ -145,6 +149,8 @@ def _obstacle(flavour: Flavour, version: str) -> str:
         return "TensorRT-RTX has no plugins"
     if version_tuple(version)[:2] < PLUGINS_SINCE:
         return f"TensorRT {version} has no plugins ahead of time (since {'.'.join(map(str, PLUGINS_SINCE))})"
+    if version_tuple(version)[:2] < ATTRIBUTES_SINCE and version_tuple(np.__version__)[:2] >= (2, 4):
+        return f"the plugins of TensorRT {version} do not work with NumPy {np.__version__}: pip install 'numpy<2.4'"
     missing = [name for name in (f"{flavour.value}.plugin", *_MODULES) if not is_installed(name)]
     return f"there is no module {missing[0]}" if missing else ""
 

@@ -16,6 +16,7 @@ CPU, RTX, LOCAL = "cpu", "rtx", "local"
 _RTX = (86, 89, 120, 121)
 # Datacenter and Jetson devices, for whose capabilities there is only TensorRT itself.
 TENSORRT_CAPABILITIES = (80, 87, 90, 100, 103, 110)
+_TENSORRT = tuple(f"sm{c}" for c in TENSORRT_CAPABILITIES)
 KNOWN = (CPU, RTX, LOCAL, *(f"sm{c}" for c in sorted((*RTX_CAPABILITIES, *TENSORRT_CAPABILITIES))))
 
 
@@ -89,6 +90,12 @@ def resolve(names: tuple[str, ...], machine: Machine) -> tuple[EngineTarget, ...
     if rtx:
         targets.insert(0, _installed(EngineTarget(Flavour.TENSORRT_RTX, tuple(sorted(rtx))), machine))
     return tuple(dict.fromkeys(targets))
+
+
+def elsewhere(names: tuple[str, ...], machine: Machine) -> tuple[str, ...]:
+    """Those of the targets for which TensorRT builds on another machine, such as sm80."""
+    here = "" if machine.device is None else f"sm{machine.device.capability}"
+    return tuple(name for name in names if name in _TENSORRT and name != here)
 
 
 def _local(machine: Machine) -> EngineTarget:

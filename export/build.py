@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.build import add_engine_options, build_engines, engine_plan, shared_store
-from engines.targets import listed
+from engines.build import EnginePlan, add_engine_options, build_engines, engine_plan, shared_store
+from engines.plugins import NETWORK as WITH_KERNELS
+from engines.targets import Machine, elsewhere, listed, parse_targets, resolve
 from moma_rt.errors import InputError, run_command
 from moma_rt.specs import Precision
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from export.networks import Precisions
 
 PROGRAM = "export.build"
+_FINISH = "python -m engines.build BUNDLE --target local"
 _EPILOG = """\
 examples:
   python -m export.build --base tiny
@@ -28,6 +30,8 @@ examples:
       a base by name, from a single file, with a LoRA
   python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --target rtx --mllm-precision int4
       with engines for every RTX card, built on any machine
+  python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --target sm80
+      for an A100, from any machine: its engines are built there, with python -m engines.build BUNDLE
   python -m export.build --base sd15 --weights random --only denoiser,vae_decoder
       the real geometry with random weights: to measure latency without any weights
 """
@@ -105,15 +109,20 @@ def _build(options: argparse.Namespace) -> int:
 
     names = _network_names(options.only, options.skip)
     # Before the minutes of work: a target that this machine cannot build for.
-    engines = engine_plan(options, names)
-    precisions = _precisions(options, Precision.FP16 if engines.targets else Precision.FP32)
+    machine, asked = Machine.here(), parse_targets(options.target)
+    later = elsewhere(asked, machine)
+    engines = engine_plan(options, names, resolve(tuple(name for name in asked if name not in later), machine))
+    precisions = _precisions(options, Precision.FP16 if engines.targets or later else Precision.FP32)
     checkpoint = checkpoint_of(options, names)
     out = options.out if options.out is not None else Path("bundles") / checkpoint.base
     shared = shared_store(options, out)
     with Progress(len(names) * (1 + len(engines.targets)), sys.stderr) as progress:
-        bundle = build_bundle(checkpoint, ExportPlan(names, precisions), out, progress.report, shared)
+        plan = ExportPlan(names, precisions, _kernels(engines, later, precisions))
+        bundle = build_bundle(checkpoint, plan, out, progress.report, shared)
         if engines.targets:
             bundle = build_engines(out, engines, shared, progress.report)
+        for target in later:
+            progress.report(target, f"note: copy {out} to such a device, and there: {_FINISH}")
     size = sum(file.size for file in bundle.manifest.files.values())
     print(f"{out}: {', '.join(bundle.manifest.networks)}; {len(bundle.manifest.engines)} engines; {size / 1e6:,.1f} MB")
     return 0
@@ -152,6 +161,18 @@ def _precisions(options: argparse.Namespace, default: Precision) -> "Precisions"
 
     networks = Precision(options.precision or default.value)
     return Precisions(networks, Precision(options.mllm_precision or networks.value))
+
+
+def _kernels(engines: EnginePlan, later: tuple[str, ...], precisions: "Precisions") -> tuple[int, ...] | None:
+    """For which devices kernels are added; None where the bundle is to have none."""
+    from export.attention_kernels import kernel_capabilities
+
+    if not engines.plugins:
+        return None
+    if engines.names is not None and WITH_KERNELS not in engines.names:
+        return ()
+    capabilities = (int(name.removeprefix("sm")) for name in later)
+    return kernel_capabilities(engines.targets, capabilities, precisions.of(WITH_KERNELS))
 
 
 def _network_names(only: str | None, skip: str | None) -> tuple[str, ...]:

@@ -15,8 +15,10 @@ from types import MappingProxyType
 from tokenizers import Tokenizer
 
 import moma_rt
+from engines.plugins import NETWORK as WITH_KERNELS
 from engines.store import NETWORKS_FOLDER, PARTIAL_PREFIX, Artifact, SharedStore, Store, Stored
 from export import tokenizers
+from export.attention_kernels import KernelExporter
 from export.checkpoints.model import LANGUAGE, NETWORK_ROLES, ROLES, TEXT_ENCODER, Checkpoint, Component
 from export.geometry import geometry_of
 from export.networks import NETWORKS, Network, Precisions
@@ -53,10 +55,14 @@ Report = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Which networks to export, and what they are to compute in."""
+    """Which networks to export, what they are to compute in, and for which devices the denoiser gets kernels.
+
+    `kernels` are capabilities, beside those that the bundle has kernels for already; None: it is to have none at all.
+    """
 
     names: tuple[str, ...]
     precisions: Precisions = Precisions()
+    kernels: tuple[int, ...] | None = None
 
 
 def build_bundle(
@@ -84,8 +90,13 @@ def build_bundle(
         exporter = _Exporter(checkpoint, geometry, store, report)
         built = {name: exporter.stored(NETWORKS[name], plan.precisions.of(name)) for name in plan.names}
         files = {name: file for _, stored in built.values() for name, file in stored.files.items()}
-        files |= _write_tokenizers(made_tokenizers, out)
         entries = {**previous.networks, **{name: entry for name, (entry, _) in built.items()}}
+        kernels = {}
+        if plan.kernels is not None and WITH_KERNELS in entries:
+            compiler = KernelExporter(entries[WITH_KERNELS], geometry, store, report)
+            kernels = compiler.stored(plan.kernels, previous.kernels)
+        files |= {name: file for stored in kernels.values() for name, file in stored.files.items()}
+        files |= _write_tokenizers(made_tokenizers, out)
         sources = {c.role: Source(c.role, c.name, c.sha256) for c in checkpoint.components}
         manifest = Manifest(
             checkpoint.base,
@@ -95,18 +106,28 @@ def build_bundle(
             {**previous.files, **files},
             tuple({**{s.role: s for s in previous.sources}, **sources}.values()),
             tuple(e for e in previous.engines if e.network in entries and entries[e.network].key == e.source),
+            tuple(kernels),
         )
         manifest = _without_unused(manifest)
         write_manifest(out, manifest)
-        for engine in previous.engines:
-            if engine not in manifest.engines:
-                report(engine.network, f"dropped: the engine of another export, for {spelled(engine.capabilities)}")
-        for name in sorted(before - manifest.networks.keys()):
-            report(name, "dropped: it was made from other sources")
+        for name, why in _dropped(previous, manifest, before):
+            report(name, f"dropped: {why}")
         store.remove_unused(manifest)
         for name in {TEXT_TOKENIZER, LANGUAGE_TOKENIZER} - manifest.files.keys():
             (out / name).unlink(missing_ok=True)
         return Bundle.open(out)
+
+
+def _dropped(previous: Manifest, manifest: Manifest, networks: set[str]) -> Iterator[tuple[str, str]]:
+    """What the new manifest has no longer: the network it belongs to, and why."""
+    for engine in previous.engines:
+        if engine not in manifest.engines:
+            yield engine.network, f"the engine of another export, for {spelled(engine.capabilities)}"
+    for kernels in previous.kernels:
+        if kernels.capability not in {k.capability for k in manifest.kernels}:
+            yield kernels.network, f"the kernels of another export, for sm{kernels.capability}"
+    for name in sorted(networks - manifest.networks.keys()):
+        yield name, "it was made from other sources"
 
 
 def network_key(components: tuple[Component, ...], spec: NetworkSpec, precision: Precision) -> str:
@@ -232,7 +253,7 @@ def _without_unused(manifest: Manifest) -> Manifest:
     one manifest whatever steps it was built in.
     """
     files = {file for entry in manifest.networks.values() for file in entry.files}
-    folders = {engine.folder for engine in manifest.engines}
+    folders = {entry.folder for entry in (*manifest.engines, *manifest.kernels)}
     files |= {file for file in manifest.files if str(PurePosixPath(file).parent) in folders}
     roles = frozenset().union(*(NETWORK_ROLES[name] for name in manifest.networks))
     files |= {tokenizer for tokenizer, role in _TOKENIZER_ROLES.items() if role in roles}

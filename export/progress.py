@@ -29,7 +29,7 @@ class Progress:
 
     def report(self, network: str, state: str) -> None:
         """Called by the build when a network enters a stage; "kept", "built" and "refitted" end it."""
-        if state.startswith((*_ENDS, "dropped", "note")):
+        if state.startswith((*_ENDS, "kernels", "dropped", "note")):
             tqdm.write(f"{network:<18} {state}", file=self._stream)
         if state.startswith(_ENDS):
             self._bar.update()

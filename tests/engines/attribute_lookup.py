@@ -1,7 +1,7 @@
 """Look paths such as `config.get_timing_cache().serialize` up in a TensorRT module, in a process of its own.
 
     python attribute_lookup.py MODULE < JSON     {"roots": {variable: class}, "paths": [path]}
-    -> JSON                                      {path: {"missing", "types", "keywords"}}
+    -> JSON, as the last line                    {path: {"missing", "types", "keywords"}}
 
 `missing` is the first part of the path that does not exist, as `Class.name`, or null. `types` are the
 names of the TensorRT class that the path is an instance of and of its bases, empty where it is none or not known.
@@ -23,8 +23,9 @@ CPP_NAMES = {"IParserError": "ParserError"}
 class Lookup:
     """Attributes of the classes and instances of `module`.
 
-    What a variable holds is given by its name; what methods and properties return, by the signatures in their
-    docstrings. Beyond what these say (a Python value, a list) nothing is checked.
+    `trtp` is its module `plugin`, and missing where it has none. What a variable holds is given by its name; what
+    methods and properties return, by the signatures in their docstrings. Beyond what these say (a Python value, a
+    list) nothing is checked.
     """
 
     def __init__(self, module: ModuleType, roots: dict[str, str]) -> None:
@@ -35,6 +36,11 @@ class Lookup:
         root, *steps = re.findall(r"\w+|\(\)", path)
         value: Any = self._module
         cls: type | None = None
+        if root == "trtp":
+            try:
+                value = importlib.import_module(f"{self._module.__name__}.plugin")
+            except ImportError:
+                return {"missing": "trt.plugin", "types": [], "keywords": None}
         if root in self._roots:
             value, cls = None, getattr(self._module, self._roots[root])
         keywords = None
@@ -67,13 +73,15 @@ class Lookup:
         signatures = re.findall(r"^(?:\d+\. )?\w+\((.*)\) -> ", documented.__doc__ or "", re.MULTILINE)
         if signatures:
             return sorted({name for signature in signatures for name in re.findall(r"(\w+): ", signature)})
-        return sorted(inspect.signature(function).parameters) if inspect.isfunction(function) else None
+        return sorted(inspect.signature(documented).parameters) if inspect.isfunction(documented) else None
 
 
 def main() -> None:
     request = json.load(sys.stdin)
     lookup = Lookup(importlib.import_module(sys.argv[1]), request["roots"])
-    json.dump({path: lookup.find(path) for path in request["paths"]}, sys.stdout)
+    found = {path: lookup.find(path) for path in request["paths"]}
+    # A line of its own: TensorRT's plugin module says on stdout that it is experimental.
+    print(f"\n{json.dumps(found)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Every use of a TensorRT attribute in a source file, and the guards it stands behind.
 
-TensorRT's objects are known by their names: `trt` is the module, and `ROOTS` says what the other variables are, also
-as attributes of self (`self._engine`). A use is a path from one of them: `config.get_timing_cache().serialize()`.
+TensorRT's objects are known by their names: `trt` is the module, `trtp` its module `plugin`, which not every release
+has, and `ROOTS` says what the other variables are, also as attributes of self (`self._engine`). A use is a path from
+one of them: `config.get_timing_cache().serialize()`.
 
 A guard is `hasattr(OBJECT, "name")`, or a comparison with a member of `Flavour`, in an `if`, a conditional expression,
 an `and` or an `or`; after an `if` whose body leaves, the rest of its block stands behind the opposite.
@@ -27,7 +28,9 @@ ROOTS = {
     "parser_refitter": "OnnxParserRefitter",
     "logger": "ILogger",
     "serialized": "IHostMemory",
+    "registry": "IPluginRegistry",
 }
+MODULES = ("trt", "trtp")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Assignment:
 
 
 class Scan(ast.NodeVisitor):
-    """The uses and assignments in `source`; none if it has no `trt`.
+    """The uses and assignments in `source`; none if it has neither `trt` nor `trtp`.
 
     What a subclass of a TensorRT class adds, and the source itself calls, is no use of TensorRT.
     """
@@ -73,7 +76,7 @@ class Scan(ast.NodeVisitor):
         classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
         self._own = {path for node in classes for path, method in _methods(node) if method.name in called}
         names = {node.id for node in nodes if isinstance(node, ast.Name)}
-        if "trt" in names | {node.arg for node in nodes if isinstance(node, ast.arg)}:
+        if not (names | {node.arg for node in nodes if isinstance(node, ast.arg)}).isdisjoint(MODULES):
             self.visit(tree)
 
     def generic_visit(self, node: ast.AST) -> None:
@@ -180,7 +183,7 @@ class Scan(ast.NodeVisitor):
 def _path(node: ast.expr) -> str | None:
     """The path that `node` is, if it begins at one of TensorRT's objects."""
     if isinstance(node, ast.Name):
-        return node.id if node.id == "trt" or node.id in ROOTS else None
+        return node.id if node.id in MODULES or node.id in ROOTS else None
     if isinstance(node, ast.Call):
         path = _path(node.func)
         return None if path is None else f"{path}()"
@@ -188,7 +191,7 @@ def _path(node: ast.expr) -> str | None:
         return None
     if isinstance(node.value, ast.Name) and node.value.id == "self":
         name = node.attr.removeprefix("_")
-        return name if name == "trt" or name in ROOTS else None
+        return name if name in MODULES or name in ROOTS else None
     path = _path(node.value)
     return None if path is None else f"{path}.{node.attr}"
 

@@ -30,9 +30,11 @@ PINNED = tuple(
     for line in (Path(__file__).parent / "tensorrt_bindings.txt").read_text().splitlines()
     if line and not line.startswith("#")
 )
+PLUGINS_SINCE = Version("10.9")
 INSTALLED = ("tensorrt", "tensorrt_rtx")
 # As the package `tensorrt` has it, which is published as an installer and not as a wheel.
 PACKAGE = "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
+PLUGIN_PACKAGE = "from tensorrt_bindings.plugin import *\n"
 LIBRARIES = ("libnvinfer", "libnvonnxparser", "libnvinfer_plugin")
 # All that the bindings import. Python has the loader resolve every symbol at once, so each must be there.
 STUB = "\n".join(
@@ -111,6 +113,9 @@ def _unpack(requirement: Requirement, folder: Path) -> Bindings:
         wheel.extractall(folder)
     (folder / "tensorrt").mkdir()
     (folder / "tensorrt" / "__init__.py").write_text(PACKAGE)
+    if (folder / "tensorrt_bindings" / "plugin").is_dir():
+        (folder / "tensorrt" / "plugin").mkdir()
+        (folder / "tensorrt" / "plugin" / "__init__.py").write_text(PLUGIN_PACKAGE)
     # Where TensorRT is installed, this package would load its libraries in place of ours.
     (folder / "tensorrt_libs.py").touch()
     (folder / "lib").mkdir()
@@ -149,6 +154,12 @@ def load_bindings(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Require
 @pytest.fixture(params=[*PINNED, *INSTALLED], ids=str)
 def bindings(request: pytest.FixtureRequest, load_bindings: Callable[[Requirement | str], Bindings]) -> Bindings:
     """Each pinned release over the stub, then what is installed here."""
+    return load_bindings(request.param)
+
+
+@pytest.fixture(params=[r for r in PINNED if _version(r) >= PLUGINS_SINCE], ids=str)
+def plugin_bindings(request: pytest.FixtureRequest, load_bindings: Callable[[Requirement | str], Bindings]) -> Bindings:
+    """Each pinned release that has `tensorrt.plugin`, over the stub."""
     return load_bindings(request.param)
 
 

@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from tests.engines.attribute_scan import ROOTS, Assignment, Guard, Scan, Use
+from tests.engines.conftest import PINNED
 
 LOOKUP = Path(__file__).parent / "attribute_lookup.py"
 PACKAGES = ("engines", "kernels", "moma_rt")
@@ -21,12 +23,14 @@ class Release:
     def __init__(self, scan: Scan, bindings) -> None:
         self._module = bindings.module
         guards = {guard.path for use in scan.uses for guard in use.guards if not guard.is_flavour}
-        paths = guards | {use.path for use in scan.uses} | {assigned.path for assigned in scan.assignments}
+        paths = {"trtp"} | guards | {use.path for use in scan.uses} | {assigned.path for assigned in scan.assignments}
         done = bindings.run(LOOKUP, bindings.module, stdin=json.dumps({"roots": ROOTS, "paths": sorted(paths)}))
         assert done.returncode == 0, done.stderr
-        self._found = json.loads(done.stdout)
+        self._found = json.loads(done.stdout.splitlines()[-1])
 
     def reaches(self, use: Use) -> bool:
+        if use.path.startswith("trtp") and self._found["trtp"]["missing"] is not None:
+            return False
         return all(self._holds(guard) == guard.holds for guard in use.guards)
 
     def missing(self, use: Use) -> str | None:
@@ -81,6 +85,12 @@ def test_the_backend_is_scanned(scans):
         "context.update_device_memory_size_for_shapes()",
         "context.execute_async_v3()",
     }
+
+
+@pytest.mark.parametrize("operator", ["injected_self_attention", "context_cross_attention"])
+def test_the_plugins_are_scanned(scans, operator):
+    paths = {use.path for use in scans[f"kernels/{operator}/tensorrt_plugin.py"].uses}
+    assert paths >= {"trtp.register()", "trtp.aot_impl()", "trtp.KernelLaunchParams()", "trtp.AutoTuneCombination()"}
 
 
 def test_every_attribute_exists(scans, bindings):
@@ -149,6 +159,29 @@ def f(library, flavour, Flavour):
 def test_what_does_not_exist_is_found(bindings):
     wrong = [number for number, line in enumerate(EXAMPLE.splitlines(), 1) if line.endswith("# wrong")]
     assert sorted(int(problem.partition(":")[0]) for problem in problems(Scan(EXAMPLE), bindings)) == wrong
+
+
+PLUGIN_EXAMPLE = """
+def f():
+    import tensorrt.plugin as trtp
+    @trtp.register("a::b")
+    def describe(x: trtp.TensorDesc) -> trtp.TensorDsc:  # wrong
+        return trtp.from_shape_exprs((1,), None)  # wrong
+    trtp.KernelLaunchParams(grid_x=1, shared_mem=2)
+    trtp.KernelLaunchParams(cluster_x=1)  # wrong
+    trtp.op
+"""
+
+
+def test_what_does_not_exist_among_plugins_is_found(plugin_bindings):
+    wrong = [number for number, line in enumerate(PLUGIN_EXAMPLE.splitlines(), 1) if line.endswith("# wrong")]
+    found = [int(problem.partition(":")[0]) for problem in problems(Scan(PLUGIN_EXAMPLE), plugin_bindings)]
+    assert sorted(found) == wrong
+
+
+def test_a_release_without_plugins_has_none_to_check(load_bindings):
+    oldest = load_bindings(min(PINNED, key=lambda requirement: Version(str(requirement).partition("==")[2])))
+    assert problems(Scan(PLUGIN_EXAMPLE), oldest) == []
 
 
 def test_a_guard_that_never_holds_is_found(every_bindings):

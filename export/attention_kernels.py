@@ -1,0 +1,109 @@
+"""The attention operators' own kernels for TensorRT's plugins: PTX, compiled here for devices that are elsewhere."""
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from engines.plugins import KERNELS_NAME, attention_shapes, kernel_dtype
+from engines.store import KERNELS_FOLDER, Artifact, Store, Stored
+from engines.targets import EngineTarget
+from moma_rt.bundle import NetworkEntry
+from moma_rt.engines import Flavour, KernelsEntry
+from moma_rt.libraries import is_installed
+from moma_rt.specs import Geometry, Precision
+
+# Where TensorRT may finish a bundle: A100, RTX 30, Orin, RTX 40 and L40S, H100 and H200, B200, RTX 50.
+CAPABILITIES = (80, 86, 87, 89, 90, 100, 120)
+COMPILER = "triton"
+# Sources whose change may change a kernel, in the package `kernels`.
+_CODE = ("*.py", "*/triton_kernel.py")
+
+Report = Callable[[str, str], None]
+
+
+def kernel_capabilities(targets: Iterable[EngineTarget], later: Iterable[int], precision: Precision) -> tuple[int, ...]:
+    """For which devices a network gets kernels: those that TensorRT builds for, or all where no target is named.
+
+    Args:
+        targets: what engines are built for now.
+        later: the capabilities of devices on which they are built later.
+        precision: the network's.
+    """
+    targets = tuple(targets)
+    named = {c for target in targets if target.flavour is Flavour.TENSORRT for c in target.capabilities} | set(later)
+    if kernel_dtype(precision) is None:
+        return ()
+    return tuple(sorted(named)) if named or targets else CAPABILITIES
+
+
+def kernels_key(network: NetworkEntry, geometry: Geometry, capability: int) -> str:
+    """Names what kernels compute, for what device, the code they come from, and the compiler."""
+    identity = {
+        "shapes": [asdict(shape) for shape in attention_shapes(geometry)],
+        "dtype": kernel_dtype(network.precision),
+        "capability": capability,
+        "code": _code_hash(),
+        "compiler": importlib.metadata.version(COMPILER) if is_installed(COMPILER) else None,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class KernelExporter:
+    """Compiles a network's kernels into a store."""
+
+    network: NetworkEntry
+    geometry: Geometry
+    store: Store
+    report: Report
+
+    def stored(self, capabilities: Iterable[int], previous: Iterable[KernelsEntry]) -> dict[KernelsEntry, Stored]:
+        """The kernels for all of `capabilities`, and of the previous ones those that would be the same today.
+
+        Without Triton, or in a precision that has none, there are none: the network runs in standard operators.
+        """
+        name, wanted = self.network.spec.name, set(capabilities)
+        if kernel_dtype(self.network.precision) is None:
+            return {}
+        if wanted and not is_installed(COMPILER):
+            self.report(name, "note: it gets no kernels of its own, since Triton is not installed: pip install triton")
+            wanted = set()
+        earlier = {entry.capability for entry in previous if entry.network == name}
+        found = {}
+        for capability in sorted(wanted | earlier):
+            key = kernels_key(self.network, self.geometry, capability)
+            artifact = Artifact(KERNELS_FOLDER, f"{name}_sm{capability}", key)
+            stored = self.store.find(artifact)
+            if stored is None and capability in wanted:
+                stored = self._compiled(artifact, capability)
+            if stored is not None:
+                found[KernelsEntry(name, capability, key, stored.path(KERNELS_NAME))] = stored
+        return found
+
+    def _compiled(self, artifact: Artifact, capability: int) -> Stored:
+        from kernels.compile import AttentionLayer, write_kernels
+
+        name, dtype = self.network.spec.name, kernel_dtype(self.network.precision)
+        layers = [AttentionLayer(**vars(shape)) for shape in attention_shapes(self.geometry)]
+
+        def write(folder: Path) -> dict[str, object]:
+            write_kernels(folder, layers, [dtype], [capability], lambda text: self.report(name, f"compiling {text}"))
+            return {}
+
+        start = time.monotonic()
+        self.report(name, f"compiling its kernels for sm{capability}")
+        stored = self.store.add(artifact, write)
+        self.report(name, f"kernels for sm{capability} built in {time.monotonic() - start:.1f} s")
+        return stored
+
+
+def _code_hash() -> str:
+    root = Path(__file__).resolve().parent.parent / "kernels"
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _CODE for path in root.glob(pattern)):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

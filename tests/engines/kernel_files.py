@@ -1,0 +1,65 @@
+"""Bundles with kernels whose PTX is a line of text, for tests of what reads them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from engines.plugins import FORMAT_VERSION, AttentionShape, attention_shapes
+from moma_rt.bundle import FileEntry, read_manifest, write_manifest
+from moma_rt.engines import KernelsEntry
+from moma_rt.files import sha256_file
+
+DTYPES = ("float16", "bfloat16")
+
+
+def record(shape: AttentionShape, dtype: str, capability: int) -> dict[str, Any]:
+    """An element of kernels.json, whose numbers differ from one kernel to another."""
+    name = f"{shape.operator.lower()}-{dtype}-{shape.heads}x{shape.width}-{shape.queries}-sm{capability}"
+    return {
+        "operator": shape.operator,
+        "capability": capability,
+        "dtype": dtype,
+        "heads": shape.heads,
+        "width": shape.width,
+        "queries": shape.queries,
+        "tokens": list(shape.tokens),
+        "block_queries": 128 if shape.queries >= 1024 else 48,
+        "entry": f"{shape.operator}_kernel",
+        "file": f"{name}.ptx",
+        "threads": 128 if shape.width < 160 else 256,
+        "shared_bytes": 1024 * shape.width,
+        "registers": 255,
+        "spill_bytes": 0,
+    }
+
+
+def write_kernels(folder: Path, shapes: Iterable[AttentionShape], dtypes: Iterable[str], capability: int) -> None:
+    """kernels.json and what it names."""
+    records = [record(shape, dtype, capability) for shape in shapes for dtype in dtypes]
+    for written in records:
+        (folder / written["file"]).write_text(f"// {written['file']}\n")
+    (folder / "kernels.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "kernels": records}))
+
+
+def add_kernels(
+    root: Path,
+    capability: int,
+    dtypes: Iterable[str] = DTYPES,
+    network: str = "denoiser",
+    change: Callable[[Path], None] = lambda folder: None,
+) -> Path:
+    """Give the bundle at `root` kernels for its attention layers, changed before they are hashed; the folder."""
+    manifest = read_manifest(root)
+    place = f"kernels/{network}_sm{capability}-{'0' * 16}"
+    (root / place).mkdir(parents=True)
+    write_kernels(root / place, attention_shapes(manifest.geometry), dtypes, capability)
+    change(root / place)
+    files = {
+        f"{place}/{path.name}": FileEntry(sha256_file(path), path.stat().st_size) for path in (root / place).iterdir()
+    }
+    entry = KernelsEntry(network, capability, "0" * 64, f"{place}/kernels.json")
+    changed = dataclasses.replace(manifest, files={**manifest.files, **files}, kernels=(*manifest.kernels, entry))
+    write_manifest(root, changed)
+    return root / place

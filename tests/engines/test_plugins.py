@@ -1,0 +1,144 @@
+"""The plugins, through TensorRT's own `tensorrt.plugin` up to what its native part would do with them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engines.plugins import CONTEXT, INJECTED, AttentionShape, attention_shapes
+from moma_rt.bundle import Manifest, write_manifest
+from moma_rt.specs import Geometry, SelfAttentionLayer
+from tests.engines.kernel_files import add_kernels, record
+
+DRIVE = Path(__file__).parent / "drive_plugins.py"
+TEXT_TOKENS, CONTEXT_TOKENS, CAPABILITY = 77, 4, 80
+# SD1.5's levels at 512².
+LEVELS = ((64, 320), (32, 640), (16, 1280), (8, 1280))
+HEADS = 8
+GEOMETRY = Geometry(
+    *(512, 4, 64, TEXT_TOKENS, 768, CONTEXT_TOKENS, 1024),
+    tuple(SelfAttentionLayer(f"level_{grid}", grid, channels, HEADS) for grid, channels in LEVELS),
+    None,
+)
+DTYPES = {"float16": "HALF", "bfloat16": "BF16"}
+SIZES = [
+    {"rows": rows, "samples": samples, "reference": n} for rows, samples, n in ((2, 1, 17), (8, 4, 4096), (3, 3, 1))
+]
+
+
+def layer_of(shape: AttentionShape, dtype: str) -> dict:
+    rows = ["rows", shape.queries, shape.heads * shape.width]
+    per_query = ["samples", shape.queries]
+    if shape.operator == INJECTED:
+        reference = ["samples", "reference", shape.heads * shape.width]
+        inputs = [rows, rows, rows, reference, reference, ["samples", "reference"], per_query, [1]]
+    else:
+        text, context = (["rows", tokens, shape.heads * shape.width] for tokens in shape.tokens)
+        inputs = [rows, text, text, context, context, per_query, ["samples", shape.tokens[0]]]
+    return {
+        "operator": shape.operator,
+        "attributes": {"num_heads": shape.heads, "softmax_scale": shape.width**-0.5},
+        "inputs": inputs,
+        "dtype": DTYPES[dtype],
+        "sizes": SIZES,
+    }
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("bundle")
+    write_manifest(root, Manifest("tests", "tests", GEOMETRY, {}, {}, ()))
+    add_kernels(root, CAPABILITY)
+    return root
+
+
+def drive(bindings, bundle: Path, dtype: str, layers: list[dict]) -> list[dict]:
+    request = {"kernels": str(bundle), "capability": CAPABILITY, "dtype": dtype, "layers": layers}
+    done = bindings.run(DRIVE, stdin=json.dumps(request))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def grid_of(shape: AttentionShape, block: int, sizes: dict[str, int]) -> dict[str, int]:
+    lanes = shape.heads if shape.operator == INJECTED else 1
+    return {
+        "grid_x": -(-shape.queries // block),
+        "grid_y": sizes["samples"] * lanes,
+        "grid_z": sizes["rows"] // sizes["samples"],
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_tensorrt_is_told_of_every_layer(plugin_bindings, bundle, dtype):
+    shapes = attention_shapes(GEOMETRY)
+    assert len(shapes) == 2 * len(LEVELS)
+    answers = drive(plugin_bindings, bundle, dtype, [layer_of(shape, dtype) for shape in shapes])
+    for shape, answer in zip(shapes, answers, strict=True):
+        assert "error" not in answer
+        written = record(shape, dtype, CAPABILITY)
+        outputs = 1 if shape.operator == INJECTED else 2
+        assert answer["outputs"] == outputs
+        assert answer["dtypes"] == [DTYPES[dtype]] * outputs
+        assert answer["combinations"] == [[DTYPES[dtype], "LINEAR"]] * 9
+        assert answer["tactics"] == [0]
+        assert answer["kernel"] == [written["entry"], f"// {written['file']}\n"]
+        for sizes, found in zip(SIZES, answer["at"], strict=True):
+            whole = [sizes["rows"], shape.queries, shape.heads * shape.width]
+            assert found["shapes"] == [whole, whole[:2]][:outputs]
+            block = {"block_x": written["threads"], "block_y": 1, "block_z": 1, "shared_mem": written["shared_bytes"]}
+            assert found["launch"] == {**grid_of(shape, written["block_queries"], sizes), **block}
+            further = [["INT", "INT32", sizes["reference"]]] if shape.operator == INJECTED else []
+            assert found["arguments"] == further
+
+
+def test_what_no_kernel_was_compiled_for_is_named(plugin_bindings, bundle):
+    shape = attention_shapes(GEOMETRY)[0]
+    layers = [
+        layer_of(AttentionShape(INJECTED, 8, 48, 4096), "float16"),
+        layer_of(AttentionShape(CONTEXT, 8, 40, 4096, (77, 5)), "float16"),
+        layer_of(shape, "bfloat16"),
+        {**layer_of(shape, "float16"), "dtype": "FLOAT"},
+    ]
+    found = [answer["error"] for answer in drive(plugin_bindings, bundle, "float16", layers)]
+    wanted = [
+        "in HALF of InjectedSelfAttention of 8 heads of width 48 with 4096 queries",
+        "in HALF of ContextCrossAttention of 8 heads of width 40 with 4096 queries and 77 + 5 tokens",
+        "in BF16 of InjectedSelfAttention of 8 heads of width 40 with 4096 queries",
+        "in FLOAT of InjectedSelfAttention of 8 heads of width 40 with 4096 queries",
+    ]
+    assert found == [f"there is no kernel {text}; those of the bundle are in float16" for text in wanted]
+
+
+# With TensorRT's own registry, as far as its libraries are here.
+REGISTER = """
+import json, sys
+from types import MappingProxyType
+import tensorrt as trt
+from engines.plugins import NetworkKernels, registered
+
+def known():
+    found = [trt.get_plugin_registry().get_creator(name, "1", "moma") for name in json.loads(sys.argv[1])]
+    return [creator is not None for creator in found]
+
+kernels = [NetworkKernels(name, "float16", MappingProxyType({})) for name in "ab"]
+said = [known()]
+for one in kernels:
+    with registered(one):
+        said.append(known())
+    said.append(known())
+try:
+    with registered(kernels[0]):
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    said.append(known())
+with registered(None):
+    said.append(known())
+print(json.dumps(said))
+"""
+
+
+def test_nothing_stays_in_the_registry(bindings_over_rtx):
+    done = bindings_over_rtx.run("-c", REGISTER, json.dumps([INJECTED, CONTEXT]))
+    assert done.returncode == 0, done.stderr
+    both, none = [True, True], [False, False]
+    assert json.loads(done.stdout.splitlines()[-1]) == [none, both, none, both, none, none, none]
