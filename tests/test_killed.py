@@ -71,7 +71,7 @@ class Build:
 def incomplete(root: Path) -> list[str]:
     """What lies under a final name, in a bundle or a store, and is not what its record or its manifest says."""
     wrong = []
-    for folder in (path for kind in ("networks", "engines") for path in root.glob(f"{kind}/*")):
+    for folder in (path for kind in ("networks", "engines", "kernels") for path in root.glob(f"{kind}/*")):
         if folder.name.startswith(".partial-"):
             continue
         record = folder / "record.json"

@@ -1,9 +1,15 @@
 """The direction of imports, read from the sources, so that an import inside a function counts too."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PACKAGES = {"moma_rt", "kernels", "engines", "export", "benchmarks", "tests", "examples"}
 MODEL_LIBRARIES = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "onnx", "onnxscript", "triton"}
@@ -46,6 +52,19 @@ def test_imports_point_down(repository: Path, package: str):
 def test_tensorrt_plugins_need_only_tensorrt_and_numpy(repository: Path):
     for path in (repository / "kernels").rglob("tensorrt_plugin.py"):
         assert {module for _, module in imported(path.read_text())} & (MODEL_LIBRARIES | PACKAGES) == set(), path
+
+
+def test_wheels_hold_the_plugins_and_not_the_package_kernels(repository: Path):
+    """That name is Hugging Face's too: an __init__.py of ours in its folder would take the place of theirs."""
+    setuptools = pytest.importorskip("setuptools")
+    settings = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    found = set(setuptools.find_namespace_packages(str(repository), **settings))
+    plugins = {path.parent.name for path in (repository / "kernels").glob("*/tensorrt_plugin.py")}
+    assert len(plugins) == 2
+    assert {name for name in found if name.startswith("kernels")} == {f"kernels.{name}" for name in plugins}
+    assert {"moma_rt", "moma_rt.backends", "engines"} <= found
+    for name in plugins:
+        assert imported((repository / "kernels" / name / "__init__.py").read_text()) == set(), "it is read on a target"
 
 
 @pytest.mark.parametrize(

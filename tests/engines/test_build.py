@@ -364,7 +364,7 @@ sys.exit(main({arguments!r}))
 
 
 def run_bare(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
-    allowed = {"engines", "moma_rt", "numpy", "tensorrt", "tensorrt_rtx"} | {
+    allowed = {"engines", "moma_rt", "kernels", "numpy", "tensorrt", "tensorrt_rtx"} | {
         f"tensorrt_rtx_{part}" for part in ("bindings", "libs", "cu13", "cu13_bindings", "cu13_libs")
     }
     code = BARE.format(allowed=allowed, repository=str(repository), arguments=list(arguments))

@@ -142,3 +142,68 @@ def test_nothing_stays_in_the_registry(bindings_over_rtx):
     assert done.returncode == 0, done.stderr
     both, none = [True, True], [False, False]
     assert json.loads(done.stdout.splitlines()[-1]) == [none, both, none, both, none, none, none]
+
+
+# A build up to its parser, which would crash here where it creates a plugin; in its place, one that looks around.
+PARSE = """
+import json, sys
+from pathlib import Path
+from types import MappingProxyType
+import tensorrt as trt
+from engines.plugins import NetworkKernels
+from engines.tensorrt import EngineRequest, build_engine, refit_engine
+from moma_rt.engines import Flavour
+from moma_rt.errors import BundleError
+from moma_rt.specs import NetworkSpec
+
+seen, flags = [], []
+
+def known():
+    found = [trt.get_plugin_registry().get_creator(name, "1", "moma") for name in json.loads(sys.argv[1])]
+    return [creator is not None for creator in found]
+
+class Builder(trt.Builder):
+    def create_network(self, asked):
+        known_flags = trt.NetworkDefinitionCreationFlag.__members__
+        flags.append([name for name, flag in known_flags.items() if asked >> int(flag) & 1])
+        return super().create_network(asked)
+
+class Parser:
+    num_errors = 0
+
+    def __init__(self, network, log):
+        pass
+
+    def parse_from_file(self, path):
+        seen.append(known())
+        return False
+
+class Runtime:
+    def __init__(self, log):
+        pass
+
+    def deserialize_cuda_engine(self, data):
+        seen.append(known())
+        return None
+
+trt.Builder, trt.OnnxParser, trt.Runtime = Builder, Parser, Runtime
+spec, file = NetworkSpec("denoiser", (), ()), Path(sys.argv[2])
+for kernels in (NetworkKernels("a", "float16", MappingProxyType({})), None):
+    request = EngineRequest(Flavour.TENSORRT, (90,), file, spec, kernels=kernels)
+    for act in (lambda: build_engine(request, file.parent, print), lambda: refit_engine(file, request, file.parent)):
+        try:
+            act()
+        except BundleError:
+            seen.append(known())
+print()
+print(json.dumps([flags, seen]))
+"""
+
+
+def test_a_build_has_them_registered_while_it_parses(bindings_over_rtx):
+    done = bindings_over_rtx.run("-c", PARSE, json.dumps([INJECTED, CONTEXT]), DRIVE)
+    assert done.returncode == 0, done.stderr
+    flags, seen = json.loads(done.stdout.splitlines()[-1])
+    assert flags == [["STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS"], ["STRONGLY_TYPED"]]
+    both, none = [True, True], [False, False]
+    assert seen == [both, none] * 2 + [none, none] * 2

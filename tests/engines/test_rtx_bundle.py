@@ -6,7 +6,9 @@ import onnx
 import onnx.inliner
 import pytest
 
+from engines.plugins import CONTEXT, PLUGINS_SINCE, AttentionShape, attention_shapes
 from export.build import main
+from export.lowering import DOCUMENTED
 from moma_rt.bundle import Bundle
 from moma_rt.engines import Device, Library, select
 from moma_rt.inspection import describe_bundle
@@ -62,6 +64,56 @@ def test_each_softmax_of_the_denoiser_is_one_fused_attention(bundle):
     assert inlined["Attention"] == SOFTMAXES_PER_LAYER * 2 * layers
     assert inlined["Softmax"] == 0
     assert not [attribute for node in model.graph.node for attribute in node.attribute if "decompos" in attribute.name]
+
+
+def test_with_plugins_the_full_graph_is_known_to_the_first_tensorrt_that_has_them(bundle):
+    """What has no meaning before 10.15, `Attention`, stands in the functions alone, which plugins take the place of."""
+    assert PLUGINS_SINCE == (10, 9)
+    model = onnx.load(bundle.path(bundle.network("denoiser").onnx), load_external_data=False)
+    standard = [node for node in model.graph.node if node.domain == ""]
+    names = {node.op_type for node in standard}
+    assert "Attention" not in names
+    assert {node.op_type for function in model.functions for node in function.node} >= {"Attention"}
+    # 10.9 is the first that knows opset 21's GroupNormalization; all else 10.3 documents, in forms of opset 20.
+    assert names - DOCUMENTED == {"GroupNormalization"}
+    for node in standard:
+        if node.op_type != "GroupNormalization":
+            schema = onnx.defs.get_schema(node.op_type, 20, "")
+            assert {attribute.name for attribute in node.attribute} <= set(schema.attributes), node.op_type
+    constants = {t.name for t in model.graph.initializer}
+    constants |= {node.output[0] for node in standard if node.op_type == "Constant"}
+    for node in standard:
+        if node.op_type.startswith("Reduce") or node.op_type in ("Squeeze", "Unsqueeze"):
+            assert set(node.input[1:]) <= constants, node.op_type
+
+
+def test_the_operators_nodes_name_their_plugin_and_inputs_have_one_dtype(bundle):
+    model = onnx.load(bundle.path(bundle.network("denoiser").onnx), load_external_data=False)
+    nodes = [node for node in model.graph.node if node.domain == "moma"]
+    dtypes = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.value_info)}
+    dtypes |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in nodes:
+        assert {a.name: a.s for a in node.attribute if a.type == onnx.AttributeProto.STRING} == {
+            "plugin_namespace": b"moma"
+        }
+        assert {dtypes[name] for name in (*node.input, *node.output)} == {onnx.TensorProto.FLOAT16}, node.name
+
+
+def test_the_plugins_of_its_denoiser_are_those_of_its_layers(bundle):
+    """The shapes that a plugin meets in the graph are those that kernels are compiled for."""
+    model = onnx.load(bundle.path(bundle.network("denoiser").onnx), load_external_data=False)
+    values = (*model.graph.input, *model.graph.value_info)
+    sizes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in values}
+    met = set()
+    for node in model.graph.node:
+        if node.domain == "moma":
+            heads = next(a.i for a in node.attribute if a.name == "num_heads")
+            _, queries, channels = sizes[node.input[0]]
+            tokens = [sizes[node.input[index]][1] for index in (1, 3)] if node.op_type == CONTEXT else []
+            met.add(AttentionShape(node.op_type, heads, channels // heads, queries, tuple(tokens)))
+            dynamic = [name for name in (*node.input, *node.output) if 0 in sizes[name][2:]]
+            assert not dynamic
+    assert met == set(attention_shapes(bundle.manifest.geometry))
 
 
 def test_memory_grows_with_the_batch_and_not_with_its_square(bundle):

@@ -1,6 +1,6 @@
 import pytest
 
-from engines.targets import KNOWN, EngineTarget, Machine, parse_targets, resolve
+from engines.targets import KNOWN, EngineTarget, Machine, elsewhere, parse_targets, resolve
 from moma_rt.engines import Device, Flavour
 from moma_rt.errors import InputError
 
@@ -67,3 +67,21 @@ def test_what_cannot_be_built_here(text, device, installed, said):
         targets(text, device, frozenset(installed))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "expected"),
+    [
+        ("cpu,rtx,local,sm86", None, ()),
+        ("sm80", None, ("sm80",)),
+        ("sm90,sm80,sm86", None, ("sm80", "sm90")),
+        ("sm90,sm80,local", H100, ("sm80",)),
+        ("sm87", RTX4090, ("sm87",)),
+    ],
+)
+def test_what_is_built_elsewhere(text, device, expected):
+    names = parse_targets(text)
+    found = elsewhere(names, Machine(device, BOTH))
+    assert found == expected
+    if "local" not in names or device is not None:
+        resolve(tuple(name for name in names if name not in found), Machine(device, BOTH))

@@ -15,6 +15,7 @@ from export.checkpoints import NETWORK_ROLES, roles_for
 from export.networks import NETWORKS
 from export.progress import Progress
 from moma_rt.bundle import Bundle
+from moma_rt.engines import Device
 
 
 @pytest.fixture
@@ -231,7 +232,8 @@ def test_a_second_base_takes_what_does_not_depend_on_it(tmp_path, capsys):
         ("--base tiny --skip unet", "--skip 'unet': no network unet; there are: text_encoder"),
         (f"--base tiny --skip {','.join(NETWORKS)}", "leaves no network"),
         ("--base tiny --target sm61", "--target 'sm61': no target sm61; there are: cpu, rtx, local, sm75"),
-        ("--base tiny --target sm87", "TensorRT builds only on such a device"),
+        ("--base tiny --target local", "--target local: this machine has no NVIDIA GPU"),
+        ("--base tiny --target sm80,local", "--target local: this machine has no NVIDIA GPU"),
         ("--base tiny --store /proc/none", "--store /proc/none: cannot be written"),
     ],
 )
@@ -251,6 +253,8 @@ def test_targets_and_choices_that_cannot_be(tmp_path, monkeypatch, capsys, argum
         ("--precision fp16 --mllm-precision int8", "fp16", "int8"),
         ("--target cpu --mllm-precision int4", "fp32", "int4"),
         ("--target cpu,sm86 --precision fp32", "fp32", "fp32"),
+        ("--target sm80", "fp16", "fp16"),
+        ("--target cpu,sm90 --precision bf16", "bf16", "bf16"),
     ],
 )
 def test_precisions(monkeypatch, tiny_bundle, arguments, networks, language):
@@ -261,9 +265,61 @@ def test_precisions(monkeypatch, tiny_bundle, arguments, networks, language):
         return Bundle.open(tiny_bundle)
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("engines.targets.local_device", lambda: None)
     monkeypatch.setattr(bundling, "build_bundle", build)
     monkeypatch.setattr("export.build.build_engines", lambda *_: Bundle.open(tiny_bundle))
     assert main(["--base", "tiny", *arguments.split()]) == 0
     found = plans[0].precisions
     assert (found.networks.value, found.language.value) == (networks, language)
     assert found.of("context_projector").value == "fp32"
+
+
+EVERYWHERE = (80, 86, 87, 89, 90, 100, 120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device", "kernels"),
+    [
+        ("", None, ()),
+        ("--target cpu", None, ()),
+        ("--precision fp16", None, EVERYWHERE),
+        ("--target cpu --precision bf16", None, EVERYWHERE),
+        ("--precision fp16 --only vae_decoder", None, ()),
+        ("--target rtx", None, ()),
+        ("--target sm80", None, (80,)),
+        ("--target sm103,sm86,sm90", None, (90, 103)),
+        ("--target sm80 --precision fp32", None, ()),
+        ("--target sm87,local", 90, (87, 90)),
+        ("--target sm90", 90, (90,)),
+        ("--target rtx,local", 90, (90,)),
+        ("--target sm80 --plugins off", None, None),
+        ("--precision fp16 --plugins off", None, None),
+    ],
+)
+def test_for_which_devices_kernels_are_compiled(monkeypatch, tiny_bundle, capsys, arguments, device, kernels):
+    plans, built = [], []
+
+    def build(checkpoint, plan, out, report, shared):
+        plans.append(plan)
+        return Bundle.open(tiny_bundle)
+
+    def build_engines(out, plan, shared, report):
+        built.append(plan)
+        return Bundle.open(tiny_bundle)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("engines.targets.local_device", lambda: None if device is None else Device("a GPU", device))
+    monkeypatch.setattr(bundling, "build_bundle", build)
+    monkeypatch.setattr("export.build.build_engines", build_engines)
+    assert main(["--base", "tiny", *arguments.split(), "--out", "some/bundle"]) == 0
+    assert plans[0].kernels == kernels
+    assert all(plan.plugins == (kernels is not None) for plan in built)
+    # What is built elsewhere is said, and how; it is no target of the engines that are built here.
+    named = {name for name in arguments.replace(",", " ").split() if name in ("sm80", "sm87", "sm90", "sm103")}
+    later = sorted(named - {f"sm{device}"})
+    notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
+    assert sorted(notes) == [
+        f"{name:<18} note: copy some/bundle to such a device, and there: python -m engines.build BUNDLE --target local"
+        for name in later
+    ]
+    assert not {f"sm{c}" for plan in built for target in plan.targets for c in target.capabilities} & set(later)

@@ -24,6 +24,7 @@ from moma_rt.specs import Dim, Geometry, LanguageGeometry, NetworkSpec, Precisio
 ONNX = "networks/text_encoder-k1/model.onnx"
 LOWERED = "networks/text_encoder-k1/lowered.onnx"
 ENGINE = "engines/text_encoder-e1/engine.trt"
+KERNELS = "kernels/text_encoder_sm80-k2/kernels.json"
 WEIGHTS = "networks/text_encoder-k1/weights.bin"
 BATCH = Dim("batch", 1, 1, 8)
 
@@ -54,10 +55,16 @@ def make_manifest(files: dict[str, FileEntry]) -> Manifest:
 def root(tmp_path: Path) -> Path:
     """A complete bundle with one network of two files."""
     folder = tmp_path / "bundle"
-    for name, content in ((ONNX, b"graph"), (LOWERED, b"old"), (ENGINE, b"engine"), (WEIGHTS, b"weights" * 100)):
+    for name, content in (
+        (ONNX, b"graph"),
+        (LOWERED, b"old"),
+        (ENGINE, b"engine"),
+        (KERNELS, b"{}"),
+        (WEIGHTS, b"weights" * 100),
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    names = (ONNX, LOWERED, ENGINE, WEIGHTS)
+    names = (ONNX, LOWERED, ENGINE, KERNELS, WEIGHTS)
     files = {n: FileEntry(sha256_file(folder / n), (folder / n).stat().st_size) for n in names}
     write_manifest(folder, make_manifest(files))
     return folder
@@ -146,6 +153,16 @@ class TestOpen:
             lambda d: d["engines"][0].update(refittable="no"),
             lambda d: d["engines"][0].update(version=""),
             lambda d: d["engines"][0].update(file=None),
+            lambda d: d["engines"][0].pop("kernels"),
+            lambda d: d["engines"][0].update(kernels=False),
+            lambda d: d["engines"][0].update(kernels=""),
+            lambda d: d.pop("kernels"),
+            lambda d: d["kernels"].append({}),
+            lambda d: d["kernels"][0].update(capability="80"),
+            lambda d: d["kernels"][0].update(capability=1000),
+            lambda d: d["kernels"][0].update(network=None),
+            lambda d: d["kernels"][0].update(file="a\nb"),
+            lambda d: d["kernels"][0].update(extra=1),
             lambda d: d["networks"]["text_encoder"].pop("lowered"),
         ],
     )
@@ -168,7 +185,7 @@ class TestOpen:
         assert f"{WEIGHTS} has 7 bytes" in message
         assert "700" in message
 
-    @pytest.mark.parametrize("name", [ONNX, LOWERED, ENGINE, WEIGHTS])
+    @pytest.mark.parametrize("name", [ONNX, LOWERED, ENGINE, KERNELS, WEIGHTS])
     def test_used_file_without_a_hash(self, root: Path, name: str):
         edit(root, lambda data: data["files"].pop(name))
         assert f"uses {name!r} but gives no hash" in open_error(root)
@@ -176,6 +193,14 @@ class TestOpen:
     @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "networks/../../outside", "a\\..\\b", ""])
     def test_unsafe_path(self, root: Path, name: str):
         edit(root, lambda data: rename_file(data, name))
+        assert "unsafe manifest" in open_error(root)
+
+    def test_unsafe_path_of_kernels(self, root: Path):
+        def leave(data: dict[str, Any]) -> None:
+            data["kernels"][0]["file"] = "../../etc/passwd"
+            data["files"]["../../etc/passwd"] = data["files"].pop(KERNELS)
+
+        edit(root, leave)
         assert "unsafe manifest" in open_error(root)
 
     def test_link_out_of_the_bundle(self, root: Path):
@@ -256,7 +281,7 @@ def test_manifest_is_replaced_whole(root: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(TypeError):
         write_manifest(root, make_manifest({}))
     assert (root / MANIFEST_NAME).read_bytes() == before
-    assert {path.name for path in root.iterdir()} == {MANIFEST_NAME, "networks", "engines"}
+    assert {path.name for path in root.iterdir()} == {MANIFEST_NAME, "networks", "engines", "kernels"}
 
 
 class TestSpecs:

@@ -1,0 +1,231 @@
+"""Kernels in a bundle: when they are compiled, kept, shared and dropped. A compiled kernel is a line of text here."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from engines.plugins import AttentionShape, attention_shapes, choose
+from engines.store import SharedStore
+from engines.targets import EngineTarget
+from export import attention_kernels, bundling
+from export.attention_kernels import CAPABILITIES, kernel_capabilities, kernels_key
+from export.bundling import ExportPlan, build_bundle
+from export.checkpoints import CheckpointRequest, load_checkpoint, roles_for
+from export.networks import NETWORKS, Precisions
+from moma_rt.bundle import Bundle
+from moma_rt.engines import Flavour
+from moma_rt.specs import Precision
+from tests.engines.kernel_files import write_kernels
+
+NAMES = ("text_encoder", "denoiser")
+FP16, BF16, FP32 = (Precisions(p, p) for p in (Precision.FP16, Precision.BF16, Precision.FP32))
+RTX, H100 = EngineTarget(Flavour.TENSORRT_RTX, (86, 89)), EngineTarget(Flavour.TENSORRT, (90,))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Replaces the compiler and the export of networks; the list of (capabilities, dtypes) that were compiled."""
+    calls = []
+
+    @dataclasses.dataclass(frozen=True)
+    class AttentionLayer:
+        operator: str
+        heads: int
+        width: int
+        queries: int
+        tokens: tuple[int, ...]
+
+    def write(folder, layers, dtypes, capabilities, report):
+        calls.append((list(capabilities), list(dtypes)))
+        (capability,) = capabilities
+        report("a kernel")
+        write_kernels(folder, [AttentionShape(**vars(layer)) for layer in layers], dtypes, capability)
+
+    def export(checkpoint, network, geometry, precision, folder):
+        for name in ("model.onnx", "lowered.onnx", "model.onnx.data"):
+            (folder / name).write_text(f"{name} of {network.name} in {precision.value}")
+
+    module = ModuleType("kernels.compile")
+    module.AttentionLayer, module.write_kernels = AttentionLayer, write
+    monkeypatch.setitem(sys.modules, "kernels.compile", module)
+    monkeypatch.setattr(bundling, "export_network", export)
+    monkeypatch.setattr(attention_kernels, "is_installed", lambda name: True)
+    version = attention_kernels.importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.9" if name == "triton" else version(name))
+    monkeypatch.setattr("gc.collect", lambda: 0)
+    return calls
+
+
+def build(root: Path, *capabilities: int, names=NAMES, precisions=FP16, shared=None, off=False):
+    """The manifest's kernels by capability, and what was said of the denoiser."""
+    said = []
+    plan = ExportPlan(tuple(names), precisions, None if off else capabilities)
+    checkpoint = load_checkpoint(CheckpointRequest("tiny", roles=roles_for(names)))
+    bundle = build_bundle(checkpoint, plan, root, lambda name, state: said.append(f"{name} {state}"), shared)
+    bundle.verified(bundle.manifest.files)
+    assert Bundle.open(root) == bundle
+    folders = {entry.folder for entry in bundle.manifest.kernels}
+    assert {f"kernels/{path.name}" for path in (root / "kernels").iterdir()} == folders
+    assert {str(Path(name).parent) for name in bundle.manifest.files if name.startswith("kernels/")} == folders
+    return {entry.capability: entry for entry in bundle.manifest.kernels}, said
+
+
+@pytest.mark.parametrize(
+    ("targets", "later", "precision", "expected"),
+    [
+        ((), (), Precision.FP32, ()),
+        ((), (), Precision.FP16, CAPABILITIES),
+        ((), (), Precision.BF16, CAPABILITIES),
+        ((RTX,), (), Precision.FP16, ()),
+        ((RTX, H100), (80,), Precision.FP16, (80, 90)),
+        ((), (87,), Precision.BF16, (87,)),
+        ((H100,), (80,), Precision.FP32, ()),
+    ],
+)
+def test_for_which_devices(targets, later, precision, expected):
+    assert kernel_capabilities(targets, later, precision) == expected
+
+
+def test_they_are_files_of_the_bundle(tmp_path, compiled):
+    kernels, said = build(tmp_path, 80, 90)
+    assert compiled == [([80], ["float16"]), ([90], ["float16"])]
+    assert [line.partition(" in ")[0] for line in said if "sm" in line] == [
+        text
+        for sm in (80, 90)
+        for text in (f"denoiser compiling its kernels for sm{sm}", f"denoiser kernels for sm{sm} built")
+    ]
+    assert list(kernels) == [80, 90]
+    for capability, entry in kernels.items():
+        assert entry.folder == f"kernels/denoiser_sm{capability}-{entry.key[:16]}"
+        assert entry.file == f"{entry.folder}/kernels.json"
+
+
+def test_what_was_compiled_is_what_the_builder_looks_for(tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr("engines.plugins.is_installed", lambda name: True)
+    build(tmp_path, 80)
+    bundle = Bundle.open(tmp_path)
+    found, why_not = choose(bundle, bundle.network("denoiser"), Flavour.TENSORRT, "11.4.0", 80)
+    assert why_not == ""
+    assert set(found.kernels) == set(attention_shapes(bundle.manifest.geometry))
+    denoiser = NETWORKS["denoiser"].spec(bundle.manifest.geometry)
+    grids = {tensor.shape[1].max for tensor in denoiser.inputs if tensor.name.startswith("object_mask")}
+    assert {shape.queries for shape in found.kernels} == grids
+
+
+def test_a_second_build_does_nothing(tmp_path, compiled):
+    first, _ = build(tmp_path, 80)
+    inode = (tmp_path / first[80].file).stat().st_ino
+    again, said = build(tmp_path, 80)
+    assert again == first
+    assert (tmp_path / first[80].file).stat().st_ino == inode
+    assert len(compiled) == 1
+    assert "denoiser kept" in said
+
+
+def test_others_are_added(tmp_path, compiled):
+    first, _ = build(tmp_path, 80)
+    both, _ = build(tmp_path, 90)
+    assert both[80] == first[80]
+    assert list(both) == [80, 90]
+    kept, _ = build(tmp_path, names=["text_encoder"])
+    assert kept == both
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize("change", ["precision", "code", "off"])
+def test_what_would_be_others_today_is_dropped(tmp_path, compiled, monkeypatch, change):
+    build(tmp_path, 80, 90)
+    if change == "code":
+        monkeypatch.setattr(attention_kernels, "_code_hash", lambda: "other code")
+    kernels, said = build(tmp_path, precisions=FP32 if change == "precision" else FP16, off=change == "off")
+    assert kernels == {}
+    for capability in (80, 90):
+        assert f"denoiser dropped: the kernels of another export, for sm{capability}" in said
+
+
+def test_another_dtype_takes_the_place_of_the_first(tmp_path, compiled):
+    first, _ = build(tmp_path, 80)
+    second, said = build(tmp_path, 80, precisions=BF16)
+    assert compiled == [([80], ["float16"]), ([80], ["bfloat16"])]
+    assert first[80].folder != second[80].folder
+    assert not [line for line in said if "dropped: the kernels" in line]
+
+
+def test_without_triton_there_are_none(tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "is_installed", lambda name: False)
+    kernels, said = build(tmp_path, *CAPABILITIES)
+    assert kernels == {}
+    notes = [line for line in said if "note" in line]
+    assert notes == ["denoiser note: it gets no kernels of its own, since Triton is not installed: pip install triton"]
+    assert compiled == []
+
+
+def test_bundles_share_them(tmp_path, compiled):
+    shared = SharedStore(tmp_path / "store")
+    first, _ = build(tmp_path / "a", 80, shared=shared)
+    second, _ = build(tmp_path / "b", 80, shared=shared)
+    assert first == second
+    assert len(compiled) == 1
+    assert (tmp_path / "a" / first[80].file).samefile(tmp_path / "b" / second[80].file)
+
+
+def test_damaged_ones_are_compiled_anew(tmp_path, compiled):
+    first, _ = build(tmp_path, 80, 90)
+    path = min((tmp_path / first[80].folder).glob("*.ptx"))
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[::-1])
+    assert build(tmp_path, 80)[0] == first
+    assert [capabilities for capabilities, _ in compiled] == [[80], [90], [80]]
+
+
+def test_interrupted_while_compiling(tmp_path, compiled, monkeypatch):
+    before, _ = build(tmp_path, 80)
+    module = sys.modules["kernels.compile"]
+    working = module.write_kernels
+
+    def interrupt(folder, *arguments):
+        working(folder, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_kernels", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, 90, 100)
+    assert not list(tmp_path.rglob(".partial-*"))
+    bundle = Bundle.open(tmp_path)
+    assert bundle.manifest.kernels == tuple(before.values())
+    bundle.verified(bundle.manifest.files)
+    monkeypatch.setattr(module, "write_kernels", working)
+    assert list(build(tmp_path, 90, 100)[0]) == [80, 90, 100]
+
+
+def test_the_key_holds_what_a_kernel_depends_on(tmp_path, compiled, monkeypatch):
+    build(tmp_path, 80)
+    bundle = Bundle.open(tmp_path)
+    network, geometry = bundle.network("denoiser"), bundle.manifest.geometry
+    first = kernels_key(network, geometry, 80)
+    assert first == kernels_key(dataclasses.replace(network, key="other weights"), geometry, 80)
+    bf16 = dataclasses.replace(network, precision=Precision.BF16)
+    keys = [first, kernels_key(network, geometry, 90), kernels_key(bf16, geometry, 80)]
+    keys.append(kernels_key(network, dataclasses.replace(geometry, text_tokens=78), 80))
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_kernels, "_code_hash", lambda: "other code")
+        keys.append(kernels_key(network, geometry, 80))
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: "4.0")
+        keys.append(kernels_key(network, geometry, 80))
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_code_is_that_of_the_kernels(monkeypatch, tmp_path):
+    for name in ("registration.py", "a/triton_kernel.py", "a/onnx_function.py"):
+        (tmp_path / "kernels" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "kernels" / name).write_text("x")
+    monkeypatch.setattr(attention_kernels, "__file__", str(tmp_path / "export" / "attention_kernels.py"))
+    first = attention_kernels._code_hash()
+    (tmp_path / "kernels" / "a" / "onnx_function.py").write_text("y")
+    assert attention_kernels._code_hash() == first
+    (tmp_path / "kernels" / "a" / "triton_kernel.py").write_text("y")
+    assert attention_kernels._code_hash() != first
