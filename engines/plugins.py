@@ -51,7 +51,7 @@ _FILE = re.compile(r"\w[\w.-]*\.ptx", re.ASCII)
 
 
 @dataclass(frozen=True)
-class AttentionShape:
+class KernelShape:
     """What one operator's kernel is compiled for: heads, the width of a head, queries, and fixed numbers of tokens."""
 
     operator: str
@@ -87,7 +87,7 @@ class NetworkKernels:
 
     sha256: str
     dtype: str
-    kernels: Mapping[AttentionShape, Kernel]
+    kernels: Mapping[KernelShape, Kernel]
 
     def find(self, operator: str, dtype: str, heads: int, width: int, queries: int, tokens: tuple[int, ...]) -> Kernel:
         """What a plugin asks for as TensorRT compiles it; `dtype` as TensorRT names it.
@@ -95,20 +95,20 @@ class NetworkKernels:
         Raises:
             BundleError: there is none.
         """
-        shape = AttentionShape(operator, heads, width, queries, tokens)
+        shape = KernelShape(operator, heads, width, queries, tokens)
         found = self.kernels.get(shape) if _TENSORRT_DTYPES.get(dtype) == self.dtype else None
         if found is None:
             raise BundleError(f"there is no kernel in {dtype} of {shape}; those of the bundle are in {self.dtype}")
         return found
 
 
-def attention_shapes(geometry: Geometry) -> tuple[AttentionShape, ...]:
+def attention_shapes(geometry: Geometry) -> tuple[KernelShape, ...]:
     """What the denoiser's attention layers need, each once: all transformers have one of either operator."""
     shapes = {}
     for layer in geometry.self_attention:
         sizes = (layer.heads, layer.channels // layer.heads, layer.grid * layer.grid)
-        shapes[AttentionShape(INJECTED, *sizes)] = None
-        shapes[AttentionShape(CONTEXT, *sizes, (geometry.text_tokens, geometry.context_tokens))] = None
+        shapes[KernelShape(INJECTED, *sizes)] = None
+        shapes[KernelShape(CONTEXT, *sizes, (geometry.text_tokens, geometry.context_tokens))] = None
     return tuple(shapes)
 
 
@@ -186,8 +186,8 @@ def _records(data: Any) -> list[dict[str, Any]]:
 
 def _kernels_of(
     records: Iterable[dict[str, Any]], folder: Path, capability: int, dtype: str
-) -> dict[AttentionShape, Kernel]:
-    kernels: dict[AttentionShape, Kernel] = {}
+) -> dict[KernelShape, Kernel]:
+    kernels: dict[KernelShape, Kernel] = {}
     for record in records:
         shape, kernel = _shape(record), _kernel(record, folder)
         if record["dtype"] not in _DTYPES.values():
@@ -201,14 +201,14 @@ def _kernels_of(
     return kernels
 
 
-def _shape(record: dict[str, Any]) -> AttentionShape:
+def _shape(record: dict[str, Any]) -> KernelShape:
     operator, tokens = record["operator"], record["tokens"]
     if operator not in _FIXED_TOKENS:
         raise ValueError(f"an operator is {shown(operator)}, not one of {', '.join(_FIXED_TOKENS)}")
     if not isinstance(tokens, list) or len(tokens) != _FIXED_TOKENS[operator]:
         raise ValueError(f"the tokens of {operator} are {shown(tokens)}, not {_FIXED_TOKENS[operator]} numbers")
     sizes = (_number(record, name) for name in ("heads", "width", "queries"))
-    return AttentionShape(operator, *sizes, tuple(_checked("a number of tokens", count) for count in tokens))
+    return KernelShape(operator, *sizes, tuple(_checked("a number of tokens", count) for count in tokens))
 
 
 def _kernel(record: dict[str, Any], folder: Path) -> Kernel:

@@ -12,12 +12,12 @@ from engines.plugins import KERNELS_NAME, attention_shapes, kernel_dtype
 from engines.store import KERNELS_FOLDER, Artifact, Store, Stored
 from engines.targets import EngineTarget
 from moma_rt.bundle import NetworkEntry
-from moma_rt.engines import Flavour, KernelsEntry
+from moma_rt.engines import Flavour, KernelsEntry, spelled
 from moma_rt.libraries import is_installed
 from moma_rt.specs import Geometry, Precision
 
 # Where TensorRT may finish a bundle: A100, RTX 30, Orin, RTX 40 and L40S, H100 and H200, B200, RTX 50.
-CAPABILITIES = (80, 86, 87, 89, 90, 100, 120)
+DEFAULT_CAPABILITIES = (80, 86, 87, 89, 90, 100, 120)
 COMPILER = "triton"
 # Sources whose change may change a kernel, in the package `kernels`.
 _CODE = ("*.py", "*/triton_kernel.py")
@@ -37,7 +37,7 @@ def kernel_capabilities(targets: Iterable[EngineTarget], later: Iterable[int], p
     named = {c for target in targets if target.flavour is Flavour.TENSORRT for c in target.capabilities} | set(later)
     if kernel_dtype(precision) is None:
         return ()
-    return tuple(sorted(named)) if named or targets else CAPABILITIES
+    return tuple(sorted(named)) if named or targets else DEFAULT_CAPABILITIES
 
 
 def kernels_key(network: NetworkEntry, geometry: Geometry, capability: int) -> str:
@@ -66,12 +66,9 @@ class KernelExporter:
 
         Without Triton, or in a precision that has none, there are none: the network runs in standard operators.
         """
-        name, wanted = self.network.spec.name, set(capabilities)
         if kernel_dtype(self.network.precision) is None:
             return {}
-        if wanted and not is_installed(COMPILER):
-            self.report(name, "note: it gets no kernels of its own, since Triton is not installed: pip install triton")
-            wanted = set()
+        name, wanted = self.network.spec.name, self._compilable(set(capabilities))
         earlier = {entry.capability for entry in previous if entry.network == name}
         found = {}
         for capability in sorted(wanted | earlier):
@@ -83,6 +80,22 @@ class KernelExporter:
             if stored is not None:
                 found[KernelsEntry(name, capability, key, stored.path(KERNELS_NAME))] = stored
         return found
+
+    def _compilable(self, wanted: set[int]) -> set[int]:
+        """Those of the capabilities that there is a compiler for; of the others it is said that there is none."""
+        name = self.network.spec.name
+        if not wanted:
+            return wanted
+        if not is_installed(COMPILER):
+            self.report(name, "note: it gets no kernels of its own, since Triton is not installed: pip install triton")
+            return set()
+        from kernels.compile import CAPABILITIES
+
+        unknown = wanted - set(CAPABILITIES)
+        if unknown:
+            known = spelled(CAPABILITIES)
+            self.report(name, f"note: it gets no kernels of its own for {spelled(sorted(unknown))}, only for {known}")
+        return wanted - unknown
 
     def _compiled(self, artifact: Artifact, capability: int) -> Stored:
         from kernels.compile import AttentionLayer, write_kernels

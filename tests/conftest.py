@@ -100,11 +100,12 @@ def large_golden_bundle(large_goldens: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def golden_bundle_fp16(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of the checkpoints behind `goldens`, in fp16 where that is safe."""
-    return _build_original(hub, tmp_path_factory.mktemp("bundles") / "golden-fp16", "--precision", "fp16")
+    out = tmp_path_factory.mktemp("bundles") / "golden-fp16"
+    return _build_original(hub, out, "--precision", "fp16", "--plugins", "off")
 
 
 @pytest.fixture(scope="session")
 def large_golden_bundle_fp16(large_goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of the checkpoints behind `large_goldens`, in fp16 where that is safe."""
     out = tmp_path_factory.mktemp("bundles") / "large-fp16"
-    return _build_original(large_goldens / "hub", out, "--precision", "fp16")
+    return _build_original(large_goldens / "hub", out, "--precision", "fp16", "--plugins", "off")

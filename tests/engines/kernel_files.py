@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from engines.plugins import FORMAT_VERSION, AttentionShape, attention_shapes
+from engines.plugins import FORMAT_VERSION, KernelShape, attention_shapes
 from moma_rt.bundle import FileEntry, read_manifest, write_manifest
 from moma_rt.engines import KernelsEntry
 from moma_rt.files import sha256_file
@@ -14,7 +14,7 @@ from moma_rt.files import sha256_file
 DTYPES = ("float16", "bfloat16")
 
 
-def record(shape: AttentionShape, dtype: str, capability: int) -> dict[str, Any]:
+def record(shape: KernelShape, dtype: str, capability: int) -> dict[str, Any]:
     """An element of kernels.json, whose numbers differ from one kernel to another."""
     name = f"{shape.operator.lower()}-{dtype}-{shape.heads}x{shape.width}-{shape.queries}-sm{capability}"
     return {
@@ -35,7 +35,7 @@ def record(shape: AttentionShape, dtype: str, capability: int) -> dict[str, Any]
     }
 
 
-def write_kernels(folder: Path, shapes: Iterable[AttentionShape], dtypes: Iterable[str], capability: int) -> None:
+def write_kernels(folder: Path, shapes: Iterable[KernelShape], dtypes: Iterable[str], capability: int) -> None:
     """kernels.json and what it names."""
     records = [record(shape, dtype, capability) for shape in shapes for dtype in dtypes]
     for written in records:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engines import plugins
-from engines.plugins import AttentionShape, attention_shapes, choose, read_kernels
+from engines.plugins import KernelShape, attention_shapes, choose, read_kernels
 from moma_rt.bundle import Bundle, Manifest, NetworkEntry, read_manifest, write_manifest
 from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError
@@ -43,10 +43,10 @@ def make_bundle(root: Path, *capabilities: int, **options: Any) -> Bundle:
 
 def test_layers_of_one_shape_share_their_kernels():
     assert attention_shapes(GEOMETRY) == (
-        AttentionShape("InjectedSelfAttention", 8, 40, 256),
-        AttentionShape("ContextCrossAttention", 8, 40, 256, (77, 4)),
-        AttentionShape("InjectedSelfAttention", 8, 80, 64),
-        AttentionShape("ContextCrossAttention", 8, 80, 64, (77, 4)),
+        KernelShape("InjectedSelfAttention", 8, 40, 256),
+        KernelShape("ContextCrossAttention", 8, 40, 256, (77, 4)),
+        KernelShape("InjectedSelfAttention", 8, 80, 64),
+        KernelShape("ContextCrossAttention", 8, 80, 64, (77, 4)),
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.plugins import CONTEXT, INJECTED, AttentionShape, attention_shapes
+from engines.plugins import CONTEXT, INJECTED, KernelShape, attention_shapes
 from moma_rt.bundle import Manifest, write_manifest
 from moma_rt.specs import Geometry, SelfAttentionLayer
 from tests.engines.kernel_files import add_kernels, record
@@ -26,7 +26,7 @@ SIZES = [
 ]
 
 
-def layer_of(shape: AttentionShape, dtype: str) -> dict:
+def layer_of(shape: KernelShape, dtype: str) -> dict:
     rows = ["rows", shape.queries, shape.heads * shape.width]
     per_query = ["samples", shape.queries]
     if shape.operator == INJECTED:
@@ -59,7 +59,7 @@ def drive(bindings, bundle: Path, dtype: str, layers: list[dict]) -> list[dict]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def grid_of(shape: AttentionShape, block: int, sizes: dict[str, int]) -> dict[str, int]:
+def grid_of(shape: KernelShape, block: int, sizes: dict[str, int]) -> dict[str, int]:
     lanes = shape.heads if shape.operator == INJECTED else 1
     return {
         "grid_x": -(-shape.queries // block),
@@ -94,8 +94,8 @@ def test_what_tensorrt_is_told_of_every_layer(plugin_bindings, bundle, dtype):
 def test_what_no_kernel_was_compiled_for_is_named(plugin_bindings, bundle):
     shape = attention_shapes(GEOMETRY)[0]
     layers = [
-        layer_of(AttentionShape(INJECTED, 8, 48, 4096), "float16"),
-        layer_of(AttentionShape(CONTEXT, 8, 40, 4096, (77, 5)), "float16"),
+        layer_of(KernelShape(INJECTED, 8, 48, 4096), "float16"),
+        layer_of(KernelShape(CONTEXT, 8, 40, 4096, (77, 5)), "float16"),
         layer_of(shape, "bfloat16"),
         {**layer_of(shape, "float16"), "dtype": "FLOAT"},
     ]

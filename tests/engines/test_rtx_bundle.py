@@ -6,7 +6,7 @@ import onnx
 import onnx.inliner
 import pytest
 
-from engines.plugins import CONTEXT, PLUGINS_SINCE, AttentionShape, attention_shapes
+from engines.plugins import CONTEXT, PLUGINS_SINCE, KernelShape, attention_shapes
 from export.build import main
 from export.lowering import DOCUMENTED
 from moma_rt.bundle import Bundle
@@ -110,7 +110,7 @@ def test_the_plugins_of_its_denoiser_are_those_of_its_layers(bundle):
             heads = next(a.i for a in node.attribute if a.name == "num_heads")
             _, queries, channels = sizes[node.input[0]]
             tokens = [sizes[node.input[index]][1] for index in (1, 3)] if node.op_type == CONTEXT else []
-            met.add(AttentionShape(node.op_type, heads, channels // heads, queries, tuple(tokens)))
+            met.add(KernelShape(node.op_type, heads, channels // heads, queries, tuple(tokens)))
             dynamic = [name for name in (*node.input, *node.output) if 0 in sizes[name][2:]]
             assert not dynamic
     assert met == set(attention_shapes(bundle.manifest.geometry))

@@ -7,11 +7,11 @@ from types import ModuleType
 
 import pytest
 
-from engines.plugins import AttentionShape, attention_shapes, choose
+from engines.plugins import KernelShape, attention_shapes, choose
 from engines.store import SharedStore
 from engines.targets import EngineTarget
 from export import attention_kernels, bundling
-from export.attention_kernels import CAPABILITIES, kernel_capabilities, kernels_key
+from export.attention_kernels import DEFAULT_CAPABILITIES, kernel_capabilities, kernels_key
 from export.bundling import ExportPlan, build_bundle
 from export.checkpoints import CheckpointRequest, load_checkpoint, roles_for
 from export.networks import NETWORKS, Precisions
@@ -42,7 +42,7 @@ def compiled(monkeypatch):
         calls.append((list(capabilities), list(dtypes)))
         (capability,) = capabilities
         report("a kernel")
-        write_kernels(folder, [AttentionShape(**vars(layer)) for layer in layers], dtypes, capability)
+        write_kernels(folder, [KernelShape(**vars(layer)) for layer in layers], dtypes, capability)
 
     def export(checkpoint, network, geometry, precision, folder):
         for name in ("model.onnx", "lowered.onnx", "model.onnx.data"):
@@ -50,6 +50,7 @@ def compiled(monkeypatch):
 
     module = ModuleType("kernels.compile")
     module.AttentionLayer, module.write_kernels = AttentionLayer, write
+    module.CAPABILITIES = (80, 90, 100)
     monkeypatch.setitem(sys.modules, "kernels.compile", module)
     monkeypatch.setattr(bundling, "export_network", export)
     monkeypatch.setattr(attention_kernels, "is_installed", lambda name: True)
@@ -77,8 +78,8 @@ def build(root: Path, *capabilities: int, names=NAMES, precisions=FP16, shared=N
     ("targets", "later", "precision", "expected"),
     [
         ((), (), Precision.FP32, ()),
-        ((), (), Precision.FP16, CAPABILITIES),
-        ((), (), Precision.BF16, CAPABILITIES),
+        ((), (), Precision.FP16, DEFAULT_CAPABILITIES),
+        ((), (), Precision.BF16, DEFAULT_CAPABILITIES),
         ((RTX,), (), Precision.FP16, ()),
         ((RTX, H100), (80,), Precision.FP16, (80, 90)),
         ((), (87,), Precision.BF16, (87,)),
@@ -156,11 +157,19 @@ def test_another_dtype_takes_the_place_of_the_first(tmp_path, compiled):
 
 def test_without_triton_there_are_none(tmp_path, compiled, monkeypatch):
     monkeypatch.setattr(attention_kernels, "is_installed", lambda name: False)
-    kernels, said = build(tmp_path, *CAPABILITIES)
+    kernels, said = build(tmp_path, *DEFAULT_CAPABILITIES)
     assert kernels == {}
     notes = [line for line in said if "note" in line]
     assert notes == ["denoiser note: it gets no kernels of its own, since Triton is not installed: pip install triton"]
     assert compiled == []
+
+
+def test_a_device_that_nothing_is_compiled_for(tmp_path, compiled):
+    kernels, said = build(tmp_path, 80, 110)
+    assert list(kernels) == [80]
+    assert [line for line in said if "note" in line] == [
+        "denoiser note: it gets no kernels of its own for sm110, only for sm80,sm90,sm100"
+    ]
 
 
 def test_bundles_share_them(tmp_path, compiled):

@@ -16,7 +16,7 @@ from moma_rt.bundle import (
     Source,
     write_manifest,
 )
-from moma_rt.engines import EngineEntry, Flavour
+from moma_rt.engines import EngineEntry, Flavour, KernelsEntry
 from moma_rt.errors import BundleError
 from moma_rt.files import sha256_file
 from moma_rt.specs import Dim, Geometry, LanguageGeometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec
@@ -45,9 +45,10 @@ def make_manifest(files: dict[str, FileEntry]) -> Manifest:
         sources=(Source("base", "tiny", "0" * 64),),
         engines=(
             EngineEntry(
-                "text_encoder", Flavour.TENSORRT_RTX, "1.7.1", (86, 89), False, "k1", "e1", ENGINE, 700, None, None
+                "text_encoder", Flavour.TENSORRT_RTX, "1.7.1", (86, 89), False, "k1", "e1", ENGINE, 7, None, "h"
             ),
         ),
+        kernels=(KernelsEntry("text_encoder", 80, "k2", KERNELS),),
     )
 
 
@@ -55,17 +56,11 @@ def make_manifest(files: dict[str, FileEntry]) -> Manifest:
 def root(tmp_path: Path) -> Path:
     """A complete bundle with one network of two files."""
     folder = tmp_path / "bundle"
-    for name, content in (
-        (ONNX, b"graph"),
-        (LOWERED, b"old"),
-        (ENGINE, b"engine"),
-        (KERNELS, b"{}"),
-        (WEIGHTS, b"weights" * 100),
-    ):
+    contents = {ONNX: b"graph", LOWERED: b"old", ENGINE: b"engine", KERNELS: b"{}", WEIGHTS: b"weights" * 100}
+    for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    names = (ONNX, LOWERED, ENGINE, KERNELS, WEIGHTS)
-    files = {n: FileEntry(sha256_file(folder / n), (folder / n).stat().st_size) for n in names}
+    files = {n: FileEntry(sha256_file(folder / n), (folder / n).stat().st_size) for n in contents}
     write_manifest(folder, make_manifest(files))
     return folder
 
