@@ -95,6 +95,8 @@ def _build_engine(request: EngineRequest, folder: Path, report: Report) -> Engin
     except (TypeError, RuntimeError):  # how the bindings say that they were given no object
         raise BundleError(f"{_who(request)} cannot build here: {log.error or 'it did not say why'}") from None
     network = builder.create_network(_network_flags(trt, request))
+    if network is None:
+        raise BundleError(f"{_who(request)} cannot build here: {log.error or 'it did not say why'}")
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(request.onnx)):
         found = parser.get_error(0).desc() if parser.num_errors else ""

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from engines.plugins import FORMAT_VERSION, KernelShape, attention_shapes
-from moma_rt.bundle import FileEntry, read_manifest, write_manifest
+from moma_rt.bundle import FileEntry, Manifest, NetworkEntry, read_manifest, write_manifest
 from moma_rt.engines import KernelsEntry
 from moma_rt.files import sha256_file
+from moma_rt.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec
 
 DTYPES = ("float16", "bfloat16")
+# Heads of 8: narrower than what TensorRT has a fused attention for, so that it wants the lowered graph without kernels.
+GEOMETRY = Geometry(64, 4, 8, 77, 32, 4, 1024, (SelfAttentionLayer("mid_block", 8, 64, 8),), None)
+NAMES = ("text_encoder", "denoiser")
 
 
 def record(shape: KernelShape, dtype: str, capability: int) -> dict[str, Any]:
@@ -63,3 +67,23 @@ def add_kernels(
     changed = dataclasses.replace(manifest, files={**manifest.files, **files}, kernels=(*manifest.kernels, entry))
     write_manifest(root, changed)
     return root / place
+
+
+def make_bundle(root: Path, *capabilities: int, weights: bytes = b"weights") -> Path:
+    """A bundle of two networks whose graphs and weights are a few bytes, with kernels for the capabilities."""
+    networks, files = {}, {}
+    for name in NAMES:
+        folder = f"networks/{name}-{weights.hex():0>16.16}"
+        (root / folder).mkdir(parents=True)
+        for file, content in {"model.onnx": b"full", "lowered.onnx": b"lowered", "model.onnx.data": weights}.items():
+            (root / folder / file).write_bytes(content + name.encode())
+            path = root / folder / file
+            files[f"{folder}/{file}"] = FileEntry(sha256_file(path), path.stat().st_size)
+        spec = NetworkSpec(name, (TensorSpec("x", "float32", (3,)),), (TensorSpec("y", "float32", (3,)),))
+        graphs = (f"{folder}/model.onnx", f"{folder}/lowered.onnx")
+        key = f"{name}-{weights.hex()}"
+        networks[name] = NetworkEntry(spec, Precision.FP16, key, *graphs, (*graphs, f"{folder}/model.onnx.data"))
+    write_manifest(root, Manifest("tests", "tests", GEOMETRY, networks, files, ()))
+    for capability in capabilities:
+        add_kernels(root, capability)
+    return root

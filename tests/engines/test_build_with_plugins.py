@@ -12,38 +12,14 @@ from engines.build import EnginePlan, build_engines, main
 from engines.store import SharedStore
 from engines.targets import EngineTarget
 from engines.tensorrt import ENGINE_NAME, EngineFacts, EngineOptions
-from moma_rt.bundle import Bundle, FileEntry, Manifest, NetworkEntry, read_manifest, write_manifest
+from moma_rt.bundle import Bundle, read_manifest, write_manifest
 from moma_rt.engines import Device, Flavour
-from moma_rt.files import sha256_file
 from moma_rt.inspection import describe_bundle
-from moma_rt.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec
-from tests.engines.kernel_files import add_kernels
+from tests.engines.kernel_files import NAMES, add_kernels, make_bundle
 
 RTX = EngineTarget(Flavour.TENSORRT_RTX, (86, 89))
 H100 = EngineTarget(Flavour.TENSORRT, (90,))
-# Heads of 8: narrower than what TensorRT has a fused attention for, so that it wants the lowered graph without kernels.
-GEOMETRY = Geometry(64, 4, 8, 77, 32, 4, 1024, (SelfAttentionLayer("mid_block", 8, 64, 8),), None)
-NAMES = ("text_encoder", "denoiser")
 NOTE = "denoiser note: its own kernels are not used for"
-
-
-def make_bundle(root: Path, *capabilities: int, weights: bytes = b"weights") -> Path:
-    networks, files = {}, {}
-    for name in NAMES:
-        folder = f"networks/{name}-{weights.hex():0>16.16}"
-        (root / folder).mkdir(parents=True)
-        for file, content in {"model.onnx": b"full", "lowered.onnx": b"lowered", "model.onnx.data": weights}.items():
-            (root / folder / file).write_bytes(content + name.encode())
-            path = root / folder / file
-            files[f"{folder}/{file}"] = FileEntry(sha256_file(path), path.stat().st_size)
-        spec = NetworkSpec(name, (TensorSpec("x", "float32", (3,)),), (TensorSpec("y", "float32", (3,)),))
-        graphs = (f"{folder}/model.onnx", f"{folder}/lowered.onnx")
-        key = f"{name}-{weights.hex()}"
-        networks[name] = NetworkEntry(spec, Precision.FP16, key, *graphs, (*graphs, f"{folder}/model.onnx.data"))
-    write_manifest(root, Manifest("tests", "tests", GEOMETRY, networks, files, ()))
-    for capability in capabilities:
-        add_kernels(root, capability)
-    return root
 
 
 @pytest.fixture

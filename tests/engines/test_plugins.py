@@ -8,7 +8,7 @@ import pytest
 from engines.plugins import CONTEXT, INJECTED, KernelShape, attention_shapes
 from moma_rt.bundle import Manifest, write_manifest
 from moma_rt.specs import Geometry, SelfAttentionLayer
-from tests.engines.kernel_files import add_kernels, record
+from tests.engines.kernel_files import add_kernels, make_bundle, record
 
 DRIVE = Path(__file__).parent / "drive_plugins.py"
 TEXT_TOKENS, CONTEXT_TOKENS, CAPABILITY = 77, 4, 80
@@ -166,7 +166,8 @@ class Builder(trt.Builder):
     def create_network(self, asked):
         known_flags = trt.NetworkDefinitionCreationFlag.__members__
         flags.append([name for name, flag in known_flags.items() if asked >> int(flag) & 1])
-        return super().create_network(asked)
+        # What is behind it here is TensorRT-RTX, which has no such flag.
+        return super().create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 class Parser:
     num_errors = 0
@@ -207,3 +208,16 @@ def test_a_build_has_them_registered_while_it_parses(bindings_over_rtx):
     assert flags == [["STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS"], ["STRONGLY_TYPED"]]
     both, none = [True, True], [False, False]
     assert seen == [both, none] * 2 + [none, none] * 2
+
+
+def test_the_command_takes_them_and_ends_in_one_line_where_the_library_cannot(tmp_path, bindings_over_rtx):
+    """TensorRT-RTX's libraries make no network that may have plugins; TensorRT's would go on to parse it."""
+    root = make_bundle(tmp_path / "bundle", 90)
+    command = ("-m", "engines.build", root, "--target", "local", "--only", "denoiser")
+    done = bindings_over_rtx.run(*command)
+    assert done.returncode == 2
+    assert done.stderr.startswith("engines.build: error: denoiser: tensorrt ")
+    assert "cannot build here: " in done.stderr
+    assert done.stderr.count("\n") == 1
+    off = bindings_over_rtx.run(*command, "--plugins", "off")
+    assert "cannot compile it: " in off.stderr, "it came as far as the graph, which is a few bytes"
