@@ -139,9 +139,9 @@ CASES = {
     "altered bundle": (lambda: alter("bundle", "denoiser"), GENERATE, "model.onnx.data was altered: its SHA-256 is"),
     "altered bundle, enrolling": (lambda: alter("bundle", "vae_encoder"), ENROLL, "model.onnx.data was altered"),
     "newer bundle": (
-        lambda: edit("bundle/manifest.json", format_version=3),
+        lambda: edit("bundle/manifest.json", format_version=4),
         GENERATE,
-        "has bundle format 3; this moma-rt reads format 2: upgrade it",
+        "has bundle format 4; this moma-rt reads format 3: upgrade it",
     ),
     "subject of another base": (lambda: edit_sources("bundle"), GENERATE, "base 'other'"),
 }
