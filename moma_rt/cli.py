@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", help="show what a bundle or a subject file holds", description="Show what a file holds."
     )
     inspect.add_argument("path", type=Path, metavar="BUNDLE|SUBJECT")
+    inspect.add_argument(
+        "--budget", metavar="BYTES", help="also tell what of a bundle fits so much memory, such as 8GB"
+    )
     inspect.set_defaults(command=_inspect)
     return parser
 
@@ -176,6 +179,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--backend", default=AUTO, metavar="NAME", help=f"what runs the networks: {', '.join(NAMES)} (default: {AUTO})"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a core)")
+    parser.add_argument(
+        "--memory-budget",
+        metavar="BYTES",
+        help="load networks in turn, so that they need no more together than so many bytes, such as 8GB",
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
 
 
@@ -184,7 +192,9 @@ def _enroll(arguments: argparse.Namespace) -> int:
     from moma_rt.runtime import Runtime
 
     start = time.perf_counter()
-    runtime = Runtime.load(arguments.bundle, arguments.backend, arguments.threads)
+    runtime = Runtime.load(
+        arguments.bundle, arguments.backend, arguments.threads, memory_budget=arguments.memory_budget
+    )
     subject = runtime.enroll(arguments.photo, arguments.mask, arguments.name, seed=arguments.seed)
     with _writing(arguments.out):
         subject.save(arguments.out)
@@ -206,7 +216,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     embedding = None if arguments.context_embedding is None else _read_embedding(arguments.context_embedding)
 
     start = time.perf_counter()
-    runtime = Runtime.load(arguments.bundle, arguments.backend, arguments.threads)
+    runtime = Runtime.load(
+        arguments.bundle, arguments.backend, arguments.threads, memory_budget=arguments.memory_budget
+    )
     subject = Subject.load(arguments.subject)
     result = runtime.generate(
         subject,
@@ -298,9 +310,10 @@ def _gray(mask_hw: "FloatArray") -> "Image.Image":
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from moma_rt.footprint import parse_bytes
     from moma_rt.inspection import describe
 
-    print_output(describe(arguments.path))
+    print_output(describe(arguments.path, None if arguments.budget is None else parse_bytes(arguments.budget)))
     return 0
 
 

@@ -7,15 +7,19 @@ from pathlib import Path, PurePosixPath
 from moma_rt.bundle import Bundle, Manifest, NetworkEntry
 from moma_rt.engines import EngineEntry, Flavour, spelled
 from moma_rt.errors import InputError
+from moma_rt.footprint import describe_budget, spelled_bytes
 from moma_rt.specs import TensorSpec
 from moma_rt.subject import Subject
 
 
-def describe(path: Path) -> str:
+def describe(path: Path, budget: int | None = None) -> str:
     """Describe a bundle's folder or a subject file.
 
+    Args:
+        budget: bytes of memory; also tell which of the bundle's networks fit it.
+
     Raises:
-        InputError: nothing that can be read at `path`, or neither a folder nor a regular file.
+        InputError: nothing that can be read at `path`, neither a folder nor a regular file, or a budget for a subject.
         BundleError: a folder that is not a bundle.
         SubjectError: a file that is not a subject.
     """
@@ -26,13 +30,15 @@ def describe(path: Path) -> str:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     if stat.S_ISDIR(mode):
-        return describe_bundle(Bundle.open(path))
+        return describe_bundle(Bundle.open(path), budget)
     if stat.S_ISREG(mode):
+        if budget is not None:
+            raise InputError(f"{path} is no bundle's folder, and only a bundle has networks that fit a budget or not")
         return describe_subject(Subject.load(path))
     raise InputError(f"{path} is neither a bundle's folder nor a subject file")
 
 
-def describe_bundle(bundle: Bundle) -> str:
+def describe_bundle(bundle: Bundle, budget: int | None = None) -> str:
     """Base, geometry, networks with their tensors, kernels, engines with the memory they need, and sources."""
     manifest = bundle.manifest
     geometry = manifest.geometry
@@ -41,7 +47,7 @@ def describe_bundle(bundle: Bundle) -> str:
         f"bundle      {bundle.root}",
         f"base        {manifest.base}",
         f"made by     {manifest.created_by}",
-        f"size        {_bytes(sum(f.size for f in manifest.files.values()))} in {len(manifest.files)} files",
+        f"size        {spelled_bytes(sum(f.size for f in manifest.files.values()))} in {len(manifest.files)} files",
         f"pictures    {geometry.image_size} x {geometry.image_size}",
         f"injection   {len(geometry.self_attention)} self-attention layers on {grids}",
     ]
@@ -52,6 +58,8 @@ def describe_bundle(bundle: Bundle) -> str:
         lines += ["", *_network(entry, manifest)]
     lines += _kernels(manifest)
     lines += _engines(manifest)
+    if budget is not None:
+        lines += _budgets(manifest, budget)
     lines += ["", "sources", *(f"  {s.role:<20} {s.name}  {s.sha256[:12]}" for s in manifest.sources)]
     return "\n".join(lines)
 
@@ -65,19 +73,19 @@ def describe_subject(subject: Subject) -> str:
         f"subject     {subject.name}",
         f"base        {subject.origin.base} ({subject.origin.fingerprint[:12]})",
         f"photo       {subject.photo.shape[1]} x {subject.photo.shape[0]}, {subject.mask.mean():.1%} subject",
-        f"reference   {_bytes(size)}, tokens: {kept}",
+        f"reference   {spelled_bytes(size)}, tokens: {kept}",
     ]
     if subject.prefix is None:
         lines.append("prefix      none: generating needs a context embedding")
     else:
-        lines.append(f"prefix      {len(subject.prefix.ids)} tokens, {_bytes(subject.prefix.kv.nbytes)}")
+        lines.append(f"prefix      {len(subject.prefix.ids)} tokens, {spelled_bytes(subject.prefix.kv.nbytes)}")
     return "\n".join(lines)
 
 
 def _network(entry: NetworkEntry, manifest: Manifest) -> list[str]:
     files = entry.all_files
     size = sum(manifest.files[name].size for name in files)
-    lines = [f"{entry.spec.name}  {entry.precision.value}, {_bytes(size)}, key {entry.key[:12]}"]
+    lines = [f"{entry.spec.name}  {entry.precision.value}, {spelled_bytes(size)}, key {entry.key[:12]}"]
     lines += [f"  in   {_tensor(t)}" for t in entry.spec.inputs]
     lines += [f"  out  {_tensor(t)}" for t in entry.spec.outputs]
     return lines
@@ -92,7 +100,7 @@ def _kernels(manifest: Manifest) -> list[str]:
         size = sum(file.size for path, file in manifest.files.items() if str(PurePosixPath(path).parent) in folders)
         if kernels:
             devices = spelled(sorted(k.capability for k in kernels))
-            lines += ["", f"kernels     of the {name} for TensorRT's plugins on {devices}, {_bytes(size)}"]
+            lines += ["", f"kernels     of the {name} for TensorRT's plugins on {devices}, {spelled_bytes(size)}"]
     return lines
 
 
@@ -107,18 +115,35 @@ def _engines(manifest: Manifest) -> list[str]:
         lines += ["", f"engines     {flavour.value} {version} for {spelled(capabilities)}"]
         lines.append(f"  {'':<20} {'file':>10} {'weights':>10} {'activations':>12}")
         lines += [
-            f"  {e.network:<20} {_bytes(manifest.files[e.file].size):>10} {_bytes(e.weight_bytes):>10} "
-            f"{_bytes(e.activation_bytes):>12}{'  with plugins' if e.kernels is not None else ''}"
+            f"  {e.network:<20} {spelled_bytes(manifest.files[e.file].size):>10} {spelled_bytes(e.weight_bytes):>10} "
+            f"{spelled_bytes(e.activation_bytes):>12}{'  with plugins' if e.kernels is not None else ''}"
             for e in engines
         ]
-        size = _bytes(sum(manifest.files[e.file].size for e in engines))
+        size = spelled_bytes(sum(manifest.files[e.file].size for e in engines))
         weights, activations = _total(e.weight_bytes for e in engines), [e.activation_bytes for e in engines]
         largest = None if None in activations else max(a for a in activations if a is not None)
-        lines.append(f"  {'all':<20} {size:>10} {_bytes(weights):>10} {_bytes(_total(activations)):>12}")
+        lines.append(f"  {'all':<20} {size:>10} {spelled_bytes(weights):>10} {spelled_bytes(_total(activations)):>12}")
         if weights is not None and largest is not None:
-            lines.append(f"  device memory: {_bytes(weights + largest)} where engines share their activations' memory")
+            lines.append(
+                f"  device memory: {spelled_bytes(weights + largest)} where engines share their activations' memory"
+            )
         if missing:
             lines.append(f"  none of {', '.join(missing)}")
+    return lines
+
+
+def _budgets(manifest: Manifest, budget: int) -> list[str]:
+    """What fits, of the engines for each set of devices and of the ONNX files."""
+    kinds: dict[str, dict[str, EngineEntry] | None] = {}
+    for engine in manifest.engines:
+        kind = f"engines of {engine.flavour.value} {engine.version} for {spelled(engine.capabilities)}"
+        of_kind = kinds.setdefault(kind, {})
+        assert of_kind is not None
+        of_kind[engine.network] = engine
+    kinds["ONNX files, by their size"] = None
+    lines = []
+    for kind, engines in kinds.items():
+        lines += ["", f"in {spelled_bytes(budget)}: {kind}", *describe_budget(manifest, engines, budget)]
     return lines
 
 
@@ -131,14 +156,3 @@ def _total(sizes: Iterable[int | None]) -> int | None:
 def _tensor(tensor: TensorSpec) -> str:
     dims = [str(d) if isinstance(d, int) else f"{d.name} {d.min}..{d.max}" for d in tensor.shape]
     return f"{tensor.name} {tensor.dtype} [{', '.join(dims)}]"
-
-
-def _bytes(count: int | None) -> str:
-    if count is None:
-        return "unknown"
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.3g} GiB"
