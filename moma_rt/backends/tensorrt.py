@@ -11,6 +11,7 @@ import numpy as np
 
 from moma_rt.backends.base import Array, Buffer, check_tensors, fitting
 from moma_rt.backends.cuda import DeviceMemory, Graph, Stream
+from moma_rt.backends.jit import JustInTime, just_in_time
 from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError, MomaError
 from moma_rt.libraries import library, library_log
@@ -79,6 +80,13 @@ class _Shared:
     log: Any
     stream: Stream
     scratch: Scratch
+    unsaved: list[JustInTime]
+
+    def synchronize(self) -> None:
+        """Wait for the stream, and keep what was compiled for what ran."""
+        self.stream.synchronize()
+        while self.unsaved:
+            self.unsaved.pop().save()
 
     def reason(self) -> str:
         """What the library said first, since its log began."""
@@ -88,11 +96,13 @@ class _Shared:
 class TrtBound:
     """An execution context with its shapes and addresses set. It keeps the buffers, which the context does not own."""
 
-    def __init__(self, name: str, shared: _Shared, context: Any, buffers: tuple[TrtBuffer, ...]) -> None:
-        self._name = name
+    def __init__(self, loaded: "TrtNetwork", context: Any, buffers: tuple[TrtBuffer, ...]) -> None:
+        shared = loaded.shared
+        self._loaded = loaded
         self._shared = shared
         self._context = context
         self._buffers = buffers
+        self._has_run = False
         self._scratch_bytes = int(context.update_device_memory_size_for_shapes())
         self._scratch: tuple[int, int] | None = None
         # Now rather than at the first run: what does not fit is said before a picture is begun.
@@ -107,7 +117,10 @@ class TrtBound:
         shared.log.begin()
         shared.stream.keep(self)
         if not context.execute_async_v3(shared.stream.handle):
-            raise MomaError(f"{self._name}: {shared.library} cannot run it: {shared.reason()}")
+            raise MomaError(f"{self._loaded.spec.name}: {shared.library} cannot run it: {shared.reason()}")
+        if self._loaded.jit is not None and not self._has_run:
+            shared.unsaved.append(self._loaded.jit)
+        self._has_run = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +130,7 @@ class TrtNetwork:
     spec: NetworkSpec
     engine: Any
     shared: _Shared
+    jit: JustInTime | None
 
     def bind(self, buffers: Mapping[str, Buffer]) -> TrtBound:
         """Bind a buffer to every input and output by name; further names are ignored. No two may overlap.
@@ -128,7 +142,8 @@ class TrtNetwork:
         shared, spec, trt = self.shared, self.spec, self.shared.trt
         own = {tensor.name: _own(buffers[tensor.name]) for tensor in (*spec.inputs, *spec.outputs)}
         shared.log.begin()
-        context = self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self.engine.create_execution_context(user_managed if self.jit is None else self.jit.runtime_config)
         if context is None:
             raise MomaError(f"{spec.name}: {shared.library} has no room to run it: {shared.reason()}")
         for tensor in spec.inputs:
@@ -140,7 +155,7 @@ class TrtNetwork:
         for name, buffer in own.items():
             if not context.set_tensor_address(name, buffer.memory.address):
                 raise BundleError(f"{spec.name}: its engine takes no memory for {name}: {shared.reason()}")
-        return TrtBound(spec.name, shared, context, tuple(own.values()))
+        return TrtBound(self, context, tuple(own.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +189,8 @@ class TensorRtBackend:
         trt, log = library(flavour), library_log(flavour)
         self.name = flavour.value
         stream = Stream()
-        self._shared = _Shared(trt, f"{flavour.value} {trt.__version__}", log, stream, Scratch(stream))
+        self._flavour = flavour
+        self._shared = _Shared(trt, f"{flavour.value} {trt.__version__}", log, stream, Scratch(stream), [])
         log.begin()
         try:
             self._runtime = trt.Runtime(log)
@@ -197,7 +213,7 @@ class TensorRtBackend:
         found = _tensors(shared.trt, engine)
         for what, specs in (("inputs", spec.inputs), ("outputs", spec.outputs)):
             check_tensors(path, what, [f"{t.name} {t.dtype}" for t in specs], found[what])
-        return TrtNetwork(spec, engine, shared)
+        return TrtNetwork(spec, engine, shared, just_in_time(self._flavour, shared.trt, engine, path))
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> TrtBuffer:
         kind = np.dtype(dtype)
@@ -222,6 +238,7 @@ class TensorRtBackend:
         source = _own(buffer)
         host = np.empty(source.shape, source.dtype)
         self._shared.stream.copy_out(host, source.memory)
+        self._shared.synchronize()
         return host
 
     def record(self, enqueue: Callable[[], None]) -> TrtRecording | None:
@@ -237,7 +254,7 @@ class TensorRtBackend:
         self._shared.scratch.release()
 
     def synchronize(self) -> None:
-        self._shared.stream.synchronize()
+        self._shared.synchronize()
 
 
 def _own(buffer: Buffer) -> TrtBuffer:

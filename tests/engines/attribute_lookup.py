@@ -42,7 +42,9 @@ class Lookup:
             except ImportError:
                 return {"missing": "trt.plugin", "types": [], "keywords": None}
         if root in self._roots:
-            value, cls = None, getattr(self._module, self._roots[root])
+            value, cls = None, getattr(self._module, self._roots[root], None)
+            if cls is None:
+                return {"missing": f"trt.{self._roots[root]}", "types": [], "keywords": None}
         keywords = None
         for step in steps:
             owner = cls if cls is not None else value

@@ -17,6 +17,7 @@ ROOTS = {
     "builder": "Builder",
     "network": "INetworkDefinition",
     "config": "IBuilderConfig",
+    "runtime_config": "IRuntimeConfig",
     "parser": "OnnxParser",
     "profile": "IOptimizationProfile",
     "timing_cache": "ITimingCache",

@@ -21,6 +21,7 @@ import numpy as np
 
 from moma_rt.networks import sizes_of
 from moma_rt.specs import NetworkSpec
+from tests.moma_rt.fake_jit import RuntimeCache, RuntimeConfig
 
 ALIGNMENT = 256
 STREAM = 0x5EED
@@ -212,6 +213,9 @@ class FakeTensorRt(ModuleType):
     ILogger = Logger
     ExecutionContextAllocationStrategy = enum.Enum("ExecutionContextAllocationStrategy", ["STATIC", "USER_MANAGED"])
     TensorIOMode = enum.Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
+    DynamicShapesKernelSpecializationStrategy = enum.Enum(
+        "DynamicShapesKernelSpecializationStrategy", ["LAZY", "EAGER", "NONE"]
+    )
 
     def __init__(self, name: str, version: str, cuda: FakeCuda, networks: Mapping[bytes, tuple]) -> None:
         super().__init__(name)
@@ -271,11 +275,20 @@ class Engine:
     def get_tensor_dtype(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(name=self.DTYPES[self.spec.tensor(name).dtype])
 
-    def create_execution_context(self, strategy: enum.Enum) -> "Context | None":
-        assert strategy is self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    def create_runtime_config(self) -> RuntimeConfig:
+        assert self.trt.__name__ == "tensorrt_rtx", "TensorRT itself compiles ahead of time"
+        return RuntimeConfig()
+
+    def create_execution_context(self, strategy: enum.Enum | RuntimeConfig) -> "Context | None":
+        user_managed = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if isinstance(strategy, RuntimeConfig):
+            assert strategy.strategy is user_managed
+            assert strategy.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
+        else:
+            assert strategy is user_managed
         if self.trt.refuses("create_execution_context"):
             return None
-        context = Context(self)
+        context = Context(self, strategy.cache if isinstance(strategy, RuntimeConfig) else None)
         self.trt.contexts.append(weakref.ref(context))
         return context
 
@@ -283,8 +296,9 @@ class Engine:
 class Context:
     """`IExecutionContext`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, cache: RuntimeCache | None) -> None:
         self.engine = engine
+        self.cache = cache
         inputs = engine.spec.inputs
         self.shapes = {t.name: t.resolve() for t in inputs if not t.dynamic_axes}
         self.addresses: dict[str, int] = {}
@@ -327,6 +341,8 @@ class Context:
         views = {name: trt.cuda.view(self.addresses[name], tensor.nbytes) for name, tensor in tensors.items()}
         scratch = trt.cuda.view(*self.scratch)
         destroyed, function = self.destroyed, self.engine.function
+        if self.cache is not None:
+            self.cache.compile(repr(sorted(self.shapes.items())))
 
         def run() -> None:
             if destroyed.is_set():

@@ -1,0 +1,77 @@
+"""What TensorRT-RTX compiles on the device is kept for the next process, on a GPU of NumPy."""
+
+import pytest
+
+from moma_rt import backends
+from tests.moma_rt.backends.networks import STEP, allocate, step
+from tests.moma_rt.fake_gpu import FakeGpu
+from tests.moma_rt.fake_jit import RuntimeCache
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moma-rt" / "tensorrt_rtx"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, home):
+    """Run a network on some batch sizes, as a process of its own would; returns how many were compiled."""
+    engine = tmp_path / "engines" / "step-0123456789abcdef" / "engine.trt"
+    engine.parent.mkdir(parents=True)
+    engine.write_bytes(b"step")
+
+    def process(*batches, flavour="tensorrt_rtx"):
+        gpu = FakeGpu.install(monkeypatch, {b"step": (STEP, step)}, flavour)
+        backend = backends.create(flavour)
+        network = backend.load(STEP, engine)
+        for batch in batches:
+            buffers = allocate(backend, STEP, batch=batch)
+            bound = network.bind(buffers)
+            for _ in range(2):
+                bound.enqueue()
+            backend.download(buffers["next_x"])
+        assert gpu.cuda.wrong == []
+        return None if network.jit is None else network.jit.runtime_config.cache.compiled
+
+    return process
+
+
+def files(home):
+    return {path.name: path.read_bytes() for path in home.iterdir()} if home.is_dir() else {}
+
+
+def test_what_was_compiled_is_not_compiled_again(run, home):
+    assert run(1, 2) == 2
+    kept = files(home)
+    assert kept.keys() == {"step-0123456789abcdef.cache"}
+    assert run(1, 2) == 0
+    assert files(home) == kept
+    assert run(2, 3) == 1
+    assert run(1, 2, 3) == 0
+
+
+def test_a_file_that_does_not_fit_is_replaced(run, home):
+    home.mkdir(parents=True)
+    place = home / "step-0123456789abcdef.cache"
+    for content in (b"", b"compiled by 10.0 for another device\nx", b"\xff\xfe"):
+        place.write_bytes(content)
+        assert run(1) == 1
+        assert place.read_bytes().startswith(RuntimeCache.HEADER.encode())
+
+
+def test_nothing_is_written_where_nothing_ran(run, home):
+    assert run() == 0
+    assert files(home) == {}
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(run, home):
+    home.parent.mkdir(parents=True)
+    home.write_text("a file in its place")
+    assert run(1) == 1
+    assert run(1) == 1
+
+
+def test_tensorrt_itself_compiles_nothing_here(run, home):
+    assert run(1, flavour="tensorrt") is None
+    assert files(home) == {}
