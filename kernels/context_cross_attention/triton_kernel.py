@@ -6,12 +6,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from kernels.launch import AttentionShape, cross_attention_launch, split_width
+from kernels.launch import AttentionShape, LaunchConfig, cross_attention_launch, split_width
 from kernels.online_softmax import LOG2_E, attend, load_rows, store_rows
 
 
-def launch(tensors: tuple[Tensor, ...], num_heads: int) -> tuple[Tensor, Tensor]:
+def launch(tensors: tuple[Tensor, ...], num_heads: int, config: LaunchConfig | None = None) -> tuple[Tensor, Tensor]:
     """Run the kernel on the operator's tensors, in its order; they are made contiguous where they are not.
+
+    Args:
+        config: how to launch it; by default what `kernels.launch` chooses.
 
     Returns:
         The output [G·B, S, C] and the saliency [G·B, S], contiguous.
@@ -26,7 +29,8 @@ def launch(tensors: tuple[Tensor, ...], num_heads: int) -> tuple[Tensor, Tensor]
     samples = gate_bs.shape[0]
     width = channels // num_heads
     main, tail = split_width(width)
-    config = cross_attention_launch(AttentionShape(queries, width, q_gsc.element_size()))
+    if config is None:
+        config = cross_attention_launch(AttentionShape(queries, width, q_gsc.element_size()))
     out_gsc = torch.empty_like(q_gsc, memory_format=torch.contiguous_format)
     saliency_gs = q_gsc.new_empty(rows, queries)
     grid = (-(-queries // config.block_queries), samples, rows // samples)

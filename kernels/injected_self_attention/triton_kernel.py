@@ -7,15 +7,18 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from kernels.dispatch import compute_capability
-from kernels.launch import AttentionShape, self_attention_launch, split_width
+from kernels.launch import AttentionShape, LaunchConfig, self_attention_launch, split_width
 from kernels.online_softmax import LOG2_E, attend, load_rows, store_rows
 
 # Mask values that are read at a time when looking for the tokens that count.
 _SCAN = tl.constexpr(1024)
 
 
-def launch(tensors: tuple[Tensor, ...], num_heads: int) -> Tensor:
+def launch(tensors: tuple[Tensor, ...], num_heads: int, config: LaunchConfig | None = None) -> Tensor:
     """Run the kernel on the operator's tensors, in its order; they are made contiguous where they are not.
+
+    Args:
+        config: how to launch it; by default what `kernels.launch` chooses.
 
     Returns:
         [G·B, S, C], contiguous.
@@ -30,7 +33,8 @@ def launch(tensors: tuple[Tensor, ...], num_heads: int) -> Tensor:
     samples, reference_tokens, _ = ref_k_bnc.shape
     width = channels // num_heads
     main, tail = split_width(width)
-    config = self_attention_launch(AttentionShape(queries, width, q_gsc.element_size()), compute_capability(q_gsc))
+    if config is None:
+        config = self_attention_launch(AttentionShape(queries, width, q_gsc.element_size()), compute_capability(q_gsc))
     out_gsc = torch.empty_like(q_gsc, memory_format=torch.contiguous_format)
     grid = (-(-queries // config.block_queries), samples * num_heads, rows // samples)
     wrap_triton(injected_self_attention_kernel)[grid](

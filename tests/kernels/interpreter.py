@@ -42,18 +42,13 @@ def main() -> None:
     np.seterr(all="ignore")
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     modules = {name: load(name) for name in ("injected_self_attention", "context_cross_attention")}
-    choices = {name: [n for n in vars(modules[name]) if n.endswith("_launch")] for name in modules}
-    originals = {name: getattr(modules[name], choice) for name, (choice,) in choices.items()}
     while True:
         try:
             operator, tensors, heads, config = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        module, (choice,) = modules[operator], choices[operator]
-        chosen = originals[operator] if config is None else lambda *_, config=config, **__: config
-        setattr(module, choice, chosen)
         try:
-            answer = module.launch(tensors, heads)
+            answer = modules[operator].launch(tensors, heads, config)
         except Exception as error:
             answer = error
         pickle.dump(answer, answers)
