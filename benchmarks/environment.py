@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +15,29 @@ import numpy as np
 import moma_rt
 from moma_rt.files import atomic_write
 
-_PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers", "transformers", "tensorrt_rtx")
+_PACKAGES = (
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "tensorrt_rtx",
+)
+# A copy of the sources without their history: whoever made it says of which commit it is.
+_COMMIT_VARIABLE = "MOMA_RT_COMMIT"
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Hardware, versions and commit of this run, and the command that repeats it elsewhere."""
+    """Hardware, versions and commit of this run, and the command that repeats it; "gpu" where there is one."""
+    gpu = _gpu()
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        **({} if gpu is None else {"gpu": gpu}),
         "python": platform.python_version(),
         "versions": {"moma-rt": moma_rt.__version__} | _versions(),
         "commit": _commit(),
@@ -30,9 +45,9 @@ def environment(command: str) -> dict[str, Any]:
     }
 
 
-def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 of a list of seconds."""
-    return {f"p{p}": round(float(np.percentile(seconds, p)), 4) for p in (20, 50, 80)}
+def percentiles(samples: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80 of a list of numbers, to four digits behind the point."""
+    return {f"p{p}": round(float(np.percentile(samples, p)), 4) for p in (20, 50, 80)}
 
 
 def write_results(name: str, results: dict[str, Any]) -> Path:
@@ -55,7 +70,26 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
+def _gpu() -> dict[str, Any] | None:
+    """The first GPU, by its driver; None where there is none."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    name, driver, capability, mebibytes = (field.strip() for field in done.stdout.splitlines()[0].split(","))
+    found: dict[str, Any] = {"name": name, "driver": driver, "capability": capability}
+    # Where GPU and CPU share their memory the driver does not say how much there is.
+    return found | ({"memory_gib": round(int(mebibytes) / 1024, 1)} if mebibytes.isdecimal() else {})
+
+
 def _commit() -> str:
+    if _COMMIT_VARIABLE in os.environ:
+        return os.environ[_COMMIT_VARIABLE]
+    if shutil.which("git") is None:
+        return "unknown"
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

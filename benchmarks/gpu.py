@@ -1,0 +1,91 @@
+"""Time on a GPU: of a call, with nothing of it in the L2 cache, and the device's own limits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from benchmarks.attention_cases import Work
+
+_WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of each sample, and the memory that one call takes beyond its inputs."""
+
+    milliseconds: tuple[float, ...]
+    extra_mib: float
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.milliseconds))
+
+
+# Measures one call.
+Timer = Callable[[Callable[[], object]], Timing]
+
+
+class GpuTimer:
+    """Events around replays of a CUDA graph of the call, with a buffer larger than the L2 cache written before each.
+
+    A graph, so that no launch waits for Python; the writing before it also gives the graph time to reach the device.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+        self._flushed = torch.empty(2 * l2_bytes, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, call: Callable[[], object]) -> Timing:
+        """Time a call that allocates its outputs, uses no random numbers, and does the same each time."""
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        extra_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_WARM_UPS + self._samples)]
+        for start, end in events:
+            self._flushed.zero_()
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return Timing(tuple(start.elapsed_time(end) for start, end in events[_WARM_UPS:]), round(extra_mib, 1))
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What this device did at best in this run, at the median: matrix products, and bytes read and written."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+    def floor_ms(self, work: Work) -> float:
+        """The milliseconds that no implementation is under."""
+        return 1e3 * max(work.operations / self.flops_per_second, work.bytes / self.bytes_per_second)
+
+    def described(self) -> dict[str, float]:
+        """In TFLOP/s and TB/s."""
+        return {
+            "tflops": round(self.flops_per_second / 1e12, 1),
+            "tb_per_s": round(self.bytes_per_second / 1e12, 3),
+        }
+
+
+def measured_peaks(timer: Timer, dtype: torch.dtype, device: str, *, size: int = 8192, copied: int = 2**30) -> Peaks:
+    """By a matrix product of `size`³ on random numbers and a copy of `copied` bytes."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product = timer(lambda: a @ b).median
+    source = torch.randint(256, (copied,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = timer(lambda: target.copy_(source)).median
+    return Peaks(1e3 * 2 * size**3 / product, 1e3 * 2 * copied / copy)

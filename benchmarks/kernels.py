@@ -1,0 +1,252 @@
+"""Both fused kernels on a CUDA GPU, at every attention layer of Stable Diffusion 1.5, against PyTorch.
+
+    python -m benchmarks.kernels [--out NAME] [--dtype float16|bfloat16] [--quick] [--minutes N] [--tune]
+
+Every result is checked before it is timed; one that is wrong ends the run. Writes benchmarks/results/NAME.json. What
+the columns are measured against stands in attention_baselines.py, what counts as work in attention_cases.py.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention_baselines import Baseline, Outputs, allowed_errors, baselines, is_within, worst_errors
+from benchmarks.attention_cases import (
+    FORMS,
+    GATES,
+    SUMMARY_ROWS,
+    SUMMARY_SHARE,
+    Case,
+    SelfCase,
+    all_cases,
+    in_summary,
+)
+from benchmarks.environment import environment, percentiles, write_results
+from benchmarks.gpu import GpuTimer, Peaks, Timer, measured_peaks
+from kernels.dispatch import HAS_TRITON
+
+SAMPLES = 60
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float16": torch.float16, "bfloat16": torch.bfloat16})
+EAGER = ("sdpa", "definition")
+COMPILED = ("sdpa_compiled", "definition_compiled")
+# How many times faster than PyTorch, eager and compiled, a step's attention is to be.
+TARGETS = (2.0, 1.3)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What cases are measured with."""
+
+    dtype: torch.dtype
+    device: str
+    timer: Timer
+    peaks: Peaks
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 2 without a GPU."""
+    options = parser().parse_args(arguments)
+    if not torch.cuda.is_available() or not HAS_TRITON:
+        print("benchmarks.kernels: error: needs a CUDA GPU, and PyTorch and Triton for it", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    name = options.out or default_name(torch.cuda.get_device_name(), options)
+    timer, dtype = GpuTimer(SAMPLES), DTYPES[options.dtype]
+    results: dict[str, Any] = {"environment": environment(command_line(options)), "dtype": options.dtype}
+    if options.tune:
+        # Imported here because it needs Triton, which is not everywhere.
+        from benchmarks.tuning import print_tuning, this_device, tuned
+
+        results["tuning"] = tuned(timer, dtype, this_device())
+        path = write_results(name, results)
+        print_tuning(results["tuning"])
+        print(path)
+        return 0
+    bench = Bench(dtype, "cuda", timer, measured_peaks(timer, dtype, "cuda"))
+    results["peaks"] = bench.peaks.described()
+    print(f"peaks: {results['peaks']}")
+    cases = [case for case in all_cases() if in_summary(case) or not options.quick]
+    deadline = started + 60 * options.minutes if options.minutes else float("inf")
+    results["cases"] = measured(cases, bench, deadline)
+    results["cases_left_out"] = len(cases) - len(results["cases"])
+    results["summary"] = summary(results["cases"])
+    path = write_results(name, results)
+    print_summary(results["summary"])
+    print(path)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
+    p.add_argument("--out", type=_name, metavar="NAME", help="of the results (default: after the GPU)")
+    p.add_argument("--dtype", choices=DTYPES, default="float16", help="(default: %(default)s)")
+    p.add_argument("--quick", action="store_true", help="only the cases that a step is summed up from")
+    p.add_argument("--minutes", type=float, metavar="N", help="start no further case after that; these come first")
+    p.add_argument("--tune", action="store_true", help="instead, measure other launches than kernels/launch.py's")
+    return p
+
+
+def default_name(device: str, options: argparse.Namespace) -> str:
+    """Such as kernels_nvidia_h200_bfloat16_tuning."""
+    parts = ["kernels", *re.findall("[a-z0-9]+", device.lower())]
+    return "_".join([*parts, *[options.dtype] * (options.dtype != "float16"), *["tuning"] * options.tune])
+
+
+def command_line(options: argparse.Namespace) -> str:
+    """What repeats this run."""
+    flags = [f"--{name}" for name in ("quick", "tune") if getattr(options, name)]
+    values = [f"--{name} {value}" for name in ("out", "minutes") if (value := getattr(options, name))]
+    return " ".join(["python -m benchmarks.kernels", f"--dtype {options.dtype}", *values, *flags])
+
+
+def measured(cases: Iterable[Case], bench: Bench, deadline: float) -> list[dict[str, Any]]:
+    """Each case's results, printed as they come, until time.monotonic() is past `deadline`."""
+    found = []
+    print(f"{'case':<52}{'floor':>8}" + "".join(f"{name:>21}" for name in ("moma", *EAGER, *COMPILED, "flex_compiled")))
+    for case in cases:
+        if time.monotonic() > deadline:
+            break
+        found.append(measure(case, bench))
+        print(line(found[-1]), flush=True)
+    return found
+
+
+def measure(case: Case, bench: Bench) -> dict[str, Any]:
+    """One case: this project's operator and every baseline.
+
+    Raises:
+        SystemExit: the operator's error is over twice that of PyTorch in the same precision.
+    """
+    inputs = case.inputs(bench.dtype, bench.device)
+    wanted = case.definition(tuple(tensor.float() for tensor in inputs))
+    errors, allowed = worst_errors(case.moma(inputs), wanted), allowed_errors(case, inputs, wanted)
+    if not is_within(errors, allowed):
+        raise SystemExit(f"benchmarks.kernels: error: {described(case)}: off by {errors}; {allowed} is allowed")
+    contenders = [Baseline("moma", case.moma), *baselines(case)]
+    return {
+        **described(case),
+        "operations": case.work().operations,
+        "bytes": case.work().bytes,
+        "floor_ms": round(bench.peaks.floor_ms(case.work()), 5),
+        "allowed_errors": allowed,
+        "measured": {contender.name: _measured(contender, case, inputs, wanted, bench) for contender in contenders},
+    }
+
+
+def _measured(
+    contender: Baseline, case: Case, inputs: tuple[Tensor, ...], wanted: Outputs, bench: Bench
+) -> dict[str, Any]:
+    try:
+        call = contender.prepare(inputs)
+        errors = worst_errors(call(), wanted)
+        timing = bench.timer(call)
+    except Exception as error:
+        if not contender.is_compiled:
+            raise
+        # Compilers refuse what they cannot do with all kinds of errors; why is a result.
+        return {"refused": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
+    work, median = case.work(), timing.median
+    return {
+        "ms": percentiles(timing.milliseconds),
+        "samples": len(timing.milliseconds),
+        "tflops": round(work.operations / median / 1e9, 2),
+        "gb_per_s": round(work.bytes / median / 1e6, 1),
+        "of_roofline": round(bench.peaks.floor_ms(work) / median, 3),
+        "extra_mib": timing.extra_mib,
+        "errors": errors,
+    }
+
+
+def described(case: Case) -> dict[str, Any]:
+    """A case as the results hold it."""
+    facts = {
+        "operator": case.operator,
+        "grid": case.level.grid,
+        "channels": case.level.channels,
+        "layers": case.level.layers,
+        "rows": case.rows,
+        "samples": case.samples,
+        "gate": case.gate,
+        "open_queries": case.open_queries,
+    }
+    if isinstance(case, SelfCase):
+        facts |= {"form": case.form, "share": case.share}
+        facts |= {"reference_tokens": case.reference_tokens, "kept_tokens": case.kept_tokens}
+    return facts
+
+
+def summary(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Milliseconds of a step's attention layers: one sample, both guidance halves, 40 % of the reference.
+
+    Of a layer's baselines of one kind the fastest counts; None where none of them could do a layer. "layers": how many
+    were measured, of 32.
+    """
+    counted = [c for c in cases if c["rows"] == SUMMARY_ROWS and c.get("share", SUMMARY_SHARE) == SUMMARY_SHARE]
+    rows = []
+    for form in FORMS:
+        for gate in GATES:
+            step = [case for case in counted if case["gate"] == gate and case.get("form", form) == form]
+            layers = sum(case["layers"] for case in step)
+            moma, eager, compiled = (_total(step, names) for names in (("moma",), EAGER, COMPILED))
+            row = {"form": form, "gate": gate, "layers": layers, "moma_ms": moma, "eager_ms": eager}
+            row |= {"compiled_ms": compiled, "over_eager": _ratio(eager, moma), "over_compiled": _ratio(compiled, moma)}
+            rows.append(row)
+    return rows
+
+
+def _total(step: Sequence[Mapping[str, Any]], names: Sequence[str]) -> float | None:
+    total = 0.0
+    for case in step:
+        times = [case["measured"][name]["ms"]["p50"] for name in names if "ms" in case["measured"].get(name, {})]
+        if not times:
+            return None
+        total += case["layers"] * min(times)
+    return round(total, 4)
+
+
+def _ratio(baseline: float | None, ours: float | None) -> float | None:
+    return round(baseline / ours, 2) if baseline and ours else None
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """One case for the screen: milliseconds at the median, and for this project's operator the share of the floor."""
+    name = f"{result['operator'].rpartition('_attention')[0]} {result['grid']}² x {result['rows']} {result['gate']}"
+    if "form" in result:
+        name += f" {result['form']} {result['share']:.0%}"
+    cells = [f"{name:<52}", f"{result['floor_ms']:8.4f}"]
+    for contender in ("moma", *EAGER, *COMPILED, "flex_compiled"):
+        found = result["measured"].get(contender)
+        text = "" if found is None else "refused" if "refused" in found else f"{found['ms']['p50']:.4f}"
+        if contender == "moma":
+            text += f" ({found['of_roofline']:.0%})"
+        cells.append(f"{text:>21}")
+    return "".join(cells).rstrip()
+
+
+def print_summary(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The table that comes last."""
+    names = ("moma_ms", "eager_ms", "compiled_ms", "over_eager", "over_compiled")
+    print(f"\nattention of one step, ms (targets: {TARGETS[0]}x over eager, {TARGETS[1]}x over compiled)")
+    print(f"{'form':<8}{'gate':<6}{'layers':>7}" + "".join(f"{name:>15}" for name in names))
+    for row in rows:
+        cells = ["-" if row[name] is None else f"{row[name]:.2f}" for name in names]
+        print(f"{row['form']:<8}{row['gate']:<6}{row['layers']:>7}" + "".join(f"{cell:>15}" for cell in cells))
+
+
+def _name(text: str) -> str:
+    if re.fullmatch(r"\w[\w.-]*", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of letters, digits, '_', '-' and '.'")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""Launches that kernels/launch.py does not choose, on this GPU: `python -m benchmarks.kernels --tune`.
+
+What is measured is what the product runs: a step of one sample, both guidance halves, 40 % of the reference, packed.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+import kernels.context_cross_attention.triton_kernel as cross
+import kernels.injected_self_attention.triton_kernel as own
+from benchmarks.attention_baselines import allowed_errors, is_within, worst_errors
+from benchmarks.attention_cases import (
+    HEADS,
+    SD15_LEVELS,
+    SUMMARY_ROWS,
+    SUMMARY_SHARE,
+    Case,
+    CrossCase,
+    Level,
+    SelfCase,
+)
+from benchmarks.gpu import Timer
+from kernels.launch import (
+    PORTABLE_SHARED_BYTES,
+    AttentionShape,
+    LaunchConfig,
+    cross_attention_launch,
+    self_attention_launch,
+    split_width,
+)
+
+# Queries and warps. A warp takes 16 rows of queries, and more warps may still be faster.
+_LARGE_BLOCKS = ((64, 4), (64, 8), (128, 4), (128, 8))
+# Where there are few queries, or a program goes through all heads, larger ones leave most of a device idle.
+_SMALL_BLOCKS = ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4))
+_TOKENS = (16, 32, 64, 128)
+_STAGES = (1, 2, 3, 4)
+# Of a thread's 255: what accumulators and scores may take before the compiler has to spill.
+_REGISTERS = 200
+_ELEMENT_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A choice in kernels/launch.py and the levels of SD1.5 that it decides.
+
+    `is_portable`: it must keep within PORTABLE_SHARED_BYTES on every device, so there is no second choice.
+    """
+
+    name: str
+    is_cross: bool
+    levels: tuple[Level, ...]
+    is_portable: bool
+
+    def case(self, level: Level) -> Case:
+        if self.is_cross:
+            return CrossCase(level, SUMMARY_ROWS, "soft")
+        return SelfCase(level, SUMMARY_ROWS, "soft", "packed", SUMMARY_SHARE)
+
+    def present(self, capability: int) -> tuple[LaunchConfig, LaunchConfig]:
+        """What is chosen now: where shared memory is to be had, and within PORTABLE_SHARED_BYTES."""
+        level = self.levels[0]
+        shape = AttentionShape(level.tokens, level.channels // HEADS, _ELEMENT_BYTES)
+        if self.is_cross:
+            return cross_attention_launch(shape), cross_attention_launch(shape)
+        return self_attention_launch(shape, capability), self_attention_launch(shape, capability, portable=True)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One launch to compile."""
+
+    case: Case
+    config: LaunchConfig
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came of an attempt: its shared memory, or why it cannot be launched."""
+
+    shared_bytes: int
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Device:
+    """The GPU: its compute capability (90 for 9.0) and the shared memory that a block may have there."""
+
+    name: str
+    capability: int
+    shared_bytes: int
+
+
+def this_device() -> Device:
+    """The current CUDA device."""
+    properties = torch.cuda.get_device_properties()
+    capability = 10 * properties.major + properties.minor
+    return Device("cuda", capability, properties.shared_memory_per_block_optin)
+
+
+def entries(capability: int, levels: tuple[Level, ...] = SD15_LEVELS) -> tuple[Entry, ...]:
+    """The choices that SD1.5 at 512² makes use of, on a device of this compute capability."""
+    table = "_SELF_WGMMA" if capability // 10 in (9, 10) else "_SELF_MMA"
+    return (
+        Entry(f"{table}[48]", False, levels[:1], is_portable=False),
+        Entry(f"{table}[96]", False, levels[1:2], is_portable=False),
+        Entry("_SELF_FEW", False, levels[2:], is_portable=True),
+        Entry("_CROSS[96]", True, levels[:2], is_portable=True),
+        Entry("_CROSS[160]", True, levels[2:], is_portable=True),
+    )
+
+
+def candidates(entry: Entry, shared_limit: int) -> Iterator[LaunchConfig]:
+    """Launches whose tiles have a chance to fit registers and shared memory at every level of an entry."""
+    columns = max(sum(split_width(level.channels // HEADS)) for level in entry.levels)
+    blocks = _SMALL_BLOCKS if entry.is_portable else _LARGE_BLOCKS
+    for (queries, warps), tokens, stages in itertools.product(blocks, _TOKENS, _STAGES):
+        # Both kernels hold a branch's sum while they compute the other's.
+        registers = queries * (2 * columns + tokens) // (32 * warps)
+        buffers = max(stages - 1, 1) * 2 * tokens * columns * _ELEMENT_BYTES
+        # Text tokens end within a block or two; more stages would wait for nothing.
+        if registers <= _REGISTERS and buffers <= shared_limit and not (entry.is_cross and stages > 2):
+            yield LaunchConfig(queries, tokens, warps, stages)
+
+
+def compile_attempt(attempt: Attempt) -> Compiled:
+    """Compile and launch once, which leaves the kernel in Triton's cache on disk."""
+    shared: list[int] = []
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = lambda **told: shared.append(told["metadata"]["shared"])
+        try:
+            launched(attempt.case, attempt.case.inputs(attempt.dtype, "cuda"), attempt.config)
+            torch.cuda.synchronize()
+        except Exception as error:
+            # Whatever the compiler cannot do with a launch, another launch will do.
+            return Compiled(0, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+    return Compiled(shared[-1])
+
+
+def compile_all(attempts: Sequence[Attempt]) -> list[Compiled]:
+    """`compile_attempt` in as many processes as there are cores, up to 12."""
+    workers = min(12, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_attempt, attempts))
+
+
+def launched(case: Case, inputs: tuple[Tensor, ...], config: LaunchConfig) -> tuple[Tensor, ...]:
+    """The case's kernel with this launch."""
+    if isinstance(case, SelfCase):
+        return (own.launch(inputs, HEADS, config),)
+    return cross.launch(inputs, HEADS, config)
+
+
+def tuned(timer: Timer, dtype: torch.dtype, device: Device) -> list[dict[str, Any]]:
+    """For each entry what is chosen now, what is best, and everything that was tried."""
+    plan = {
+        entry: tuple(dict.fromkeys((*entry.present(device.capability), *candidates(entry, device.shared_bytes))))
+        for entry in entries(device.capability)
+    }
+    attempts = [
+        Attempt(entry.case(level), config, dtype)
+        for entry, configs in plan.items()
+        for config in configs
+        for level in entry.levels
+    ]
+    compiled = dict(zip(attempts, compile_all(attempts), strict=True))
+    results = []
+    for entry, configs in plan.items():
+        measure = _Measurement(entry, dtype, device, timer)
+        tried = [_tried(measure, config, compiled) for config in configs]
+        results.append(_chosen(measure, tried))
+    return results
+
+
+class _Measurement:
+    """Times an entry's launches on inputs that are made once, with what their outputs have to be."""
+
+    def __init__(self, entry: Entry, dtype: torch.dtype, device: Device, timer: Timer) -> None:
+        self.entry, self.dtype, self.device, self._timer = entry, dtype, device, timer
+        self.cases = [entry.case(level) for level in entry.levels]
+        self._inputs = [case.inputs(dtype, device.name) for case in self.cases]
+        self._wanted = [
+            case.definition(tuple(tensor.float() for tensor in inputs))
+            for case, inputs in zip(self.cases, self._inputs, strict=True)
+        ]
+
+    def wrong(self, config: LaunchConfig) -> str:
+        """Why a launch's outputs are not right, or nothing."""
+        for case, inputs, wanted in zip(self.cases, self._inputs, self._wanted, strict=True):
+            errors, allowed = worst_errors(launched(case, inputs, config), wanted), allowed_errors(case, inputs, wanted)
+            if not is_within(errors, allowed):
+                return f"off by {errors} at {case.level.grid}²; {allowed} is allowed"
+        return ""
+
+    def total_ms(self, config: LaunchConfig) -> float:
+        """Of all the entry's layers in a step."""
+        return sum(
+            case.level.layers * self._timer(lambda c=case, i=inputs: launched(c, i, config)).median
+            for case, inputs in zip(self.cases, self._inputs, strict=True)
+        )
+
+
+def _tried(measure: _Measurement, config: LaunchConfig, compiled: Mapping[Attempt, Compiled]) -> dict[str, Any]:
+    outcomes = [compiled[Attempt(case, config, measure.dtype)] for case in measure.cases]
+    refused = next((outcome.refused for outcome in outcomes if outcome.refused), "") or measure.wrong(config)
+    if refused:
+        return {"launch": astuple(config), "refused": refused}
+    shared_bytes = max(outcome.shared_bytes for outcome in outcomes)
+    return {"launch": astuple(config), "shared_bytes": shared_bytes, "step_ms": round(measure.total_ms(config), 4)}
+
+
+def _chosen(measure: _Measurement, tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The fastest launches, and how they compare with the present ones when both are measured once more.
+
+    Once more, since the best of many is the luckiest of many as well.
+    """
+    entry = measure.entry
+    fastest = sorted((one for one in tried if "step_ms" in one), key=lambda one: one["step_ms"])
+    portable = [one for one in fastest if one["shared_bytes"] <= PORTABLE_SHARED_BYTES]
+    choices = (portable[:1],) if entry.is_portable else (fastest[:1], portable[:1])
+    rows = []
+    for choice, present in zip(choices, entry.present(measure.device.capability), strict=False):
+        config = LaunchConfig(*choice[0]["launch"])
+        before, after = measure.total_ms(present), measure.total_ms(config)
+        row = {"launch": astuple(config), "shared_bytes": choice[0]["shared_bytes"], "step_ms": round(after, 4)}
+        rows.append(
+            row | {"present": astuple(present), "present_ms": round(before, 4), "gain": round(before / after, 3)}
+        )
+    return {"entry": entry.name, "is_portable": entry.is_portable, "choices": rows, "tried": list(tried)}
+
+
+def print_tuning(results: Sequence[Mapping[str, Any]]) -> None:
+    """Rows for the tables in kernels/launch.py, and what they gain."""
+    for result in results:
+        launches = [f"LaunchConfig{choice['launch']}" for choice in result["choices"]]
+        text = launches[0] if result["is_portable"] else f"({', '.join(launches)})"
+        gains = " and ".join(f"{choice['gain']:.2f}x" for choice in result["choices"])
+        print(f"{result['entry']}: {text}  # {gains} as fast as now")
