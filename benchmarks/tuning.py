@@ -39,6 +39,7 @@ from kernels.launch import (
 )
 
 # Queries and warps. A warp takes 16 rows of queries, and more warps may still be faster.
+_FEW_QUERIES = 256
 _LARGE_BLOCKS = ((64, 4), (64, 8), (128, 4), (128, 8))
 # Where there are few queries, or a program goes through all heads, larger ones leave most of a device idle.
 _SMALL_BLOCKS = ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4))
@@ -123,7 +124,8 @@ def entries(capability: int, levels: tuple[Level, ...] = SD15_LEVELS) -> tuple[E
 def candidates(entry: Entry, shared_limit: int) -> Iterator[LaunchConfig]:
     """Launches whose tiles have a chance to fit registers and shared memory at every level of an entry."""
     columns = max(sum(split_width(level.channels // HEADS)) for level in entry.levels)
-    blocks = _SMALL_BLOCKS if entry.is_portable else _LARGE_BLOCKS
+    has_few_programs = entry.is_cross or entry.levels[0].tokens <= _FEW_QUERIES
+    blocks = _SMALL_BLOCKS if has_few_programs else _LARGE_BLOCKS
     for (queries, warps), tokens, stages in itertools.product(blocks, _TOKENS, _STAGES):
         # Both kernels hold a branch's sum while they compute the other's.
         registers = queries * (2 * columns + tokens) // (32 * warps)

@@ -1,0 +1,84 @@
+"""Three launches of the kernels, small enough for compute-sanitizer, with every kind of edge.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.sanitized_launches
+
+Without PyTorch's cache of memory each tensor is an allocation of its own, and an access behind its end is seen. Ends
+with 1 where a result is not that of the definition on the CPU.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+import kernels.context_cross_attention.operator
+import kernels.injected_self_attention.operator  # noqa: F401  (both register the torch operators)
+
+# Of half precision, relative to the largest output.
+TOLERANCE = 5e-3
+
+Launch = tuple[str, tuple[Tensor, ...], int]
+
+
+def main() -> int:
+    """Launch on the GPU and compare; returns the exit code: 2 without a GPU."""
+    if not torch.cuda.is_available():
+        print("benchmarks.sanitized_launches: error: needs a CUDA GPU", file=sys.stderr)
+        return 2
+    status = 0
+    for launch in launches():
+        worst = difference(launch, "cuda")
+        is_right = worst <= TOLERANCE
+        status = status if is_right else 1
+        print(f"{launch[0]} {tuple(launch[1][0].shape)}: off by {worst:.2g}{'' if is_right else ', which is wrong'}")
+    return status
+
+
+def launches() -> list[Launch]:
+    """Operator, its tensors, heads."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=random).half()
+
+    def self_attention(queries: int, width: int, mask: Tensor) -> Launch:
+        channels, (samples, tokens) = 2 * width, mask.shape
+        own = [normal(2 * samples, queries, channels) for _ in range(3)]
+        reference = [normal(samples, tokens, channels) for _ in range(2)]
+        gate = normal(samples, queries).sigmoid()
+        # Not a whole block of queries.
+        gate[:, : queries // 3] = 0.0
+        return "injected_self_attention", (*own, *reference, mask, gate, torch.ones(1).half()), 2
+
+    # A sample without a token, and one that was padded to the length of a third.
+    masks = torch.ones(3, 70).half()
+    masks[0] = 0.0
+    masks[1, 33:] = 0.0
+    text = [normal(4, 111, 80) for _ in range(2)]
+    context = [normal(4, 5, 80) for _ in range(2)]
+    weights = normal(2, 111).abs()
+    return [
+        # More queries than take small blocks, and neither they nor the tokens fill their last block.
+        self_attention(300, 40, (normal(1, 77) > 0).half()),
+        self_attention(17, 160, masks),
+        ("context_cross_attention", (normal(4, 63, 80), *text, *context, normal(2, 63).sigmoid(), weights), 2),
+    ]
+
+
+def difference(launch: Launch, device: str) -> float:
+    """The largest distance of the operator there from the definition, relative to the largest value; NaN stays NaN."""
+    operator, tensors, heads = launch
+    call = getattr(torch.ops.moma, operator)
+    found = _listed(call(*(t.to(device) for t in tensors), heads))
+    # In full precision, where a mask without a token gives the average that it means.
+    wanted = _listed(call(*(t.float() for t in tensors), heads))
+    distances = [(f.cpu().float() - w).abs().max() / w.abs().max() for f, w in zip(found, wanted, strict=True)]
+    return float(torch.stack(distances).max())
+
+
+def _listed(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+if __name__ == "__main__":
+    sys.exit(main())

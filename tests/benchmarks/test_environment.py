@@ -1,0 +1,47 @@
+"""What a result says of where it was made."""
+
+import numpy as np
+import pytest
+
+from benchmarks.environment import environment, percentiles
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """Make nvidia-smi answer this; the one on PATH is out of reach."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def install(text, status=0):
+        command = tmp_path / "nvidia-smi"
+        command.write_text(f"#!/bin/sh\necho '{text}'\nexit {status}\n")
+        command.chmod(0o755)
+
+    return install
+
+
+def test_the_gpu(answers):
+    answers("NVIDIA H200, 580.159.04, 9.0, 143771")
+    gpu = {"name": "NVIDIA H200", "driver": "580.159.04", "capability": "9.0", "memory_gib": 140.4}
+    assert environment("command")["gpu"] == gpu
+
+
+def test_a_gpu_that_shares_the_memory(answers):
+    answers("NVIDIA GB10, 580.95.05, 12.1, [N/A]")
+    assert environment("command")["gpu"] == {"name": "NVIDIA GB10", "driver": "580.95.05", "capability": "12.1"}
+
+
+def test_no_gpu(answers):
+    assert "gpu" not in environment("command")
+    answers("No devices were found", status=6)
+    assert "gpu" not in environment("command")
+
+
+def test_the_commit(answers, monkeypatch):
+    # There is no git on this PATH.
+    assert environment("command")["commit"] == "unknown"
+    monkeypatch.setenv("MOMA_RT_COMMIT", "1234abc")
+    assert environment("command")["commit"] == "1234abc"
+
+
+def test_percentiles():
+    assert percentiles(np.arange(11) / 7) == {"p20": 0.2857, "p50": 0.7143, "p80": 1.1429}
