@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.attention_cases import Work
+from kernels.dispatch import HAS_TRITON
 
 _WARM_UPS = 3
 
@@ -25,6 +26,11 @@ class Timing:
 
 # Measures one call.
 Timer = Callable[[Callable[[], object]], Timing]
+
+
+def gpu_name() -> str | None:
+    """What the current CUDA device is called; None where there is none, or no Triton to make kernels for it."""
+    return torch.cuda.get_device_name() if HAS_TRITON and torch.cuda.is_available() else None
 
 
 class GpuTimer:

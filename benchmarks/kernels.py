@@ -30,9 +30,9 @@ from benchmarks.attention_cases import (
     in_summary,
 )
 from benchmarks.environment import environment, percentiles, write_results
-from benchmarks.gpu import GpuTimer, Peaks, Timer, measured_peaks
-from kernels.dispatch import HAS_TRITON
+from benchmarks.gpu import GpuTimer, Peaks, Timer, gpu_name, measured_peaks
 
+DEVICE = "cuda"
 SAMPLES = 60
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float16": torch.float16, "bfloat16": torch.bfloat16})
 EAGER = ("sdpa", "definition")
@@ -54,11 +54,12 @@ class Bench:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 2 without a GPU."""
     options = parser().parse_args(arguments)
-    if not torch.cuda.is_available() or not HAS_TRITON:
+    device_name = gpu_name()
+    if device_name is None:
         print("benchmarks.kernels: error: needs a CUDA GPU, and PyTorch and Triton for it", file=sys.stderr)
         return 2
     started = time.monotonic()
-    name = options.out or default_name(torch.cuda.get_device_name(), options)
+    name = options.out or default_name(device_name, options)
     timer, dtype = GpuTimer(SAMPLES), DTYPES[options.dtype]
     results: dict[str, Any] = {"environment": environment(command_line(options)), "dtype": options.dtype}
     if options.tune:
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_tuning(results["tuning"])
         print(path)
         return 0
-    bench = Bench(dtype, "cuda", timer, measured_peaks(timer, dtype, "cuda"))
+    bench = Bench(dtype, DEVICE, timer, measured_peaks(timer, dtype, DEVICE))
     results["peaks"] = bench.peaks.described()
     print(f"peaks: {results['peaks']}")
     cases = [case for case in all_cases() if in_summary(case) or not options.quick]

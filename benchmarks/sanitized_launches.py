@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kernels.context_cross_attention.operator
 import kernels.injected_self_attention.operator  # noqa: F401  (both register the torch operators)
+from benchmarks.gpu import gpu_name
 
 # Of half precision, relative to the largest output.
 TOLERANCE = 5e-3
@@ -22,8 +23,8 @@ Launch = tuple[str, tuple[Tensor, ...], int]
 
 def main() -> int:
     """Launch on the GPU and compare; returns the exit code: 2 without a GPU."""
-    if not torch.cuda.is_available():
-        print("benchmarks.sanitized_launches: error: needs a CUDA GPU", file=sys.stderr)
+    if gpu_name() is None:
+        print("benchmarks.sanitized_launches: error: needs a CUDA GPU, and PyTorch and Triton for it", file=sys.stderr)
         return 2
     status = 0
     for launch in launches():

@@ -80,7 +80,13 @@ def test_packed_and_masked_hold_the_same_number_of_tokens(share):
         SelfCase(LEVEL, 8, "soft", form, share).inputs(torch.float16, "cpu") for form in ("packed", "masked")
     )
     kept = covered(16, share)
-    assert [tuple(tensor.shape) for tensor in packed] == [*[(8, 16, 16)] * 3, *[(4, kept, 16)] * 2, (4, kept), (4, 16), (1,)]
+    assert [tuple(tensor.shape) for tensor in packed] == [
+        *[(8, 16, 16)] * 3,
+        *[(4, kept, 16)] * 2,
+        (4, kept),
+        (4, 16),
+        (1,),
+    ]
     assert [tuple(tensor.shape) for tensor in masked[3:6]] == [(4, 16, 16), (4, 16, 16), (4, 16)]
     assert (packed[5] == 1).all()
     assert torch.equal(masked[5] != 0, blob(4, share).expand(4, 16))

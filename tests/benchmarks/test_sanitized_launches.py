@@ -24,7 +24,9 @@ def test_the_edges_are_there():
 def test_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main() == 2
-    assert capsys.readouterr().err.splitlines() == ["benchmarks.sanitized_launches: error: needs a CUDA GPU"]
+    assert capsys.readouterr().err.splitlines() == [
+        "benchmarks.sanitized_launches: error: needs a CUDA GPU, and PyTorch and Triton for it"
+    ]
 
 
 def test_half_precision_is_within_the_tolerance():
@@ -35,7 +37,7 @@ def test_half_precision_is_within_the_tolerance():
 
 @pytest.mark.parametrize(("found", "status"), [(0.0, 0), (1.0, 1), (float("nan"), 1)])
 def test_a_wrong_result_is_a_failure(found, status, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sanitized_launches, "gpu_name", lambda: "a GPU")
     differences = iter([found, 0.0, 0.0])
     monkeypatch.setattr(sanitized_launches, "difference", lambda launch, device: next(differences))
     assert main() == status
