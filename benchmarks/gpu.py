@@ -43,18 +43,20 @@ class GpuTimer:
         self._samples = samples
         l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         self._flushed = torch.empty(2 * l2_bytes, dtype=torch.uint8, device="cuda")
+        # The one to warm up on: libraries keep a workspace for every stream that they see.
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, call: Callable[[], object]) -> Timing:
         """Time a call that allocates its outputs, uses no random numbers, and does the same each time."""
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
                 call()
-        torch.cuda.current_stream().wait_stream(stream)
-        extra_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            extra_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()

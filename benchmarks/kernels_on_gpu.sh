@@ -18,11 +18,15 @@ for stage in $asked; do
         *) echo "no stage '$stage'; there are: $all_stages" >&2; exit 2 ;;
     esac
 done
+python=${PYTHON:-python3}
+if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    echo "$python has no PyTorch that sees a CUDA GPU" >&2
+    exit 2
+fi
 out=$(realpath -m "${OUT:-build/gpu}")
 mkdir -p "$out" || exit 1
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
-python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 : >"$out/kernels_on_gpu.log"
 
@@ -32,18 +36,22 @@ note() { printf '%-12s %s\n' "$1" "$2" >>"$work/summary"; }
 
 # run NAME SECONDS COMMAND...
 run() {
-    local name=$1 seconds=$2 status start=$SECONDS
+    local name=$1 seconds=$2 status verdict start=$SECONDS
     shift 2
     timeout --kill-after=20 "$seconds" "$@" >"$work/$name.log" 2>&1
     status=$?
-    { echo "== $name: $*"; cat "$work/$name.log"; } >>"$out/kernels_on_gpu.log"
     { echo "== $name"; tail -n 12 "$work/$name.log"; } | cut -c 1-400
-    if [ "$status" -eq 0 ]; then
-        note "$name" "pass ($((SECONDS - start)) s)"
-    else
-        note "$name" "FAIL (exit $status, $((SECONDS - start)) s)"
-    fi
+    if [ "$status" -eq 0 ]; then verdict=pass; else verdict="FAIL (exit $status)"; fi
+    note "$name" "$verdict, $((SECONDS - start)) s: $(tail -n 1 "$work/$name.log" | cut -c 1-90)"
     return "$status"
+}
+
+# keep NAME...: what ran of these, whole.
+keep() {
+    local name
+    for name in "$@"; do
+        if [ -f "$work/$name.log" ]; then { echo "== $name"; cat "$work/$name.log"; } >>"$out/kernels_on_gpu.log"; fi
+    done
 }
 
 tests() {
@@ -70,6 +78,7 @@ sanitizer() {
 measure() {
     local name=$1 results
     run "$name" "$2" "$python" -m benchmarks.kernels "${@:3}"
+    keep "$name"
     results=$(grep '^/.*\.json$' "$work/$name.log" | tail -n 1)
     if [ -f "$results" ]; then cp "$results" "$out/"; fi
     sed -n '/^attention of one step/,$p; /LaunchConfig(/p' "$work/$name.log" | grep -v '^/' >>"$work/tables"
@@ -80,6 +89,7 @@ for stage in tests sanitizer ptx; do
     if is_asked "$stage"; then "$stage" & fi
 done
 wait
+keep tests launches memcheck racecheck ptx
 if is_asked speed; then measure speed 300 --minutes "${MINUTES:-3.5}"; fi
 if is_asked tuning; then measure tuning 240 --tune; fi
 

@@ -1,6 +1,7 @@
 """The script of the whole proof, with a python3 that only says what it was asked."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -55,7 +56,7 @@ def script(repository, tmp_path):
 
 def summary_of(done):
     lines = done.stdout.partition("== summary")[2].splitlines()[1:]
-    return dict(line.split()[:2] for line in lines if len(line.split()) > 1), lines
+    return {m[1]: m[2] for line in lines if (m := re.match(r"(\w+) +(pass|FAIL)\b", line))}, lines
 
 
 def test_all_stages(script):
@@ -64,6 +65,9 @@ def test_all_stages(script):
     found, lines = summary_of(done)
     stages = ("tests", "launches", "memcheck", "racecheck", "ptx", "speed", "tuning")
     assert {name: found[name] for name in stages} == dict.fromkeys(stages, "pass")
+    # What a stage said last.
+    (memcheck,) = (line for line in lines if line.startswith("memcheck"))
+    assert re.fullmatch(r"memcheck +pass, \d+ s: asked: -m benchmarks.sanitized_launches", memcheck)
     assert lines[-3:] == [
         "attention of one step, ms",
         "row",
@@ -93,6 +97,13 @@ def test_stages_by_name(script):
     assert done.returncode == 0
     assert list(summary_of(done)[0])[0] == "tuning"
     assert "benchmarks.kernels --minutes" not in (out / "kernels_on_gpu.log").read_text()
+
+
+def test_no_gpu(script):
+    done, out = script(fails="is_available")
+    assert done.returncode == 2
+    assert re.fullmatch(r"\S+ has no PyTorch that sees a CUDA GPU\n", done.stderr)
+    assert not out.exists()
 
 
 def test_an_unknown_stage(script):
