@@ -178,42 +178,56 @@ def tuned(timer: Timer, dtype: torch.dtype, device: Device) -> list[dict[str, An
     compiled = dict(zip(attempts, compile_all(attempts), strict=True))
     results = []
     for entry, configs in plan.items():
-        measure = _Measurement(entry, dtype, device, timer)
-        tried = [_tried(measure, config, compiled) for config in configs]
-        results.append(_chosen(measure, tried))
+        cases = [entry.case(level) for level in entry.levels]
+        prepared = tuple(_Prepared.of(case, dtype, device.name) for case in cases)
+        measure = _Measurement(entry, prepared, timer)
+        outcomes = {config: [compiled[Attempt(case, config, dtype)] for case in cases] for config in configs}
+        tried = [_tried(measure, config, outcomes[config]) for config in configs]
+        results.append(_chosen(measure, tried, entry.present(device.capability)))
     return results
 
 
-class _Measurement:
-    """Times an entry's launches on inputs that are made once, with what their outputs have to be."""
+@dataclass(frozen=True)
+class _Prepared:
+    """A case, its inputs, what its outputs have to be, and how far off they may be."""
 
-    def __init__(self, entry: Entry, dtype: torch.dtype, device: Device, timer: Timer) -> None:
-        self.entry, self.dtype, self.device, self._timer = entry, dtype, device, timer
-        self.cases = [entry.case(level) for level in entry.levels]
-        self._inputs = [case.inputs(dtype, device.name) for case in self.cases]
-        self._wanted = [
-            case.definition(tuple(tensor.float() for tensor in inputs))
-            for case, inputs in zip(self.cases, self._inputs, strict=True)
-        ]
+    case: Case
+    inputs: tuple[Tensor, ...]
+    wanted: tuple[Tensor, ...]
+    allowed: list[float]
+
+    @classmethod
+    def of(cls, case: Case, dtype: torch.dtype, device: str) -> "_Prepared":
+        inputs = case.inputs(dtype, device)
+        wanted = case.definition(tuple(tensor.float() for tensor in inputs))
+        return cls(case, inputs, wanted, allowed_errors(case, inputs, wanted))
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Times an entry's launches."""
+
+    entry: Entry
+    prepared: tuple[_Prepared, ...]
+    timer: Timer
 
     def wrong(self, config: LaunchConfig) -> str:
         """Why a launch's outputs are not right, or nothing."""
-        for case, inputs, wanted in zip(self.cases, self._inputs, self._wanted, strict=True):
-            errors, allowed = worst_errors(launched(case, inputs, config), wanted), allowed_errors(case, inputs, wanted)
-            if not is_within(errors, allowed):
-                return f"off by {errors} at {case.level.grid}²; {allowed} is allowed"
+        for each in self.prepared:
+            errors = worst_errors(launched(each.case, each.inputs, config), each.wanted)
+            if not is_within(errors, each.allowed):
+                return f"off by {errors} at {each.case.level.grid}²; {each.allowed} is allowed"
         return ""
 
     def total_ms(self, config: LaunchConfig) -> float:
         """Of all the entry's layers in a step."""
         return sum(
-            case.level.layers * self._timer(lambda c=case, i=inputs: launched(c, i, config)).median
-            for case, inputs in zip(self.cases, self._inputs, strict=True)
+            each.case.level.layers * self.timer(lambda e=each: launched(e.case, e.inputs, config)).median
+            for each in self.prepared
         )
 
 
-def _tried(measure: _Measurement, config: LaunchConfig, compiled: Mapping[Attempt, Compiled]) -> dict[str, Any]:
-    outcomes = [compiled[Attempt(case, config, measure.dtype)] for case in measure.cases]
+def _tried(measure: _Measurement, config: LaunchConfig, outcomes: Sequence[Compiled]) -> dict[str, Any]:
     refused = next((outcome.refused for outcome in outcomes if outcome.refused), "") or measure.wrong(config)
     if refused:
         return {"launch": astuple(config), "refused": refused}
@@ -221,24 +235,22 @@ def _tried(measure: _Measurement, config: LaunchConfig, compiled: Mapping[Attemp
     return {"launch": astuple(config), "shared_bytes": shared_bytes, "step_ms": round(measure.total_ms(config), 4)}
 
 
-def _chosen(measure: _Measurement, tried: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _chosen(
+    measure: _Measurement, tried: Sequence[dict[str, Any]], present: tuple[LaunchConfig, LaunchConfig]
+) -> dict[str, Any]:
     """The fastest launches, and how they compare with the present ones when both are measured once more.
 
     Once more, since the best of many is the luckiest of many as well.
     """
-    entry = measure.entry
     fastest = sorted((one for one in tried if "step_ms" in one), key=lambda one: one["step_ms"])
     portable = [one for one in fastest if one["shared_bytes"] <= PORTABLE_SHARED_BYTES]
-    choices = (portable[:1],) if entry.is_portable else (fastest[:1], portable[:1])
-    rows = []
-    for choice, present in zip(choices, entry.present(measure.device.capability), strict=False):
-        config = LaunchConfig(*choice[0]["launch"])
-        before, after = measure.total_ms(present), measure.total_ms(config)
-        row = {"launch": astuple(config), "shared_bytes": choice[0]["shared_bytes"], "step_ms": round(after, 4)}
-        rows.append(
-            row | {"present": astuple(present), "present_ms": round(before, 4), "gain": round(before / after, 3)}
-        )
-    return {"entry": entry.name, "is_portable": entry.is_portable, "choices": rows, "tried": list(tried)}
+    is_portable = measure.entry.is_portable
+    choices = []
+    for choice, now in zip([portable[0]] if is_portable else [fastest[0], portable[0]], present, strict=False):
+        before, after = measure.total_ms(now), measure.total_ms(LaunchConfig(*choice["launch"]))
+        gain = {"present": astuple(now), "present_ms": round(before, 4), "gain": round(before / after, 3)}
+        choices.append({**choice, "step_ms": round(after, 4), **gain})
+    return {"entry": measure.entry.name, "is_portable": is_portable, "choices": choices, "tried": list(tried)}
 
 
 def print_tuning(results: Sequence[Mapping[str, Any]]) -> None:
