@@ -90,7 +90,11 @@ for stage in tests sanitizer ptx; do
 done
 wait
 keep tests launches memcheck racecheck ptx
-if is_asked speed; then measure speed 300 --minutes "${MINUTES:-3.5}"; fi
+if is_asked speed; then
+    run timer 60 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/benchmarks
+    keep timer
+    measure speed 300 --minutes "${MINUTES:-3.5}"
+fi
 if is_asked tuning; then measure tuning 240 --tune; fi
 
 touch "$work/summary" "$work/tables"

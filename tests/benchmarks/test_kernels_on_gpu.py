@@ -63,7 +63,7 @@ def test_all_stages(script):
     done, out = script()
     assert done.returncode == 0, done.stderr
     found, lines = summary_of(done)
-    stages = ("tests", "launches", "memcheck", "racecheck", "ptx", "speed", "tuning")
+    stages = ("tests", "launches", "memcheck", "racecheck", "ptx", "timer", "speed", "tuning")
     assert {name: found[name] for name in stages} == dict.fromkeys(stages, "pass")
     # What a stage said last.
     (memcheck,) = (line for line in lines if line.startswith("memcheck"))
