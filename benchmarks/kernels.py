@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results["peaks"] = bench.peaks.described()
     print(f"peaks: {results['peaks']}")
     cases = [case for case in all_cases() if in_summary(case) or not options.quick]
-    deadline = started + 60 * options.minutes if options.minutes else float("inf")
+    deadline = float("inf") if options.minutes is None else started + 60 * options.minutes
     results["cases"] = measured(cases, bench, deadline)
     results["cases_left_out"] = len(cases) - len(results["cases"])
     results["summary"] = summary(results["cases"])
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=_name, metavar="NAME", help="of the results (default: after the GPU)")
     p.add_argument("--dtype", choices=DTYPES, default="float16", help="(default: %(default)s)")
     p.add_argument("--quick", action="store_true", help="only the cases that a step is summed up from")
-    p.add_argument("--minutes", type=float, metavar="N", help="start no further case after that; these come first")
+    p.add_argument("--minutes", type=float, metavar="N", help="start no case after that; the summary's come first")
     p.add_argument("--tune", action="store_true", help="instead, measure other launches than kernels/launch.py's")
     return p
 
@@ -105,7 +105,7 @@ def default_name(device: str, options: argparse.Namespace) -> str:
 def command_line(options: argparse.Namespace) -> str:
     """What repeats this run."""
     flags = [f"--{name}" for name in ("quick", "tune") if getattr(options, name)]
-    values = [f"--{name} {value}" for name in ("out", "minutes") if (value := getattr(options, name))]
+    values = [f"--{name} {value}" for name in ("out", "minutes") if (value := getattr(options, name)) is not None]
     return " ".join(["python -m benchmarks.kernels", f"--dtype {options.dtype}", *values, *flags])
 
 
