@@ -1,11 +1,13 @@
 """The memory in which pictures are made: allocated and bound once, used by every generation of its size."""
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 
 from moma_rt.backends.base import Array, Backend, Bound, Buffer, Network, Recording
+from moma_rt.errors import OutOfMemory
 from moma_rt.lru import Lru
 from moma_rt.specs import NetworkSpec
 
@@ -128,11 +130,15 @@ class GenerationBuffers:
         if not self._backend.records:
             return None
         key = (len(self._read), *halves)
-        recording = self._recordings.get_or_make(key, lambda: self._record(halves))
-        if recording is not None and not recording.usable:
-            self._recordings.clear()
+        with contextlib.suppress(OutOfMemory):
             recording = self._recordings.get_or_make(key, lambda: self._record(halves))
-        return recording
+            if recording is None or recording.usable:
+                return recording
+        # It was recorded with what has moved since, or the others leave no room for it.
+        self._recordings.clear()
+        with contextlib.suppress(OutOfMemory):
+            return self._recordings.get_or_make(key, lambda: self._record(halves))
+        return None
 
     def replay(self, recording: Recording, steps: int) -> None:
         """Enqueue a recorded generation of so many steps."""
@@ -141,9 +147,10 @@ class GenerationBuffers:
 
     def _record(self, halves: Sequence[int]) -> Recording | None:
         # Libraries load code and choose among it when something runs for the first time, which cannot be recorded.
-        for count in dict.fromkeys(halves):
-            self.step(0, count)
-        self.decode()
+        # Twice, since what is needed to compute in may grow, and move, until all of them have run.
+        steps = [step for count in dict.fromkeys(halves) for step in self._steps[count]]
+        for bound in (*steps, *self._decoders) * 2:
+            bound.enqueue()
         self._backend.synchronize()
         self._current = 0
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
+
 from moma_rt.bundle import Manifest
 from moma_rt.engines import EngineEntry
 from moma_rt.errors import InputError
@@ -13,7 +15,8 @@ from moma_rt.messages import shown
 # What is loaded at the same time: a network for itself, but for the two that every picture is made with.
 PICTURES = ("denoiser", "vae_decoder")
 _UNITS = MappingProxyType({"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30})
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]I?|)B?", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"(\d{1,16}(?:\.\d{1,9})?)\s*([KMG]I?|)B?", re.IGNORECASE | re.ASCII)
+# A pebibyte, more than any machine has.
 _MOST = 1 << 50
 
 
@@ -55,12 +58,14 @@ def parse_bytes(given: object) -> int:
     match = _SIZE.fullmatch(given.strip()) if isinstance(given, str) else None
     if match is not None:
         count = int(float(match[1]) * _UNITS[match[2].upper()])
-    elif isinstance(given, int) and not isinstance(given, bool):
-        count = given
+    elif isinstance(given, int | np.integer) and not isinstance(given, bool):
+        count = int(given)
     else:
         count = 0
     if not 0 < count < _MOST:
-        raise InputError(f"a memory budget is a number of bytes, or a text such as 8GB or 512MiB, not {shown(given)}")
+        raise InputError(
+            f"a memory budget is a number of bytes below 2**50, or a text such as 8GB or 512MiB, not {shown(given)}"
+        )
     return count
 
 
@@ -83,7 +88,7 @@ def describe_budget(manifest: Manifest, engines: Mapping[str, EngineEntry] | Non
     elif not too_large:
         lines.append("  networks are loaded in turn (memory_budget, --memory-budget)")
     elif set(too_large) <= {"language_model", "vision_encoder"}:
-        lines.append("  only with a context embedding (context_embedding, --context-embedding), loaded in turn")
+        lines.append("  generating from a context embedding, loaded in turn; subjects must be enrolled elsewhere")
     else:
         lines.append(f"  not at all: no room for {', nor for '.join(too_large)}")
     return lines

@@ -1,6 +1,9 @@
 """The networks of a bundle, loaded when first needed, and single runs of them."""
 
+import contextlib
+import weakref
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from moma_rt.backends.base import Array, Backend, Network
 from moma_rt.bundle import Bundle
@@ -9,6 +12,8 @@ from moma_rt.errors import OutOfMemory
 from moma_rt.footprint import Footprint, footprint, spelled_bytes, together
 from moma_rt.specs import Geometry, NetworkSpec
 from moma_rt.stages import LOADING, Stages
+
+T = TypeVar("T")
 
 
 class Networks:
@@ -31,15 +36,18 @@ class Networks:
         self._engines = engines
         self._budget = budget
         self._loaded: dict[str, Network] = {}
-        self._on_unload: list[Callable[[str], None]] = []
+        self._on_unload: list[weakref.WeakMethod[Callable[[str], None]]] = []
 
     @property
     def geometry(self) -> Geometry:
         return self.bundle.manifest.geometry
 
     def on_unload(self, call: Callable[[str], None]) -> None:
-        """Have `call` told of each network that is to be unloaded: whatever holds on to it has to let go."""
-        self._on_unload.append(call)
+        """Have `call`, a method, told of each network that is to be unloaded: what it holds on to has to be let go.
+
+        Its object is not kept alive, so that a runtime goes, and with it what it holds of a device, when nobody has it.
+        """
+        self._on_unload.append(weakref.WeakMethod(call))
 
     def get(self, name: str, stages: Stages) -> Network:
         """The network, loaded now if it was not.
@@ -68,7 +76,7 @@ class Networks:
             read = (file,)
         with stages.timed(LOADING):
             self.bundle.verified(read)
-            return self.backend.load(entry.spec, self.bundle.path(file))
+            return self._with_room(lambda: self.backend.load(entry.spec, self.bundle.path(file)))
 
     def _make_room(self, names: tuple[str, ...]) -> None:
         if self._budget is None:
@@ -87,11 +95,24 @@ class Networks:
             self._unload(leaving.pop(0))
 
     def _unload(self, name: str) -> None:
-        for call in self._on_unload:
-            call(name)
+        self._let_go(name)
         # What still runs keeps its network, and a region to compute in that is as large as the largest needed.
         self.backend.trim()
         del self._loaded[name]
+
+    def _let_go(self, name: str) -> None:
+        for call in self._on_unload:
+            if (method := call()) is not None:
+                method(name)
+
+    def _with_room(self, make: Callable[[], T]) -> T:
+        """What `make` makes; where there is no room, once more without what is only kept for the next picture."""
+        with contextlib.suppress(OutOfMemory):
+            return make()
+        for name in self._loaded:
+            self._let_go(name)
+        self.backend.trim()
+        return make()
 
     def _footprint(self, name: str) -> Footprint:
         return footprint(self.bundle.manifest, name, None if self._engines is None else self._engines[name])
@@ -100,7 +121,7 @@ class Networks:
         """Run a network once on buffers made for this run: for what is computed once a subject or a prompt."""
         network = self.get(name, stages)
         with stages.timed(name):
-            return run_once(self.backend, network, inputs)
+            return self._with_room(lambda: run_once(self.backend, network, inputs))
 
 
 def run_once(backend: Backend, network: Network, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -86,7 +86,7 @@ class Runtime:
         self._networks = Networks(bundle, backend, engines, limits.memory_budget)
         self._conditioner = Conditioner(self._networks)
         self._sampler = Sampler(self._networks)
-        self._turns: Turns[_Request, Result] = Turns(limits.max_batch)
+        self._turns: Turns[_Request, Result] = Turns(min(limits.max_batch, self._sampler.most))
 
     @classmethod
     def load(
@@ -105,9 +105,9 @@ class Runtime:
             backend: one of `moma_rt.backends.NAMES`. "auto" runs the bundle's engines where all of them serve this
                 machine's GPU, and else its ONNX files on the CPU, with a MomaWarning if there are engines and a GPU.
             threads: CPU threads a network may use; None leaves the choice to the backend.
-            max_batch: pictures that calls of several threads may be made in together, 1 to 64. Calls of one schedule
-                (steps, scheduler, guidance) that wait for the device are; each has its own subject, prompt, strength
-                and seed.
+            max_batch: how many pictures of several threads' calls may be made together, 1 to 64, and no more than the
+                bundle allows. Calls of one schedule (steps, scheduler, guidance) that wait for the device are; each has
+                its own subject, prompt, strength and seed.
             memory_budget: bytes that loaded networks may need together, or a text such as "8GB": they are loaded in
                 turn then, the last one used staying longest. Neither buffers nor subjects count. None: no limit.
 
@@ -151,6 +151,7 @@ class Runtime:
         Raises:
             InputError: a photo, mask, name, seed or noise that cannot be used, or a call from within `on_step`.
             BundleError: a network that enrolling needs is missing or was altered.
+            OutOfMemory: no room on the device, or in the memory budget.
         """
         self._conditioner.text_tokenizer.check_subject(name)
         seed = check_seed(seed)
@@ -218,14 +219,16 @@ class Runtime:
                 Hyper-SD LoRA (`python -m export.build --lora`), 4 to 8 steps and a guidance_scale of 1.0.
             latents: float32 [num_images,4,h,w], standard normal, instead of drawn from the seeds.
             context_embedding: float32 [1024], instead of the language model's reading of photo and prompt.
-            on_step: called after each step with a StepInfo; returning False cancels. It must not call this runtime,
-                nor wait for a thread that does: the runtime is busy with the call that is being reported.
+            on_step: called with a StepInfo after each step was given to the device; returning False cancels. It must
+                not call this runtime, nor wait for a thread that does: the runtime is busy with the call that is being
+                reported.
 
         Raises:
             InputError: a value outside its range, or a call from within `on_step`; nothing was computed.
             SubjectError: the subject belongs to another base's bundle.
             BundleError: a network that is needed is missing or was altered.
             Cancelled: `on_step` returned False.
+            OutOfMemory: no room on the device, or in the memory budget.
             MomaError: the latents became NaN or infinity.
         """
         if not isinstance(subject, Subject):
@@ -263,17 +266,17 @@ class Runtime:
         try:
             made = iter(self._sampler.run(samples, request.settings.rows, request.on_step, stages))
         except Exception as error:
-            for call, _ in prepared:
-                call.error = error
+            if len(prepared) == 1:
+                prepared[0][0].error = error
+                return
         else:
             for call, of_call in prepared:
                 _end(call, [next(made) for _ in of_call], stages)
             return
-        if len(prepared) > 1:
-            # One may be what the others fail for, or together they need more memory than there is.
-            for call, _ in prepared:
-                call.error = None
-                self._make([call])
+        # One may be what the others fail for, or together they need more memory than there is. The error has gone, and
+        # with it what it held of the device.
+        for call, _ in prepared:
+            self._make([call])
 
     def _samples(self, request: _Request, stages: Stages) -> list[Sample]:
         settings = request.settings

@@ -21,8 +21,9 @@ from moma_rt.subject import Subject
 
 FloatArray = NDArray[np.float32]
 
-# One set for a full batch and one for what is left over; at SD1.5's size a set is hundreds of megabytes.
-_BUFFER_SETS = 2
+# Without recordings, one set for a full batch and one for what is left over; at SD1.5's size a set is hundreds of
+# megabytes. With recordings, which take as long to make as a picture, those of several sizes, as long as there is room.
+_BUFFER_SETS, _RECORDED_SETS = 2, 4
 # Where generations are recorded, subjects share a recording if they have about as many reference tokens: in steps of
 # this part of a grid. The kernels do not read the tokens in between.
 _TOKEN_STEPS = 16
@@ -80,7 +81,10 @@ class Sampler:
 
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
-        self._buffers: Lru[tuple[object, ...], GenerationBuffers] = Lru(_BUFFER_SETS)
+        self._records = networks.backend.records
+        self._buffers: Lru[tuple[object, ...], GenerationBuffers] = Lru(
+            _RECORDED_SETS if self._records else _BUFFER_SETS
+        )
         networks.on_unload(self._let_go)
 
     def _let_go(self, name: str) -> None:
@@ -98,6 +102,7 @@ class Sampler:
 
         Raises:
             Cancelled: `on_step` returned False.
+            OutOfMemory: no room on the device, or in the memory budget.
             BundleError, MomaError: a network that cannot be loaded or run.
         """
         pictures: list[Picture] = []
@@ -107,14 +112,21 @@ class Sampler:
             pictures += self._pass(samples[chosen], rows, report, stages)
         return pictures
 
+    @property
+    def most(self) -> int:
+        """How many samples the bundle can make at a time; 1 where it can make none."""
+        networks = self._networks.bundle.manifest.networks
+        return min((largest(networks[name].spec, "batch") for name in PICTURES if name in networks), default=1)
+
     def _passes(self, count: int) -> list[slice]:
-        most = min(largest(self._networks.bundle.network(name).spec, "batch") for name in PICTURES)
+        most = self.most
         return [slice(start, min(start + most, count)) for start in range(0, count, most)]
 
     def _pass(
         self, samples: Sequence[Sample], rows: FloatArray, on_step: OnStep | None, stages: Stages
     ) -> list[Picture]:
         halves = [int(count) for count in guidance_halves(rows)]
+        wanted, samples = len(samples), self._rounded_up(samples)
         buffers = self._buffers_for(samples, tuple(sorted(set(halves))), stages)
         with stages.timed("denoiser"):
             buffers.schedule(rows, _step_noise(rows, samples))
@@ -133,8 +145,15 @@ class Sampler:
         masks = upsample(buffers.state("foreground_mask"), images.shape[1])
         return [
             Picture(Image.fromarray(image), mask, bool(np.isfinite(latent).all()))
-            for image, mask, latent in zip(images, masks, latents, strict=True)
+            for image, mask, latent in zip(images[:wanted], masks, latents, strict=False)
         ]
+
+    def _rounded_up(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """Where generations are recorded, some more samples: a power of two, so that there are few recordings."""
+        if not self._records:
+            return samples
+        count = min(1 << (len(samples) - 1).bit_length(), self.most)
+        return [*samples, *[samples[-1]] * (count - len(samples))]
 
     def _buffers_for(self, samples: Sequence[Sample], halves: tuple[int, ...], stages: Stages) -> GenerationBuffers:
         networks = self._networks
@@ -162,7 +181,7 @@ class Sampler:
         sizes = {}
         for grid in samples[0].subject.token_counts():
             most = max(sample.subject.token_counts()[grid] for sample in samples)
-            step = max(1, grid * grid // _TOKEN_STEPS) if self._networks.backend.records else 1
+            step = max(1, grid * grid // _TOKEN_STEPS) if self._records else 1
             sizes[f"reference_tokens_{grid}"] = min(-(-most // step) * step, grid * grid)
         return sizes
 

@@ -55,10 +55,9 @@ class Turns(Generic[R, A]):
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._turn = threading.Lock()
+        self._changed = threading.Condition()
         self._owner: int | None = None
         self._waiting: list[Call[R, A]] = []
-        self._list = threading.Lock()
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -67,41 +66,56 @@ class Turns(Generic[R, A]):
         Raises:
             InputError: the thread has it already.
         """
-        here = threading.get_ident()
-        # Only this thread can have written its own number there, so it cannot change between here and the lock.
-        if self._owner == here:
-            raise InputError("the runtime was called from on_step, while it is busy with the call that is reported")
-        with self._turn:
-            self._owner = here
-            try:
-                yield
-            finally:
-                self._owner = None
+        self._check_not_inside()
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._owner is None)
+                self._owner = threading.get_ident()
+            yield
+        finally:
+            self._give_back()
 
     def answer(self, call: Call[R, A], together: Callable[[Sequence[Call[R, A]]], None]) -> A:
-        """The answer of `call`, by this thread or by one that had its turn before.
+        """The answer of `call`, by this thread in its turn, or by one whose turn comes earlier.
 
         Args:
             together: answers calls of one kind: each of them has an answer or an error when it returns.
         """
-        with self._list:
-            self._waiting.append(call)
+        self._check_not_inside()
+        group: list[Call[R, A]] = []
         try:
-            with self.turn():
+            with self._changed:
+                self._waiting.append(call)
+                self._changed.wait_for(lambda: self._owner is None or call.is_done)
                 if not call.is_done:
-                    together(self._take(call))
+                    self._owner = threading.get_ident()
+                    group = self._take(call)
+            if group:
+                together(group)
         finally:
-            with self._list, contextlib.suppress(ValueError):
+            with self._changed, contextlib.suppress(ValueError):
                 self._waiting.remove(call)
+            self._give_back()
         return call.result()
+
+    def _check_not_inside(self) -> None:
+        # Only this thread can have written its own number there, so it cannot change meanwhile.
+        if self._owner == threading.get_ident():
+            raise InputError("the runtime was called from on_step, while it is busy with the call that is reported")
+
+    def _give_back(self) -> None:
+        """End this thread's turn, if it has one."""
+        with self._changed:
+            if self._owner == threading.get_ident():
+                self._owner = None
+                self._changed.notify_all()
 
     def _take(self, first: Call[R, A]) -> list[Call[R, A]]:
         """`first` and those that go with it, in the order in which they came, no longer waiting."""
-        with self._list:
-            taken, room = [first], self._most - first.size
-            for call in self._waiting:
-                if call is not first and call.kind == first.kind and call.size <= room:
-                    taken.append(call)
-                    room -= call.size
-            self._waiting = [call for call in self._waiting if call not in taken]
+        taken, room = [first], self._most - first.size
+        for call in self._waiting:
+            if call is not first and call.kind == first.kind and call.size <= room:
+                taken.append(call)
+                room -= call.size
+        self._waiting = [call for call in self._waiting if call not in taken]
         return taken

@@ -71,6 +71,7 @@ class Backend(Protocol):
 
         Raises:
             BundleError: the file is no such network, or this backend cannot run it.
+            OutOfMemory: there is no room for it.
         """
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
@@ -89,6 +90,9 @@ class Backend(Protocol):
         """Record what `enqueue` enqueues, without running it: networks and copies of rows, all of which ran before.
 
         None where this cannot be recorded.
+
+        Raises:
+            OutOfMemory: there is no room for the recording.
         """
 
     def trim(self) -> None:

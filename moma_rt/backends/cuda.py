@@ -89,12 +89,11 @@ class Stream:
             MomaError: something in it cannot be captured, or `enqueue` raised it. The stream is as before.
         """
         cuda, captured = self._cuda, None
+        mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         kept_before, self._kept = self._kept, {}
         try:
-            self._call(
-                "cudaStreamBeginCapture", self.handle, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-            )
             try:
+                self._call("cudaStreamBeginCapture", self.handle, mode)
                 enqueue()
             finally:
                 # Whatever happened: until then the stream runs nothing.

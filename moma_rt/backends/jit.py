@@ -16,9 +16,9 @@ from moma_rt.files import atomic_write
 
 
 class JustInTime:
-    """The kernels of one engine for this device. `serialize` gives them, as they are kept in `file`."""
+    """The kernels of one engine for this device. `serialize` gives them, as they are kept in `file`, if anywhere."""
 
-    def __init__(self, runtime_config: Any, serialize: Callable[[], Any], file: Path, known: bytes) -> None:
+    def __init__(self, runtime_config: Any, serialize: Callable[[], Any], file: Path | None, known: bytes) -> None:
         self.runtime_config = runtime_config
         self._serialize = serialize
         self._file = file
@@ -27,7 +27,7 @@ class JustInTime:
     def save(self) -> None:
         """Keep what was compiled since; where it cannot be written, the next process compiles it again."""
         found = bytes(memoryview(self._serialize()))
-        if found != self._known:
+        if self._file is not None and found != self._known:
             self._known = found
             with contextlib.suppress(OSError), atomic_write(self._file) as path:
                 path.write_bytes(found)
@@ -47,16 +47,19 @@ def just_in_time(flavour: Flavour, trt: Any, engine: Any, engine_file: Path) -> 
     runtime_config.set_runtime_cache(runtime_config.create_runtime_cache())
     file, known = _place(engine_file), b""
     with contextlib.suppress(OSError):
-        known = file.read_bytes()
+        known = b"" if file is None else file.read_bytes()
     if known and not runtime_config.get_runtime_cache().deserialize(known):
         known = b""
     return JustInTime(runtime_config, runtime_config.get_runtime_cache().serialize, file, known)
 
 
-def _place(engine_file: Path) -> Path:
-    """In the user's own cache, not in the bundle: it is code that no manifest describes.
+def _place(engine_file: Path) -> Path | None:
+    """In the user's own cache, not in the bundle: it is code that no manifest describes. None without a home.
 
     The engine's folder is named after all that the engine depends on.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
     return Path(home) / "moma-rt" / "tensorrt_rtx" / f"{engine_file.parent.name}.cache"

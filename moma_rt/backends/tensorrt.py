@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from moma_rt.backends.base import Array, Buffer, check_tensors, fitting
 from moma_rt.backends.cuda import DeviceMemory, Graph, Stream
 from moma_rt.backends.jit import JustInTime, just_in_time
 from moma_rt.engines import Flavour
-from moma_rt.errors import BundleError, MomaError
+from moma_rt.errors import BundleError, MomaError, OutOfMemory
 from moma_rt.libraries import library, library_log
 from moma_rt.specs import NetworkSpec
 
+# How the libraries say it.
+_OUT_OF_MEMORY = re.compile("out ?of ?memory", re.IGNORECASE)
 # NumPy's names of TensorRT's types.
 _DTYPES = {
     "FLOAT": "float32",
@@ -145,7 +148,7 @@ class TrtNetwork:
         user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self.engine.create_execution_context(user_managed if self.jit is None else self.jit.runtime_config)
         if context is None:
-            raise MomaError(f"{spec.name}: {shared.library} has no room to run it: {shared.reason()}")
+            raise OutOfMemory(f"{spec.name}: {shared.library} has no room to run it: {shared.reason()}")
         for tensor in spec.inputs:
             shape = own[tensor.name].shape
             if tensor.dynamic_axes and not context.set_input_shape(tensor.name, shape):
@@ -209,7 +212,8 @@ class TensorRtBackend:
         with content:
             engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise BundleError(f"{path}: {shared.library} cannot load it: {shared.reason()}")
+            kind = OutOfMemory if _OUT_OF_MEMORY.search(shared.reason()) else BundleError
+            raise kind(f"{path}: {shared.library} cannot load it: {shared.reason()}")
         found = _tensors(shared.trt, engine)
         for what, specs in (("inputs", spec.inputs), ("outputs", spec.outputs)):
             check_tensors(path, what, [f"{t.name} {t.dtype}" for t in specs], found[what])
@@ -245,12 +249,15 @@ class TensorRtBackend:
         shared = self._shared
         try:
             graph = shared.stream.capture(enqueue)
+        except OutOfMemory:
+            raise
         except MomaError:
             # Work that cannot be captured runs all the same when it is enqueued, or says then what is wrong with it.
             return None
         return TrtRecording(shared.stream, graph, shared.scratch, shared.scratch.region)
 
     def trim(self) -> None:
+        self._shared.synchronize()
         self._shared.scratch.release()
 
     def synchronize(self) -> None:

@@ -33,6 +33,7 @@ class CudaError(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
+    cudaErrorIllegalState = 401
     cudaErrorIllegalAddress = 700
 
 
@@ -111,6 +112,8 @@ class FakeCuda(ModuleType):
     def cudaStreamEndCapture(self, stream: int) -> tuple:
         assert stream == STREAM
         captured, self.captured = self.captured, None
+        if captured is None:
+            return CudaError.cudaErrorIllegalState, 0
         if "cudaStreamEndCapture" in self.failures:
             # A capture that was invalidated ends all the same, without a graph.
             return self.failures.pop("cudaStreamEndCapture"), 0
@@ -303,6 +306,7 @@ class Context:
         self.shapes = {t.name: t.resolve() for t in inputs if not t.dynamic_axes}
         self.addresses: dict[str, int] = {}
         self.scratch: tuple[int, int] | None = None
+        self.has_run = False
         self.destroyed = threading.Event()
 
     def __del__(self) -> None:
@@ -327,6 +331,7 @@ class Context:
         return 2 * sum(int(np.prod(shape)) for shape in self.shapes.values())
 
     def set_device_memory(self, memory: int, size: int) -> None:
+        assert self.engine.trt.cuda.captured is None, "what a graph computes in is not to change while it is captured"
         assert size >= self.update_device_memory_size_for_shapes()
         self.scratch = memory, size
 
@@ -335,6 +340,8 @@ class Context:
         if trt.refuses("execute_async_v3"):
             return False
         assert self.scratch is not None, "no memory to compute in"
+        assert self.has_run or trt.cuda.captured is None, "what runs for the first time cannot be captured"
+        self.has_run = True
         inputs = {t.name: np.empty(self.shapes[t.name], t.dtype) for t in spec.inputs}
         sizes = sizes_of(spec, inputs)
         tensors = {t.name: np.empty(t.resolve(**sizes), t.dtype) for t in (*spec.inputs, *spec.outputs)}

@@ -1,13 +1,15 @@
 """Calls of several threads made together: each has its own subject, prompt, strength and seed, and its own fate."""
 
+import dataclasses
 import threading
 
 import numpy as np
 import pytest
 
-from moma_rt.bundle import Bundle
+from moma_rt.bundle import Bundle, read_manifest
 from moma_rt.errors import Cancelled, InputError, MomaError
 from moma_rt.runtime import Limits, Runtime
+from tests.moma_rt.waiting import wait_until
 
 
 @pytest.fixture
@@ -43,8 +45,7 @@ def together(runtime, fakes, monkeypatch, calls):
     assert entered.wait(60)
     for count, thread in enumerate(threads[1:], 1):
         thread.start()
-        while len(runtime._turns._waiting) < count:
-            threading.Event().wait(0.001)
+        wait_until(lambda count=count: len(runtime._turns._waiting) >= count)
     go_on.set()
     for thread in threads:
         thread.join()
@@ -154,6 +155,15 @@ def test_a_batch_that_fails_is_made_one_by_one(batching, subjects, fakes, monkey
     found = together(batching, fakes, monkeypatch, calls)
     for result, subject in zip(found, subjects, strict=True):
         np.testing.assert_array_equal(pixels(result), pixels(batching.generate(subject, "A car.", steps=2)))
+
+
+def test_more_than_the_bundle_allows_is_not_waited_for(fake_bundle, fakes):
+    runtime = Runtime(Bundle.open(fake_bundle), fakes.FakeBackend(), limits=Limits(max_batch=16))
+    assert runtime._turns._most == fakes.max_batch
+    without = read_manifest(fake_bundle)
+    networks = {name: entry for name, entry in without.networks.items() if name != "denoiser"}
+    bundle = Bundle(fake_bundle, dataclasses.replace(without, networks=networks))
+    assert Runtime(bundle, fakes.FakeBackend(), limits=Limits(max_batch=16))._turns._most == fakes.max_batch
 
 
 def test_a_callback_keeps_its_call_to_itself(batching, backend, subjects, fakes, monkeypatch):

@@ -1,6 +1,7 @@
 """Whole runs on engines: the networks of NumPy, on a GPU of NumPy, chosen as on a real one."""
 
 import dataclasses
+import threading
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ from moma_rt.files import sha256_file
 from moma_rt.runtime import Runtime
 from moma_rt.schedules import ALL_TIMESTEPS
 from tests.moma_rt.fake_gpu import FakeGpu
+from tests.moma_rt.waiting import wait_until
 
 H100 = Device("H100", 90)
 PROMPTS = ("A car on a beach.", "A car.")
@@ -160,3 +162,31 @@ def test_the_command_line_names_a_backend(gpu, bundle, tmp_path, photo, mask, ca
     assert found.err.count("\n") == 1
     assert run("generate", bundle, subject, PROMPTS[0], "--out", out, "--backend", "abacus") == 2
     assert "no backend 'abacus'; there are: auto, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("room", [1.2, 1.5, 1.8, 2.2, 2.6])
+def test_calls_that_do_not_fit_together_are_made_one_by_one(gpu, bundle, photo, mask, room):
+    runtime = Runtime.load(bundle, "tensorrt", max_batch=4)
+    subject = runtime.enroll(photo, mask, "car")
+    before = gpu.cuda.used
+    expected = runtime.generate(subject, PROMPTS[0], steps=2).images[0].tobytes()
+    one = gpu.cuda.used - before
+    runtime._sampler._buffers.clear()
+    runtime._networks.backend.trim()
+    gpu.cuda.capacity = int(gpu.cuda.used + room * one)
+    found, threads = [], []
+
+    def work():
+        try:
+            found.append(runtime.generate(subject, PROMPTS[0], steps=2).images[0].tobytes())
+        except MomaError as error:
+            found.append(error)
+
+    with runtime._turns.turn():
+        for count in range(1, 5):
+            threads.append(threading.Thread(target=work))
+            threads[-1].start()
+            wait_until(lambda count=count: len(runtime._turns._waiting) >= count)
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 4

@@ -12,6 +12,7 @@ from moma_rt.errors import BundleError, Cancelled, InputError, MomaError, MomaWa
 from moma_rt.noise import Stream, draw
 from moma_rt.runtime import Runtime
 from moma_rt.schedules import Column, schedule
+from tests.moma_rt.waiting import wait_until
 
 
 def pixels(result):
@@ -294,22 +295,6 @@ def test_calling_the_runtime_from_its_callback_is_refused(runtime, subject, phot
     assert runtime.generate(subject, "A car.", steps=1).images, "the turn was given back"
 
 
-class WatchedLock:
-    """A lock that says when somebody has to wait for it."""
-
-    def __init__(self, waited):
-        self._lock = threading.Lock()
-        self._waited = waited
-
-    def __enter__(self):
-        if not self._lock.acquire(blocking=False):
-            self._waited.set()
-            self._lock.acquire()
-
-    def __exit__(self, *_):
-        self._lock.release()
-
-
 def test_threads_take_turns(runtime, backend, subject, fakes, monkeypatch):
     expected = [pixels(runtime.generate(subject, "A car.", steps=3, seed=seed)) for seed in range(2)]
     found, inside, denoiser = {}, threading.Event(), fakes.functions["denoiser"]
@@ -318,13 +303,12 @@ def test_threads_take_turns(runtime, backend, subject, fakes, monkeypatch):
         # The first thread stays in the backend until the second one waits for its turn, or walks in on it.
         if not inside.is_set():
             inside.set()
-            assert backend.collided.wait(60), "the second thread neither waited nor entered"
+            wait_until(lambda: backend.collided.is_set() or bool(runtime._turns._waiting))
         return denoiser(inputs)
 
     def work(seed):
         found[seed] = pixels(runtime.generate(subject, "A car.", steps=3, seed=seed))
 
-    monkeypatch.setattr(runtime._turns, "_turn", WatchedLock(backend.collided))
     monkeypatch.setitem(fakes.functions, "denoiser", lingering)
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
     threads[0].start()
@@ -333,6 +317,7 @@ def test_threads_take_turns(runtime, backend, subject, fakes, monkeypatch):
     for thread in threads:
         thread.join()
     assert found.keys() == {0, 1}, "a thread failed"
+    assert not backend.collided.is_set()
     for seed, picture in found.items():
         np.testing.assert_array_equal(picture, expected[seed])
 

@@ -18,6 +18,7 @@ from moma_rt.runtime import Runtime
 from moma_rt.schedules import SCHEDULERS, Column, schedule
 from moma_rt.stages import Stages
 from moma_rt.subject import Prefix
+from tests.moma_rt.waiting import wait_until
 
 PROMPTS = (
     *(
@@ -212,8 +213,7 @@ def test_four_subjects_at_a_time_are_as_one_by_one(tiny_bundle, photo, mask):
             threads.extend(threading.Thread(target=work, args=(index,)) for index in range(4))
             for thread in threads:
                 thread.start()
-            while len(runtime._turns._waiting) < 4:
-                threading.Event().wait(0.001)
+            wait_until(lambda: len(runtime._turns._waiting) >= 4)
 
     runtime.generate(subjects[0], "A car.", steps=2, on_step=gather)
     for thread in threads:

@@ -1,11 +1,13 @@
 """Whose calls are answered together."""
 
 import threading
+import weakref
 
 import pytest
 
 from moma_rt.errors import InputError
 from moma_rt.turns import Call, Turns
+from tests.moma_rt.waiting import wait_until
 
 
 class Gate:
@@ -40,8 +42,7 @@ def answers(turns, calls, gate):
     assert gate.entered.wait(60)
     for count, call in enumerate(calls[1:], 1):
         start(call)
-        while len(turns._waiting) < count:
-            threading.Event().wait(0.001)
+        wait_until(lambda count=count: len(turns._waiting) >= count)
     gate.go_on.set()
     for thread in started:
         thread.join()
@@ -114,8 +115,7 @@ def test_calls_that_were_left_unanswered_are_asked_again():
     assert gate.entered.wait(60)
     for count, thread in enumerate(threads[1:], 1):
         thread.start()
-        while len(turns._waiting) < count:
-            threading.Event().wait(0.001)
+        wait_until(lambda count=count: len(turns._waiting) >= count)
     gate.go_on.set()
     for thread in threads:
         thread.join()
@@ -133,3 +133,73 @@ def test_a_turn_is_not_reentrant():
         pass
     with turns.turn():
         pass
+
+
+def test_an_answered_call_does_not_wait_for_others():
+    """Its thread returns while another kind has the turn."""
+    turns = Turns(4)
+    entered, go_on = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+    order = []
+
+    def together(calls):
+        index = {"a": 0, "b": 1}[calls[0].kind]
+        entered[index].set()
+        assert go_on[index].wait(60)
+        for call in calls:
+            call.answer(None)
+
+    def work(name, kind):
+        turns.answer(Call(name, kind, 1), together)
+        order.append(name)
+
+    threads = []
+
+    def start(name, kind, waiting):
+        threads.append(threading.Thread(target=work, args=(name, kind)))
+        threads[-1].start()
+        wait_until(lambda: len(turns._waiting) >= waiting)
+
+    with turns.turn():
+        for waiting, (name, kind) in enumerate([("a1", "a"), ("a2", "a"), ("b", "b")], 1):
+            start(name, kind, waiting)
+    wait_until(lambda: entered[0].is_set() or entered[1].is_set())
+    if entered[1].is_set():
+        # Threads that wait for a turn get it in no particular order.
+        go_on[1].set()
+    go_on[0].set()
+    wait_until(lambda: {"a1", "a2"} <= set(order))
+    go_on[1].set()
+    for thread in threads:
+        thread.join()
+    assert sorted(order) == ["a1", "a2", "b"]
+    assert turns._waiting == []
+
+
+def test_an_interrupted_call_waits_no_longer():
+    turns = Turns(1)
+
+    def interrupted(calls):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        turns.answer(Call(1, "kind", 1), interrupted)
+    assert turns._waiting == []
+    assert turns.answer(Call(2, "kind", 1), lambda calls: calls[0].answer("fine")) == "fine"
+
+
+def test_an_error_is_let_go():
+    class Held:
+        pass
+
+    def fail(calls):
+        held = Held()
+        alive.append(weakref.ref(held))
+        try:
+            raise ValueError("this one")
+        except ValueError as error:
+            calls[0].error = error
+
+    alive, turns = [], Turns(1)
+    with pytest.raises(ValueError, match="this one"):
+        turns.answer(Call(1, "kind", 1), fail)
+    assert alive[0]() is None

@@ -72,6 +72,16 @@ def test_a_folder_that_cannot_be_written_is_no_error(run, home):
     assert run(1) == 1
 
 
+def test_without_a_home_nothing_is_kept(run, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert run(1) == 1
+    assert run(1) == 1
+
+
 def test_tensorrt_itself_compiles_nothing_here(run, home):
     assert run(1, flavour="tensorrt") is None
     assert files(home) == {}
