@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
 
+# The compute capabilities that kernels are compiled for; with them came the instructions that make these tables.
+CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
 # What a kernel may use unless its launcher asks the driver for more, which TensorRT is not known to do.
 PORTABLE_SHARED_BYTES = 48 * 1024
 # The least that `tl.dot` takes on any axis.
@@ -37,30 +39,31 @@ class AttentionShape:
 
 
 # By the widest head. Two choices: what is best where shared memory is to be had, and what PORTABLE_SHARED_BYTES admit.
+# Three stages, where they fit: with two the next tokens are loaded after this block's last product, and waited for.
 _Row = tuple[LaunchConfig, LaunchConfig]
 _Choice = TypeVar("_Choice")
 _SELF_MMA: Mapping[int, _Row] = MappingProxyType(
     {
         48: (LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3)),
-        64: (LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 2)),
-        96: (LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 32, 4, 3)),
-        128: (LaunchConfig(64, 32, 4, 3), LaunchConfig(64, 32, 4, 2)),
+        64: (LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3)),
+        96: (LaunchConfig(64, 32, 4, 3), LaunchConfig(64, 32, 4, 3)),
+        128: (LaunchConfig(64, 32, 4, 3), LaunchConfig(64, 16, 4, 3)),
         160: (LaunchConfig(64, 16, 4, 3), LaunchConfig(64, 16, 4, 3)),
     }
 )
 # Hopper's and datacenter Blackwell's tensor cores read their operands from shared memory, so the queries lie there too.
 _SELF_WGMMA: Mapping[int, _Row] = MappingProxyType(
     {
-        48: (LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 2)),
-        64: (LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 4, 2)),
-        96: (LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 32, 4, 3)),
-        128: (LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 16, 4, 3)),
-        160: (LaunchConfig(64, 32, 4, 2), LaunchConfig(64, 32, 4, 1)),
+        48: (LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 32, 8, 3)),
+        64: (LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 4, 3)),
+        96: (LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 32, 4, 3)),
+        128: (LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 16, 4, 3)),
+        160: (LaunchConfig(64, 32, 4, 3), LaunchConfig(64, 32, 4, 1)),
     }
 )
 _SELF_FEW = LaunchConfig(32, 16, 4, 3)
-_CROSS: Mapping[int, LaunchConfig] = MappingProxyType({96: LaunchConfig(32, 32, 4, 2), 160: LaunchConfig(16, 32, 4, 2)})
-# Any head width, and fp32, whose tiles are twice as large and which is there for tests.
+_CROSS: Mapping[int, LaunchConfig] = MappingProxyType({96: LaunchConfig(32, 32, 2, 3), 160: LaunchConfig(16, 16, 1, 3)})
+# Any head width, and fp32: its tiles are twice as large, no tensor core multiplies it, and no network here is in it.
 _FRUGAL = LaunchConfig(16, 16, 4, 1)
 
 

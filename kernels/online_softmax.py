@@ -67,7 +67,7 @@ def attend(
     begin,
     end,
     scale_log2,
-    keep_all,
+    mask_end,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     MAIN: tl.constexpr,
@@ -84,7 +84,8 @@ def attend(
         q_main, q_tail: [queries, MAIN] and [queries, TAIL]; the latter is not read where TAIL is 0.
         p_k, p_v: this head's columns of the first token.
         p_token: one value a token, of which KIND says what it means. "plain": it is not read. "masked": 0 leaves the
-            token out, unless `keep_all`. "weighted": the token's weight in the last result.
+            token out; from `mask_end` on it is not read, and no token left out. "weighted": the token's weight in the
+            last result.
         scale_log2: what q·k is multiplied by, times log2(e); positive, or 0 for the uniform average.
         EVEN: the last block is a full one.
 
@@ -109,8 +110,8 @@ def attend(
         if KIND == "masked" or not EVEN:
             m_kept = m_token
             if KIND == "masked":
-                kept = tl.load(p_token + o_token, mask=m_token, other=0.0).to(tl.float32)
-                m_kept = m_token & ((kept != 0) | keep_all)
+                kept = tl.load(p_token + o_token, mask=o_token < mask_end, other=1.0).to(tl.float32)
+                m_kept = m_token & (kept != 0)
             bias = tl.where(m_kept, 0.0, float("-inf"))
             scores = scores * scale_log2 + bias[None, :]
             highest = tl.maximum(maximum, tl.max(scores, 1))

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from kernels.context_cross_attention import reference
-from kernels.dispatch import HAS_TRITON, check_rows, takes_kernel, torch_operator
+from kernels.dispatch import HAS_TRITON, check_sizes, takes_kernel, torch_operator
 
 if HAS_TRITON:
     from kernels.context_cross_attention.triton_kernel import launch
+
+_LAYOUTS = "gsc gtc gtc gmc gmc bs bt"
 
 
 @torch_operator("moma::context_cross_attention")
@@ -24,11 +26,11 @@ def context_cross_attention(
     """`reference.context_cross_attention`, which says what the tensors are.
 
     Raises:
-        ValueError: G·B is no multiple of B.
+        ValueError: sizes that do not go together.
         TypeError: on a GPU, queries, keys and values of several dtypes.
     """
-    check_rows(q_gsc, gate_bs.shape[0])
     tensors = (q_gsc, text_k_gtc, text_v_gtc, context_k_gmc, context_v_gmc, gate_bs, subject_weights_bt)
+    check_sizes(num_heads, gate_bs.shape[0], _LAYOUTS, tensors)
     if takes_kernel(q_gsc):
         return launch(tensors, num_heads)
     return reference.context_cross_attention(*tensors, num_heads)

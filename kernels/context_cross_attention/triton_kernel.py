@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from kernels.dispatch import on_device_of
 from kernels.launch import AttentionShape, LaunchConfig, cross_attention_launch, split_width
 from kernels.online_softmax import LOG2_E, attend, load_rows, store_rows
 
@@ -34,22 +35,23 @@ def launch(tensors: tuple[Tensor, ...], num_heads: int, config: LaunchConfig | N
     out_gsc = torch.empty_like(q_gsc, memory_format=torch.contiguous_format)
     saliency_gs = q_gsc.new_empty(rows, queries)
     grid = (-(-queries // config.block_queries), samples, rows // samples)
-    wrap_triton(context_cross_attention_kernel)[grid](
-        *(t.contiguous() for t in tensors),
-        out_gsc,
-        saliency_gs,
-        HEADS=num_heads,
-        WIDTH=width,
-        MAIN=main,
-        TAIL=tail,
-        QUERIES=queries,
-        TEXT_TOKENS=text_k_gtc.shape[1],
-        CONTEXT_TOKENS=context_k_gmc.shape[1],
-        BLOCK_QUERIES=config.block_queries,
-        BLOCK_TOKENS=config.block_tokens,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    with on_device_of(q_gsc):
+        wrap_triton(context_cross_attention_kernel)[grid](
+            *(t.contiguous() for t in tensors),
+            out_gsc,
+            saliency_gs,
+            HEADS=num_heads,
+            WIDTH=width,
+            MAIN=main,
+            TAIL=tail,
+            QUERIES=queries,
+            TEXT_TOKENS=text_k_gtc.shape[1],
+            CONTEXT_TOKENS=context_k_gmc.shape[1],
+            BLOCK_QUERIES=config.block_queries,
+            BLOCK_TOKENS=config.block_tokens,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     return out_gsc, saliency_gs
 
 
@@ -105,7 +107,7 @@ def context_cross_attention_kernel(
             q_tail = load_rows(p_row_q + o_head, o_query, m_query, CHANNELS, WIDTH, MAIN, TAIL, EVEN)
         out_main, out_tail, total, weighted = attend(
             q_main, q_tail, p_text_k + o_text + o_head, p_text_v + o_text + o_head, p_weights, 0, TEXT_TOKENS,
-            SCALE_LOG2, False, CHANNELS, WIDTH, MAIN, TAIL, BLOCK_TOKENS, "weighted", TEXT_TOKENS % BLOCK_TOKENS == 0,
+            SCALE_LOG2, 0, CHANNELS, WIDTH, MAIN, TAIL, BLOCK_TOKENS, "weighted", TEXT_TOKENS % BLOCK_TOKENS == 0,
         )  # fmt: skip
         saliency += weighted / total
         out_main = out_main / total[:, None]
@@ -113,7 +115,7 @@ def context_cross_attention_kernel(
         if is_open:
             context_main, context_tail, total, _ = attend(
                 q_main, q_tail, p_context_k + o_context + o_head, p_context_v + o_context + o_head, p_weights,
-                0, CONTEXT_TOKENS, SCALE_LOG2, False,
+                0, CONTEXT_TOKENS, SCALE_LOG2, 0,
                 CHANNELS, WIDTH, MAIN, TAIL, BLOCK_CONTEXT, "plain", CONTEXT_TOKENS % BLOCK_CONTEXT == 0,
             )  # fmt: skip
             weight = gate / total

@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
-from kernels.dispatch import HAS_TRITON, check_rows, takes_kernel, torch_operator
+from kernels.dispatch import HAS_TRITON, check_sizes, takes_kernel, torch_operator
 from kernels.injected_self_attention import reference
 
 if HAS_TRITON:
     from kernels.injected_self_attention.triton_kernel import launch
+
+# The last is a number in a tensor.
+_LAYOUTS = "gsc gsc gsc bnc bnc bn bs i"
 
 
 @torch_operator("moma::injected_self_attention")
@@ -25,11 +28,11 @@ def injected_self_attention(
     """`reference.injected_self_attention`, which says what the tensors are.
 
     Raises:
-        ValueError: G·B is no multiple of B.
+        ValueError: sizes that do not go together.
         TypeError: on a GPU, queries, keys and values of several dtypes.
     """
-    check_rows(q_gsc, ref_k_bnc.shape[0])
     tensors = (q_gsc, k_gsc, v_gsc, ref_k_bnc, ref_v_bnc, mask_bn, gate_bs, scale)
+    check_sizes(num_heads, ref_k_bnc.shape[0], _LAYOUTS, tensors)
     if takes_kernel(q_gsc):
         return launch(tensors, num_heads)
     return reference.injected_self_attention(*tensors, num_heads)

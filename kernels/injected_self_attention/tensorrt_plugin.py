@@ -4,6 +4,7 @@ A quick deployable plugin with an ahead-of-time implementation, which TensorRT h
 kernel's PTX into the engine, and where that runs neither Python nor this file is needed.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,8 @@ def register(find: Callable[..., Any]) -> None:
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]:
         _, queries, channels = q.shape
+        if not math.isclose(softmax_scale, (channels // num_heads) ** -0.5, rel_tol=1e-5):
+            raise ValueError(f"the kernel of {NAME} scales by 1/sqrt(head width), and not by {softmax_scale}")
         kernel = find(NAME, q.dtype.name, num_heads, channels // num_heads, queries, ())
         rows, (samples, reference_tokens, _) = q.shape_expr[0], ref_k.shape_expr
         params = trtp.KernelLaunchParams(

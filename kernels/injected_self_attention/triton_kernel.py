@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from kernels.dispatch import compute_capability
+from kernels.dispatch import compute_capability, on_device_of
 from kernels.launch import AttentionShape, LaunchConfig, self_attention_launch, split_width
 from kernels.online_softmax import LOG2_E, attend, load_rows, store_rows
 
@@ -37,20 +37,21 @@ def launch(tensors: tuple[Tensor, ...], num_heads: int, config: LaunchConfig | N
         config = self_attention_launch(AttentionShape(queries, width, q_gsc.element_size()), compute_capability(q_gsc))
     out_gsc = torch.empty_like(q_gsc, memory_format=torch.contiguous_format)
     grid = (-(-queries // config.block_queries), samples * num_heads, rows // samples)
-    wrap_triton(injected_self_attention_kernel)[grid](
-        *(t.contiguous() for t in tensors),
-        reference_tokens,
-        out_gsc,
-        HEADS=num_heads,
-        WIDTH=width,
-        MAIN=main,
-        TAIL=tail,
-        QUERIES=queries,
-        BLOCK_QUERIES=config.block_queries,
-        BLOCK_TOKENS=config.block_tokens,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    with on_device_of(q_gsc):
+        wrap_triton(injected_self_attention_kernel)[grid](
+            *(t.contiguous() for t in tensors),
+            reference_tokens,
+            out_gsc,
+            HEADS=num_heads,
+            WIDTH=width,
+            MAIN=main,
+            TAIL=tail,
+            QUERIES=queries,
+            BLOCK_QUERIES=config.block_queries,
+            BLOCK_TOKENS=config.block_tokens,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     return out_gsc
 
 
@@ -97,7 +98,7 @@ def injected_self_attention_kernel(
     if TAIL > 0:
         q_tail = load_rows(p_q + o_own, o_query, m_query, CHANNELS, WIDTH, MAIN, TAIL, QUERIES % BLOCK_QUERIES == 0)
     out_main, out_tail, total, _ = attend(
-        q_main, q_tail, p_k + o_own, p_v + o_own, p_mask, 0, QUERIES, SCALE_LOG2, False,
+        q_main, q_tail, p_k + o_own, p_v + o_own, p_mask, 0, QUERIES, SCALE_LOG2, 0,
         CHANNELS, WIDTH, MAIN, TAIL, BLOCK_TOKENS, "plain", EVEN,
     )  # fmt: skip
     out_main = out_main / total[:, None]
@@ -107,14 +108,16 @@ def injected_self_attention_kernel(
     weight = weight * tl.load(p_scale).to(tl.float32)
     if tl.max((weight != 0).to(tl.int32), 0) > 0:
         p_sample_mask = p_mask + i_sample * reference_tokens
-        first, last = _first_and_last(p_sample_mask, reference_tokens)
+        first, last, kept = _extent(p_sample_mask, reference_tokens)
         # A mask without a token gives the average of all, as adding the lowest number to every score does.
-        is_empty = last < 0
+        is_empty = kept == 0
         begin = tl.where(is_empty, 0, first // BLOCK_TOKENS * BLOCK_TOKENS)
         end = tl.where(is_empty, reference_tokens, last + 1)
+        # Enrolment keeps the tokens of the mask alone, so mostly nothing is left out and the mask is not read again.
+        mask_end = tl.where(is_empty | (kept == end - begin), begin, end)
         injected_main, injected_tail, total, _ = attend(
             q_main, q_tail, p_ref_k + o_reference, p_ref_v + o_reference, p_sample_mask, begin, end,
-            tl.where(is_empty, 0.0, SCALE_LOG2), is_empty,
+            tl.where(is_empty, 0.0, SCALE_LOG2), mask_end,
             CHANNELS, WIDTH, MAIN, TAIL, BLOCK_TOKENS, "masked", False,
         )  # fmt: skip
         weight = weight / total
@@ -126,13 +129,15 @@ def injected_self_attention_kernel(
 
 
 @triton.jit
-def _first_and_last(p_mask, tokens):
-    """Where the first and the last value of a mask that is not 0 stand; (`tokens`, -1) where none is."""
-    first = tokens
-    last = -1
+def _extent(p_mask, tokens):
+    """Where the first and the last value of a mask that is not 0 stand, and how many there are."""
+    first = tl.full([_SCAN], 2147483647, tl.int32)
+    last = tl.full([_SCAN], -1, tl.int32)
+    kept = tl.zeros([_SCAN], tl.int32)
     for start in range(0, tokens, _SCAN):
         o_token = start + tl.arange(0, _SCAN)
         m_kept = tl.load(p_mask + o_token, mask=o_token < tokens, other=0.0).to(tl.float32) != 0
-        first = tl.minimum(first, tl.min(tl.where(m_kept, o_token, tokens), 0))
-        last = tl.maximum(last, tl.max(tl.where(m_kept, o_token, -1), 0))
-    return first, last
+        first = tl.where(m_kept, tl.minimum(first, o_token), first)
+        last = tl.where(m_kept, o_token, last)
+        kept += m_kept.to(tl.int32)
+    return tl.min(first, 0), tl.max(last, 0), tl.sum(kept, 0)

@@ -17,7 +17,7 @@ from benchmarks.attention_cases import (
     covered,
     in_summary,
 )
-from kernels.compile import SD15_LAYERS
+from kernels.ptx import SD15_LAYERS
 
 LEVEL = Level(4, 16, 3)
 

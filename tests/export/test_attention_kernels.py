@@ -25,6 +25,10 @@ FP16, BF16, FP32 = (Precisions(p, p) for p in (Precision.FP16, Precision.BF16, P
 RTX, H100 = EngineTarget(Flavour.TENSORRT_RTX, (86, 89)), EngineTarget(Flavour.TENSORRT, (90,))
 
 
+class CompileError(Exception):
+    """As that of `kernels.ptx`, which imports Triton."""
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """Replaces the compiler and the export of networks; the list of (capabilities, dtypes) that were compiled."""
@@ -48,10 +52,10 @@ def compiled(monkeypatch):
         for name in ("model.onnx", "lowered.onnx", "model.onnx.data"):
             (folder / name).write_text(f"{name} of {network.name} in {precision.value}")
 
-    module = ModuleType("kernels.compile")
-    module.AttentionLayer, module.write_kernels = AttentionLayer, write
-    module.CAPABILITIES = (80, 90, 100)
-    monkeypatch.setitem(sys.modules, "kernels.compile", module)
+    module = ModuleType("kernels.ptx")
+    module.AttentionLayer, module.write_kernels, module.CompileError = AttentionLayer, write, CompileError
+    monkeypatch.setitem(sys.modules, "kernels.ptx", module)
+    monkeypatch.setattr("kernels.launch.CAPABILITIES", (80, 90, 100))
     monkeypatch.setattr(bundling, "export_network", export)
     monkeypatch.setattr(attention_kernels, "is_installed", lambda name: True)
     version = attention_kernels.importlib.metadata.version
@@ -192,7 +196,7 @@ def test_damaged_ones_are_compiled_anew(tmp_path, compiled):
 
 def test_interrupted_while_compiling(tmp_path, compiled, monkeypatch):
     before, _ = build(tmp_path, 80)
-    module = sys.modules["kernels.compile"]
+    module = sys.modules["kernels.ptx"]
     working = module.write_kernels
 
     def interrupt(folder, *arguments):
@@ -208,6 +212,22 @@ def test_interrupted_while_compiling(tmp_path, compiled, monkeypatch):
     bundle.verified(bundle.manifest.files)
     monkeypatch.setattr(module, "write_kernels", working)
     assert list(build(tmp_path, 90, 100)[0]) == [80, 90, 100]
+
+
+def test_a_kernel_that_cannot_be_compiled_is_a_note(tmp_path, compiled, monkeypatch):
+    module = sys.modules["kernels.ptx"]
+    working = module.write_kernels
+
+    def failing(folder, layers, dtypes, capabilities, report):
+        if list(capabilities) == [90]:
+            raise CompileError("Triton 3.5.0 cannot compile for sm90: no reason")
+        working(folder, layers, dtypes, capabilities, report)
+
+    monkeypatch.setattr(module, "write_kernels", failing)
+    found, said = build(tmp_path, 80, 90, 100)
+    assert list(found) == [80, 100]
+    note = "denoiser note: it gets no kernels of its own for sm90: Triton 3.5.0 cannot compile for sm90: no reason"
+    assert note in said
 
 
 def test_the_key_holds_what_a_kernel_depends_on(tmp_path, compiled, monkeypatch):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kernels.registration import OnnxOperator
 
 # PyTorch has no Triton on some systems, and the operators work there without it.
-collect_ignore = [] if HAS_TRITON else ["test_compile.py", "test_dispatch.py", "test_ptx_on_gpu.py"]
+collect_ignore = [] if HAS_TRITON else ["test_compile.py", "test_ptx.py", "test_dispatch.py", "test_ptx_on_gpu.py"]
 # Kernels are tested on GPU machines that export nothing.
 if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")):
     collect_ignore += [

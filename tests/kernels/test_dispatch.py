@@ -10,8 +10,9 @@ from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
 import kernels.context_cross_attention.operator
-import kernels.injected_self_attention.operator
+import kernels.injected_self_attention.operator  # noqa: F401  (both register the torch operators)
 from kernels.context_cross_attention.triton_kernel import context_cross_attention_kernel
+from kernels.dispatch import takes_kernel
 from kernels.injected_self_attention.triton_kernel import injected_self_attention_kernel
 
 HEADS = 2
@@ -86,7 +87,8 @@ def test_ahead_of_time_on_a_cpu(tmp_path):
 @pytest.fixture
 def h100(monkeypatch):
     """What compilers ask of a device before they run anything on it."""
-    monkeypatch.setattr("kernels.injected_self_attention.triton_kernel.compute_capability", lambda _: 90)
+    for module in ("kernels.dispatch", "kernels.injected_self_attention.triton_kernel"):
+        monkeypatch.setattr(f"{module}.compute_capability", lambda _: 90)
     driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
 
@@ -101,8 +103,8 @@ def test_compilers_see_the_kernel_on_a_gpu(h100):
     # With the launch's warps and stages, as an autotuner that has one choice.
     tuned = [table.get_kernel(node.kwargs["kernel_idx"]) for node in launched]
     assert [kernel.fn for kernel in tuned] == list(KERNELS.values())
-    assert [[config.num_warps for config in kernel.configs] for kernel in tuned] == [[4], [4]]
-    # Query blocks of 32, samples and heads, guidance halves.
+    assert [[config.num_warps for config in kernel.configs] for kernel in tuned] == [[4], [2]]
+    # Query blocks of 32, samples and heads or samples, guidance halves.
     assert launched[0].kwargs["grid"] == [(2, 2 * HEADS, 2)]
     assert launched[1].kwargs["grid"] == [(2, 2, 2)]
     # What it writes to, by its code.
@@ -115,12 +117,51 @@ def test_kernels_are_part_of_the_compile_cache_key():
         assert kernel in torch._library.triton.get_triton_kernels_for_op(f"moma::{name}")
 
 
-def test_a_precision_without_a_kernel_takes_the_definition():
+def test_what_has_no_kernel_takes_the_definition(monkeypatch):
+    monkeypatch.setattr("kernels.dispatch.compute_capability", lambda _: 80)
     with FakeTensorMode():
         q = torch.empty(2, 4, 32, device="cuda", dtype=torch.float64)
-        assert not kernels.injected_self_attention.operator.takes_kernel(q)
-        assert kernels.injected_self_attention.operator.takes_kernel(q.half())
-    assert not kernels.injected_self_attention.operator.takes_kernel(torch.empty(2, 4, 32))
+        assert not takes_kernel(q)
+        assert takes_kernel(q.half())
+        # Without the instructions that the kernels are made of, they would be far slower than the definition.
+        monkeypatch.setattr("kernels.dispatch.compute_capability", lambda _: 75)
+        assert not takes_kernel(q.half())
+    assert not takes_kernel(torch.empty(2, 4, 32))
+
+
+SIZES = ("gsc gsc gsc bnc bnc bn bs i", "gsc gtc gtc gmc gmc bs bt")
+KNOWN = MappingProxyType({"g": 4, "b": 2, "s": 5, "n": 6, "t": 7, "m": 3, "c": 8, "i": 1})
+
+
+@pytest.mark.parametrize("operator", KERNELS)
+def test_sizes_that_do_not_go_together_are_refused(operator):
+    call = getattr(torch.ops.moma, operator)
+    layouts = SIZES[list(KERNELS).index(operator)].split()
+    right = [torch.rand([KNOWN[letter] for letter in layout]) for layout in layouts]
+    call(*right, 2)
+    for index, layout in enumerate(layouts):
+        for axis, letter in enumerate(layout):
+            if sum(letter in other for other in layouts) > 1 and letter != "i":
+                wrong = list(right)
+                wrong[index] = torch.rand([KNOWN[x] + (i == axis) for i, x in enumerate(layout)])
+                with pytest.raises(ValueError, match=f"{letter.upper()} is |multiple"):
+                    call(*wrong, 2)
+        wrong = [*right[:index], right[index][None], *right[index + 1 :]]
+        with pytest.raises(ValueError, match="is given for one of layout"):
+            call(*wrong, 2)
+    for heads in (0, 3, -2):
+        with pytest.raises(ValueError, match=f"8 channels are no multiple of {heads} heads"):
+            call(*right, heads)
+
+
+@pytest.mark.parametrize("letter", ["b", "n", "s", "t", "m"])
+def test_nothing_may_be_empty(letter):
+    known = {**KNOWN, letter: 0}
+    for operator, layouts in zip(KERNELS, SIZES, strict=True):
+        if letter in layouts.replace(" ", ""):
+            tensors = [torch.rand([known[x] for x in layout]) for layout in layouts.split()]
+            with pytest.raises(ValueError, match=f"{letter.upper()} may not be 0"):
+                getattr(torch.ops.moma, operator)(*tensors, 2)
 
 
 @pytest.mark.gpu

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kernels.context_cross_attention.operator
-import kernels.injected_self_attention.operator  # noqa: F401  (both register the torch operators)
-from kernels.compile import CAPABILITIES, DTYPES, INDEX_NAME, SD15_LAYERS, SELF, main
+from kernels.compile import main
 from kernels.context_cross_attention.reference import context_cross_attention
 from kernels.injected_self_attention.reference import injected_self_attention
+from kernels.launch import CAPABILITIES
+from kernels.ptx import DTYPES, INDEX_NAME, SD15_LAYERS, SELF
 
 pytestmark = pytest.mark.gpu
 
@@ -98,14 +98,14 @@ def test_launched_by_the_driver(layer, dtype, written):
     if layer.operator == SELF:
         outputs = [torch.full_like(q, torch.nan)]
         launch(kernel, ptx, (blocks, SAMPLES * layer.heads, GROUPS), (*inputs, REFERENCE_TOKENS, *outputs))
-        found = [torch.ops.moma.injected_self_attention(*inputs, layer.heads)]
+        in_torch = [injected_self_attention(*inputs, layer.heads)]
         wanted = [injected_self_attention(*(t.float() for t in inputs), layer.heads)]
     else:
         outputs = [torch.full_like(q, torch.nan), torch.full_like(q[..., 0], torch.nan)]
         launch(kernel, ptx, (blocks, SAMPLES, GROUPS), (*inputs, *outputs))
-        found = torch.ops.moma.context_cross_attention(*inputs, layer.heads)
+        in_torch = context_cross_attention(*inputs, layer.heads)
         wanted = context_cross_attention(*(t.float() for t in inputs), layer.heads)
-    for output, operator, exact in zip(outputs, found, wanted, strict=True):
-        error, plain = ((t.float() - exact).abs().max().item() for t in (output, operator))
+    for output, same_precision, exact in zip(outputs, in_torch, wanted, strict=True):
+        error, plain = ((t.float() - exact).abs().max().item() for t in (output, same_precision))
         # NaN, which is what was there before the launch, is no error that is allowed.
         assert error <= max(2 * plain, torch.finfo(q.dtype).eps * exact.abs().max().item())
