@@ -9,13 +9,14 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from engines.entries import with_engine, without_lost_engines
 from engines.plugins import NetworkKernels, choose, code_hash
 from engines.store import ENGINES_FOLDER, Artifact, Notes, SharedStore, Store, Stored
-from engines.targets import EngineTarget, Machine, listed, parse_targets, resolve
+from engines.targets import INDUCTOR, EngineTarget, Machine, listed, parse_targets, resolve
 from engines.tensorrt import (
     ENGINE_NAME,
     LAYERS_NAME,
@@ -69,8 +70,14 @@ def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, repo
 
     Raises:
         BundleError: no bundle, an altered file, or a network that the library cannot compile.
-        InputError: an option that the library does not have, or a folder that cannot be written.
+        InputError: a library that has no part in it, an option that it does not have, or a folder that cannot be
+            written.
     """
+    if any(target.flavour is Flavour.INDUCTOR for target in plan.targets):
+        raise InputError(
+            f"--target {INDUCTOR}: its engines are compiled of the checkpoints' weights and not of ONNX files: build "
+            f"them with python -m export.build ... --target {INDUCTOR}"
+        )
     versions = {target: library_version(target.flavour) for target in plan.targets}
     for target, version in versions.items():
         check_options(target.flavour, version, plan.options)
@@ -79,7 +86,7 @@ def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, repo
     with store.locked():
         # Again: what was read before may be of the build that held the lock.
         before = read_manifest(root)
-        manifest = _without_lost_engines(root, before)
+        manifest = without_lost_engines(root, before)
         if manifest != before:
             write_manifest(root, manifest)
         bundle = Bundle.open(root)
@@ -91,25 +98,6 @@ def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, repo
         write_manifest(root, manifest)
         store.remove_unused(manifest)
     return Bundle.open(root)
-
-
-def _without_lost_engines(root: Path, manifest: Manifest) -> Manifest:
-    """The manifest without engines whose files are gone or cut: on a device they can be built again."""
-
-    def is_whole(name: str) -> bool:
-        path, file = Bundle(root, manifest).path(name), manifest.files.get(name)
-        return file is not None and path.is_file() and path.stat().st_size == file.size
-
-    return _with_engines(manifest, [engine for engine in manifest.engines if is_whole(engine.file)])
-
-
-def _with_engines(manifest: Manifest, engines: Iterable[EngineEntry]) -> Manifest:
-    """The manifest with these engines alone, in order, and without the files of those that are not among them."""
-    order = list(manifest.networks)
-    kept = sorted(engines, key=lambda e: (order.index(e.network), e.flavour.value, e.capabilities))
-    gone = {e.folder for e in manifest.engines} - {e.folder for e in kept}
-    files = {name: file for name, file in manifest.files.items() if str(PurePosixPath(name).parent) not in gone}
-    return dataclasses.replace(manifest, engines=tuple(kept), files=files)
 
 
 def wants_lowered(flavour: Flavour, version: str, precision: Precision, geometry: Geometry) -> bool:
@@ -285,14 +273,7 @@ class _Builder:
             activation_bytes=stored.notes["activation_bytes"],
             kernels=work.kernels_hash,
         )
-        kept = [
-            engine
-            for engine in manifest.engines
-            if (engine.network, engine.flavour) != (work.name, self.target.flavour)
-            or not set(engine.capabilities) <= set(self.target.capabilities)
-        ]
-        found = _with_engines(manifest, [*kept, entry])
-        return dataclasses.replace(found, files=dict(sorted({**found.files, **stored.files}.items())))
+        return with_engine(manifest, entry, stored)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -316,7 +297,7 @@ def add_engine_options(p: argparse.ArgumentParser, default: str) -> None:
         metavar="TARGETS",
         help="separated by commas: cpu (the ONNX files, nothing to build); sm75, sm86, sm89, sm120, sm121, or rtx for "
         "all but the first (TensorRT-RTX, on any machine); local, or sm80, sm87, sm90, ... (TensorRT, on such a "
-        "device); default: %(default)s",
+        "device); inductor (PyTorch, for this machine's GPU or else its CPU, with export.build); default: %(default)s",
     )
     p.add_argument(
         "--store",

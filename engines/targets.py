@@ -1,23 +1,24 @@
 """What engines are to be built for: `--target` read, and checked against what this machine can build.
 
 TensorRT-RTX compiles for GeForce and RTX devices on any machine. TensorRT measures its kernels, and so builds only on
-the device itself: a bundle for an A100, an H100 or a Jetson is exported anywhere and finished there.
+the device itself: a bundle for an A100, an H100 or a Jetson is exported anywhere and finished there. PyTorch's inductor
+compiles for the machine it runs on, its GPU or else its CPU.
 """
 
 from dataclasses import dataclass
 
 from moma_rt.device import local_device
-from moma_rt.engines import RTX_CAPABILITIES, Device, Flavour, spelled
+from moma_rt.engines import CPU_DEVICE, RTX_CAPABILITIES, Device, Flavour, spelled
 from moma_rt.errors import InputError
 from moma_rt.libraries import is_installed
 
-CPU, RTX, LOCAL = "cpu", "rtx", "local"
+CPU, RTX, LOCAL, INDUCTOR = "cpu", "rtx", "local", "inductor"
 # What `rtx` stands for: Ampere and later. Turing is built when it is named (sm75).
 _RTX = (86, 89, 120, 121)
 # Datacenter and Jetson devices, for whose capabilities there is only TensorRT itself.
 TENSORRT_CAPABILITIES = (80, 87, 90, 100, 103, 110)
 _TENSORRT = tuple(f"sm{c}" for c in TENSORRT_CAPABILITIES)
-KNOWN = (CPU, RTX, LOCAL, *(f"sm{c}" for c in sorted((*RTX_CAPABILITIES, *TENSORRT_CAPABILITIES))))
+KNOWN = (CPU, RTX, LOCAL, INDUCTOR, *(f"sm{c}" for c in sorted((*RTX_CAPABILITIES, *TENSORRT_CAPABILITIES))))
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Machine:
     @classmethod
     def here(cls) -> "Machine":
         """This machine; nothing is imported for it."""
-        installed = frozenset(f for f in Flavour if is_installed(f.value))
+        installed = frozenset(f for f in Flavour if is_installed(f.module))
         return cls(local_device(), installed)
 
 
@@ -81,6 +82,9 @@ def resolve(names: tuple[str, ...], machine: Machine) -> tuple[EngineTarget, ...
             rtx.update(_RTX)
         elif name == LOCAL:
             targets.append(_local(machine))
+        elif name == INDUCTOR:
+            capability = (machine.device or CPU_DEVICE).capability
+            targets.append(_installed(EngineTarget(Flavour.INDUCTOR, (capability,)), machine))
         elif name != CPU:
             capability = int(name.removeprefix("sm"))
             if capability in RTX_CAPABILITIES:
@@ -122,7 +126,7 @@ def _on_device(capability: int, machine: Machine) -> EngineTarget:
 def _installed(target: EngineTarget, machine: Machine) -> EngineTarget:
     if target.flavour not in machine.installed:
         raise InputError(
-            f"{target}: the Python package {target.flavour.value} is not installed; "
+            f"{target}: the Python package {target.flavour.module} is not installed; "
             f"pip install {target.flavour.pip_name}"
         )
     return target

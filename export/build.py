@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from engines.build import EnginePlan, add_engine_options, build_engines, engine_plan, shared_store
 from engines.plugins import NETWORK as WITH_KERNELS
-from engines.targets import Machine, elsewhere, listed, parse_targets, resolve
+from engines.store import Store
+from engines.targets import EngineTarget, Machine, elsewhere, listed, parse_targets, resolve
+from moma_rt.engines import CPU_CAPABILITY, Flavour
 from moma_rt.errors import InputError, run_command
 from moma_rt.specs import Precision
 
@@ -32,6 +34,8 @@ examples:
       with engines for every RTX card, built on any machine
   python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --target sm80
       for an A100, from any machine: its engines are built there, with python -m engines.build BUNDLE
+  python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --target inductor
+      for this machine's GPU, with PyTorch and without TensorRT
   python -m export.build --base sd15 --weights random --only denoiser,vae_decoder
       the real geometry with random weights: to measure latency without any weights
 """
@@ -111,16 +115,25 @@ def _build(options: argparse.Namespace) -> int:
     # Before the minutes of work: a target that this machine cannot build for.
     machine, asked = Machine.here(), parse_targets(options.target)
     later = elsewhere(asked, machine)
-    engines = engine_plan(options, names, resolve(tuple(name for name in asked if name not in later), machine))
-    precisions = _precisions(options, Precision.FP16 if engines.targets or later else Precision.FP32)
+    targets = resolve(tuple(name for name in asked if name not in later), machine)
+    packages = [target for target in targets if target.flavour is Flavour.INDUCTOR]
+    engines = engine_plan(options, names, tuple(target for target in targets if target not in packages))
+    precisions = _precisions(options, _usual_precision(targets, later))
+    if packages:
+        # Before a checkpoint is read. Only here, because PyTorch's compiler takes seconds to import.
+        from export.inductor_export import build_packages, check_precisions
+
+        check_precisions(names, precisions)
     checkpoint = checkpoint_of(options, names)
     out = options.out if options.out is not None else Path("bundles") / checkpoint.base
     shared = shared_store(options, out)
-    with Progress(len(names) * (1 + len(engines.targets)), sys.stderr) as progress:
-        plan = ExportPlan(names, precisions, _kernels(engines, later, precisions))
+    with Progress(len(names) * (1 + len(targets)), sys.stderr) as progress:
+        plan = ExportPlan(names, precisions, _kernels(engines, targets, later, precisions))
         bundle = build_bundle(checkpoint, plan, out, progress.report, shared)
         if engines.targets:
             bundle = build_engines(out, engines, shared, progress.report)
+        for target in packages:
+            bundle = build_packages(checkpoint, names, target, Store(out, shared), progress.report)
         for target in later:
             progress.report(target, f"note: copy {out} to such a device, and there: {_FINISH}")
     size = sum(file.size for file in bundle.manifest.files.values())
@@ -163,7 +176,15 @@ def _precisions(options: argparse.Namespace, default: Precision) -> "Precisions"
     return Precisions(networks, Precision(options.mllm_precision or networks.value))
 
 
-def _kernels(engines: EnginePlan, later: tuple[str, ...], precisions: "Precisions") -> tuple[int, ...] | None:
+def _usual_precision(targets: tuple[EngineTarget, ...], later: tuple[str, ...]) -> Precision:
+    """What networks compute in where nothing is said: fp16, unless all of them run on a CPU."""
+    on_gpu = later or any(target.capabilities != (CPU_CAPABILITY,) for target in targets)
+    return Precision.FP16 if on_gpu else Precision.FP32
+
+
+def _kernels(
+    engines: EnginePlan, targets: tuple[EngineTarget, ...], later: tuple[str, ...], precisions: "Precisions"
+) -> tuple[int, ...] | None:
     """For which devices kernels are added; None where the bundle is to have none."""
     from export.attention_kernels import kernel_capabilities
 
@@ -172,7 +193,7 @@ def _kernels(engines: EnginePlan, later: tuple[str, ...], precisions: "Precision
     if engines.names is not None and WITH_KERNELS not in engines.names:
         return ()
     capabilities = (int(name.removeprefix("sm")) for name in later)
-    return kernel_capabilities(engines.targets, capabilities, precisions.of(WITH_KERNELS))
+    return kernel_capabilities(targets, capabilities, precisions.of(WITH_KERNELS))
 
 
 def _network_names(only: str | None, skip: str | None) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ _OPERATORS = ("injected_self_attention", "context_cross_attention")
 # Sources whose change may change a graph.
 _CODE = (
     *("export/models", "export/checkpoints", "export/geometry.py", "export/networks.py", "export/onnx_export.py"),
-    *("export/lowering.py", "export/quantize.py", "export/streaming.py"),
+    *("export/lowering.py", "export/quantize.py", "export/streaming.py", "export/tracing.py"),
     *("kernels/registration.py", "kernels/operators.py", "moma_rt/schedules.py"),
     # What computes on a device is no part of a graph.
     *(f"kernels/{name}/{part}.py" for name in _OPERATORS for part in ("operator", "reference", "onnx_function")),

@@ -139,7 +139,7 @@ def runs(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Iterator[tuple[
         name = engine.flavour.value
         if engine.network != entry.spec.name or device.capability not in engine.capabilities:
             continue
-        if not is_installed(name) or library_version(engine.flavour) != engine.version:
+        if not is_installed(engine.flavour.module) or library_version(engine.flavour) != engine.version:
             warn(f"{engine.file} was built by {name} {engine.version}, which is not installed here: not compared")
             continue
         bundle.verified([engine.file])

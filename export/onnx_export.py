@@ -1,9 +1,8 @@
-"""One network to ONNX: example inputs from its spec, our operators kept whole, machine-specific text removed."""
+"""One network to ONNX: its spec's names and axes, our operators kept whole, machine-specific text removed."""
 
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 import onnx_ir
 import torch
@@ -12,9 +11,10 @@ from export.checkpoints.model import Checkpoint
 from export.lowering import write_lowered
 from export.networks import Network
 from export.streaming import fill, quantize_weights
+from export.tracing import tracing_arguments
 from kernels.operators import onnx_operators
 from kernels.registration import DOMAIN, DOMAIN_VERSION, STANDARD_OPSET, OnnxOperator, register_schema
-from moma_rt.specs import Dim, Geometry, NetworkSpec, Precision, TensorSpec
+from moma_rt.specs import Dim, Geometry, NetworkSpec, Precision
 
 MODEL_NAME = "model.onnx"
 LOWERED_NAME = "lowered.onnx"
@@ -31,9 +31,7 @@ def export_network(
     for operator in operators:
         register_schema(operator.schema)
     device = "cpu" if source is None else "meta"
-    arguments = network.arguments(tuple(t.to(device) for t in example_inputs(spec)), geometry)
-    dims: dict[str, Any] = {}
-    shapes = network.arguments(tuple(_dynamic_shape(tensor, dims) for tensor in spec.inputs), geometry)
+    arguments, shapes = tracing_arguments(network, spec, geometry, device)
     with warnings.catch_warnings(), torch.inference_mode():
         # The exporter warns of optional packages and of axes that share a size, which is what the specs ask for.
         warnings.simplefilter("ignore")
@@ -59,34 +57,6 @@ def export_network(
     _finish(program.model, spec, operators)
     onnx_ir.save(program.model, folder / MODEL_NAME, external_data=WEIGHTS_NAME)
     write_lowered(folder / MODEL_NAME, folder / LOWERED_NAME)
-
-
-def example_inputs(spec: NetworkSpec, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Inputs of a small size for each dynamic dimension, never 0 or 1 where the spec allows more.
-
-    Tracing takes a size of 0 or 1 for a constant, and equal sizes for one dimension; so the sizes here differ.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(_example(tensor, generator) for tensor in spec.inputs)
-
-
-def _example(tensor: TensorSpec, generator: torch.Generator) -> torch.Tensor:
-    shape = tuple(_example_size(d) if isinstance(d, Dim) else d for d in tensor.shape)
-    if tensor.dtype == "int32":
-        return torch.arange(shape[-1], dtype=torch.int32).expand(shape).contiguous()
-    return torch.rand(shape, generator=generator).to(getattr(torch, tensor.dtype))
-
-
-def _example_size(dim: Dim) -> int:
-    sizes = {"batch": 2, "guided_batch": 4, "sequence": 7, "past": 5, "image_sequence": 9}
-    wanted = sizes.get(dim.name, dim.opt)
-    return max(dim.min, min(dim.max, max(2, wanted)))
-
-
-def _dynamic_shape(tensor: TensorSpec, dims: dict[str, Any]) -> dict[int, Any]:
-    return {
-        axis: dims.setdefault(d.name, torch.export.Dim(d.name, max=d.max)) for axis, d in tensor.dynamic_axes.items()
-    }
 
 
 def _finish(model: onnx_ir.Model, spec: NetworkSpec, operators: tuple[OnnxOperator, ...]) -> None:

@@ -1,8 +1,8 @@
 """Which engines a bundle has, and which of them serve a device.
 
-An engine is a network compiled by TensorRT or TensorRT-RTX. Only the version that built it loads it, and only devices
-of the compute capabilities it was built for run it; both stand in the manifest, so that a runtime can tell what is
-missing without opening a file.
+An engine is a network compiled by TensorRT, TensorRT-RTX or PyTorch's inductor. Only the version that built it loads
+it, and only devices of the compute capabilities it was built for run it; both stand in the manifest, so that a runtime
+can tell what is missing without opening a file.
 """
 
 import enum
@@ -17,20 +17,28 @@ from moma_rt.specs import check_fields
 
 # The capabilities that TensorRT-RTX compiles for on any machine; the others need TensorRT on such a device.
 RTX_CAPABILITIES = (75, 86, 89, 120, 121)
+# The capability of a CPU, for which inductor alone builds; a GPU's begins with its generation.
+CPU_CAPABILITY = 0
 _MAX_BYTES = 2**48
 _MAX_CAPABILITY = 999
 
 
 class Flavour(enum.Enum):
-    """A library that builds and runs engines; the value is the name of its Python package."""
+    """A library that builds and runs engines; where there are several, the first of them is preferred."""
 
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt_rtx"
+    INDUCTOR = "inductor"
+
+    @property
+    def module(self) -> str:
+        """The name of its Python package."""
+        return "torch" if self is Flavour.INDUCTOR else self.value
 
     @property
     def pip_name(self) -> str:
         """What pip installs that package by."""
-        return self.value.replace("_", "-")
+        return self.module.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,10 @@ class Device:
 
     name: str
     capability: int
+
+
+# Where there is no GPU, for those engines that need none.
+CPU_DEVICE = Device("no GPU", CPU_CAPABILITY)
 
 
 @dataclass(frozen=True)
@@ -159,22 +171,25 @@ def select(
     missing = [name for name in names if name not in found]
     if not missing:
         return found
-    here = f"{library.flavour.value} {library.version} on sm{device.capability} ({device.name})"
+    here = f"{library.flavour.value} {library.version} on {spelled([device.capability])} ({device.name})"
     have = sorted({f"{e.flavour.value} {e.version} on {spelled(e.capabilities)}" for e in engines})
     raise BundleError(
         f"no engine of {', '.join(missing)} for {here}; the bundle has engines for {'; '.join(have) or 'no device'}: "
-        f"build them with python -m engines.build BUNDLE --target {target_for(library.flavour, device.capability)}"
+        f"build them with {_command_for(library.flavour, device.capability)}"
     )
 
 
-def target_for(flavour: Flavour, capability: int) -> str:
-    """The `--target` that builds engines of a flavour for a capability."""
-    return f"sm{capability}" if flavour is Flavour.TENSORRT_RTX and capability in RTX_CAPABILITIES else "local"
-
-
 def spelled(capabilities: Iterable[int]) -> str:
-    """Capabilities as `--target` takes them, such as sm86,sm89."""
-    return ",".join(f"sm{capability}" for capability in capabilities)
+    """Capabilities as `--target` takes them, such as sm86,sm89; that of a CPU is cpu."""
+    return ",".join("cpu" if capability == CPU_CAPABILITY else f"sm{capability}" for capability in capabilities)
+
+
+def _command_for(flavour: Flavour, capability: int) -> str:
+    """What builds engines of a flavour for a capability."""
+    if flavour is Flavour.INDUCTOR:
+        return "python -m export.build ... --target inductor"
+    is_rtx = flavour is Flavour.TENSORRT_RTX and capability in RTX_CAPABILITIES
+    return f"python -m engines.build BUNDLE --target {f'sm{capability}' if is_rtx else 'local'}"
 
 
 def _line(owner: str, data: dict[str, Any], name: str) -> str:

@@ -1,6 +1,6 @@
-"""The Python packages of TensorRT, TensorRT-RTX and CUDA, imported when they are first asked for.
+"""The Python packages of TensorRT, TensorRT-RTX, PyTorch and CUDA, imported when they are first asked for.
 
-Both flavours have the same interface, so a flavour is a value: its module is named trt wherever it is used.
+TensorRT's two flavours have the same interface, so a flavour is a value: its module is named trt wherever it is used.
 """
 
 import functools
@@ -33,7 +33,7 @@ def library(flavour: Flavour) -> Any:
     Raises:
         InputError: it is not installed, or its native libraries cannot be loaded.
     """
-    return _load(flavour.value, flavour.pip_name)
+    return _load(flavour.module, flavour.pip_name)
 
 
 def cuda_runtime() -> Any:

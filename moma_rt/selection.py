@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from moma_rt.backends import AUTO, ONNXRUNTIME
 from moma_rt.bundle import Manifest
 from moma_rt.device import local_device
-from moma_rt.engines import Device, EngineEntry, Flavour, Library, select
+from moma_rt.engines import CPU_DEVICE, Device, EngineEntry, Flavour, Library, select
 from moma_rt.errors import InputError, MomaError
 from moma_rt.libraries import CUDA_MODULE, CUDA_PIP_NAME, is_installed, library_version
 
@@ -26,7 +26,9 @@ class Host:
 
 def local_host() -> Host:
     """This machine."""
-    modules = {f: {f.value: f.pip_name, CUDA_MODULE: CUDA_PIP_NAME} for f in Flavour}
+    modules = {f: {f.module: f.pip_name, CUDA_MODULE: CUDA_PIP_NAME} for f in Flavour}
+    # PyTorch brings a CUDA of its own.
+    del modules[Flavour.INDUCTOR][CUDA_MODULE]
     missing = {f: tuple(pip for name, pip in names.items() if not is_installed(name)) for f, names in modules.items()}
     return Host(local_device(), {f: names for f, names in missing.items() if names}, library_version)
 
@@ -43,15 +45,16 @@ class Choice:
 def choose(backend: str, manifest: Manifest, host: Callable[[], Host]) -> Choice:
     """Resolve a backend's name for a bundle.
 
-    `AUTO` is TensorRT, else TensorRT-RTX, where there is a GPU and that has an engine for every network of the bundle,
-    else ONNX Runtime. Networks are not divided between backends.
+    `AUTO` is TensorRT, else TensorRT-RTX, else inductor, where there is a GPU and that has an engine for every network
+    of the bundle, else ONNX Runtime: inductor's engines for a CPU are taken where it is named. Networks are not divided
+    between backends.
 
     Args:
         backend: one of `moma_rt.backends.NAMES`.
         host: called where engines come into question, since asking a driver takes time.
 
     Raises:
-        InputError: a flavour was named, and there is no GPU, or a package is missing or cannot be loaded.
+        InputError: a flavour was named, and it lacks a GPU, or a package is missing or cannot be loaded.
         BundleError: a flavour was named, and the bundle has not all the engines for it; the message says how to build
             them.
     """
@@ -72,7 +75,8 @@ def choose(backend: str, manifest: Manifest, host: Callable[[], Host]) -> Choice
 
 
 def _with_engines(flavour: Flavour, manifest: Manifest, host: Host) -> Choice:
-    if host.device is None:
+    device = host.device or (CPU_DEVICE if flavour is Flavour.INDUCTOR else None)
+    if device is None:
         raise InputError(
             f"backend {flavour.value}: this machine has no NVIDIA GPU (or no driver); {ONNXRUNTIME} runs on the CPU"
         )
@@ -80,10 +84,12 @@ def _with_engines(flavour: Flavour, manifest: Manifest, host: Host) -> Choice:
         names = " ".join(host.missing[flavour])
         raise InputError(f"backend {flavour.value} needs packages that are not installed: pip install {names}")
     library = Library(flavour, host.version(flavour))
-    return Choice(flavour.value, select(manifest.engines, manifest.networks, library, host.device))
+    return Choice(flavour.value, select(manifest.engines, manifest.networks, library, device))
 
 
 def _most_likely_first(manifest: Manifest, host: Host, device: Device) -> list[Flavour]:
     """The flavours, so that the first one's objection is what to mend, and no library is imported in vain."""
     built = {engine.flavour for engine in manifest.engines if device.capability in engine.capabilities}
-    return sorted(Flavour, key=lambda flavour: (flavour not in built, flavour in host.missing))
+    # PyTorch takes seconds to import, so it has to be worth it.
+    candidates = [flavour for flavour in Flavour if flavour is not Flavour.INDUCTOR or flavour in built]
+    return sorted(candidates, key=lambda flavour: (flavour not in built, flavour in host.missing))

@@ -60,7 +60,7 @@ class Denoiser(nn.Module):
         reference_k: tuple[Tensor, ...],
         reference_v: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        first, last, halves = _half_indices(latents.shape[0], text_tokens.shape[0])
+        first, last, halves = _half_indices(latents.shape[0], text_tokens.shape[0], latents.device)
         foreground_bs = {grid * grid: _sampled(foreground_mask, grid) for grid in self.grids}
         paths = [layer.name for layer in self.layers]
         by_grid = dict(zip(self.grids, object_masks, strict=True))
@@ -117,7 +117,7 @@ class SubjectEncoder(nn.Module):
         record, dtype = ReferencePass(), self.unet.dtype
         self.unet(
             (self.signal * latents + self.noise * noise).to(dtype),
-            torch.zeros(1, dtype=latents.dtype),
+            torch.zeros(1, dtype=latents.dtype, device=latents.device),
             encoder_hidden_states=text_tokens[:, :REFERENCE_TEXT_TOKENS].to(dtype),
             cross_attention_kwargs={"step": record},
             return_dict=False,
@@ -151,12 +151,12 @@ def _unit_range(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (values - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _half_indices(batch: int, guided_batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def _half_indices(batch: int, guided_batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of the unconditional half, of the conditional half (the same when there is one), and sample of each row.
 
     Gathers by index tie the two batch sizes together without a constraint between them, which tracing could not keep.
     """
-    first, rows = torch.arange(batch), torch.arange(guided_batch)
+    first, rows = torch.arange(batch, device=device), torch.arange(guided_batch, device=device)
     return first, first + (guided_batch - batch), torch.where(rows < batch, rows, rows - batch)
 
 

@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from moma_rt.device import local_device
 from moma_rt.engines import Flavour
 from moma_rt.errors import InputError
+from moma_rt.libraries import library
 
 if TYPE_CHECKING:
     from moma_rt.backends.base import Backend
@@ -31,7 +33,7 @@ def create(name: str, threads: int | None = None) -> "Backend":
 
     Args:
         name: one of `NAMES`, but not `AUTO`: what that is depends on a bundle (`moma_rt.selection.choose`).
-        threads: CPU threads a network may use, 1 to 1024; None leaves the choice to the backend. Engines use none.
+        threads: CPU threads a network may use, 1 to 1024; None leaves the choice to the backend. A GPU uses none.
 
     Raises:
         InputError: no such backend, threads out of range, or a library that is not installed.
@@ -44,6 +46,13 @@ def create(name: str, threads: int | None = None) -> "Backend":
         from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(threads)
+    flavour = Flavour(name)
+    if flavour is Flavour.INDUCTOR:
+        # Says what is missing, where PyTorch is.
+        library(flavour)
+        from moma_rt.backends.inductor import InductorBackend
+
+        return InductorBackend(local_device(), threads)
     from moma_rt.backends.tensorrt import TensorRtBackend
 
-    return TensorRtBackend(Flavour(name))
+    return TensorRtBackend(flavour)

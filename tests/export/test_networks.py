@@ -8,7 +8,7 @@ import pytest
 from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint
 from export.geometry import geometry_of
 from export.networks import MAX_BATCH, MAX_LANGUAGE_TOKENS, NETWORKS, denoiser_arguments
-from export.onnx_export import example_inputs
+from export.tracing import example_inputs
 from moma_rt.errors import CheckpointError
 from moma_rt.specs import Dim, NetworkSpec, TensorSpec
 

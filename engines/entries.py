@@ -1,0 +1,40 @@
+"""The engines that a manifest names: one more, or fewer."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from engines.store import Stored
+from moma_rt.bundle import Bundle, Manifest
+from moma_rt.engines import EngineEntry
+
+
+def without_lost_engines(root: Path, manifest: Manifest) -> Manifest:
+    """The manifest without engines whose files are gone or cut: on a device they can be built again."""
+
+    def is_whole(name: str) -> bool:
+        path, file = Bundle(root, manifest).path(name), manifest.files.get(name)
+        return file is not None and path.is_file() and path.stat().st_size == file.size
+
+    return _with_engines(manifest, [engine for engine in manifest.engines if is_whole(engine.file)])
+
+
+def with_engine(manifest: Manifest, entry: EngineEntry, stored: Stored) -> Manifest:
+    """The manifest with an engine in place of those it supersedes."""
+    kept = [
+        engine
+        for engine in manifest.engines
+        if (engine.network, engine.flavour) != (entry.network, entry.flavour)
+        or not set(engine.capabilities) <= set(entry.capabilities)
+    ]
+    found = _with_engines(manifest, [*kept, entry])
+    return dataclasses.replace(found, files=dict(sorted({**found.files, **stored.files}.items())))
+
+
+def _with_engines(manifest: Manifest, engines: Iterable[EngineEntry]) -> Manifest:
+    """The manifest with these engines alone, in order, and without the files of those that are not among them."""
+    order = list(manifest.networks)
+    kept = sorted(engines, key=lambda e: (order.index(e.network), e.flavour.value, e.capabilities))
+    gone = {e.folder for e in manifest.engines} - {e.folder for e in kept}
+    files = {name: file for name, file in manifest.files.items() if str(PurePosixPath(name).parent) not in gone}
+    return dataclasses.replace(manifest, engines=tuple(kept), files=files)

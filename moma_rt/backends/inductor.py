@@ -1,0 +1,269 @@
+"""The backend of PyTorch's inductor: packages that were compiled ahead of time, on the first GPU or on the CPU."""
+
+import contextlib
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch._inductor import aoti_load_package
+
+from moma_rt.backends.base import Array, Buffer, check_tensors, fitting
+from moma_rt.engines import Device
+from moma_rt.errors import BundleError, MomaError, OutOfMemory
+from moma_rt.messages import one_line
+from moma_rt.specs import NetworkSpec
+
+# What the packager notes of a package: the build's own note, and those of inductor.
+TENSORS_NOTE = "MOMA_TENSORS"
+_DEVICE_NOTE, _ISA_NOTE = "AOTI_DEVICE_KEY", "AOTI_CPU_ISA"
+_NOTES_SUFFIX = "_metadata.json"
+# How PyTorch says that memory ran out where the error is of no class of its own.
+_NO_MEMORY = ("out of memory", "can't allocate memory")
+_ADVICE = "end what else runs on the device, or make fewer pictures at a time"
+
+
+def tensors_note(spec: NetworkSpec) -> str:
+    """What a package of a network says of its tensors; its own inputs and outputs have an order and no names."""
+    kinds = {"inputs": spec.inputs, "outputs": spec.outputs}
+    return json.dumps({kind: [f"{t.name} {t.dtype}" for t in tensors] for kind, tensors in kinds.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class TorchBuffer:
+    """A tensor, and the NumPy dtype of what lies in it."""
+
+    tensor: torch.Tensor
+    dtype: np.dtype[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+
+@dataclass(eq=False)
+class _Queue:
+    """Where work is put: one stream of a GPU (None: the CPU, which does it at once).
+
+    `used` collects what a recording that is being made uses; None while there is none.
+    """
+
+    device: torch.device
+    stream: Any
+    used: list[object] | None = None
+    # How often PyTorch's allocator has run out of memory, as far as that was looked at.
+    shortages: int = field(default=0, init=False)
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Put what is called inside on the stream, and say what PyTorch raises in one line that begins with `what`."""
+        try:
+            with torch.inference_mode(), torch.cuda.stream(self.stream):
+                yield
+        except RuntimeError as error:  # of which PyTorch's own classes are
+            raise self._explained(what, error) from None
+
+    def keep(self, *used: object) -> None:
+        """A recording that is being made lives no longer than what it uses."""
+        if self.used is not None:
+            self.used += used
+
+    def _explained(self, what: str, error: RuntimeError) -> MomaError:
+        said = one_line(error)
+        # A package passes an error of the allocator on as one that does not say what it was.
+        counted = 0 if self.stream is None else int(torch.cuda.memory_stats(self.device).get("num_ooms", 0))
+        ran_out, self.shortages = counted > self.shortages, counted
+        if ran_out or isinstance(error, torch.OutOfMemoryError) or any(text in said for text in _NO_MEMORY):
+            return OutOfMemory(f"{what}: no memory left: {said}; {_ADVICE}")
+        return MomaError(f"{what}: {said}")
+
+
+@dataclass(frozen=True, eq=False)
+class TorchBound:
+    """A package's loader, and the tensors it reads and writes, in the spec's order."""
+
+    name: str
+    loader: Any
+    queue: _Queue
+    inputs: tuple[torch.Tensor, ...]
+    outputs: tuple[torch.Tensor, ...]
+
+    def enqueue(self) -> None:
+        self.queue.keep(self)
+        with self.queue.working(f"{self.name}: PyTorch {torch.__version__} cannot run it"):
+            # A package returns tensors of its own, into which nothing else can write.
+            for target, output in zip(self.outputs, self.loader.run(list(self.inputs)), strict=True):
+                target.copy_(output)
+
+
+@dataclass(frozen=True, eq=False)
+class TorchNetwork:
+    """A loaded package and what the manifest says of its network."""
+
+    spec: NetworkSpec
+    loader: Any
+    queue: _Queue
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> TorchBound:
+        inputs = tuple(_own(buffers[tensor.name]).tensor for tensor in self.spec.inputs)
+        outputs = tuple(_own(buffers[tensor.name]).tensor for tensor in self.spec.outputs)
+        return TorchBound(self.spec.name, self.loader, self.queue, inputs, outputs)
+
+
+@dataclass(frozen=True, eq=False)
+class TorchRecording:
+    """A CUDA graph, whose memory pool is its own, and what its work uses beside that."""
+
+    graph: Any
+    queue: _Queue
+    used: tuple[object, ...]
+    usable = True
+
+    def replay(self) -> None:
+        with self.queue.working("a recorded generation cannot be run"):
+            self.graph.replay()
+
+
+class InductorBackend:
+    """Packages of inductor on a GPU, or on the CPU where `device` is None.
+
+    Args:
+        threads: of the CPU, for this whole process: PyTorch has one number of them.
+
+    Raises:
+        MomaError: PyTorch cannot use the GPU.
+    """
+
+    name = "inductor"
+
+    def __init__(self, device: Device | None, threads: int | None = None) -> None:
+        if device is not None and not torch.cuda.is_available():
+            raise MomaError(
+                f"PyTorch {torch.__version__} cannot use this GPU ({device.name}): install one for its CUDA"
+            )
+        self.records = device is not None
+        if threads is not None:
+            torch.set_num_threads(threads)
+        new_stream: Any = torch.cuda.Stream  # which has no types
+        on = torch.device("cpu" if device is None else "cuda")
+        self._queue = _Queue(on, None if device is None else new_stream())
+
+    def load(self, spec: NetworkSpec, path: Path) -> TorchNetwork:
+        notes = _notes(path)
+        self._check_machine(path, notes)
+        self._check_tensors(spec, path, notes)
+        try:
+            with self._queue.working(f"{path}: PyTorch {torch.__version__} cannot load it"):
+                # One runner, without locks and events of its own: networks run one after the other here, and a graph
+                # that is being recorded could not hold those events.
+                loaded = aoti_load_package(str(path), run_single_threaded=True)
+        except OutOfMemory:
+            raise
+        except MomaError as error:
+            raise BundleError(str(error)) from None
+        # Calling the package itself would parse a description of its arguments at every run.
+        return TorchNetwork(spec, loaded.loader, self._queue)
+
+    def _check_machine(self, path: Path, notes: Mapping[str, str]) -> None:
+        """Refuse a package for another kind of device, and instructions that this CPU may not have."""
+        kind = self._queue.device.type
+        if notes.get(_DEVICE_NOTE) != kind:
+            raise BundleError(f"{path} was compiled for {notes.get(_DEVICE_NOTE)}, and this backend runs on {kind}")
+        # Such as "AVX512 AVX512_VNNI"; the first one is what the others add to.
+        needed = notes.get(_ISA_NOTE, "").split()[:1]
+        if kind == "cpu" and needed and needed != [cpu_instructions()]:
+            raise BundleError(
+                f"{path} was compiled for a CPU with {needed[0]}, and PyTorch uses {cpu_instructions()} on this one: "
+                "build it here"
+            )
+
+    def _check_tensors(self, spec: NetworkSpec, path: Path, notes: Mapping[str, str]) -> None:
+        wanted = json.loads(tensors_note(spec))
+        try:
+            found = json.loads(notes[TENSORS_NOTE])
+            for what in wanted:
+                check_tensors(path, what, wanted[what], found[what])
+        except (ValueError, KeyError, TypeError):
+            raise BundleError(f"{path} does not say what its inputs and outputs are; build it again") from None
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> TorchBuffer:
+        kind = np.dtype(dtype)
+        with self._queue.working(f"a buffer of {dtype} {list(shape)}"):
+            tensor = torch.zeros(shape, dtype=getattr(torch, kind.name), device=self._queue.device)
+        return TorchBuffer(tensor, kind)
+
+    def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
+        fitting(buffer, array, row)
+        target = _own(buffer)
+        host = np.empty(array.shape, target.dtype)
+        np.copyto(host, array, casting="same_kind")
+        with self._queue.working("an upload failed"):
+            # Returns when the array has been read.
+            (target.tensor if row is None else target.tensor[row]).copy_(torch.from_numpy(host))
+
+    def copy_row(self, table: Buffer, row: int, target: Buffer) -> None:
+        source, to = _own(table).tensor, _own(target).tensor
+        self._queue.keep(source, to)
+        with self._queue.working("a copy failed"):
+            to.copy_(source[row])
+
+    def download(self, buffer: Buffer) -> Array:
+        with self._queue.working("a download failed"):
+            array: Array = _own(buffer).tensor.to("cpu", copy=True).numpy()
+        return array
+
+    def record(self, enqueue: Callable[[], None]) -> TorchRecording | None:
+        if not self.records:
+            return None
+        queue, graph, used = self._queue, torch.cuda.CUDAGraph(), list[object]()
+        queue.used = used
+        try:
+            # Other threads of this process may use the GPU meanwhile.
+            with torch.cuda.graph(graph, stream=queue.stream, capture_error_mode="thread_local"):
+                enqueue()
+        except (RuntimeError, MomaError):
+            # Work that cannot be recorded runs all the same when it is enqueued, or says then what is wrong with it.
+            return None
+        finally:
+            queue.used = None
+        return TorchRecording(graph, queue, tuple(used))
+
+    def trim(self) -> None:
+        if self.records:
+            self.synchronize()
+            torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        if self.records:
+            with self._queue.working("the GPU failed"):
+                self._queue.stream.synchronize()
+
+
+def cpu_instructions() -> str:
+    """What PyTorch computes with on this CPU, such as AVX512, AVX2 or DEFAULT."""
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _notes(path: Path) -> dict[str, str]:
+    """What a package says of itself, read before any of its code is loaded.
+
+    Raises:
+        BundleError: it is no package.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(_NOTES_SUFFIX))
+            notes: dict[str, str] = json.loads(archive.read(name))
+        return {str(key): str(value) for key, value in notes.items()}
+    except (OSError, zipfile.BadZipFile, StopIteration, ValueError, AttributeError, EOFError) as error:
+        raise BundleError(f"{path} is no package of inductor: {one_line(error) or type(error).__name__}") from None
+
+
+def _own(buffer: Buffer) -> TorchBuffer:
+    if not isinstance(buffer, TorchBuffer):
+        raise TypeError(f"a {type(buffer).__name__} is not a buffer of the inductor backend")
+    return buffer
