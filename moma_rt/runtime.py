@@ -103,7 +103,7 @@ class Runtime:
         Args:
             bundle: the folder that `python -m export.build` made.
             backend: one of `moma_rt.backends.NAMES`. "auto" runs the bundle's engines where all of them serve this
-                machine's GPU, and else its ONNX files on the CPU, with a MomaWarning if there are engines and a GPU.
+                machine's GPU, and else its ONNX files on the CPU, with a MomaWarning if there are engines for GPUs and a GPU.
             threads: CPU threads a network may use; None leaves the choice to the backend.
             max_batch: how many pictures of several threads' calls may be made together, 1 to 64, and no more than the
                 bundle allows. Calls of one schedule (steps, scheduler, guidance) that wait for the device are; each has

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from moma_rt.backends import AUTO, ONNXRUNTIME
 from moma_rt.bundle import Manifest
 from moma_rt.device import local_device
-from moma_rt.engines import CPU_DEVICE, Device, EngineEntry, Flavour, Library, select
+from moma_rt.engines import CPU_CAPABILITY, CPU_DEVICE, Device, EngineEntry, Flavour, Library, select
 from moma_rt.errors import InputError, MomaError
 from moma_rt.libraries import CUDA_MODULE, CUDA_PIP_NAME, is_installed, library_version
 
@@ -71,7 +71,8 @@ def choose(backend: str, manifest: Manifest, host: Callable[[], Host]) -> Choice
             return _with_engines(flavour, manifest, found)
         except MomaError as error:
             reasons.append(error)
-    return Choice(ONNXRUNTIME, warning=f"{reasons[0]}; the bundle runs on the CPU now")
+    warning = f"{reasons[0]}; the bundle runs on the CPU now" if reasons else ""
+    return Choice(ONNXRUNTIME, warning=warning)
 
 
 def _with_engines(flavour: Flavour, manifest: Manifest, host: Host) -> Choice:
@@ -88,8 +89,10 @@ def _with_engines(flavour: Flavour, manifest: Manifest, host: Host) -> Choice:
 
 
 def _most_likely_first(manifest: Manifest, host: Host, device: Device) -> list[Flavour]:
-    """The flavours, so that the first one's objection is what to mend, and no library is imported in vain."""
+    """The flavours with engines for the device, those that can be used first; where there are none, the one of another
+    device's engines. So the first one's objection is what to mend, and no library is imported in vain.
+    """
     built = {engine.flavour for engine in manifest.engines if device.capability in engine.capabilities}
-    # PyTorch takes seconds to import, so it has to be worth it.
-    candidates = [flavour for flavour in Flavour if flavour is not Flavour.INDUCTOR or flavour in built]
-    return sorted(candidates, key=lambda flavour: (flavour not in built, flavour in host.missing))
+    of_gpus = {engine.flavour for engine in manifest.engines if engine.capabilities != (CPU_CAPABILITY,)}
+    usable_first = sorted(Flavour, key=lambda flavour: flavour in host.missing)
+    return [f for f in usable_first if f in built] or [f for f in usable_first if f in of_gpus][:1]

@@ -1,10 +1,12 @@
 """Fixtures that every package's tests share, and the skipping of tests whose device or library is not here."""
 
+import dataclasses
 import importlib.util
 import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -64,6 +66,29 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bundles") / "tiny"
     assert main(["--base", "tiny", "--out", str(root)]) == 0
     return root
+
+
+@pytest.fixture(scope="session")
+def small_bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two bundles of a synthetic checkpoint whose UNet has few blocks, so that inductor compiles it in a fraction of a
+    minute: one that enrolls, on ONNX Runtime, and one that makes pictures of a context embedding, on inductor too.
+    Nothing may change them.
+    """
+    from export.build import main
+    from export.checkpoints import presets
+
+    unet = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 1}
+    unet |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "block_out_channels": (32, 64)}
+    small = dataclasses.replace(presets.TINY, unet=MappingProxyType({**presets.TINY.unet, **unet}))
+    root = tmp_path_factory.mktemp("bundles")
+    pictures = "text_encoder,denoiser,vae_decoder,context_projector"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(presets, "TINY", small)
+        enrolling = ["--only", f"{pictures},vae_encoder,subject_encoder", "--out", str(root / "enrolling")]
+        assert main(["--base", "tiny", *enrolling]) == 0
+        making = ["--only", pictures, "--target", "inductor", "--out", str(root / "making")]
+        assert main(["--base", "tiny", *making]) == 0
+    return root / "enrolling", root / "making"
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ FORBIDDEN = {
     "engines": (PACKAGES - {"engines", "moma_rt", "kernels"}) | (MODEL_LIBRARIES - {"onnx"}),
     "export": PACKAGES - {"export", "engines", "kernels", "moma_rt"},
 }
-# The inductor backend and engine exist to run torch; nothing imports them unless they are asked for.
-TORCH_ALLOWED = {"moma_rt/backends/inductor.py", "engines/inductor.py"}
+# The inductor backend exists to run torch; nothing imports it unless it is asked for.
+TORCH_ALLOWED = {"moma_rt/backends/inductor.py"}
 
 
 def imported(source: str) -> set[tuple[int, str]]:

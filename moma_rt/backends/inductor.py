@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -142,9 +143,7 @@ class InductorBackend:
 
     def __init__(self, device: Device | None, threads: int | None = None) -> None:
         if device is not None and not torch.cuda.is_available():
-            raise MomaError(
-                f"PyTorch {torch.__version__} cannot use this GPU ({device.name}): install one for its CUDA"
-            )
+            raise MomaError(f"PyTorch {torch.__version__} cannot use {device.name}: install one for its CUDA version")
         self.records = device is not None
         if threads is not None:
             torch.set_num_threads(threads)
@@ -160,7 +159,8 @@ class InductorBackend:
             with self._queue.working(f"{path}: PyTorch {torch.__version__} cannot load it"):
                 # One runner, without locks and events of its own: networks run one after the other here, and a graph
                 # that is being recorded could not hold those events.
-                loaded = aoti_load_package(str(path), run_single_threaded=True)
+                with _without_advice():
+                    loaded = aoti_load_package(str(path), run_single_threaded=True)
         except OutOfMemory:
             raise
         except MomaError as error:
@@ -246,6 +246,18 @@ class InductorBackend:
 def cpu_instructions() -> str:
     """What PyTorch computes with on this CPU, such as AVX512, AVX2 or DEFAULT."""
     return str(torch.backends.cpu.get_cpu_capability())
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Whatever a package cannot be loaded for, PyTorch warns that it is outdated before it raises the reason."""
+    logger = logging.getLogger("torch._inductor.package.package")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _notes(path: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ from engines.targets import KNOWN, EngineTarget, Machine, elsewhere, parse_targe
 from moma_rt.engines import Device, Flavour
 from moma_rt.errors import InputError
 
-RTX, FULL = Flavour.TENSORRT_RTX, Flavour.TENSORRT
+RTX, FULL, INDUCTOR = Flavour.TENSORRT_RTX, Flavour.TENSORRT, Flavour.INDUCTOR
 BOTH = frozenset(Flavour)
 H100, RTX4090, ORIN = Device("H100", 90), Device("RTX 4090", 89), Device("Orin", 87)
 
@@ -28,6 +28,9 @@ def targets(text, device=None, installed=BOTH):
         ("local", RTX4090, {RTX}, [(RTX, (89,))]),
         ("local,sm86", H100, BOTH, [(RTX, (86,)), (FULL, (90,))]),
         ("local,sm90", H100, BOTH, [(FULL, (90,))]),
+        ("inductor", None, {INDUCTOR}, [(INDUCTOR, (0,))]),
+        ("inductor", H100, {INDUCTOR}, [(INDUCTOR, (90,))]),
+        ("inductor,local,sm86,cpu", H100, BOTH, [(RTX, (86,)), (FULL, (90,)), (INDUCTOR, (90,))]),
     ],
 )
 def test_what_targets_stand_for(text, device, installed, expected):
@@ -47,7 +50,7 @@ def test_every_known_target_is_built_or_explained(name):
     ("text", "device", "installed", "said"),
     [
         ("", None, BOTH, "no target is named"),
-        ("sm86,gpu,sm61", None, BOTH, "no target gpu, sm61; there are: cpu, rtx, local, sm75"),
+        ("sm86,gpu,sm61", None, BOTH, "no target gpu, sm61; there are: cpu, rtx, local, inductor, sm75"),
         ("local", None, BOTH, "this machine has no NVIDIA GPU"),
         ("local", H100, {RTX}, "tensorrt is not installed; pip install tensorrt"),
         ("local", RTX4090, (), "tensorrt_rtx is not installed; pip install tensorrt-rtx"),
@@ -60,6 +63,7 @@ def test_every_known_target_is_built_or_explained(name):
         ("sm90", RTX4090, BOTH, "this machine has sm89"),
         ("sm90", H100, {RTX}, "pip install tensorrt"),
         ("sm86", None, (), "pip install tensorrt-rtx"),
+        ("inductor", None, (), "inductor cpu: the Python package torch is not installed; pip install torch"),
     ],
 )
 def test_what_cannot_be_built_here(text, device, installed, said):

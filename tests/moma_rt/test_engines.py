@@ -2,11 +2,12 @@ import dataclasses
 
 import pytest
 
-from moma_rt.engines import Device, EngineEntry, Flavour, Library, select
+from moma_rt.engines import CPU_DEVICE, Device, EngineEntry, Flavour, Library, select, spelled
 from moma_rt.errors import BundleError
 
 RTX = Library(Flavour.TENSORRT_RTX, "1.7.1")
 FULL = Library(Flavour.TENSORRT, "11.4.0")
+TORCH = Library(Flavour.INDUCTOR, "2.13.0+cu130")
 RTX4090, H100 = Device("RTX 4090", 89), Device("H100", 90)
 
 
@@ -47,12 +48,28 @@ def test_a_device_gets_its_own():
         (["denoiser"], dataclasses.replace(RTX, version="1.8"), RTX4090, "BUNDLE --target sm89"),
         (["vae_decoder"], RTX, Device("RTX 5090", 120), "no engine of vae_decoder for tensorrt_rtx 1.7.1 on sm120"),
         (["denoiser"], FULL, Device("RTX 4090", 89), "BUNDLE --target local"),
+        (["denoiser"], TORCH, H100, "for inductor 2.13.0+cu130 on sm90 (H100); the bundle has engines for "),
+        (["denoiser"], TORCH, H100, "build them with python -m export.build ... --target inductor"),
+        (["denoiser"], TORCH, CPU_DEVICE, "for inductor 2.13.0+cu130 on cpu (no GPU); the bundle has engines for "),
     ],
 )
 def test_what_is_missing_and_how_to_build_it(networks, library, device, said):
     with pytest.raises(BundleError) as caught:
         select(ENGINES, networks, library, device)
     assert said in str(caught.value)
+
+
+def test_engines_for_a_cpu_are_of_a_device_like_others():
+    on_cpu, on_gpu = engine("denoiser", TORCH, (0,)), engine("denoiser", TORCH, (90,))
+    assert select([on_cpu, on_gpu], ["denoiser"], TORCH, CPU_DEVICE) == {"denoiser": on_cpu}
+    assert select([on_cpu, on_gpu], ["denoiser"], TORCH, H100) == {"denoiser": on_gpu}
+    assert EngineEntry.from_json(on_cpu.to_json()) == on_cpu
+    assert spelled([0]) == "cpu"
+    other = dataclasses.replace(TORCH, version="2.12.0+cpu")
+    with pytest.raises(
+        BundleError, match=r"for inductor 2.12.0\+cpu on cpu .* engines for inductor 2.13.0\+cu130 on cpu:"
+    ):
+        select([on_cpu], ["denoiser"], other, CPU_DEVICE)
 
 
 def test_a_bundle_without_engines():

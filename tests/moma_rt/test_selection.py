@@ -10,9 +10,9 @@ from moma_rt.engines import Device, EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError
 from moma_rt.selection import Choice, Host, choose, local_host
 
-FULL, RTX = Flavour.TENSORRT, Flavour.TENSORRT_RTX
+FULL, RTX, INDUCTOR = Flavour.TENSORRT, Flavour.TENSORRT_RTX, Flavour.INDUCTOR
 H100, RTX4090, ORIN = Device("H100", 90), Device("RTX 4090", 89), Device("Orin", 87)
-VERSIONS = {FULL: "11.4.0", RTX: "1.7.1"}
+VERSIONS = {FULL: "11.4.0", RTX: "1.7.1", INDUCTOR: "2.13.0"}
 NETWORKS = ("denoiser", "vae_decoder")
 
 
@@ -39,7 +39,8 @@ def select(backend, entries, device=H100, missing=(), versions=VERSIONS):
 
     def host():
         looked.append(True)
-        return Host(device, {f: (f.pip_name, "cuda-bindings") for f in missing}, version)
+        needed = {f: (f.pip_name,) if f is INDUCTOR else (f.pip_name, "cuda-bindings") for f in missing}
+        return Host(device, needed, version)
 
     manifest = SimpleNamespace(engines=entries, networks=dict.fromkeys(NETWORKS))
     return choose(backend, manifest, host), imported, bool(looked)
@@ -57,6 +58,11 @@ def select(backend, entries, device=H100, missing=(), versions=VERSIONS):
         (engines(RTX, 86, 89) + engines(FULL, 87), ORIN, (), FULL),
         (engines(RTX, 89) + engines(FULL, 89, version="10.3.0"), RTX4090, (), RTX),
         (engines(RTX, 89) + engines(FULL, 89, names=NETWORKS[:1]), RTX4090, (), RTX),
+        (engines(INDUCTOR, 90), H100, (), INDUCTOR),
+        (engines(INDUCTOR, 90) + engines(RTX, 86), H100, {FULL}, INDUCTOR),
+        (engines(INDUCTOR, 90) + engines(FULL, 90, version="10.3.0"), H100, (), INDUCTOR),
+        (engines(INDUCTOR, 90) + engines(FULL, 90), H100, (), FULL),
+        (engines(INDUCTOR, 89) + engines(RTX, 89), RTX4090, (), RTX),
     ],
 )
 def test_auto_takes_the_engines_that_serve_the_device(entries, device, missing, flavour):
@@ -74,6 +80,10 @@ def test_a_library_is_imported_only_to_be_used():
     assert select("auto", entries, RTX4090)[1] == [RTX]
     assert select("auto", entries, H100)[1] == [FULL]
     assert select("tensorrt_rtx", entries, RTX4090)[1] == [RTX]
+    # PyTorch is not asked whether it might, where the bundle has nothing for it and this GPU.
+    with_inductor = engines(RTX, 86) + engines(INDUCTOR, 0) + engines(INDUCTOR, 80)
+    assert INDUCTOR not in select("auto", with_inductor, H100)[1]
+    assert select("inductor", with_inductor, None)[1] == [INDUCTOR]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +91,8 @@ def test_a_library_is_imported_only_to_be_used():
     [
         ("auto", (), H100, False),
         ("auto", engines(FULL, 90), None, True),
+        ("auto", engines(INDUCTOR, 0), None, True),
+        ("auto", engines(INDUCTOR, 0), H100, True),
         ("onnxruntime", engines(FULL, 90), H100, False),
     ],
 )
@@ -130,6 +142,14 @@ def test_onnx_runtime_without_a_word(backend, entries, device, looked):
             "backend tensorrt_rtx needs packages that are not installed: pip install tensorrt-rtx cuda-bindings",
         ),
         (engines(FULL, 90), H100, (), {RTX: "1.7.1"}, "the Python package tensorrt cannot be loaded: no libnvinfer"),
+        (
+            engines(INDUCTOR, 80) + engines(INDUCTOR, 0),
+            H100,
+            {FULL, RTX},
+            VERSIONS,
+            "no engine of denoiser, vae_decoder for inductor 2.13.0 on sm90 (H100); the bundle has engines for inductor "
+            "2.13.0 on cpu; inductor 2.13.0 on sm80: build them with python -m export.build ... --target inductor",
+        ),
     ],
 )
 def test_engines_that_do_not_serve_are_a_warning_and_an_error_where_the_flavour_is_named(
@@ -137,7 +157,7 @@ def test_engines_that_do_not_serve_are_a_warning_and_an_error_where_the_flavour_
 ):
     choice, _, _ = select("auto", entries, device, missing, versions)
     assert choice == Choice("onnxruntime", warning=f"{said}; the bundle runs on the CPU now")
-    flavour = next(f for f in (RTX, FULL) if f.value in said)
+    flavour = next(f for f in (RTX, FULL, INDUCTOR) if f.value in said)
     with pytest.raises((BundleError, InputError)) as caught:
         select(flavour.value, entries, device, missing, versions)
     assert str(caught.value) == said
@@ -153,18 +173,43 @@ def test_a_named_flavour_needs_engines_and_a_gpu():
     )
 
 
+def test_inductor_on_a_cpu_is_taken_where_it_is_named():
+    entries = engines(INDUCTOR, 0) + engines(FULL, 90)
+    choice, _, _ = select("inductor", entries, None)
+    assert (choice.backend, choice.warning) == ("inductor", "")
+    assert {engine.capabilities for engine in choice.engines.values()} == {(0,)}
+    for device, missing, versions, said in (
+        (
+            H100,
+            (),
+            VERSIONS,
+            "for inductor 2.13.0 on sm90 .* engines for inductor 2.13.0 on cpu; tensorrt 11.4.0 on sm90: ",
+        ),
+        (
+            None,
+            (),
+            VERSIONS | {INDUCTOR: "2.9.0"},
+            "for inductor 2.9.0 on cpu .no GPU.; .*export.build ... --target inductor",
+        ),
+        (None, {INDUCTOR}, VERSIONS, "^backend inductor needs packages that are not installed: pip install torch$"),
+    ):
+        with pytest.raises((BundleError, InputError), match=said):
+            select("inductor", entries, device, missing, versions)
+
+
 def test_every_name_is_resolved():
     for name in NAMES:
-        choice, _, _ = select(name, engines(FULL, 90) + engines(RTX, 90))
+        choice, _, _ = select(name, engines(FULL, 90) + engines(RTX, 90) + engines(INDUCTOR, 90))
         assert choice.backend == (name if name != "auto" else "tensorrt")
 
 
 @pytest.mark.parametrize(
     ("installed", "missing"),
     [
-        ({"tensorrt", "tensorrt_rtx", "cuda.bindings.runtime"}, {}),
-        ({"tensorrt_rtx", "cuda.bindings.runtime"}, {FULL: ("tensorrt",)}),
-        ({"tensorrt"}, {FULL: ("cuda-bindings",), RTX: ("tensorrt-rtx", "cuda-bindings")}),
+        ({"tensorrt", "tensorrt_rtx", "cuda.bindings.runtime", "torch"}, {}),
+        ({"tensorrt_rtx", "cuda.bindings.runtime", "torch"}, {FULL: ("tensorrt",)}),
+        ({"tensorrt", "torch"}, {FULL: ("cuda-bindings",), RTX: ("tensorrt-rtx", "cuda-bindings")}),
+        ({"tensorrt", "tensorrt_rtx", "cuda.bindings.runtime"}, {INDUCTOR: ("torch",)}),
     ],
 )
 def test_what_is_missing_here(monkeypatch, installed, missing):

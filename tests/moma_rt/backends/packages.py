@@ -1,0 +1,55 @@
+"""The networks of `networks.py` as PyTorch modules, and packages that inductor made of them."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import torch
+
+from moma_rt.backends.inductor import TENSORS_NOTE, tensors_note
+from moma_rt.specs import NetworkSpec
+from tests.moma_rt.backends.networks import STEP
+
+ROWS, OLD, NEW = (torch.export.Dim(name, max=most) for name, most in (("rows", 1 << 20), ("old", 9), ("new", 9)))
+
+
+class Step(torch.nn.Module):
+    """`networks.step`."""
+
+    example = (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int32), torch.ones(1))
+    sizes = ({0: ROWS}, {0: ROWS}, {})
+
+    def forward(self, x, ids, y):
+        return x + ids + y, ids.to(torch.uint8)
+
+
+class Past(torch.nn.Module):
+    """`networks.past`."""
+
+    example = (torch.ones(2, 3), torch.ones(2, 4))
+    sizes = ({1: OLD}, {1: NEW})
+
+    def forward(self, past, new):
+        return 2 * new, torch.cat([past, new], 1).sum().reshape(1, 1)
+
+
+def save_package(path: Path, spec: NetworkSpec, device: str = "cpu") -> Path:
+    """Compile `STEP` or `PAST` for a device."""
+    module = Step() if spec is STEP else Past()
+    example = tuple(tensor.to(device) for tensor in module.example)
+    program = torch.export.export(module, example, dynamic_shapes=module.sizes)
+    settings = {"aot_inductor.metadata": {TENSORS_NOTE: tensors_note(spec)}}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    return path
+
+
+def with_notes(package: Path, path: Path, **notes: str | None) -> Path:
+    """Write a package that says something else of itself; None: nothing."""
+    with zipfile.ZipFile(package) as source, zipfile.ZipFile(path, "w") as target:
+        for item in source.infolist():
+            content = source.read(item)
+            if item.filename.endswith("_metadata.json"):
+                said = {**json.loads(content), **notes}
+                content = json.dumps({key: value for key, value in said.items() if value is not None}).encode()
+            target.writestr(item, content)
+    return path
