@@ -1,7 +1,7 @@
 """`python -m export.compare BUNDLE`: each network in PyTorch fp32 against what the bundle runs.
 
 The reference is the network in PyTorch from the weights that the bundle was made of, so those are asked for again
-(random ones are made again). On a device, the engines that serve it are compared too.
+(random ones are made again). The engines that serve this machine are compared too.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from export.sample_inputs import sample_inputs, usual_sizes
 from moma_rt.backends.base import Array
 from moma_rt.bundle import Bundle, NetworkEntry
 from moma_rt.device import local_device
+from moma_rt.engines import CPU_DEVICE
 from moma_rt.errors import CheckpointError, InputError, print_output, run_command
 from moma_rt.libraries import is_installed, library_version
 from moma_rt.messages import warn
@@ -132,9 +133,7 @@ def runs(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Iterator[tuple[
     bundle.verified(entry.all_files)
     if entry.precision is not Precision.BF16:  # ONNX Runtime's CPU kernels have none
         yield "onnxruntime", outputs_of("onnxruntime", entry, bundle.path(entry.onnx), inputs)
-    device = local_device()
-    if device is None:
-        return
+    device = local_device() or CPU_DEVICE
     for engine in bundle.manifest.engines:
         name = engine.flavour.value
         if engine.network != entry.spec.name or device.capability not in engine.capabilities:

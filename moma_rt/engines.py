@@ -50,7 +50,7 @@ class Device:
 
 
 # Where there is no GPU, for those engines that need none.
-CPU_DEVICE = Device("no GPU", CPU_CAPABILITY)
+CPU_DEVICE = Device("this machine's CPU", CPU_CAPABILITY)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ class Runtime:
         Args:
             bundle: the folder that `python -m export.build` made.
             backend: one of `moma_rt.backends.NAMES`. "auto" runs the bundle's engines where all of them serve this
-                machine's GPU, and else its ONNX files on the CPU, with a MomaWarning if there are engines for GPUs and a GPU.
+                machine's GPU, and else its ONNX files on the CPU, with a MomaWarning if there is a GPU and there are
+                engines for others.
             threads: CPU threads a network may use; None leaves the choice to the backend.
             max_batch: how many pictures of several threads' calls may be made together, 1 to 64, and no more than the
                 bundle allows. Calls of one schedule (steps, scheduler, guidance) that wait for the device are; each has
@@ -113,7 +114,7 @@ class Runtime:
 
         Raises:
             BundleError: no bundle, a newer format, a missing or truncated file, or, where the backend is named, no
-                engines for this machine's GPU.
+                engines for this machine's GPU (of inductor: or its CPU).
             InputError: `bundle` is no path, there is no such backend, it lacks a GPU or a package, or a number is out
                 of range.
             MomaError: the GPU cannot be used.

@@ -68,27 +68,43 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def small_bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two bundles of a synthetic checkpoint whose UNet has few blocks, so that inductor compiles it in a fraction of a
-    minute: one that enrolls, on ONNX Runtime, and one that makes pictures of a context embedding, on inductor too.
-    Nothing may change them.
-    """
+def _build_small(out: Path, only: str, *options: str) -> Path:
+    """A bundle of a synthetic checkpoint whose UNet has few blocks, so that inductor compiles it in a part of a minute."""
     from export.build import main
     from export.checkpoints import presets
 
     unet = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 1}
     unet |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "block_out_channels": (32, 64)}
     small = dataclasses.replace(presets.TINY, unet=MappingProxyType({**presets.TINY.unet, **unet}))
-    root = tmp_path_factory.mktemp("bundles")
-    pictures = "text_encoder,denoiser,vae_decoder,context_projector"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(presets, "TINY", small)
-        enrolling = ["--only", f"{pictures},vae_encoder,subject_encoder", "--out", str(root / "enrolling")]
-        assert main(["--base", "tiny", *enrolling]) == 0
-        making = ["--only", pictures, "--target", "inductor", "--out", str(root / "making")]
-        assert main(["--base", "tiny", *making]) == 0
-    return root / "enrolling", root / "making"
+        assert main(["--base", "tiny", "--only", only, *options, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two bundles of one checkpoint: one that enrolls, on ONNX Runtime, and one that makes pictures of a context
+    embedding, with inductor's engines for a CPU as well. Nothing may change them.
+    """
+    root, pictures = tmp_path_factory.mktemp("bundles"), "text_encoder,denoiser,vae_decoder,context_projector"
+    enrolling = _build_small(root / "enrolling", f"{pictures},vae_encoder,subject_encoder")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engines.targets.local_device", lambda: None)
+        return enrolling, _build_small(root / "making", pictures, "--target", "inductor")
+
+
+@pytest.fixture(scope="session")
+def small_gpu_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of two networks with inductor's engines for this machine's GPU, in fp16. Nothing may change it."""
+    return _build_small(tmp_path_factory.mktemp("bundles") / "gpu", "denoiser,vae_decoder", "--target", "inductor")
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine, without the GPU that it may have."""
+    for module in ("engines.targets", "export.compare", "moma_rt.backends", "moma_rt.selection"):
+        monkeypatch.setattr(f"{module}.local_device", lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -256,6 +256,15 @@ def test_what_cannot_be_refitted_is_refused(tmp_path, compiled, monkeypatch):
     assert compiled == []
 
 
+def test_inductor_is_for_the_export(tmp_path, compiled):
+    make_bundle(tmp_path)
+    with pytest.raises(
+        InputError, match=r"^--target inductor: .*: build them with python -m export.build ... --target i"
+    ):
+        build(tmp_path, RTX, EngineTarget(Flavour.INDUCTOR, (0,)))
+    assert compiled == []
+
+
 def test_layers_are_part_of_the_bundle(tmp_path, compiled):
     engines, _ = build(make_bundle(tmp_path), FULL, options=EngineOptions(layers=True))
     listed = Bundle.open(tmp_path).manifest.files

@@ -231,10 +231,15 @@ def test_a_second_base_takes_what_does_not_depend_on_it(tmp_path, capsys):
         ("--base tiny --only denoiser --skip denoiser", "--only and --skip exclude each other"),
         ("--base tiny --skip unet", "--skip 'unet': no network unet; there are: text_encoder"),
         (f"--base tiny --skip {','.join(NETWORKS)}", "leaves no network"),
-        ("--base tiny --target sm61", "--target 'sm61': no target sm61; there are: cpu, rtx, local, sm75"),
+        ("--base tiny --target sm61", "--target 'sm61': no target sm61; there are: cpu, rtx, local, inductor, sm75"),
         ("--base tiny --target local", "--target local: this machine has no NVIDIA GPU"),
         ("--base tiny --target sm80,local", "--target local: this machine has no NVIDIA GPU"),
         ("--base tiny --store /proc/none", "--store /proc/none: cannot be written"),
+        (
+            "--base tiny --target inductor --mllm-precision int4",
+            "--target inductor: the language_model's int4 weights have no form in PyTorch; give --mllm-precision fp16",
+        ),
+        ("--base tiny --target cpu,inductor --mllm-precision int8", "the language_model's int8 weights have no form"),
     ],
 )
 def test_targets_and_choices_that_cannot_be(tmp_path, monkeypatch, capsys, arguments, said):
@@ -255,6 +260,10 @@ def test_targets_and_choices_that_cannot_be(tmp_path, monkeypatch, capsys, argum
         ("--target cpu,sm86 --precision fp32", "fp32", "fp32"),
         ("--target sm80", "fp16", "fp16"),
         ("--target cpu,sm90 --precision bf16", "bf16", "bf16"),
+        ("--target inductor", "fp32", "fp32"),
+        ("--target inductor,cpu --precision bf16", "bf16", "bf16"),
+        ("--target inductor,sm86", "fp16", "fp16"),
+        ("--target inductor --mllm-precision int4 --skip language_model", "fp32", "int4"),
     ],
 )
 def test_precisions(monkeypatch, tiny_bundle, arguments, networks, language):
@@ -268,6 +277,7 @@ def test_precisions(monkeypatch, tiny_bundle, arguments, networks, language):
     monkeypatch.setattr("engines.targets.local_device", lambda: None)
     monkeypatch.setattr(bundling, "build_bundle", build)
     monkeypatch.setattr("export.build.build_engines", lambda *_: Bundle.open(tiny_bundle))
+    monkeypatch.setattr("export.inductor_export.build_packages", lambda *_: Bundle.open(tiny_bundle))
     assert main(["--base", "tiny", *arguments.split()]) == 0
     found = plans[0].precisions
     assert (found.networks.value, found.language.value) == (networks, language)
@@ -294,6 +304,9 @@ EVERYWHERE = (80, 86, 87, 89, 90, 100, 120)
         ("--target rtx,local", 90, (90,)),
         ("--target sm80 --plugins off", None, None),
         ("--precision fp16 --plugins off", None, None),
+        ("--target inductor --precision fp16", None, ()),
+        ("--target inductor", 90, ()),
+        ("--target inductor,local", 90, (90,)),
     ],
 )
 def test_for_which_devices_kernels_are_compiled(monkeypatch, tiny_bundle, capsys, arguments, device, kernels):
@@ -311,6 +324,7 @@ def test_for_which_devices_kernels_are_compiled(monkeypatch, tiny_bundle, capsys
     monkeypatch.setattr("engines.targets.local_device", lambda: None if device is None else Device("a GPU", device))
     monkeypatch.setattr(bundling, "build_bundle", build)
     monkeypatch.setattr("export.build.build_engines", build_engines)
+    monkeypatch.setattr("export.inductor_export.build_packages", lambda *_: Bundle.open(tiny_bundle))
     assert main(["--base", "tiny", *arguments.split(), "--out", "some/bundle"]) == 0
     assert plans[0].kernels == kernels
     assert all(plan.plugins == (kernels is not None) for plan in built)

@@ -149,6 +149,10 @@ def test_engines_of_this_device_are_compared(tiny_bundle, monkeypatch, capsys):
     found = list(compare.runs(bundle, entry, {"embedding": np.ones((1, 1024), np.float32)}))
     path = bundle.path(entry.onnx)
     assert found == [("onnxruntime", ("onnxruntime", path)), ("tensorrt 11.4.0 on H100", ("tensorrt", path))]
+    # A CPU is a device too, and of it as well only its own engines are compared.
+    monkeypatch.setattr(compare, "local_device", lambda: None)
+    assert len(list(compare.runs(bundle, entry, {"embedding": np.ones((1, 1024), np.float32)}))) == 1
+    monkeypatch.setattr(compare, "local_device", lambda: Device("H100", 90))
     monkeypatch.setattr(compare, "library_version", lambda flavour: "11.5.0")
     with pytest.warns(MomaWarning, match="was built by tensorrt 11.4.0, which is not installed here: not compared"):
         assert len(list(compare.runs(bundle, entry, {"embedding": np.ones((1, 1024), np.float32)}))) == 1

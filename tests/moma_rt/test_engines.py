@@ -50,7 +50,12 @@ def test_a_device_gets_its_own():
         (["denoiser"], FULL, Device("RTX 4090", 89), "BUNDLE --target local"),
         (["denoiser"], TORCH, H100, "for inductor 2.13.0+cu130 on sm90 (H100); the bundle has engines for "),
         (["denoiser"], TORCH, H100, "build them with python -m export.build ... --target inductor"),
-        (["denoiser"], TORCH, CPU_DEVICE, "for inductor 2.13.0+cu130 on cpu (no GPU); the bundle has engines for "),
+        (
+            ["denoiser"],
+            TORCH,
+            CPU_DEVICE,
+            "for inductor 2.13.0+cu130 on cpu (this machine's CPU); the bundle has engines for ",
+        ),
     ],
 )
 def test_what_is_missing_and_how_to_build_it(networks, library, device, said):

@@ -1,0 +1,259 @@
+"""A bundle's packages of inductor: what is kept, compiled again, refused and left behind; and compiled ones, run."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from engines.store import SharedStore, Store
+from engines.targets import EngineTarget
+from export import inductor_export
+from export.build import main
+from export.bundling import ExportPlan, build_bundle
+from export.checkpoints import CheckpointRequest, load_checkpoint, roles_for
+from export.compare import outputs_of, runs, worst
+from export.inductor_export import InductorOptions, build_packages
+from export.networks import NETWORKS
+from export.sample_inputs import sample_inputs, usual_sizes
+from moma_rt.bundle import Bundle, read_manifest
+from moma_rt.device import local_device
+from moma_rt.engines import EngineEntry, Flavour
+from moma_rt.errors import BundleError, InputError
+from moma_rt.inspection import describe_bundle
+from moma_rt.specs import Precision
+
+NAMES = ("text_encoder", "context_projector")
+CPU = EngineTarget(Flavour.INDUCTOR, (0,))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Replaces tracing and compiling; the list of what was compiled. No two packages are the same bytes."""
+    done = []
+
+    def export(checkpoint, network, geometry, precision, folder):
+        for name in ("model.onnx", "lowered.onnx", "model.onnx.data"):
+            (folder / name).write_text(f"{name} of {network.name}")
+
+    def write(checkpoint, entry, geometry, capability, folder):
+        done.append(entry.spec.name)
+        (folder / "engine.pt2").write_text(f"package {len(done)}")
+
+    monkeypatch.setattr("export.bundling.export_network", export)
+    monkeypatch.setattr(inductor_export, "write_package", write)
+    return done
+
+
+def build(root, seed=0, target=CPU):
+    """Export and compile; the engines, and what was said of them."""
+    said, shared = [], SharedStore(root.parent / "store")
+    checkpoint = load_checkpoint(CheckpointRequest("tiny", roles=roles_for(NAMES), seed=seed))
+    build_bundle(checkpoint, ExportPlan(NAMES), root, lambda *_: None, shared)
+    bundle = build_packages(checkpoint, NAMES, target, Store(root, shared), lambda *line: said.append(" ".join(line)))
+    ends = [line.split(" in ")[0] for line in said if line.split()[1] in ("kept", "built")]
+    return bundle.manifest.engines, ends
+
+
+def test_engines_are_in_the_manifest(tmp_path, compiled):
+    engines, said = build(tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    bundle.verified(bundle.manifest.files)
+    assert compiled == list(NAMES)
+    assert said == [f"{name} built for inductor cpu" for name in NAMES]
+    assert [engine.network for engine in engines] == list(NAMES)
+    for engine in engines:
+        assert (engine.flavour, engine.version, engine.capabilities) == (Flavour.INDUCTOR, torch.__version__, (0,))
+        assert engine.source == bundle.network(engine.network).key
+        assert engine.file == f"engines/{engine.network}-{engine.key[:16]}/engine.pt2"
+        assert EngineEntry.from_json(json.loads(json.dumps(engine.to_json()))) == engine
+    assert f"engines     inductor {torch.__version__} for cpu" in describe_bundle(bundle)
+    assert {path.name for path in (tmp_path / "bundle" / "engines").iterdir()} == {
+        f"{engine.network}-{engine.key[:16]}" for engine in engines
+    }, "what inductor made on the way is gone"
+
+
+def test_what_is_there_is_kept_and_shared(tmp_path, compiled):
+    first, _ = build(tmp_path / "a")
+    assert build(tmp_path / "a") == (first, [f"{name} kept for inductor cpu" for name in NAMES])
+    second, said = build(tmp_path / "b")
+    assert said == [f"{name} kept for inductor cpu: another bundle had it" for name in NAMES]
+    assert second == first
+    assert compiled == list(NAMES)
+    files = [tmp_path / bundle / engine.file for engine in first for bundle in "ab"]
+    assert len({path.stat().st_ino for path in files}) == len(NAMES)
+
+
+def test_other_weights_are_other_engines_and_the_old_ones_go(tmp_path, compiled):
+    first, _ = build(tmp_path / "a")
+    second, said = build(tmp_path / "a", seed=1)
+    assert said == [f"{name} built for inductor cpu" for name in NAMES]
+    assert {e.key for e in first}.isdisjoint(e.key for e in second)
+    assert not any((tmp_path / "a" / engine.file).exists() for engine in first)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(inductor_export, "library_version", lambda _: "2.99"),
+        lambda patch: patch.setattr(inductor_export, "cpu_instructions", lambda: "AVX9000"),
+        lambda patch: patch.setattr(inductor_export, "sha256_file", lambda _: "other code"),
+        lambda patch: patch.setattr(InductorOptions, "of", lambda _: InductorOptions(False, False, "O3")),
+    ],
+    ids=["version", "instructions", "code", "options"],
+)
+def test_what_a_key_names(tmp_path, compiled, monkeypatch, change):
+    first, _ = build(tmp_path / "a")
+    change(monkeypatch)
+    second, said = build(tmp_path / "a")
+    assert said == [f"{name} built for inductor cpu" for name in NAMES]
+    assert {e.key for e in first}.isdisjoint(e.key for e in second)
+    assert len(second) == len(NAMES), "they take the place of the old ones"
+
+
+def test_a_gpus_engines_lie_beside_a_cpus(tmp_path, compiled, monkeypatch):
+    on_cpu, _ = build(tmp_path / "a")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # What a GPU's engines depend on of a CPU: nothing.
+    monkeypatch.setattr(inductor_export, "cpu_instructions", lambda: pytest.fail("it was asked"))
+    both, said = build(tmp_path / "a", target=EngineTarget(Flavour.INDUCTOR, (90,)))
+    assert said == [f"{name} built for inductor sm90" for name in NAMES]
+    assert [(e.network, e.capabilities) for e in both] == [(name, (c,)) for name in NAMES for c in (0, 90)]
+    assert set(on_cpu) < set(both)
+
+
+def test_damaged_and_lost_packages_are_compiled_again(tmp_path, compiled):
+    (first, second), _ = build(tmp_path / "a")
+    for engine, content in ((first, "pack"), (second, "PACKAGE 2")):
+        for root in (tmp_path / "a", tmp_path / "store"):
+            (root / engine.file).chmod(0o644)
+            (root / engine.file).write_text(content)
+    engines, said = build(tmp_path / "a")
+    assert said == [f"{name} built for inductor cpu" for name in NAMES]
+    bundle = Bundle.open(tmp_path / "a")
+    bundle.verified(engine.file for engine in engines)
+
+
+def test_an_interrupted_build_leaves_the_bundle_as_it_was_and_goes_on(tmp_path, compiled, monkeypatch):
+    root, write = tmp_path / "a", inductor_export.write_package
+
+    def interrupted(checkpoint, entry, geometry, capability, folder):
+        (folder / "engine.pt2").write_text("half a pack")
+        if entry.spec.name == NAMES[1]:
+            raise KeyboardInterrupt
+        write(checkpoint, entry, geometry, capability, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(inductor_export, "write_package", interrupted)
+        build(root)
+    assert read_manifest(root).engines == ()
+    (finished,) = (root / "engines").iterdir()
+    assert finished.name.startswith(f"{NAMES[0]}-")
+    # As a build that was killed leaves it, beside what inductor makes on the way.
+    for name in (".partial-x", ".partial-y"):
+        (root / "engines" / name / "cache").mkdir(parents=True)
+        (root / "engines" / name / "cache" / "half.so").write_text("half")
+    engines, said = build(root)
+    assert said == [f"{NAMES[0]} kept for inductor cpu: another bundle had it", f"{NAMES[1]} built for inductor cpu"]
+    assert {path.name for path in (root / "engines").iterdir()} == {f"{e.network}-{e.key[:16]}" for e in engines}
+
+
+def test_a_network_of_other_weights_is_not_compiled_in_its_place(tmp_path, compiled):
+    build(tmp_path / "a")
+    other = load_checkpoint(CheckpointRequest("tiny", roles=roles_for(NAMES), seed=1))
+    with pytest.raises(BundleError, match="its text_encoder comes from other weights; build the bundle again"):
+        build_packages(other, NAMES, CPU, Store(tmp_path / "a"), lambda *_: None)
+
+
+def test_what_cannot_be_compiled_is_one_line(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("No working C++ compiler found\nin torch._inductor")
+
+    monkeypatch.setattr(inductor_export, "aoti_compile_and_package", fail)
+    command = ["--base", "tiny", "--only", "context_projector", "--target", "inductor", "--out", str(tmp_path / "a")]
+    assert main(command) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"export.build: error: context_projector: PyTorch {torch.__version__} cannot compile it: No working C++ "
+        "compiler found in torch._inductor"
+    ]
+    assert [path.name for path in (tmp_path / "a" / "engines").iterdir()] == []
+
+
+def test_a_gpu_that_pytorch_cannot_use(tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        InputError, match=r"^inductor sm90: PyTorch \S+ cannot use this GPU: install one for its CUDA v"
+    ):
+        build(tmp_path / "a", target=EngineTarget(Flavour.INDUCTOR, (90,)))
+    assert compiled == []
+
+
+def test_a_cpu_is_compiled_for_in_a_hurry_and_a_gpu_with_care():
+    assert InductorOptions.of(0) == InductorOptions(max_autotune=False, channels_last=False, wrapper_level="O0")
+    assert InductorOptions.of(90) == InductorOptions(max_autotune=True, channels_last=True, wrapper_level="O1")
+    assert InductorOptions.of(90).settings["max_autotune"] is True
+
+
+def assert_as_onnxruntime(bundle, name, **sizes):
+    """What a network's package computes is what its graph does, within 1e-4, and of a picture within a level."""
+    entry = bundle.network(name)
+    (engine,) = (e for e in bundle.manifest.engines if e.network == name)
+    inputs = sample_inputs(entry.spec, bundle.manifest.geometry, {**usual_sizes(entry.spec), **sizes})
+    found = outputs_of("inductor", entry, bundle.path(engine.file), inputs)
+    for tensor, wanted in outputs_of("onnxruntime", entry, bundle.path(entry.onnx), inputs).items():
+        assert found[tensor].dtype == wanted.dtype
+        tolerance = 1 if wanted.dtype == np.uint8 else 1e-4
+        np.testing.assert_allclose(found[tensor].astype(float), wanted.astype(float), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "context_projector", "denoiser", "vae_decoder"])
+@pytest.mark.parametrize(("batch", "halves"), [(1, 1), (1, 2), (2, 1), (3, 2)])
+def test_compiled_for_this_cpu(on_a_cpu, small_bundles, name, batch, halves):
+    bundle = Bundle.open(small_bundles[1])
+    # The subject's tokens may be any number, and one.
+    tokens = {"reference_tokens_32": 37 * batch, "reference_tokens_16": 1}
+    assert_as_onnxruntime(bundle, name, batch=batch, guided_batch=batch * halves, **tokens)
+
+
+def test_this_cpus_engines_are_compared(on_a_cpu, small_bundles):
+    bundle = Bundle.open(small_bundles[1])
+    entry = bundle.network("context_projector")
+    inputs = sample_inputs(entry.spec, bundle.manifest.geometry, usual_sizes(entry.spec))
+    names = [name for name, _ in runs(bundle, entry, inputs)]
+    assert names == ["onnxruntime", f"inductor {torch.__version__} on this machine's CPU"]
+
+
+@pytest.mark.slow
+def test_every_network_of_a_whole_bundle(on_a_cpu, tmp_path):
+    assert main(["--base", "tiny", "--target", "inductor", "--out", str(tmp_path / "whole")]) == 0
+    bundle = Bundle.open(tmp_path / "whole")
+    assert [engine.network for engine in bundle.manifest.engines] == list(NETWORKS)
+    for name in NETWORKS:
+        assert_as_onnxruntime(bundle, name)
+    for sizes in ({"past": 0, "sequence": 40}, {"past": 1, "sequence": 1, "image_sequence": 1}):
+        assert_as_onnxruntime(bundle, "language_model", **sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("halves", [1, 2])
+def test_compiled_for_this_gpu(small_gpu_bundle, halves):
+    """In fp16, so as near to ONNX Runtime's as two roundings are to each other."""
+    bundle = Bundle.open(small_gpu_bundle)
+    for engine in bundle.manifest.engines:
+        entry = bundle.network(engine.network)
+        assert (engine.capabilities, entry.precision) == ((local_device().capability,), Precision.FP16)
+        sizes = {**usual_sizes(entry.spec), "batch": 2, "guided_batch": 2 * halves}
+        inputs = sample_inputs(entry.spec, bundle.manifest.geometry, sizes)
+        expected = outputs_of("onnxruntime", entry, bundle.path(entry.onnx), inputs)
+        assert worst(outputs_of("inductor", entry, bundle.path(engine.file), inputs), expected).relative < 2e-2
+
+
+@pytest.mark.gpu
+def test_the_operators_kernels_are_in_the_gpus_package(small_gpu_bundle):
+    bundle = Bundle.open(small_gpu_bundle)
+    (engine,) = (e for e in bundle.manifest.engines if e.network == "denoiser")
+    with zipfile.ZipFile(bundle.path(engine.file)) as package:
+        code = "".join(package.read(name).decode() for name in package.namelist() if name.endswith(".wrapper.cpp"))
+    for kernel in ("injected_self_attention_kernel", "context_cross_attention_kernel"):
+        assert kernel in code
