@@ -225,6 +225,8 @@ class InductorBackend:
             # Other threads of this process may use the GPU meanwhile.
             with torch.cuda.graph(graph, stream=queue.stream, capture_error_mode="thread_local"):
                 enqueue()
+        except OutOfMemory:
+            raise
         except (RuntimeError, MomaError):
             # Work that cannot be recorded runs all the same when it is enqueued, or says then what is wrong with it.
             return None
