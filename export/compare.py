@@ -108,7 +108,7 @@ def _compare(options: argparse.Namespace) -> int:
         names = listed("--only", "network", options.only, names)
     if options.modules < 0:
         raise InputError(f"--modules {options.modules}: a number of modules, 0 or more")
-    checkpoint = _same_checkpoint(options, bundle, names)
+    checkpoint = same_checkpoint(options, bundle, names)
     geometry = bundle.manifest.geometry
     for name in names:
         entry = bundle.network(name)
@@ -154,7 +154,7 @@ def outputs_of(backend: str, entry: NetworkEntry, path: Path, inputs: Arrays) ->
     return run_once(created, created.load(entry.spec, path), inputs)
 
 
-def _same_checkpoint(options: argparse.Namespace, bundle: Bundle, names: tuple[str, ...]) -> "Checkpoint":
+def same_checkpoint(options: argparse.Namespace, bundle: Bundle, names: tuple[str, ...]) -> "Checkpoint":
     """The checkpoint that the bundle was made of.
 
     Raises:

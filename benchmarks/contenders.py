@@ -1,0 +1,228 @@
+"""What competes in the latency benchmark: the deployed runtime and the baselines, each in a process of its own.
+
+So each has a peak of memory of its own, and the runtime's process never imports PyTorch, as in production.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+
+from moma_rt.bundle import Bundle
+from moma_rt.errors import MomaError
+from moma_rt.lru import Lru
+from moma_rt.stages import LOADING
+
+RUNTIME = "moma-rt"
+BASELINES = ("eager", "compiled", "plain")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A picture to be made. Equal names and `subject_seed` mean one subject, which a runtime may have enrolled."""
+
+    photo: Path
+    mask: Path
+    name: str
+    prompt: str
+    subject_seed: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What all requests share.
+
+    Attributes:
+        backend: of the runtime.
+        threads: of the CPU, on both sides; None leaves the choice to the libraries.
+        embedding: float32 [1024] in place of the language model's; None where the language model runs.
+        weights: the options that say what the bundle was made of, as `export.compare` has them.
+    """
+
+    bundle: Path
+    backend: str
+    steps: int
+    scheduler: str
+    embedding: np.ndarray | None
+    weights: argparse.Namespace
+    threads: int | None = None
+    strength: float = 1.0
+
+    @property
+    def guidance_scale(self) -> float:
+        """1.0, which is none, where it is built into the weights that the scheduler is for."""
+        return 1.0 if self.scheduler == "lcm" else 7.5
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance_scale != 1.0
+
+    @property
+    def has_language_model(self) -> bool:
+        return self.embedding is None
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """How long a request took in all and by stage, and its picture: uint8 [H,W,3], foreground mask float32 [H,W]."""
+
+    seconds: float
+    stages: Mapping[str, float]
+    image: np.ndarray
+    foreground_mask: np.ndarray | None
+
+
+class Contender(Protocol):
+    """Answers requests, one at a time."""
+
+    def answer(self, request: Request) -> Answer: ...
+
+
+class Deployed:
+    """The runtime. Of the subjects that it enrolled it keeps the two that were asked for last."""
+
+    def __init__(self, settings: Settings) -> None:
+        from moma_rt.runtime import Runtime
+
+        self._settings = settings
+        self._runtime = Runtime.load(settings.bundle, settings.backend, settings.threads)
+        self._enrolled: Lru[tuple[str, int], Any] = Lru(2)
+
+    def answer(self, request: Request) -> Answer:
+        """A picture; the time includes enrolling where the subject is a new one."""
+        settings, start, seconds = self._settings, time.perf_counter(), dict[str, float]()
+
+        def enroll() -> Any:
+            made = self._runtime.enroll(request.photo, request.mask, request.name, seed=request.subject_seed)
+            seconds.update(made.seconds)
+            return made
+
+        subject = self._enrolled.get_or_make((request.name, request.subject_seed), enroll)
+        result = self._runtime.generate(
+            subject,
+            request.prompt,
+            strength=settings.strength,
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            seed=request.seed,
+            scheduler=settings.scheduler,
+            context_embedding=settings.embedding,
+        )
+        for stage, value in result.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + value
+        total = time.perf_counter() - start
+        seconds.pop(LOADING, None)
+        return Answer(total, seconds, np.asarray(result.images[0]), result.foreground_masks[0])
+
+
+def baseline(name: str, settings: Settings) -> Contender:
+    """One of `BASELINES`, of the weights that the bundle was made of."""
+    import torch
+
+    from benchmarks.original import Original, PlainDiffusion
+    from export.compare import same_checkpoint
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    bundle = Bundle.open(settings.bundle)
+    checkpoint = same_checkpoint(settings.weights, bundle, tuple(bundle.manifest.networks))
+    if name == "plain":
+        return PlainDiffusion(checkpoint, settings)
+    return Original(checkpoint, settings, compiled=name == "compiled")
+
+
+CONTENDERS: Mapping[str, Callable[[Settings], Contender]] = MappingProxyType(
+    {RUNTIME: Deployed} | {name: partial(baseline, name) for name in BASELINES}
+)
+
+
+class ContenderProcess:
+    """A contender in a process that ends with this one.
+
+    Raises:
+        MomaError: from every method, what the contender raised, or that its process was killed.
+    """
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name = name
+        self._device_gb_before = device_gb_used()
+        context = get_context("spawn")
+        self._pipe, far = context.Pipe()
+        self._process = context.Process(target=serve, args=(name, settings, far), daemon=True)
+        self._process.start()
+        # Else its end, should the process die, would stay open here.
+        far.close()
+        self._receive()
+
+    def answer(self, request: Request) -> Answer:
+        """Have a request answered."""
+        self._pipe.send(request)
+        answer: Answer = self._receive()
+        return answer
+
+    def device_gb(self) -> float | None:
+        """Device memory in GB that was taken since before the process began, so only while no other one takes any.
+
+        It includes what PyTorch and the driver keep for themselves. None without an NVIDIA GPU.
+        """
+        used = device_gb_used()
+        return None if used is None or self._device_gb_before is None else used - self._device_gb_before
+
+    def end(self) -> float:
+        """End the process; the peak of its memory in GB."""
+        self._pipe.send(None)
+        peak: float = self._receive()
+        self._process.join()
+        return peak
+
+    def _receive(self) -> Any:
+        try:
+            ok, value = self._pipe.recv()
+        except EOFError:
+            raise MomaError(f"{self.name}: its process was killed; there may be too little memory for it") from None
+        if not ok:
+            raise MomaError(f"{self.name}: {value}")
+        return value
+
+
+def serve(name: str, settings: Settings, pipe: Connection) -> None:
+    """A contender's process: says that it is ready, answers until there is no further request, tells its memory."""
+    # OpenMP's threads, those of PyTorch, would spin while they wait: they take the cores from whoever's turn it is, and
+    # where something else runs they make a baseline several times slower than it is. ONNX Runtime's stop as well.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        contender = CONTENDERS[name](settings)
+        pipe.send((True, None))
+        while (request := pipe.recv()) is not None:
+            pipe.send((True, contender.answer(request)))
+        pipe.send((True, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9))
+    except MomaError as error:
+        pipe.send((False, str(error)))
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send((False, f"{type(error).__name__}: {error}"))
+
+
+def device_gb_used() -> float | None:
+    """Memory in use on the first NVIDIA GPU, by whichever process, in GB; None where there is none."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    lines = done.stdout.split()
+    return int(lines[0]) * 2**20 / 1e9 if done.returncode == 0 and lines and lines[0].isdecimal() else None

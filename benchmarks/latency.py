@@ -1,0 +1,292 @@
+"""How long a picture takes, against what a user of MoMA runs today: `python -m benchmarks.latency --bundle DIR`.
+
+Requests of the runtime:
+
+    cold                  photo, mask and prompt, all new: enroll and generate; the networks were loaded before
+    warm                  an enrolled subject and a new prompt
+    warm_cached_prompt    an enrolled subject and a prompt that was asked for before, with another seed
+
+Baselines make the same picture as the warm request, of the same weights and noises, in PyTorch (float32 on a CPU,
+bfloat16 on a GPU):
+
+    eager       the original's algorithm, which computes everything anew for every picture
+    compiled    the same, with the UNet of the steps and the decoder compiled (max-autotune)
+    plain       Stable Diffusion alone, without a photo
+
+All contenders are loaded at once, in a process each, and take turns request by request, so that what else the machine
+does falls on all of them alike. Where that is too much memory, name fewer baselines. A bundle of random weights is
+compared as it is; for others the options that it was built with say where the weights are, as for export.compare.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contenders import (
+    BASELINES,
+    RUNTIME,
+    Answer,
+    ContenderProcess,
+    Request,
+    Settings,
+    device_gb_used,
+)
+from benchmarks.environment import environment, percentiles, write_results
+from engines.targets import listed
+from export.build import add_checkpoint_options
+from moma_rt import backends
+from moma_rt.bundle import Bundle
+from moma_rt.errors import InputError, MomaError, print_output, run_command
+from moma_rt.schedules import schedule
+from moma_rt.selection import choose, local_host
+from moma_rt.specs import Precision
+
+PROGRAM = "benchmarks.latency"
+KINDS = ("cold", "warm", "warm_cached_prompt")
+# Those that the baselines have as well.
+SCHEDULERS = ("ddim", "lcm")
+# Below it the baseline is not the same algorithm, and no comparison means anything.
+LEAST_AGREEMENT_DB = 30.0
+
+_ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_SUBJECT = "coffee cup"
+# More than the runtime keeps the texts of.
+_COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "grey", "pink")
+_MATERIALS = ("glass", "paper", "metal", "wooden", "plastic", "stone", "clay", "tin", "bone")
+# On a GPU the first request records or compiles, and PyTorch records a function when it runs for the second time.
+_WARM_UPS, _WARM_UPS_ON_GPU = 1, 3
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR")
+    p.add_argument("--backend", default=backends.AUTO, metavar="NAME", help="of the runtime (default: auto)")
+    p.add_argument("--steps", type=int, default=50, help="of denoising (default: 50)")
+    p.add_argument("--repeats", type=int, default=5, help="samples of each, after the warm-up (default: 5)")
+    p.add_argument(
+        "--baselines",
+        default=",".join(BASELINES),
+        metavar="NAMES",
+        help=f"separated by commas, or none (default: {','.join(BASELINES)})",
+    )
+    p.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="lcm goes without guidance (default: ddim)")
+    p.add_argument(
+        "--threads", type=int, metavar="N", help="of the CPU, on both sides (default: what libraries choose)"
+    )
+    p.add_argument(
+        "--context-embedding",
+        choices=("random",),
+        help="instead of the language model, on both sides; so it is where the bundle has none",
+    )
+    p.add_argument("--out", default="latency", metavar="NAME", help="of the JSON in benchmarks/results")
+    add_checkpoint_options(p, base_required=False)
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(given)
+    return run_command(PROGRAM, lambda: _measure(options, given))
+
+
+def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
+    if options.repeats < 1:
+        raise InputError(f"--repeats {options.repeats}: at least 1 is needed")
+    names = () if options.baselines == "none" else listed("--baselines", "baseline", options.baselines, BASELINES)
+    schedule(options.scheduler, options.steps, 1.0)
+    backends.check(options.backend, options.threads)
+    bundle = Bundle.open(options.bundle)
+    backend = choose(options.backend, bundle.manifest, local_host).backend
+    has_language_model = options.context_embedding is None and bundle.has("vision_encoder", "language_model")
+    settings = Settings(
+        bundle=options.bundle,
+        backend=backend,
+        steps=options.steps,
+        scheduler=options.scheduler,
+        embedding=None if has_language_model else random_embedding(bundle.manifest.geometry.embedding_width),
+        weights=options,
+        threads=options.threads,
+    )
+    precision = bundle.network("denoiser").precision
+    samples = measure(settings, names, options.repeats)
+    # Other schedulers draw noise of their own at every step.
+    found = agreement(samples) if options.scheduler == "ddim" and "eager" in names else None
+    _check_agreement(found, precision)
+    results = {
+        "environment": environment(_repeatable(given)),
+        "bundle": {
+            "base": bundle.manifest.base,
+            "precision": precision.value,
+            "image_size": bundle.manifest.geometry.image_size,
+        },
+        "settings": {
+            "steps": settings.steps,
+            "scheduler": settings.scheduler,
+            "guidance_scale": settings.guidance_scale,
+            "repeats": options.repeats,
+            "threads": settings.threads,
+            "language_model": settings.has_language_model,
+        },
+        "backend": backend,
+        **summary(samples),
+        "agreement": found,
+    }
+    path = write_results(options.out, results)
+    print_output(f"{table(results)}\n{path}")
+    return 0
+
+
+@dataclass
+class Samples:
+    """What one contender was measured at: answers by kind of request, and memory in GB."""
+
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
+    peak_gb: float = 0.0
+    device_gb: float | None = None
+
+
+def measure(settings: Settings, baselines: Sequence[str], repeats: int) -> dict[str, Samples]:
+    """Answers of the runtime and of the baselines, in turns; those of one turn are for the same requests."""
+    warm_ups = _WARM_UPS if device_gb_used() is None else _WARM_UPS_ON_GPU
+    contenders: dict[str, ContenderProcess] = {}
+    samples: dict[str, Samples] = {}
+    for name in (RUNTIME, *baselines):
+        contenders[name] = ContenderProcess(name, settings)
+        for turn in range(warm_ups):
+            take_turn(contenders[name], turn)
+        samples[name] = Samples(device_gb=contenders[name].device_gb())
+    for turn in range(warm_ups, warm_ups + repeats):
+        for name, contender in contenders.items():
+            for kind, answer in take_turn(contender, turn).items():
+                samples[name].answers.setdefault(kind, []).append(answer)
+    for name, contender in contenders.items():
+        samples[name].peak_gb = contender.end()
+    return samples
+
+
+def take_turn(contender: ContenderProcess, turn: int) -> dict[str, Answer]:
+    """One answer to each kind of request: to a baseline all are the same, so it has the warm one alone."""
+    kinds = KINDS if contender.name == RUNTIME else ("warm",)
+    made = requests(turn)
+    return {kind: contender.answer(made[kind]) for kind in kinds}
+
+
+def requests(turn: int) -> dict[str, Request]:
+    """A request of each kind, in an order in which it is what it is named. Other turns have other texts and seeds."""
+    photo, mask = _ASSETS / "coffee.jpg", _ASSETS / "coffee_mask.png"
+    colour, material = _COLOURS[turn % len(_COLOURS)], _MATERIALS[turn // len(_COLOURS) % len(_MATERIALS)]
+    name, prompt = f"{colour} {material} cup", f"A {_SUBJECT} on a beach, picture number {turn}."
+    return {
+        "cold": Request(photo, mask, name, f"A {name} on a beach, picture number {turn}.", 1 + turn, 3 * turn),
+        "warm": Request(photo, mask, _SUBJECT, prompt, 0, 3 * turn + 1),
+        "warm_cached_prompt": Request(photo, mask, _SUBJECT, prompt, 0, 3 * turn + 2),
+    }
+
+
+def random_embedding(width: int) -> np.ndarray:
+    """Stands for the language model's reading of photo and prompt: float32 [width], the same on every call."""
+    return np.random.default_rng(0).standard_normal(width, dtype=np.float32)
+
+
+def summary(samples: Mapping[str, Samples]) -> dict[str, Any]:
+    """Times in milliseconds, memory in GB, and how many times as long as the runtime each baseline takes."""
+    ours = samples[RUNTIME]
+    baselines = {}
+    for name, theirs in samples.items():
+        if name != RUNTIME:
+            measured = times(theirs.answers["warm"])
+            speedup = {
+                kind: round(measured["total"]["p50"] / times(ours.answers[kind])["total"]["p50"], 2) for kind in KINDS
+            }
+            baselines[name] = {**_memory(theirs), "request": measured, "runtime_is_faster": speedup}
+    runtime = {**_memory(ours), "requests": {kind: times(ours.answers[kind]) for kind in KINDS}}
+    return {"runtime": runtime, "baselines": baselines}
+
+
+def times(answers: Sequence[Answer]) -> dict[str, Any]:
+    """p20, p50 and p80 in milliseconds, in all and by stage; a stage that an answer did not need took it none."""
+    stages = dict.fromkeys(stage for answer in answers for stage in answer.stages)
+    return {
+        "total": _milliseconds([answer.seconds for answer in answers]),
+        "stages": {stage: _milliseconds([answer.stages.get(stage, 0.0) for answer in answers]) for stage in stages},
+    }
+
+
+def agreement(samples: Mapping[str, Samples]) -> dict[str, float]:
+    """The worst of all pairs of runtime and eager: PSNR of the pictures, mean difference of the foreground masks."""
+    pairs = list(zip(samples[RUNTIME].answers["warm"], samples["eager"].answers["warm"], strict=True))
+    return {
+        "psnr_db": round(min(psnr(ours.image, eager.image) for ours, eager in pairs), 1),
+        "foreground_difference": round(
+            max(float(np.abs(ours.foreground_mask - eager.foreground_mask).mean()) for ours, eager in pairs), 6
+        ),
+    }
+
+
+def psnr(found: np.ndarray, expected: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 pictures, 100 at most."""
+    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
+    return 100.0 if error == 0 else min(100.0, 10 * float(np.log10(255.0**2 / error)))
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results for a person."""
+    runtime = results["runtime"]
+    rows = [(f"{RUNTIME} {kind}", measured, runtime, None) for kind, measured in runtime["requests"].items()]
+    for name, found in results["baselines"].items():
+        rows.append((name, found["request"], found, found["runtime_is_faster"]))
+    lines = [f"{'ms':<28}{'p20':>10}{'p50':>10}{'p80':>10}   peak GB   times as long as cold, warm, cached"]
+    for name, measured, memory, faster in rows:
+        numbers = "".join(f"{measured['total'][p]:10.1f}" for p in ("p20", "p50", "p80"))
+        ratios = "" if faster is None else "   " + ", ".join(f"{faster[kind]:.2f}" for kind in KINDS)
+        lines.append(f"{name:<28}{numbers}{memory['peak_gb']:10.2f}{ratios}")
+    if results["agreement"] is not None:
+        lines.append(f"the runtime's pictures against eager's: {results['agreement']['psnr_db']} dB PSNR or more")
+    return "\n".join(lines)
+
+
+def _memory(samples: Samples) -> dict[str, float]:
+    device = {} if samples.device_gb is None else {"device_gb": round(samples.device_gb, 2)}
+    return {"peak_gb": round(samples.peak_gb, 2), **device}
+
+
+def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in percentiles([1000.0 * s for s in seconds]).items()}
+
+
+def _check_agreement(found: Mapping[str, float] | None, precision: Precision) -> None:
+    """Random weights are chaotic in lower precisions, so there the number is only reported.
+
+    Raises:
+        MomaError: in fp32 the baseline makes other pictures than the runtime.
+    """
+    if found is not None and precision is Precision.FP32 and found["psnr_db"] < LEAST_AGREEMENT_DB:
+        raise MomaError(
+            f"the runtime's pictures are {found['psnr_db']} dB from those of the eager baseline, less than "
+            f"{LEAST_AGREEMENT_DB:g} dB: they are not the same algorithm, and their times are not written"
+        )
+
+
+def _repeatable(given: Sequence[str]) -> str:
+    """The command without this machine's path of the bundle."""
+    shown = list(given)
+    for index, argument in enumerate(given):
+        if argument == "--bundle":
+            shown[index + 1] = "DIR"
+        elif argument.startswith("--bundle="):
+            shown[index] = "--bundle=DIR"
+    return shlex.join(["python", "-m", PROGRAM, *shown])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
