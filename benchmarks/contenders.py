@@ -212,6 +212,8 @@ def serve(name: str, settings: Settings, pipe: Connection) -> None:
         pipe.send((True, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9))
     except MomaError as error:
         pipe.send((False, str(error)))
+    except (EOFError, BrokenPipeError):
+        return  # whoever asked is gone
     except Exception as error:
         traceback.print_exc()
         pipe.send((False, f"{type(error).__name__}: {error}"))

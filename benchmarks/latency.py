@@ -128,6 +128,7 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
             "base": bundle.manifest.base,
             "precision": precision.value,
             "image_size": bundle.manifest.geometry.image_size,
+            "sources": {source.role: source.name for source in bundle.manifest.sources},
         },
         "settings": {
             "steps": settings.steps,

@@ -1,0 +1,186 @@
+"""The README's tables and plots, of the JSON in benchmarks/results and nothing else: `python -m benchmarks.report`.
+
+A table stands between `<!-- report:NAME -->` and `<!-- /report -->`, with NAME one of `BLOCKS`; what was there is
+replaced. A plot lies beside its JSON, as SVG. `--check` writes nothing and fails where something is not up to date.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from benchmarks.plot import Bar, stacked_bars
+from moma_rt.errors import InputError, MomaError, print_output, run_command
+from moma_rt.files import atomic_write
+
+PROGRAM = "benchmarks.report"
+RESULTS = Path(__file__).resolve().parent / "results"
+README = RESULTS.parents[1] / "README.md"
+
+Results = Mapping[str, Any]
+
+_BLOCK = re.compile(r"(<!-- report:(\S+) -->\n)(.*?)(<!-- /report -->)", re.DOTALL)
+# The runtime's requests and the baselines of benchmarks.latency, in the order of the rows.
+_REQUESTS: Mapping[str, str] = MappingProxyType(
+    {
+        "warm": "moma-rt: enrolled subject, new prompt",
+        "warm_cached_prompt": "moma-rt: enrolled subject, prompt seen before",
+        "cold": "moma-rt: new photo, new prompt",
+    }
+)
+_BASELINES: Mapping[str, str] = MappingProxyType(
+    {
+        "eager": "the original's algorithm, PyTorch eager",
+        "compiled": "the same, `torch.compile` max-autotune",
+        "plain": "Stable Diffusion without MoMA, PyTorch eager",
+    }
+)
+_STAGES = (
+    *("images", "vision_encoder", "language_model", "context_projector", "text_encoder"),
+    *("vae_encoder", "subject_encoder", "denoiser", "vae_decoder"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.splitlines()[0])
+    p.add_argument("--check", action="store_true", help="write nothing; fail where README or plots are not up to date")
+    p.add_argument("--readme", type=Path, default=README, metavar="FILE", help="default: the repository's")
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    options = p.parse_args(arguments)
+    return run_command(PROGRAM, lambda: _report(options))
+
+
+def _report(options: argparse.Namespace) -> int:
+    wanted = rendered(options.readme, options.results)
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if options.check and stale:
+        names = ", ".join(path.name for path in stale)
+        raise MomaError(f"not what {options.results} says: {names}; run python -m {PROGRAM}")
+    for path in stale:
+        with atomic_write(path) as temporary:
+            temporary.write_text(wanted[path], encoding="utf-8")
+        print_output(str(path))
+    return 0
+
+
+def rendered(readme: Path, results: Path) -> dict[Path, str]:
+    """Every file that the results decide, as it should be: the README and the plots.
+
+    Raises:
+        InputError: a file that cannot be read or lacks something, or a block that is not in `BLOCKS`.
+    """
+    plots: dict[Path, str] = {}
+
+    def fill(match: re.Match[str]) -> str:
+        begin, name, _, end = match.groups()
+        if name not in BLOCKS:
+            raise InputError(f"{readme} has a block report:{name}; there are: {', '.join(BLOCKS)}")
+        text, made = BLOCKS[name](results, readme.parent)
+        plots.update(made)
+        return f"{begin}{text}{end}"
+
+    return {readme: _BLOCK.sub(fill, _read(readme))} | plots
+
+
+def latency(results: Path, root: Path) -> tuple[str, dict[Path, str]]:
+    """A paragraph, a table and a plot of each latency_*.json, and the plots."""
+    parts, plots = [], {}
+    for path in sorted(results.glob("latency_*.json")):
+        try:
+            measured = json.loads(_read(path))
+            plot = path.with_suffix(".svg")
+            parts += [latency_heading(measured, path.name), latency_table(measured)]
+            parts.append(f"![where the time goes: {path.stem}]({_relative(plot, root)})")
+            plots[plot] = latency_plot(measured)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{path} is no result of benchmarks.latency: {type(error).__name__}: {error}") from None
+    return "".join(f"{part}\n\n" for part in parts).removesuffix("\n"), plots
+
+
+BLOCKS: Mapping[str, Callable[[Path, Path], tuple[str, dict[Path, str]]]] = MappingProxyType({"latency": latency})
+
+
+def latency_heading(measured: Results, file: str) -> str:
+    """What was measured, and on what."""
+    bundle, settings, where = measured["bundle"], measured["settings"], measured["environment"]
+    gpu = where.get("gpu")
+    machine = gpu["name"] if gpu else f"{where['cores']} cores of an {where['cpu']}, no GPU"
+    size, steps = bundle["image_size"], settings["steps"]
+    language = "" if settings["language_model"] else ", a given embedding in place of the language model on both sides"
+    guidance = f"guidance {settings['guidance_scale']:g}" if settings["guidance_scale"] != 1 else "no guidance"
+    is_random = all(name.startswith("random weights") for name in bundle["sources"].values())
+    weights = " with random weights" if is_random else ""
+    agreement = measured["agreement"]
+    agrees = f"; its pictures are eager's within {agreement['psnr_db']:g} dB PSNR" if agreement else ""
+    return (
+        f"`{bundle['base']}`{weights}, {bundle['precision']}, {size}x{size}, "
+        f"{steps} {_plural('step', steps)} of {settings['scheduler']}, {guidance}{language}. "
+        f"On **{machine}**, backend `{measured['backend']}`{agrees} (`benchmarks/results/{file}`):"
+    )
+
+
+def latency_table(measured: Results) -> str:
+    """A row a request; the last but one column is p50 as a multiple of the warm request's."""
+    runtime, repeats = measured["runtime"], measured["settings"]["repeats"]
+    warm = runtime["requests"]["warm"]["total"]["p50"]
+    lines = [
+        f"| one picture, of {repeats} | p20 | p50 | p80 | takes | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, times, memory in _rows(measured):
+        total = times["total"]
+        numbers = " | ".join(_duration(total[p]) for p in ("p20", "p50", "p80"))
+        lines.append(f"| {title} | {numbers} | {total['p50'] / warm:.2f}x | {_memory(memory)} |")
+    return "\n".join(lines)
+
+
+def latency_plot(measured: Results) -> str:
+    """Stacked bars of the stages' p50, in seconds."""
+    bars = []
+    for title, times, _ in _rows(measured):
+        parts = {stage: times["stages"].get(stage, {"p50": 0.0})["p50"] / 1000 for stage in _STAGES}
+        parts["other"] = max(0.0, times["total"]["p50"] / 1000 - sum(parts.values()))
+        bars.append(Bar(title.replace("`", ""), parts))
+    return stacked_bars(bars, "seconds")
+
+
+def _rows(measured: Results) -> list[tuple[str, Results, Results]]:
+    """Title, times, and what holds the memory, of every request."""
+    runtime, baselines = measured["runtime"], measured["baselines"]
+    rows = [(title, runtime["requests"][kind], runtime) for kind, title in _REQUESTS.items()]
+    return rows + [
+        (t, baselines[name]["request"], baselines[name]) for name, t in _BASELINES.items() if name in baselines
+    ]
+
+
+def _duration(milliseconds: float) -> str:
+    return f"{milliseconds / 1000:.2f} s" if milliseconds >= 10_000 else f"{milliseconds:.0f} ms"
+
+
+def _memory(memory: Results) -> str:
+    device = f", device {memory['device_gb']:.1f} GB" if "device_gb" in memory else ""
+    return f"{memory['peak_gb']:.1f} GB{device}"
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.resolve().relative_to(root.resolve()).as_posix()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
