@@ -25,6 +25,7 @@ from moma_rt.bundle import Bundle
 from moma_rt.errors import MomaError
 from moma_rt.lru import Lru
 from moma_rt.stages import LOADING
+from moma_rt.subject import Subject
 
 RUNTIME = "moma-rt"
 BASELINES = ("eager", "compiled", "plain")
@@ -48,6 +49,7 @@ class Settings:
 
     Attributes:
         backend: of the runtime.
+        subject: file of the subject that all requests are of; None where the runtime enrolls them.
         threads: of the CPU, on both sides; None leaves the choice to the libraries.
         embedding: float32 [1024] in place of the language model's; None where the language model runs.
         weights: the options that say what the bundle was made of, as `export.compare` has them.
@@ -59,6 +61,7 @@ class Settings:
     scheduler: str
     embedding: np.ndarray | None
     weights: argparse.Namespace
+    subject: Path | None = None
     threads: int | None = None
     strength: float = 1.0
 
@@ -107,6 +110,8 @@ class Deployed:
         settings, start, seconds = self._settings, time.perf_counter(), dict[str, float]()
 
         def enroll() -> Any:
+            if settings.subject is not None:
+                return Subject.load(settings.subject)
             made = self._runtime.enroll(request.photo, request.mask, request.name, seed=request.subject_seed)
             seconds.update(made.seconds)
             return made

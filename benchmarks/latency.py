@@ -14,15 +14,18 @@ bfloat16 on a GPU):
     plain       Stable Diffusion alone, without a photo
 
 All contenders are loaded at once, in a process each, and take turns request by request, so that what else the machine
-does falls on all of them alike. Where that is too much memory, name fewer baselines. A bundle of random weights is
-compared as it is; for others the options that it was built with say where the weights are, as for export.compare.
+does falls on all of them alike. Where that is too much memory, name fewer baselines, or leave the cold request out:
+then the subject is enrolled by a process that ends, and the networks for it are not held. A bundle of random weights
+is compared as it is; for others the options that it was built with say where the weights are, as for export.compare.
 """
 
 import argparse
+import dataclasses
 import shlex
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help=f"separated by commas, or none (default: {','.join(BASELINES)})",
     )
+    p.add_argument(
+        "--requests",
+        default=",".join(KINDS),
+        metavar="KINDS",
+        help=f"separated by commas; warm is always among them (default: {','.join(KINDS)})",
+    )
     p.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="lcm goes without guidance (default: ddim)")
     p.add_argument(
         "--threads", type=int, metavar="N", help="of the CPU, on both sides (default: what libraries choose)"
@@ -103,6 +112,8 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
     if options.repeats < 1:
         raise InputError(f"--repeats {options.repeats}: at least 1 is needed")
     names = () if options.baselines == "none" else listed("--baselines", "baseline", options.baselines, BASELINES)
+    asked = listed("--requests", "request", options.requests, KINDS)
+    kinds = tuple(kind for kind in KINDS if kind in asked or kind == "warm")
     schedule(options.scheduler, options.steps, 1.0)
     backends.check(options.backend, options.threads)
     bundle = Bundle.open(options.bundle)
@@ -118,7 +129,10 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
         threads=options.threads,
     )
     precision = bundle.network("denoiser").precision
-    samples = measure(settings, names, options.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        if "cold" not in kinds:
+            settings = dataclasses.replace(settings, subject=enrolled(settings, Path(folder) / "cup.subject"))
+        samples = measure(settings, kinds, names, options.repeats)
     # Other schedulers draw noise of their own at every step.
     found = agreement(samples) if options.scheduler == "ddim" and "eager" in names else None
     _check_agreement(found, precision)
@@ -147,37 +161,51 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
     return 0
 
 
-@dataclass
+@dataclasses.dataclass
 class Samples:
     """What one contender was measured at: answers by kind of request, and memory in GB."""
 
-    answers: dict[str, list[Answer]] = field(default_factory=dict)
+    answers: dict[str, list[Answer]] = dataclasses.field(default_factory=dict)
     peak_gb: float = 0.0
     device_gb: float | None = None
 
 
-def measure(settings: Settings, baselines: Sequence[str], repeats: int) -> dict[str, Samples]:
-    """Answers of the runtime and of the baselines, in turns; those of one turn are for the same requests."""
+def enrolled(settings: Settings, out: Path) -> Path:
+    """Enroll the subject of the warm requests into a file, in a process that gives its memory back."""
+    request = requests(0)["warm"]
+    command = [sys.executable, "-m", "moma_rt", "enroll", settings.bundle, request.photo, request.mask, "--quiet"]
+    command += ["--name", request.name, "--seed", request.subject_seed, "--backend", settings.backend, "--out", out]
+    done = subprocess.run([str(part) for part in command], check=False)
+    if done.returncode:
+        raise MomaError(f"moma-rt enroll ended with {done.returncode}")
+    return out
+
+
+def measure(settings: Settings, kinds: Sequence[str], baselines: Sequence[str], repeats: int) -> dict[str, Samples]:
+    """Answers of the runtime to each kind of request, and of the baselines, in turns; a turn has one set of requests.
+
+    To a baseline all kinds are the same, so it has the warm request alone.
+    """
+    asked = {RUNTIME: kinds} | dict.fromkeys(baselines, ("warm",))
     warm_ups = _WARM_UPS if device_gb_used() is None else _WARM_UPS_ON_GPU
     contenders: dict[str, ContenderProcess] = {}
     samples: dict[str, Samples] = {}
     for name in (RUNTIME, *baselines):
         contenders[name] = ContenderProcess(name, settings)
         for turn in range(warm_ups):
-            take_turn(contenders[name], turn)
+            take_turn(contenders[name], turn, asked[name])
         samples[name] = Samples(device_gb=contenders[name].device_gb())
     for turn in range(warm_ups, warm_ups + repeats):
         for name, contender in contenders.items():
-            for kind, answer in take_turn(contender, turn).items():
+            for kind, answer in take_turn(contender, turn, asked[name]).items():
                 samples[name].answers.setdefault(kind, []).append(answer)
     for name, contender in contenders.items():
         samples[name].peak_gb = contender.end()
     return samples
 
 
-def take_turn(contender: ContenderProcess, turn: int) -> dict[str, Answer]:
-    """One answer to each kind of request: to a baseline all are the same, so it has the warm one alone."""
-    kinds = KINDS if contender.name == RUNTIME else ("warm",)
+def take_turn(contender: ContenderProcess, turn: int, kinds: Sequence[str]) -> dict[str, Answer]:
+    """An answer to each of some kinds of request."""
     made = requests(turn)
     return {kind: contender.answer(made[kind]) for kind in kinds}
 
@@ -207,10 +235,11 @@ def summary(samples: Mapping[str, Samples]) -> dict[str, Any]:
         if name != RUNTIME:
             measured = times(theirs.answers["warm"])
             speedup = {
-                kind: round(measured["total"]["p50"] / times(ours.answers[kind])["total"]["p50"], 2) for kind in KINDS
+                kind: round(measured["total"]["p50"] / times(answers)["total"]["p50"], 2)
+                for kind, answers in ours.answers.items()
             }
             baselines[name] = {**_memory(theirs), "request": measured, "runtime_is_faster": speedup}
-    runtime = {**_memory(ours), "requests": {kind: times(ours.answers[kind]) for kind in KINDS}}
+    runtime = {**_memory(ours), "requests": {kind: times(answers) for kind, answers in ours.answers.items()}}
     return {"runtime": runtime, "baselines": baselines}
 
 
@@ -246,10 +275,12 @@ def table(results: Mapping[str, Any]) -> str:
     rows = [(f"{RUNTIME} {kind}", measured, runtime, None) for kind, measured in runtime["requests"].items()]
     for name, found in results["baselines"].items():
         rows.append((name, found["request"], found, found["runtime_is_faster"]))
-    lines = [f"{'ms':<28}{'p20':>10}{'p50':>10}{'p80':>10}   peak GB   times as long as cold, warm, cached"]
+    lines = [
+        f"{'ms':<28}{'p20':>10}{'p50':>10}{'p80':>10}   peak GB   times as long as {', '.join(runtime['requests'])}"
+    ]
     for name, measured, memory, faster in rows:
         numbers = "".join(f"{measured['total'][p]:10.1f}" for p in ("p20", "p50", "p80"))
-        ratios = "" if faster is None else "   " + ", ".join(f"{faster[kind]:.2f}" for kind in KINDS)
+        ratios = "" if faster is None else "   " + ", ".join(f"{ratio:.2f}" for ratio in faster.values())
         lines.append(f"{name:<28}{numbers}{memory['peak_gb']:10.2f}{ratios}")
     if results["agreement"] is not None:
         lines.append(f"the runtime's pictures against eager's: {results['agreement']['psnr_db']} dB PSNR or more")

@@ -109,7 +109,7 @@ def latency_heading(measured: Results, file: str) -> str:
     """What was measured, and on what."""
     bundle, settings, where = measured["bundle"], measured["settings"], measured["environment"]
     gpu = where.get("gpu")
-    machine = gpu["name"] if gpu else f"{where['cores']} cores of an {where['cpu']}, no GPU"
+    machine = gpu["name"] if gpu else f"{where['cpu']}, {where['cores']} cores, no GPU"
     size, steps = bundle["image_size"], settings["steps"]
     language = "" if settings["language_model"] else ", a given embedding in place of the language model on both sides"
     guidance = f"guidance {settings['guidance_scale']:g}" if settings["guidance_scale"] != 1 else "no guidance"
@@ -152,7 +152,8 @@ def latency_plot(measured: Results) -> str:
 def _rows(measured: Results) -> list[tuple[str, Results, Results]]:
     """Title, times, and what holds the memory, of every request."""
     runtime, baselines = measured["runtime"], measured["baselines"]
-    rows = [(title, runtime["requests"][kind], runtime) for kind, title in _REQUESTS.items()]
+    requests = runtime["requests"]
+    rows = [(title, requests[kind], runtime) for kind, title in _REQUESTS.items() if kind in requests]
     return rows + [
         (t, baselines[name]["request"], baselines[name]) for name, t in _BASELINES.items() if name in baselines
     ]

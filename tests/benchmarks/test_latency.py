@@ -1,0 +1,172 @@
+"""The latency benchmark: what it asks for and sums up, and one small run of it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import contenders, latency
+from benchmarks.contenders import RUNTIME, Answer, ContenderProcess, Settings
+from benchmarks.latency import KINDS, Samples, agreement, main, psnr, requests, summary, table, times
+from benchmarks.report import latency_table
+from moma_rt.errors import MomaError
+
+
+def answer(seconds: float, grey: int = 100, **stages: float) -> Answer:
+    return Answer(seconds, stages, np.full((4, 4, 3), grey, np.uint8), np.zeros((4, 4), np.float32))
+
+
+def settings(bundle, **others) -> Settings:
+    options = latency.parser().parse_args(["--bundle", str(bundle)])
+    return Settings(bundle, "onnxruntime", 1, "ddim", None, options, **others)
+
+
+def test_each_request_is_what_it_is_named():
+    turns = [requests(turn) for turn in range(81)]
+    assert all(list(turn) == list(KINDS) for turn in turns)
+    warm, cached, cold = ([turn[kind] for turn in turns] for kind in ("warm", "warm_cached_prompt", "cold"))
+    assert len({(r.name, r.subject_seed) for r in warm + cached}) == 1
+    assert [r.prompt for r in cached] == [r.prompt for r in warm]
+    assert len({r.prompt for r in warm}) == len({r.name for r in cold}) == len({r.prompt for r in cold}) == 81
+    assert len({r.seed for turn in turns for r in turn.values()}) == 3 * 81
+
+
+def test_times_are_milliseconds_and_count_a_skipped_stage_as_nothing():
+    measured = times([answer(1.0, denoiser=0.5), answer(2.0, denoiser=0.7, text_encoder=0.2), answer(3.0)])
+    assert measured["total"] == {"p20": 1400.0, "p50": 2000.0, "p80": 2600.0}
+    assert measured["stages"]["denoiser"]["p50"] == 500.0
+    assert measured["stages"]["text_encoder"]["p50"] == 0.0
+
+
+@pytest.fixture
+def samples() -> dict[str, Samples]:
+    ours = {"cold": [answer(2.0)], "warm": [answer(1.0, denoiser=0.9)], "warm_cached_prompt": [answer(0.8)]}
+    return {
+        RUNTIME: Samples(ours, 1.234, 3.0),
+        "eager": Samples({"warm": [answer(1.5, 101, denoiser=1.0)]}, 2.0, None),
+    }
+
+
+def test_the_summary_compares_with_each_kind_of_request(samples):
+    found = summary(samples)
+    assert found["baselines"]["eager"]["runtime_is_faster"] == {
+        "cold": 0.75,
+        "warm": 1.5,
+        "warm_cached_prompt": 1.88,
+    }
+    assert found["runtime"]["peak_gb"] == 1.23
+    assert found["runtime"]["device_gb"] == 3.0
+    assert "device_gb" not in found["baselines"]["eager"]
+    shown = table({**found, "agreement": agreement(samples)})
+    assert "1000.0" in shown
+    assert "1500.0" in shown
+    assert "0.75, 1.50, 1.88" in shown
+    assert "48.1 dB" in shown
+
+
+def test_psnr():
+    grey = np.full((2, 2, 3), 100, np.uint8)
+    assert psnr(grey, grey) == 100.0
+    assert psnr(grey, grey + 1) == pytest.approx(48.13, abs=0.01)
+    assert psnr(grey, grey - 100) == pytest.approx(8.13, abs=0.01)
+
+
+def test_agreement_is_that_of_the_worst_pair():
+    ours, eager = ({"warm": [answer(1.0, 100), answer(1.0, grey)]} for grey in (100, 110))
+    eager["warm"][0].foreground_mask[0, 0] = 0.8
+    found = agreement({RUNTIME: Samples(ours), "eager": Samples(eager)})
+    assert found == {"psnr_db": 28.1, "foreground_difference": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--repeats", "0"], "--repeats 0"),
+        (["--steps", "0"], "steps must be 1 to 999"),
+        (["--scheduler", "lcm", "--steps", "51"], "1 to 50"),
+        (["--baselines", "eager,fast"], "fast"),
+        (["--backend", "cuda"], "no backend 'cuda'"),
+        (["--threads", "0"], "threads is 0"),
+        ([], "not-there"),
+    ],
+)
+def test_a_mistake_is_one_line(options, said, tmp_path, capsys):
+    assert main(["--bundle", str(tmp_path / "not-there"), *options]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_the_runtime_is_measured_without_pytorch(repository):
+    # What a contender's process imports before it knows which contender it is.
+    code = "import sys, benchmarks.latency, benchmarks.contenders; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=repository, check=False).returncode == 0
+
+
+def test_what_a_contender_cannot_do_is_said(tmp_path):
+    with pytest.raises(MomaError, match=r"moma-rt: .*is not there"):
+        ContenderProcess(RUNTIME, settings(tmp_path / "is not there"))
+
+
+def test_a_contender_that_is_killed_is_said(tiny_bundle):
+    contender = ContenderProcess(RUNTIME, settings(tiny_bundle))
+    contender._process.kill()
+    contender._process.join()
+    with pytest.raises(MomaError, match="process was killed"):
+        contender._receive()
+
+
+def test_device_memory_is_what_the_driver_says(tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho 2048\necho 4096\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert contenders.device_gb_used() == pytest.approx(2.147, abs=0.001)
+    command.write_text("#!/bin/sh\necho '[N/A]'\n")
+    assert contenders.device_gb_used() is None
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert contenders.device_gb_used() is None
+
+
+def test_pictures_that_disagree_are_no_measurement(tiny_bundle, monkeypatch, capsys):
+    ours, eager = ({kind: [answer(1.0, grey)] for kind in KINDS} for grey in (0, 200))
+    monkeypatch.setattr(latency, "measure", lambda *_: {RUNTIME: Samples(ours), "eager": Samples(eager)})
+    written = []
+    monkeypatch.setattr(latency, "write_results", lambda *arguments: written.append(arguments))
+    assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime"]) == 2
+    assert "not the same algorithm" in capsys.readouterr().err
+    assert written == []
+    # Without guidance built in, other schedulers have noise of their own: there is nothing to compare.
+    assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime", "--scheduler", "lcm", "--steps", "4"]) == 0
+    assert written[0][1]["agreement"] is None
+
+
+def test_a_small_run(tiny_bundle, tmp_path, monkeypatch, capsys):
+    def write(name, results):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(results))
+        return path
+
+    monkeypatch.setattr(latency, "write_results", write)
+    options = ["--steps", "1", "--repeats", "1", "--baselines", "eager,plain", "--threads", "2", "--out", "small"]
+    assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime", *options]) == 0
+    found = json.loads((tmp_path / "small.json").read_text())
+    assert str(tiny_bundle) not in found["environment"]["command"]
+    assert found["agreement"]["psnr_db"] > 60
+    assert found["settings"]["language_model"] is True
+    stages = {kind: set(found["runtime"]["requests"][kind]["stages"]) for kind in KINDS}
+    generated = {"denoiser", "vae_decoder"}
+    of_prompt = {"text_encoder", "language_model", "context_projector"}
+    assert stages["warm_cached_prompt"] == generated
+    assert stages["warm"] == generated | of_prompt
+    of_subject = {"vae_encoder", "subject_encoder", "vision_encoder"}
+    assert stages["cold"] == generated | of_prompt | of_subject
+    assert set(found["baselines"]["eager"]["request"]["stages"]) == stages["cold"] | {"images"}
+    assert set(found["baselines"]["plain"]["request"]["stages"]) == generated | {"text_encoder"}
+    for measured in (*found["runtime"]["requests"].values(), found["baselines"]["eager"]["request"]):
+        assert 0 < sum(stage["p50"] for stage in measured["stages"].values()) <= measured["total"]["p50"]
+    assert 0 < found["runtime"]["peak_gb"] < found["baselines"]["eager"]["peak_gb"]
+    assert latency_table(found).count("\n") == 6
+    assert "small.json" in capsys.readouterr().out

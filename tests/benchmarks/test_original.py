@@ -1,0 +1,140 @@
+"""The baselines: what is measured as the original is the original, and the plain one is diffusers' own pipeline."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.contenders import Request, Settings
+from benchmarks.latency import requests
+from benchmarks.original import Original, PlainDiffusion
+from export.checkpoints.load import CheckpointRequest, load_checkpoint
+from moma_rt.noise import Stream
+from moma_rt.runtime import Runtime
+
+
+def settings(bundle: Path, steps: int, scheduler: str = "ddim", strength: float = 1.0) -> Settings:
+    return Settings(bundle, "onnxruntime", steps, scheduler, None, argparse.Namespace(), strength=strength)
+
+
+def keep_latents(baseline: PlainDiffusion) -> list[np.ndarray]:
+    """The latents that the baseline decodes."""
+    kept, decode = [], baseline.decode
+
+    def decoding(latents, **options):
+        kept.append((latents * baseline.vae.config.scaling_factor).numpy())
+        return decode(latents, **options)
+
+    baseline.decode = decoding
+    return kept
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_checkpoint(CheckpointRequest("tiny"))
+
+
+@pytest.mark.parametrize("steps", [2, 20], ids=["always injected", "not injected at first"])
+def test_the_original_ends_in_the_runtimes_latents(steps, tiny, tiny_bundle):
+    request = requests(3)["cold"]
+    original = Original(tiny, settings(tiny_bundle, steps))
+    latents = keep_latents(original)
+    answer = original.answer(request)
+    runtime = Runtime.load(tiny_bundle, "onnxruntime", threads=2)
+    subject = runtime.enroll(request.photo, request.mask, request.name, seed=request.subject_seed)
+    result = runtime.generate(subject, request.prompt, steps=steps, seed=request.seed)
+    (buffers,) = runtime._sampler._buffers._values.values()
+    assert relative_error(buffers.state("latents"), latents[0]) < 1e-3
+    assert np.abs(result.foreground_masks[0] - answer.foreground_mask).mean() < 1e-3
+    assert np.abs(np.asarray(result.images[0], np.int16) - answer.image).max() <= 1
+
+
+class Recorded(Original):
+    """The original with the noises of a recorded run."""
+
+    trace: dict[str, np.ndarray]
+
+    def _noise(self, seed: int, stream: Stream) -> torch.Tensor:
+        names = {Stream.INITIAL_LATENTS: "init_latents", Stream.VAE: "vae_noise", Stream.REFERENCE: "ref_noise"}
+        return torch.from_numpy(self.trace[names[stream]])
+
+
+def test_the_original_makes_the_recorded_picture(goldens, hub, golden_bundle):
+    case = goldens / "context"
+    meta = json.loads((case / "meta.json").read_text())
+    checkpoint = load_checkpoint(
+        CheckpointRequest(
+            str(hub / "SG161222/Realistic_Vision_V4.0_noVAE"),
+            adapters=hub / "checkpoints/attn_adapters_projectors.th",
+            mllm=hub / "KunpengSong/MoMA_llava_7b",
+            vision=hub / "openai/clip-vit-large-patch14-336",
+            vae=hub / "stabilityai/sd-vae-ft-mse",
+        )
+    )
+    original = Recorded(checkpoint, settings(golden_bundle, meta["steps"], strength=meta["strength"]))
+    original.trace = dict(np.load(case / "trace.npz"))
+    latents = keep_latents(original)
+    answer = original.answer(Request(case / "image.png", case / "mask.png", meta["subject"], meta["prompt"], 0, 0))
+    assert relative_error(latents[0], original.trace["latents_after"][-1]) < 1e-3
+    expected_mask = original.trace["final_mask_64"][0, 0].repeat(8, 0).repeat(8, 1)
+    assert (np.abs(answer.foreground_mask - expected_mask) > 1e-3).mean() <= 1e-3
+    final = np.load(case / "final_image.npz")["final_image_f16"][0].transpose(1, 2, 0).astype(np.float64)
+    assert -10 * np.log10(np.mean((answer.image / 255 - final) ** 2)) >= 50
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "lcm"])
+def test_plain_is_the_pipeline_of_diffusers(scheduler, tiny, tiny_bundle):
+    from diffusers import StableDiffusionPipeline
+
+    plain, request = PlainDiffusion(tiny, settings(tiny_bundle, 2, scheduler)), requests(0)["warm"]
+    torch.manual_seed(0)  # LCM draws noise
+    found = plain.answer(request).image
+    made, latents = plain._start(request)
+    pipeline = StableDiffusionPipeline(
+        vae=plain.vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=plain.unet,
+        scheduler=made,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    from moma_rt.stages import Stages
+
+    texts = [plain._text(text, Stages()) for text in plain._texts(request)]
+    torch.manual_seed(0)
+    expected = pipeline(
+        prompt_embeds=texts[-1],
+        negative_prompt_embeds=texts[0] if len(texts) == 2 else None,
+        guidance_scale=plain.settings.guidance_scale,
+        num_inference_steps=2,
+        latents=latents,
+        output_type="np",
+    ).images[0]
+    assert np.abs(found / 255 - expected).max() < 1 / 255
+
+
+def test_compiled_is_eager_with_its_unet_and_decoder_compiled(tiny, tiny_bundle, monkeypatch):
+    compiled = []
+
+    def traced(function, mode):
+        assert mode == "max-autotune"
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", traced)
+    baseline = Original(tiny, settings(tiny_bundle, 1), compiled=True)
+    assert compiled == [baseline.unet, baseline.vae.decode]
+    assert baseline.step is baseline.unet
+    image = baseline.answer(requests(0)["warm"]).image
+    np.testing.assert_array_equal(image, Original(tiny, settings(tiny_bundle, 1)).answer(requests(0)["warm"]).image)
