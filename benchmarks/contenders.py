@@ -214,7 +214,7 @@ def serve(name: str, settings: Settings, pipe: Connection) -> None:
         pipe.send((True, None))
         while (request := pipe.recv()) is not None:
             pipe.send((True, contender.answer(request)))
-        pipe.send((True, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9))
+        pipe.send((True, peak_gb()))
     except MomaError as error:
         pipe.send((False, str(error)))
     except (EOFError, BrokenPipeError):
@@ -222,6 +222,16 @@ def serve(name: str, settings: Settings, pipe: Connection) -> None:
     except Exception as error:
         traceback.print_exc()
         pipe.send((False, f"{type(error).__name__}: {error}"))
+
+
+def peak_gb() -> float:
+    """The most memory in GB that this process had resident."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    # Not what getrusage says: that begins with the peak of the process that started this one.
+    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def device_gb_used() -> float | None:

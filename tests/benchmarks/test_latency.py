@@ -87,6 +87,7 @@ def test_agreement_is_that_of_the_worst_pair():
         (["--steps", "0"], "steps must be 1 to 999"),
         (["--scheduler", "lcm", "--steps", "51"], "1 to 50"),
         (["--baselines", "eager,fast"], "fast"),
+        (["--requests", "hot"], "hot"),
         (["--backend", "cuda"], "no backend 'cuda'"),
         (["--threads", "0"], "threads is 0"),
         ([], "not-there"),
@@ -143,16 +144,33 @@ def test_pictures_that_disagree_are_no_measurement(tiny_bundle, monkeypatch, cap
     assert written[0][1]["agreement"] is None
 
 
-def test_a_small_run(tiny_bundle, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def written_here(tmp_path, monkeypatch):
+    """Results are written to the folder that this is."""
+
     def write(name, results):
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(results))
         return path
 
     monkeypatch.setattr(latency, "write_results", write)
+    return tmp_path
+
+
+def test_without_the_cold_request_nothing_is_enrolled(tiny_bundle, written_here):
+    options = ["--steps", "1", "--repeats", "2", "--baselines", "none", "--requests", "warm", "--out", "warm"]
+    assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime", *options]) == 0
+    found = json.loads((written_here / "warm.json").read_text())
+    assert set(found["runtime"]["requests"]) == {"warm"}
+    assert "subject_encoder" not in found["runtime"]["requests"]["warm"]["stages"]
+    assert found["baselines"] == {}
+    assert latency_table(found).count("\n") == 2
+
+
+def test_a_small_run(tiny_bundle, written_here, capsys):
     options = ["--steps", "1", "--repeats", "1", "--baselines", "eager,plain", "--threads", "2", "--out", "small"]
     assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime", *options]) == 0
-    found = json.loads((tmp_path / "small.json").read_text())
+    found = json.loads((written_here / "small.json").read_text())
     assert str(tiny_bundle) not in found["environment"]["command"]
     assert found["agreement"]["psnr_db"] > 60
     assert found["settings"]["language_model"] is True
