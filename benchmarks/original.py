@@ -197,7 +197,7 @@ class Original(PlainDiffusion):
         """The final latents [1,4,h,w] and the final foreground mask [1,1,H,W]."""
         context_gmc, text_gtc, reference = conditions
         object_mask = torch.from_numpy(images.mask_hw[None, None]).to(self.device, self.dtype)
-        foreground = torch.ones_like(object_mask)
+        foreground = torch.ones_like(object_mask, dtype=torch.float32)
         subject_tokens = self._subject_tokens(request)
         for timestep, number in zip(scheduler.timesteps, scheduler.timesteps.tolist(), strict=True):
             step = GenerationStep(
