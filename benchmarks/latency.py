@@ -129,6 +129,8 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
         threads=options.threads,
     )
     precision = bundle.network("denoiser").precision
+    # Before the minutes of measuring: the commit is that of the code that is loaded now.
+    where = environment(_repeatable(given))
     with tempfile.TemporaryDirectory() as folder:
         if "cold" not in kinds:
             settings = dataclasses.replace(settings, subject=enrolled(settings, Path(folder) / "cup.subject"))
@@ -137,7 +139,7 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
     found = agreement(samples) if options.scheduler == "ddim" and "eager" in names else None
     _check_agreement(found, precision)
     results = {
-        "environment": environment(_repeatable(given)),
+        "environment": where,
         "bundle": {
             "base": bundle.manifest.base,
             "precision": precision.value,
