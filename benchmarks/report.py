@@ -110,6 +110,8 @@ def latency_heading(measured: Results, file: str) -> str:
     bundle, settings, where = measured["bundle"], measured["settings"], measured["environment"]
     gpu = where.get("gpu")
     machine = gpu["name"] if gpu else f"{where['cpu']}, {where['cores']} cores, no GPU"
+    if settings["threads"] is not None:
+        machine += f", {settings['threads']} {_plural('thread', settings['threads'])} on both sides"
     size, steps = bundle["image_size"], settings["steps"]
     language = "" if settings["language_model"] else ", a given embedding in place of the language model on both sides"
     guidance = f"guidance {settings['guidance_scale']:g}" if settings["guidance_scale"] != 1 else "no guidance"

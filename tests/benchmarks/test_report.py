@@ -34,7 +34,14 @@ def results() -> dict:
             "image_size": 256,
             "sources": {"unet": "random weights, seed 0"},
         },
-        "settings": {"steps": 20, "scheduler": "ddim", "guidance_scale": 7.5, "repeats": 9, "language_model": True},
+        "settings": {
+            "steps": 20,
+            "scheduler": "ddim",
+            "guidance_scale": 7.5,
+            "repeats": 9,
+            "threads": None,
+            "language_model": True,
+        },
         "backend": "onnxruntime",
         "runtime": {"peak_gb": 1.04, "requests": requests},
         "baselines": {"eager": {"peak_gb": 2.0, "device_gb": 3.26, "request": timed(12345.0, denoiser=9000.0)}},
@@ -94,14 +101,15 @@ def test_the_heading_says_what_was_measured():
     assert "**Z80, 2 cores, no GPU**" in said
     assert "20 steps of ddim, guidance 7.5." in said
     assert "88.5 dB" in said
+    assert "thread" not in said
     other = results()
-    other["settings"] |= {"steps": 1, "guidance_scale": 1.0, "language_model": False}
+    other["settings"] |= {"steps": 1, "guidance_scale": 1.0, "language_model": False, "threads": 1}
     other["environment"]["gpu"] = {"name": "NVIDIA H200"}
     other["bundle"]["sources"]["unet"] = "folder"
     other["agreement"] = None
     said = latency_heading(other, "latency_a.json")
     assert "1 step of ddim, no guidance, a given embedding in place of the language model" in said
-    assert "**NVIDIA H200**" in said
+    assert "**NVIDIA H200, 1 thread on both sides**" in said
     assert "random" not in said
     assert "dB" not in said
 
