@@ -3,7 +3,7 @@
     manifest.json               format, geometry, an entry a folder, SHA-256 and size of every file
     networks/<name>-<key>/      the ONNX graph, the same graph lowered for older TensorRT, and their weights
     kernels/<name>_sm80-<key>/  a network's own kernels for TensorRT's plugins, where they were compiled
-    engines/<name>-<key>/       what TensorRT or TensorRT-RTX made of a network, where engines were built
+    engines/<name>-<key>/       what TensorRT, TensorRT-RTX or inductor made of a network, where engines were built
     tokenizers/                 text.json (CLIP) and language.json (Llama), in the `tokenizers` format
 
 The manifest is written last and atomically: a folder without one is an unfinished build, not a bundle.

@@ -69,7 +69,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _build_small(out: Path, only: str, *options: str) -> Path:
-    """A bundle of a synthetic checkpoint whose UNet has few blocks, which inductor compiles in a part of a minute."""
+    """A bundle of a synthetic checkpoint whose UNet has few blocks, so that inductor compiles it in half a minute."""
     from export.build import main
     from export.checkpoints import presets
 

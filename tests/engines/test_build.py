@@ -362,7 +362,7 @@ class Only:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
         if top not in sys.stdlib_module_names and top not in {allowed} and not top.startswith("_"):
-            raise ImportError(f"{{name}} is not installed here")
+            raise ModuleNotFoundError(f"{{name}} is not installed here")
         return None
 
 sys.meta_path.insert(0, Only())
