@@ -31,7 +31,6 @@ from export.bundling import network_key
 from export.checkpoints.model import Checkpoint
 from export.networks import NETWORKS, Precisions
 from export.tracing import tracing_arguments
-from moma_rt.backends import inductor
 from moma_rt.backends.inductor import TENSORS_NOTE, cpu_instructions, tensors_note
 from moma_rt.bundle import Bundle, Manifest, NetworkEntry, write_manifest
 from moma_rt.engines import CPU_CAPABILITY, EngineEntry
@@ -169,7 +168,9 @@ class _Packager:
         )
 
     def _key(self, entry: NetworkEntry) -> str:
-        """Names what a package computes, what compiled it, and for what; its bytes are others at every compilation."""
+        """Names what a package computes, what compiled it, and for what. Its bytes are others at every compilation: the
+        folder that it was compiled in is part of its code.
+        """
         (capability,) = self.target.capabilities
         on_gpu = capability != CPU_CAPABILITY
         identity = {
@@ -179,7 +180,8 @@ class _Packager:
             "capability": capability,
             "instructions": None if on_gpu else cpu_instructions(),
             "options": dataclasses.asdict(InductorOptions.of(capability)),
-            "code": [sha256_file(Path(file)) for file in (__file__, inductor.__file__)],
+            "notes": tensors_note(entry.spec),
+            "code": sha256_file(Path(__file__)),
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
