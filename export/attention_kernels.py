@@ -11,13 +11,12 @@ from pathlib import Path
 from engines.plugins import KERNELS_NAME, attention_shapes, kernel_dtype
 from engines.store import KERNELS_FOLDER, Artifact, Store, Stored
 from engines.targets import EngineTarget
+from kernels.launch import DEFAULT_CAPABILITIES
 from moma_rt.bundle import NetworkEntry
 from moma_rt.engines import Flavour, KernelsEntry, spelled
 from moma_rt.libraries import is_installed
 from moma_rt.specs import Geometry, Precision
 
-# Where TensorRT may finish a bundle: A100, RTX 30, Orin, RTX 40 and L40S, H100 and H200, B200, RTX 50.
-DEFAULT_CAPABILITIES = (80, 86, 87, 89, 90, 100, 120)
 COMPILER = "triton"
 # Sources whose change may change a kernel, in the package `kernels`.
 _CODE = ("*.py", "*/triton_kernel.py")

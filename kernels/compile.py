@@ -1,6 +1,7 @@
 """`python -m kernels.compile`: the kernels of SD1.5's attention layers to PTX, without a GPU."""
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -9,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernels.dispatch import HAS_TRITON
-from kernels.launch import CAPABILITIES
+from kernels.launch import CAPABILITIES, DEFAULT_CAPABILITIES
 
 if TYPE_CHECKING:
     from kernels.ptx import CompiledKernel
-
-DEFAULT_CAPABILITIES = (80, 86, 87, 89, 90, 100, 120)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say = _progress if sys.stderr.isatty() else _silent
         compiled = write_kernels(partial, SD15_LAYERS, DTYPES, [int(text) for text in asked], say)
         partial.chmod(0o755)
+        for path in (*partial.iterdir(), partial):
+            _fsync(path)
         partial.rename(out)
     except CompileError as error:
         p.error(str(error))
@@ -67,6 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(partial, ignore_errors=True)
     _print_table(compiled)
     return 0
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _progress(text: str) -> None:

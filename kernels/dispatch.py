@@ -42,11 +42,10 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
 
 
-def check_sizes(num_heads: int, samples: int, layouts: str, tensors: tuple[Tensor, ...]) -> None:
+def check_sizes(num_heads: int, layouts: str, tensors: tuple[Tensor, ...]) -> None:
     """Refuse tensors whose sizes do not go together: a kernel would read beyond them.
 
     Args:
-        samples: B.
         layouts: what the tensors' axes are, a word a tensor: "gsc gsc bn" where the same letter is the same size.
 
     Raises:
@@ -65,7 +64,7 @@ def check_sizes(num_heads: int, samples: int, layouts: str, tensors: tuple[Tenso
     empty = [letter.upper() for letter, size in sizes.items() if size == 0]
     if empty:
         raise ValueError(f"{' and '.join(empty)} may not be 0; tensors are {layouts.upper()}")
-    if sizes["g"] % samples:
-        raise ValueError(f"q has {sizes['g']} rows, which is no multiple of {samples} samples")
+    if sizes["g"] % sizes["b"]:
+        raise ValueError(f"q has {sizes['g']} rows, which is no multiple of {sizes['b']} samples")
     if num_heads < 1 or sizes["c"] % num_heads:
         raise ValueError(f"{sizes['c']} channels are no multiple of {num_heads} heads")

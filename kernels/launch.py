@@ -11,6 +11,8 @@ from typing import TypeVar
 
 # The compute capabilities that kernels are compiled for; with them came the instructions that make these tables.
 CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
+# Where nothing is said: A100, RTX 30, Orin, RTX 40 and L40S, H100 and H200, B200, RTX 50.
+DEFAULT_CAPABILITIES = (80, 86, 87, 89, 90, 100, 120)
 # What a kernel may use unless its launcher asks the driver for more, which TensorRT is not known to do.
 PORTABLE_SHARED_BYTES = 48 * 1024
 # The least that `tl.dot` takes on any axis.

@@ -43,11 +43,11 @@ class GenerationBuffers:
     ) -> None:
         self._backend = backend
         self._spec = denoiser.spec
-        self.batch = sizes["batch"]
+        self._batch = sizes["batch"]
         shared = (t.name for t in denoiser.spec.inputs)
         self._inputs = _allocate(backend, denoiser.spec, sizes, shared, (*STATE, *CONDITIONS))
         self._conditions = {
-            count: _allocate(backend, denoiser.spec, {**sizes, "guided_batch": count * self.batch}, CONDITIONS)
+            count: _allocate(backend, denoiser.spec, {**sizes, "guided_batch": count * self._batch}, CONDITIONS)
             for count in halves
         }
         self._states = tuple(_allocate(backend, denoiser.spec, sizes, STATE) for _ in range(2))
@@ -60,7 +60,7 @@ class GenerationBuffers:
         self._read: tuple[str, ...] = ()
         self._recordings: Lru[tuple[int, ...], Recording | None] = Lru(_RECORDINGS)
         self._current = 0
-        self._residents = [""] * self.batch
+        self._residents = [""] * self._batch
 
     def _bind_step(self, denoiser: Network, halves: int, parity: int) -> Bound:
         following = {f"next_{name}": buffer for name, buffer in self._states[1 - parity].items()}

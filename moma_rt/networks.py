@@ -76,7 +76,7 @@ class Networks:
             read = (file,)
         with stages.timed(LOADING):
             self.bundle.verified(read)
-            return self._with_room(lambda: self.backend.load(entry.spec, self.bundle.path(file)))
+            return self.with_room(lambda: self.backend.load(entry.spec, self.bundle.path(file)))
 
     def _make_room(self, names: tuple[str, ...]) -> None:
         if self._budget is None:
@@ -105,14 +105,23 @@ class Networks:
             if (method := call()) is not None:
                 method(name)
 
-    def _with_room(self, make: Callable[[], T]) -> T:
-        """What `make` makes; where there is no room, once more without what is only kept for the next picture."""
+    def with_room(self, make: Callable[[], T]) -> T:
+        """What `make` makes; where there is no room, once more without what is only kept for the next picture.
+
+        Raises:
+            OutOfMemory: there is no room even so.
+        """
         with contextlib.suppress(OutOfMemory):
             return make()
         for name in self._loaded:
             self._let_go(name)
         self.backend.trim()
-        return make()
+        try:
+            return make()
+        except OutOfMemory:
+            # What this call made room for is not held against the next one.
+            self.backend.trim()
+            raise
 
     def _footprint(self, name: str) -> Footprint:
         return footprint(self.bundle.manifest, name, None if self._engines is None else self._engines[name])
@@ -121,7 +130,7 @@ class Networks:
         """Run a network once on buffers made for this run: for what is computed once a subject or a prompt."""
         network = self.get(name, stages)
         with stages.timed(name):
-            return self._with_room(lambda: run_once(self.backend, network, inputs))
+            return self.with_room(lambda: run_once(self.backend, network, inputs))
 
 
 def run_once(backend: Backend, network: Network, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -1,6 +1,5 @@
 """Making pictures: samples that may differ in everything but the schedule, as many at a time as the bundle allows."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from PIL import Image
 
 from moma_rt.backends.base import Array
 from moma_rt.buffers import GenerationBuffers
-from moma_rt.errors import Cancelled, OutOfMemory
+from moma_rt.errors import Cancelled
 from moma_rt.footprint import PICTURES
 from moma_rt.lru import Lru
 from moma_rt.networks import Networks, largest
@@ -164,17 +163,7 @@ class Sampler:
         def make() -> GenerationBuffers:
             return GenerationBuffers(networks.backend, denoiser, decoder, sizes, halves)
 
-        with contextlib.suppress(OutOfMemory):
-            return self._buffers.get_or_make(key, make)
-        # Those of other sizes make room, and what was recorded on them.
-        self._buffers.clear()
-        networks.backend.trim()
-        try:
-            return self._buffers.get_or_make(key, make)
-        except OutOfMemory:
-            # What this call made room for is not held against the next one.
-            networks.backend.trim()
-            raise
+        return networks.with_room(lambda: self._buffers.get_or_make(key, make))
 
     def _token_sizes(self, samples: Sequence[Sample]) -> dict[str, int]:
         """Room for the reference tokens of the samples, by the denoiser's names of these sizes."""

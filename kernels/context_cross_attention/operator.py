@@ -30,7 +30,7 @@ def context_cross_attention(
         TypeError: on a GPU, queries, keys and values of several dtypes.
     """
     tensors = (q_gsc, text_k_gtc, text_v_gtc, context_k_gmc, context_v_gmc, gate_bs, subject_weights_bt)
-    check_sizes(num_heads, gate_bs.shape[0], _LAYOUTS, tensors)
+    check_sizes(num_heads, _LAYOUTS, tensors)
     if takes_kernel(q_gsc):
         return launch(tensors, num_heads)
     return reference.context_cross_attention(*tensors, num_heads)

@@ -32,7 +32,7 @@ def injected_self_attention(
         TypeError: on a GPU, queries, keys and values of several dtypes.
     """
     tensors = (q_gsc, k_gsc, v_gsc, ref_k_bnc, ref_v_bnc, mask_bn, gate_bs, scale)
-    check_sizes(num_heads, ref_k_bnc.shape[0], _LAYOUTS, tensors)
+    check_sizes(num_heads, _LAYOUTS, tensors)
     if takes_kernel(q_gsc):
         return launch(tensors, num_heads)
     return reference.injected_self_attention(*tensors, num_heads)

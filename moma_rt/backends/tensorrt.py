@@ -85,9 +85,8 @@ class _Shared:
     scratch: Scratch
     unsaved: list[JustInTime]
 
-    def synchronize(self) -> None:
-        """Wait for the stream, and keep what was compiled for what ran."""
-        self.stream.synchronize()
+    def save(self) -> None:
+        """Keep what was compiled for what ran; the stream has been waited for."""
         while self.unsaved:
             self.unsaved.pop().save()
 
@@ -100,19 +99,17 @@ class TrtBound:
     """An execution context with its shapes and addresses set. It keeps the buffers, which the context does not own."""
 
     def __init__(self, loaded: "TrtNetwork", context: Any, buffers: tuple[TrtBuffer, ...]) -> None:
-        shared = loaded.shared
         self._loaded = loaded
-        self._shared = shared
         self._context = context
         self._buffers = buffers
         self._has_run = False
         self._scratch_bytes = int(context.update_device_memory_size_for_shapes())
         self._scratch: tuple[int, int] | None = None
         # Now rather than at the first run: what does not fit is said before a picture is begun.
-        shared.scratch.reserve(self._scratch_bytes)
+        loaded.shared.scratch.reserve(self._scratch_bytes)
 
     def enqueue(self) -> None:
-        shared, context = self._shared, self._context
+        shared, context = self._loaded.shared, self._context
         scratch = shared.scratch.reserve(self._scratch_bytes)
         if scratch != self._scratch:
             context.set_device_memory(*scratch)
@@ -242,7 +239,7 @@ class TensorRtBackend:
         source = _own(buffer)
         host = np.empty(source.shape, source.dtype)
         self._shared.stream.copy_out(host, source.memory)
-        self._shared.synchronize()
+        self._shared.save()
         return host
 
     def record(self, enqueue: Callable[[], None]) -> TrtRecording | None:
@@ -257,11 +254,12 @@ class TensorRtBackend:
         return TrtRecording(shared.stream, graph, shared.scratch, shared.scratch.region)
 
     def trim(self) -> None:
-        self._shared.synchronize()
         self._shared.scratch.release()
+        self._shared.save()
 
     def synchronize(self) -> None:
-        self._shared.synchronize()
+        self._shared.stream.synchronize()
+        self._shared.save()
 
 
 def _own(buffer: Buffer) -> TrtBuffer:
