@@ -103,7 +103,8 @@ def onnxruntime_step(out: Path) -> Step:
     network = backend.load(entry.spec, bundle.path(entry.onnx))
     sizes = step_sizes(bundle.manifest.geometry)
     inputs = sample_inputs(entry.spec, bundle.manifest.geometry, sizes)
-    buffers = {t.name: backend.allocate(t.resolve(**sizes), t.dtype) for t in (*entry.spec.inputs, *entry.spec.outputs)}
+    tensors = (*entry.spec.inputs, *entry.spec.outputs)
+    buffers = backend.allocate({t.name: (t.resolve(**sizes), t.dtype) for t in tensors})
     for name, array in inputs.items():
         backend.upload(buffers[name], array)
     bound = network.bind(buffers)

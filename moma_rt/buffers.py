@@ -1,12 +1,12 @@
 """The memory in which pictures are made: allocated and bound once, used by every generation of its size."""
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 
-from moma_rt.backends.base import Array, Backend, Bound, Buffer, Network, Recording
+from moma_rt.backends.base import Array, Backend, Bound, Buffer, Network, Recording, Size, nbytes
 from moma_rt.errors import OutOfMemory
 from moma_rt.lru import Lru
 from moma_rt.specs import NetworkSpec
@@ -31,6 +31,7 @@ class GenerationBuffers:
 
     sizes: of the denoiser's dynamic dimensions but guided_batch, which is halves times batch.
     halves: the numbers of halves that steps will have, 2 with guidance and 1 without.
+    recording_budget: bytes that recordings may take, but for the last one used.
     """
 
     def __init__(
@@ -39,28 +40,45 @@ class GenerationBuffers:
         denoiser: Network,
         decoder: Network,
         sizes: Mapping[str, int],
-        halves: Iterable[int],
+        halves: Collection[int],
+        recording_budget: int,
     ) -> None:
-        self._backend = backend
-        self._spec = denoiser.spec
-        self._batch = sizes["batch"]
-        shared = (t.name for t in denoiser.spec.inputs)
-        self._inputs = _allocate(backend, denoiser.spec, sizes, shared, (*STATE, *CONDITIONS))
-        self._conditions = {
-            count: _allocate(backend, denoiser.spec, {**sizes, "guided_batch": count * self._batch}, CONDITIONS)
-            for count in halves
+        spec, batch = denoiser.spec, sizes["batch"]
+        shared = [t.name for t in spec.inputs if t.name not in (*STATE, *CONDITIONS)]
+        groups: dict[Hashable, dict[str, Size]] = {
+            "inputs": _sizes(spec, sizes, shared),
+            "even": _sizes(spec, sizes, STATE),
+            "odd": _sizes(spec, sizes, STATE),
+            "images": _sizes(decoder.spec, sizes, ("image",)),
         }
-        self._states = tuple(_allocate(backend, denoiser.spec, sizes, STATE) for _ in range(2))
-        self._images = _allocate(backend, decoder.spec, sizes, ("image",))
+        for count in halves:
+            groups[count] = _sizes(spec, {**sizes, "guided_batch": count * batch}, CONDITIONS)
+        found = backend.allocate({(key, name): size for key, group in groups.items() for name, size in group.items()})
+
+        def of(key: Hashable) -> dict[str, Buffer]:
+            return {name: found[key, name] for name in groups[key]}
+
+        self._backend = backend
+        self._spec = spec
+        self._buffer_bytes = sum(map(nbytes, found.values()))
+        self._inputs = of("inputs")
+        self._conditions = {count: of(count) for count in halves}
+        self._states = (of("even"), of("odd"))
+        self._images = of("images")
         self._steps = {count: tuple(self._bind_step(denoiser, count, i) for i in range(2)) for count in halves}
         self._decoders = tuple(
             decoder.bind({"latents": state["latents"], "image": self._images["image"]}) for state in self._states
         )
         self._tables: dict[str, Buffer] = {}
         self._read: tuple[str, ...] = ()
-        self._recordings: Lru[tuple[int, ...], Recording | None] = Lru(_RECORDINGS)
+        self._recordings: Lru[tuple[int, ...], Recording | None] = Lru(_RECORDINGS, _recorded_size, recording_budget)
         self._current = 0
-        self._residents = [""] * self._batch
+        self._residents = [""] * batch
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory that it takes, with all that was recorded on it."""
+        return self._buffer_bytes + sum(map(nbytes, self._tables.values())) + self._recordings.size
 
     def _bind_step(self, denoiser: Network, halves: int, parity: int) -> Bound:
         following = {f"next_{name}": buffer for name, buffer in self._states[1 - parity].items()}
@@ -83,19 +101,16 @@ class GenerationBuffers:
         self._fill(state["history"], 0.0)
         self._fill(state["foreground_mask"], 1.0)
 
-    def hold(self, sample: int, owner: str, inputs: Mapping[str, Array]) -> None:
-        """Upload one sample's inputs, of a sample's shape, unless they are still here from the same owner.
+    def hold(self, sample: int, owner: str, inputs: Callable[[], Mapping[str, Buffer]]) -> None:
+        """Copy one sample's inputs, of a sample's shape, to their place, unless they are there from the same owner.
 
         Reference tokens may be fewer than there is room for: zeros follow, in the object mask as well.
         """
         if owner == self._residents[sample]:
             return
         self._residents[sample] = ""
-        for name, array in inputs.items():
-            buffer = self._inputs[name]
-            padded = np.zeros(buffer.shape[1:], array.dtype)
-            padded[: len(array)] = array
-            self._backend.upload(buffer, padded, row=sample)
+        for name, source in inputs().items():
+            self._backend.fill_row(self._inputs[name], sample, source)
         self._residents[sample] = owner
 
     def upload(self, name: str, array: Array) -> None:
@@ -175,7 +190,8 @@ class GenerationBuffers:
         if table is None or table.shape[0] < len(rows):
             self._recordings.clear()
             shape = (max(len(rows), _TABLE_ROWS[name]), *self._inputs[name].shape)
-            table = self._tables[name] = self._backend.allocate(shape, self._spec.tensor(name).dtype)
+            table = self._backend.allocate({name: (shape, self._spec.tensor(name).dtype)})[name]
+            self._tables[name] = table
         padded = np.zeros(table.shape, rows.dtype)
         padded[: len(rows)] = rows
         self._backend.upload(table, padded)
@@ -184,12 +200,10 @@ class GenerationBuffers:
         self._backend.upload(buffer, np.broadcast_to(np.float32(value), buffer.shape))
 
 
-def _allocate(
-    backend: Backend,
-    spec: NetworkSpec,
-    sizes: Mapping[str, int],
-    names: Iterable[str],
-    but: tuple[str, ...] = (),
-) -> dict[str, Buffer]:
-    tensors = [spec.tensor(name) for name in names if name not in but]
-    return {t.name: backend.allocate(t.resolve(**sizes), t.dtype) for t in tensors}
+def _sizes(spec: NetworkSpec, sizes: Mapping[str, int], names: Iterable[str]) -> dict[str, Size]:
+    tensors = [spec.tensor(name) for name in names]
+    return {t.name: (t.resolve(**sizes), t.dtype) for t in tensors}
+
+
+def _recorded_size(recording: Recording | None) -> int:
+    return 0 if recording is None else recording.size

@@ -49,11 +49,11 @@ def groups(names: Iterable[str]) -> list[tuple[str, ...]]:
     return [*((name,) for name in every if name not in PICTURES), *([pictures] if pictures else [])]
 
 
-def parse_bytes(given: object) -> int:
+def parse_bytes(given: object, what: str = "a memory budget") -> int:
     """A number of bytes, or a text such as 8GB (10^9) or 512 MiB (2^20).
 
     Raises:
-        InputError: neither of them, or not more than 0.
+        InputError: neither of them, or not more than 0. The message begins with `what`.
     """
     match = _SIZE.fullmatch(given.strip()) if isinstance(given, str) else None
     if match is not None:
@@ -64,7 +64,7 @@ def parse_bytes(given: object) -> int:
         count = 0
     if not 0 < count < _MOST:
         raise InputError(
-            f"a memory budget is a number of bytes below 2**50, or a text such as 8GB or 512MiB, not {shown(given)}"
+            f"{what} is a number of bytes below 2**50, or a text such as 8GB or 512MiB, not {shown(given)}"
         )
     return count
 

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from moma_rt.errors import InputError
+from moma_rt.limits import MAX_IMAGES
 from moma_rt.messages import shown
 from moma_rt.noise import MAX_SEED, check_seed
 from moma_rt.sampling import FloatArray
@@ -14,7 +15,6 @@ from moma_rt.schedules import ALL_TIMESTEPS, guidance_halves, schedule
 
 MAX_STRENGTH = 2.0
 MAX_GUIDANCE_SCALE = 100.0
-MAX_IMAGES = 64
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,14 +9,24 @@ V = TypeVar("V")
 
 
 class Lru(Generic[K, V]):
-    """At most `capacity` values by key. Not thread-safe: its owner holds a lock."""
+    """At most `capacity` values by key, and as many as `budget` allows. Not thread-safe: its owner holds a lock.
 
-    def __init__(self, capacity: int) -> None:
+    budget: of the sum of `size_of` all values; the one that was used last stays even if it alone is larger.
+    """
+
+    def __init__(self, capacity: int, size_of: Callable[[V], int] | None = None, budget: int = 0) -> None:
         self.capacity = capacity
+        self._size_of = size_of
+        self._budget = budget
         self._values: OrderedDict[K, V] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._values)
+
+    @property
+    def size(self) -> int:
+        """Of all values together."""
+        return 0 if self._size_of is None else sum(map(self._size_of, self._values.values()))
 
     def clear(self) -> None:
         """Forget all."""
@@ -31,4 +41,10 @@ class Lru(Generic[K, V]):
         while len(self._values) >= self.capacity:
             self._values.popitem(last=False)
         value = self._values[key] = make()
+        self.shrink()
         return value
+
+    def shrink(self) -> None:
+        """Forget what the budget does not allow, which is to be called where sizes change."""
+        while len(self._values) > 1 and self.size > self._budget and self._size_of is not None:
+            self._values.popitem(last=False)

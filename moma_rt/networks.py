@@ -141,7 +141,7 @@ def run_once(backend: Backend, network: Network, inputs: Mapping[str, Array]) ->
     """
     spec = network.spec
     sizes = sizes_of(spec, inputs)
-    buffers = {t.name: backend.allocate(t.resolve(**sizes), t.dtype) for t in (*spec.inputs, *spec.outputs)}
+    buffers = backend.allocate({t.name: (t.resolve(**sizes), t.dtype) for t in (*spec.inputs, *spec.outputs)})
     for tensor in spec.inputs:
         backend.upload(buffers[tensor.name], inputs[tensor.name])
     network.bind(buffers).enqueue()

@@ -14,9 +14,9 @@ from moma_rt.conditioning import Conditioner
 from moma_rt.engines import EngineEntry
 from moma_rt.enrollment import ReferenceNoise, compact, reference_pass
 from moma_rt.errors import InputError, MomaError
-from moma_rt.footprint import parse_bytes
-from moma_rt.generation import MAX_IMAGES, Result, Settings, check_array
+from moma_rt.generation import Result, Settings, check_array
 from moma_rt.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
+from moma_rt.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
 from moma_rt.messages import shown, warn
 from moma_rt.networks import Networks
 from moma_rt.noise import Stream, check_seed, draw
@@ -55,19 +55,6 @@ class _Request:
         return self if self.on_step is not None else self.settings.rows.tobytes()
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How much a runtime does at a time, and how many bytes its loaded networks may need: see `Runtime.load`."""
-
-    max_batch: int = 1
-    memory_budget: int | None = None
-
-    def __post_init__(self) -> None:
-        most = self.max_batch
-        if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= MAX_IMAGES:
-            raise InputError(f"max_batch is {shown(most)}: it must be a whole number from 1 to {MAX_IMAGES}")
-
-
 class Runtime:
     """Enrolls subjects and makes pictures of them with one bundle.
 
@@ -85,7 +72,7 @@ class Runtime:
         self.bundle = bundle
         self._networks = Networks(bundle, backend, engines, limits.memory_budget)
         self._conditioner = Conditioner(self._networks)
-        self._sampler = Sampler(self._networks)
+        self._sampler = Sampler(self._networks, limits)
         self._turns: Turns[_Request, Result] = Turns(min(limits.max_batch, self._sampler.most))
 
     @classmethod
@@ -97,6 +84,8 @@ class Runtime:
         *,
         max_batch: int = 1,
         memory_budget: int | str | None = None,
+        subject_memory: int | str = SUBJECT_MEMORY,
+        graph_memory: int | str = GRAPH_MEMORY,
     ) -> "Runtime":
         """Open a bundle. Its networks are checked and loaded when they are first needed.
 
@@ -111,6 +100,10 @@ class Runtime:
                 its own subject, prompt, strength and seed.
             memory_budget: bytes that loaded networks may need together, or a text such as "8GB": they are loaded in
                 turn then, the last one used staying longest. Neither buffers nor subjects count. None: no limit.
+            subject_memory: of a GPU, for enrolled subjects, so that going from one to another uploads nothing. About
+                50 MB each with SD1.5 in half precision.
+            graph_memory: for sizes of pictures (batch, guidance, steps) beside the last one used, of which the buffers
+                and, on a GPU, the recorded CUDA graphs are kept.
 
         Raises:
             BundleError: no bundle, a newer format, a missing or truncated file, or, where the backend is named, no
@@ -122,7 +115,7 @@ class Runtime:
         if not isinstance(bundle, str | os.PathLike):
             raise InputError(f"a bundle is named by the path of its folder, not by {shown(bundle)}")
         backends.check(backend, threads)
-        limits = Limits(max_batch, None if memory_budget is None else parse_bytes(memory_budget))
+        limits = Limits.of(max_batch, memory_budget, subject_memory, graph_memory)
         opened = Bundle.open(bundle)
         choice = choose(backend, opened.manifest, local_host)
         if choice.warning:

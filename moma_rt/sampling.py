@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +12,11 @@ from moma_rt.backends.base import Array
 from moma_rt.buffers import GenerationBuffers
 from moma_rt.errors import Cancelled
 from moma_rt.footprint import PICTURES
+from moma_rt.limits import Limits
 from moma_rt.lru import Lru
 from moma_rt.networks import Networks, largest
 from moma_rt.noise import Stream, draw
+from moma_rt.residents import Residents
 from moma_rt.schedules import Column, guidance_halves
 from moma_rt.stages import Stages
 from moma_rt.subject import Subject
@@ -78,17 +81,20 @@ class Picture:
 class Sampler:
     """Makes pictures with one bundle's denoiser and VAE decoder; one call at a time."""
 
-    def __init__(self, networks: Networks) -> None:
+    def __init__(self, networks: Networks, limits: Limits) -> None:
         self._networks = networks
         self._records = networks.backend.records
+        self._graph_memory = limits.graph_memory
         self._buffers: Lru[tuple[object, ...], GenerationBuffers] = Lru(
-            _RECORDED_SETS if self._records else _BUFFER_SETS
+            _RECORDED_SETS if self._records else _BUFFER_SETS, lambda buffers: buffers.size, limits.graph_memory
         )
+        self._residents = Residents(networks.backend, limits.subject_memory)
         networks.on_unload(self._let_go)
 
     def _let_go(self, name: str) -> None:
         if name in PICTURES:
             self._buffers.clear()
+            self._residents.clear()
 
     def run(self, samples: Sequence[Sample], rows: FloatArray, on_step: OnStep | None, stages: Stages) -> list[Picture]:
         """A picture of each sample.
@@ -124,13 +130,16 @@ class Sampler:
     def _pass(
         self, samples: Sequence[Sample], rows: FloatArray, on_step: OnStep | None, stages: Stages
     ) -> list[Picture]:
+        networks = self._networks
         halves = [int(count) for count in guidance_halves(rows)]
         wanted, samples = len(samples), self._rounded_up(samples)
         buffers = self._buffers_for(samples, tuple(sorted(set(halves))), stages)
         with stages.timed("denoiser"):
             buffers.schedule(rows, _step_noise(rows, samples))
-            _fill(buffers, samples)
+            networks.with_room(lambda: self._fill(buffers, samples))
             recording = buffers.recording(halves) if on_step is None else None
+            # What was recorded may be more than the budget has room for, beside other sizes.
+            self._buffers.shrink()
             buffers.begin(np.stack([sample.latents for sample in samples]))
             if recording is not None:
                 buffers.replay(recording, len(rows))
@@ -147,6 +156,16 @@ class Sampler:
             for image, mask, latent in zip(images[:wanted], masks, latents, strict=False)
         ]
 
+    def _fill(self, buffers: GenerationBuffers, samples: Sequence[Sample]) -> None:
+        """Put everything in place that all steps read."""
+        denoiser = self._networks.bundle.network("denoiser").spec
+        for index, sample in enumerate(samples):
+            buffers.hold(index, sample.subject.identity, partial(self._residents.get, sample.subject, denoiser))
+        buffers.condition("text_tokens", np.stack([sample.text_tokens for sample in samples], axis=1))
+        buffers.condition("context_tokens", np.stack([sample.context_tokens for sample in samples], axis=1))
+        buffers.upload("subject_weights", np.stack([sample.subject_weights for sample in samples]))
+        buffers.upload("strength", np.array([sample.strength for sample in samples], np.float32))
+
     def _rounded_up(self, samples: Sequence[Sample]) -> Sequence[Sample]:
         """Where generations are recorded, some more samples: a power of two, so that there are few recordings."""
         if not self._records:
@@ -161,7 +180,7 @@ class Sampler:
         key = (halves, *sorted(sizes.items()))
 
         def make() -> GenerationBuffers:
-            return GenerationBuffers(networks.backend, denoiser, decoder, sizes, halves)
+            return GenerationBuffers(networks.backend, denoiser, decoder, sizes, halves, self._graph_memory)
 
         return networks.with_room(lambda: self._buffers.get_or_make(key, make))
 
@@ -195,16 +214,6 @@ def upsample(masks_b1hw: FloatArray, size: int) -> list[FloatArray]:
     """Masks of the latents' grid as masks of the picture's pixels, nearest: float32 [size,size] each."""
     factor = size // masks_b1hw.shape[-1]
     return [mask[0].repeat(factor, axis=0).repeat(factor, axis=1) for mask in masks_b1hw]
-
-
-def _fill(buffers: GenerationBuffers, samples: Sequence[Sample]) -> None:
-    """Put everything in place that all steps read."""
-    for index, sample in enumerate(samples):
-        buffers.hold(index, sample.subject.identity, sample.subject.inputs())
-    buffers.condition("text_tokens", np.stack([sample.text_tokens for sample in samples], axis=1))
-    buffers.condition("context_tokens", np.stack([sample.context_tokens for sample in samples], axis=1))
-    buffers.upload("subject_weights", np.stack([sample.subject_weights for sample in samples]))
-    buffers.upload("strength", np.array([sample.strength for sample in samples], np.float32))
 
 
 def _step_noise(rows: FloatArray, samples: Sequence[Sample]) -> FloatArray | None:

@@ -4,9 +4,10 @@ A network is bound to its buffers once and then run as often as needed: addresse
 so a backend can capture a run and replay it, and nothing is allocated while pictures are made.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from moma_rt.specs import NetworkSpec
 
 # Networks have tensors of several dtypes; their names in a NetworkSpec say which.
 Array = NDArray[Any]
+# Shape and dtype.
+Size = tuple[tuple[int, ...], str]
+K = TypeVar("K")
 
 
 class Buffer(Protocol):
@@ -42,6 +46,10 @@ class Recording(Protocol):
     def usable(self) -> bool:
         """False once something that it was recorded with has moved."""
 
+    @property
+    def size(self) -> int:
+        """About how many bytes of the device it takes, beside what it uses."""
+
     def replay(self) -> None:
         """Enqueue all of it; it must be usable."""
 
@@ -66,6 +74,10 @@ class Backend(Protocol):
     def records(self) -> bool:
         """Whether work can be recorded. It pays then to have few sizes, since a recording is of one."""
 
+    @property
+    def is_host(self) -> bool:
+        """Whether buffers lie in the host's own memory: another copy of what is there already is of no use then."""
+
     def load(self, spec: NetworkSpec, path: Path) -> Network:
         """Load a network from the file that this backend runs: an ONNX graph, or an engine.
 
@@ -74,14 +86,24 @@ class Backend(Protocol):
             OutOfMemory: there is no room for it.
         """
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """A zeroed buffer. A dimension may be 0."""
+    def allocate(self, wanted: Mapping[K, Size]) -> dict[K, Buffer]:
+        """Zeroed buffers that are needed as long as each other, together. A dimension may be 0.
+
+        Raises:
+            OutOfMemory: there is no room for all of them.
+        """
 
     def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
         """Copy an array of the buffer's shape, or of that of a row of it, into it, converted to its dtype."""
 
     def copy_row(self, table: Buffer, row: int, target: Buffer) -> None:
         """Enqueue a copy of a row of `table` to `target`, which has a row's shape and the table's dtype."""
+
+    def fill_row(self, target: Buffer, row: int, source: Buffer) -> None:
+        """Enqueue a copy of `source`, [n,...], to the beginning of a row of `target`, [B,N,...], and zeros after it.
+
+        n is N at most; both are of one dtype.
+        """
 
     def download(self, buffer: Buffer) -> Array:
         """A new array with the buffer's content, once everything enqueued before has run."""
@@ -111,6 +133,11 @@ def fitting(buffer: Buffer, array: Array, row: int | None) -> None:
     shape = buffer.shape if row is None else buffer.shape[1:]
     if array.shape != shape:
         raise ValueError(f"an array of shape {array.shape} does not fit a buffer of shape {shape}")
+
+
+def nbytes(buffer: Buffer) -> int:
+    """How much memory a buffer's content takes."""
+    return buffer.dtype.itemsize * math.prod(buffer.shape)
 
 
 def check_tensors(path: Path, what: str, expected: Iterable[str], found: Iterable[str]) -> None:

@@ -1,8 +1,12 @@
 """One stream of the first GPU, and memory of that GPU: what running engines needs of the CUDA runtime."""
 
+import ctypes
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from moma_rt.backends.base import Array
 from moma_rt.errors import MomaError, OutOfMemory
@@ -10,24 +14,28 @@ from moma_rt.libraries import CUDA_PIP_NAME, cuda_runtime
 from moma_rt.messages import one_line
 
 # What TensorRT asks of every address, and no more than cudaMalloc promises of all its own.
-_ALIGNMENT = 256
-# Keeping the host's copy alive costs its memory, waiting costs time: below this size a copy is kept, from it on waited
-# for. The rows and noise that are uploaded between steps, where waiting would leave the device idle, are smaller.
-_KEPT_BYTES = 1 << 20
+ALIGNMENT = 256
+# Of page-locked memory. While the device reads one chunk the host fills the next, so large uploads run at the bus's
+# speed from a few; a generation's own uploads, without those of a new subject, fit one.
+_CHUNK_BYTES, _CHUNKS = 1 << 22, 4
 _ADVICE = {
     "cudaErrorMemoryAllocation": "end what else runs on the GPU, or make fewer pictures at a time",
     "cudaErrorInsufficientDriver": f"{CUDA_PIP_NAME} is newer than the driver: update that, or install an older one",
 }
 
 
+@dataclass(frozen=True, eq=False)
 class DeviceMemory:
-    """`size` bytes at `address`, freed with this object."""
+    """`size` bytes at `address`. What they were allocated with is freed when no part of it is left."""
 
-    def __init__(self, cuda: Any, address: int, size: int) -> None:
-        self.address = address
-        self.size = size
-        # Whatever is wrong with the device is said by the next call that can raise.
-        _when_gone(self, cuda.cudaFree, address)
+    address: int
+    size: int
+    _allocation: object
+
+    def part(self, offset: int, size: int) -> "DeviceMemory":
+        """`size` of its bytes, from byte `offset` on."""
+        assert 0 <= offset <= offset + size <= self.size
+        return DeviceMemory(self.address + offset, size, self._allocation)
 
 
 class Stream:
@@ -46,6 +54,8 @@ class Stream:
         stream = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self.handle = int(stream)
         self._kept: dict[int, object] = {}
+        self._ring: list[_Chunk] = []
+        self.is_capturing = False
         _when_gone(self, _end, self._cuda, stream)
 
     def allocate(self, size: int) -> DeviceMemory:
@@ -54,33 +64,73 @@ class Stream:
         Raises:
             OutOfMemory: there is not so much left. Nothing else changed.
         """
-        size = max(size, _ALIGNMENT)
-        return DeviceMemory(self._cuda, int(self._call("cudaMalloc", size, of=f" of {size} bytes")), size)
+        size = max(size, ALIGNMENT)
+        address = int(self._call("cudaMalloc", size, of=f" of {size} bytes"))
+        return DeviceMemory(address, size, _Owned(self._cuda.cudaFree, address))
 
     def clear(self, memory: DeviceMemory) -> None:
         """Fill memory with zeros."""
         self.keep(memory)
         self._call("cudaMemsetAsync", memory.address, 0, memory.size, self.handle)
 
-    def copy_in(self, memory: DeviceMemory, host: Array, offset: int = 0) -> None:
-        """Copy a contiguous array, which must not change any more, into `memory` from byte `offset` on."""
+    def copy_in(self, memory: DeviceMemory, array: Array, dtype: np.dtype[Any]) -> None:
+        """Copy an array, converted to `dtype`, to the beginning of `memory`. It has been read when this returns."""
         self.keep(memory)
-        self.keep(host)
-        self._copy(memory.address + offset, host.ctypes.data, host.nbytes, "cudaMemcpyHostToDevice")
-        if host.nbytes >= _KEPT_BYTES:
-            self.synchronize()
+        flat, done = array.reshape(-1), 0
+        while done < flat.size:
+            piece = self._staged(dtype, flat.size - done)
+            np.copyto(piece, flat[done : done + piece.size], casting="same_kind")
+            self._copy(
+                memory.address + done * dtype.itemsize, piece.ctypes.data, piece.nbytes, "cudaMemcpyHostToDevice"
+            )
+            done += piece.size
 
-    def copy_within(self, to: DeviceMemory, source: DeviceMemory, size: int, offset: int) -> None:
-        """Copy `size` bytes of `source`, from byte `offset` on, to the beginning of `to`."""
+    def copy_within(self, to: DeviceMemory, source: DeviceMemory) -> None:
+        """Copy all of `source` to the beginning of `to`."""
         self.keep(to)
         self.keep(source)
-        self._copy(to.address, source.address + offset, size, "cudaMemcpyDeviceToDevice")
+        self._copy(to.address, source.address, source.size, "cudaMemcpyDeviceToDevice")
 
-    def copy_out(self, host: Array, memory: DeviceMemory) -> None:
-        """Fill a contiguous array from the beginning of `memory`; returns when that is done."""
+    def copy_out(self, memory: DeviceMemory, dtype: np.dtype[Any], count: int) -> Array:
+        """A new array of the first `count` numbers in `memory`; returns when everything enqueued before has run."""
         self.keep(memory)
-        self._copy(host.ctypes.data, memory.address, host.nbytes, "cudaMemcpyDeviceToHost")
-        self.synchronize()
+        found, done = np.empty(count, dtype), 0
+        if not count:
+            self.synchronize()
+        while done < count:
+            piece = self._staged(dtype, count - done)
+            source = memory.address + done * dtype.itemsize
+            self._copy(piece.ctypes.data, source, piece.nbytes, "cudaMemcpyDeviceToHost")
+            self.synchronize()
+            found[done : done + piece.size] = piece
+            done += piece.size
+        return found
+
+    def _staged(self, dtype: np.dtype[Any], count: int) -> Array:
+        """Page-locked memory for up to `count` numbers and at least one, which nothing on the stream uses any more.
+
+        Only such memory is read and written by a device while the host goes on.
+        """
+        if not self._ring:
+            for _ in range(_CHUNKS):
+                self._ring.append(self._new_chunk())
+        chunk = self._ring[0]
+        if chunk.room < min(count * dtype.itemsize, _CHUNK_BYTES // 2):
+            # Everything that uses it is on the stream now.
+            self._call("cudaEventRecord", chunk.event, self.handle)
+            self._ring.append(self._ring.pop(0))
+            chunk = self._ring[0]
+            if chunk.used:
+                self._call("cudaEventSynchronize", chunk.event)
+                chunk.used = 0
+        return chunk.take(dtype, count)
+
+    def _new_chunk(self) -> "_Chunk":
+        event = self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
+        owned = _Owned(self._cuda.cudaEventDestroy, event)
+        asked = (_CHUNK_BYTES, self._cuda.cudaHostAllocDefault)
+        address = int(self._call("cudaHostAlloc", *asked, of=f" of {_CHUNK_BYTES} bytes"))
+        return _Chunk(address, event, (owned, _Owned(self._cuda.cudaFreeHost, address)))
 
     def capture(self, enqueue: Callable[[], None]) -> "Graph":
         """What `enqueue` puts on the stream, which is not run, as a graph. Host memory must have no part in it.
@@ -94,17 +144,32 @@ class Stream:
         try:
             try:
                 self._call("cudaStreamBeginCapture", self.handle, mode)
+                self.is_capturing = True
                 enqueue()
             finally:
+                self.is_capturing = False
                 # Whatever happened: until then the stream runs nothing.
                 error, captured = cuda.cudaStreamEndCapture(self.handle)
             self._check("cudaStreamEndCapture", error)
-            executable = self._call("cudaGraphInstantiate", captured, 0)
-            return Graph(cuda, executable, tuple(self._kept.values()))
+            return self._instantiated(captured, tuple(self._kept.values()))
         finally:
             self._kept = kept_before
             if captured:
                 cuda.cudaGraphDestroy(captured)
+
+    def _instantiated(self, captured: Any, used: tuple[object, ...]) -> "Graph":
+        free_before = self.free_bytes()
+        executable = self._call("cudaGraphInstantiate", captured, 0)
+        owned = _Owned(self._cuda.cudaGraphExecDestroy, executable)
+        # Now, and not when it is launched for the first time.
+        self._call("cudaGraphUpload", executable, self.handle)
+        self._call("cudaStreamSynchronize", self.handle)
+        # Others may have used the device meanwhile, so this is no more than an estimate.
+        return Graph(executable, max(0, free_before - self.free_bytes()), used, owned)
+
+    def free_bytes(self) -> int:
+        """Memory of the device that nobody uses."""
+        return int(self._call("cudaMemGetInfo"))
 
     def launch(self, graph: "Graph") -> None:
         """Put the work of a graph on the stream."""
@@ -115,6 +180,8 @@ class Stream:
         """Wait for everything that was put on the stream, and let go of what was kept for it."""
         self._call("cudaStreamSynchronize", self.handle)
         self._kept.clear()
+        for chunk in self._ring:
+            chunk.used = 0
 
     def keep(self, used: object) -> None:
         """Keep what work on the stream uses alive until the stream has been waited for."""
@@ -139,13 +206,43 @@ class Stream:
             raise kind(f"{what} failed: {error.name}{advice}")
 
 
-class Graph:
-    """Work that was captured from a stream. What it uses lives as long as this object."""
+class _Chunk:
+    """Page-locked memory of the host, of which the first `used` bytes may be used by the stream."""
 
-    def __init__(self, cuda: Any, executable: Any, used: tuple[object, ...]) -> None:
-        self.executable = executable
-        self._used = used
-        _when_gone(self, cuda.cudaGraphExecDestroy, executable)
+    def __init__(self, address: int, event: Any, owned: tuple["_Owned", ...]) -> None:
+        self.event = event
+        self.used = 0
+        self._owned = owned
+        self._bytes = np.ctypeslib.as_array((ctypes.c_ubyte * _CHUNK_BYTES).from_address(address))
+
+    @property
+    def room(self) -> int:
+        return _CHUNK_BYTES - self.used
+
+    def take(self, dtype: np.dtype[Any], count: int) -> Array:
+        """As much of the room as `count` numbers need, and there is."""
+        size = min(count, self.room // dtype.itemsize) * dtype.itemsize
+        taken: Array = self._bytes[self.used : self.used + size].view(dtype)
+        self.used = min(-(-(self.used + size) // ALIGNMENT) * ALIGNMENT, _CHUNK_BYTES)
+        return taken
+
+
+class _Owned:
+    """What is freed with this object."""
+
+    def __init__(self, free: Any, handle: Any) -> None:
+        # Whatever is wrong with the device is said by the next call that can raise.
+        _when_gone(self, free, handle)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Captured work, and about how many bytes of the device that takes. What it uses lives as long as this object."""
+
+    executable: Any
+    size: int
+    _used: tuple[object, ...]
+    _owned: _Owned
 
 
 def _end(cuda: Any, stream: Any) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch._inductor import aoti_load_package
 
-from moma_rt.backends.base import Array, Buffer, check_tensors, fitting
+from moma_rt.backends.base import Array, Buffer, K, Size, check_tensors, fitting
 from moma_rt.engines import Device
 from moma_rt.errors import BundleError, MomaError, OutOfMemory
 from moma_rt.messages import one_line
@@ -122,6 +122,7 @@ class TorchRecording:
     graph: Any
     queue: _Queue
     used: tuple[object, ...]
+    size: int
     usable = True
 
     def replay(self) -> None:
@@ -145,6 +146,7 @@ class InductorBackend:
         if device is not None and not torch.cuda.is_available():
             raise MomaError(f"PyTorch {torch.__version__} cannot use {device.name}: install one for its CUDA version")
         self.records = device is not None
+        self.is_host = device is None
         if threads is not None:
             torch.set_num_threads(threads)
         new_stream: Any = torch.cuda.Stream  # which has no types
@@ -190,9 +192,11 @@ class InductorBackend:
         except (ValueError, KeyError, TypeError):
             raise BundleError(f"{path} does not say what its inputs and outputs are; build it again") from None
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> TorchBuffer:
-        kind = np.dtype(dtype)
-        with self._queue.working(f"a buffer of {dtype} {list(shape)}"):
+    def allocate(self, wanted: Mapping[K, Size]) -> dict[K, Buffer]:
+        return {key: self._buffer(shape, np.dtype(dtype)) for key, (shape, dtype) in wanted.items()}
+
+    def _buffer(self, shape: tuple[int, ...], kind: np.dtype[Any]) -> TorchBuffer:
+        with self._queue.working(f"a buffer of {kind.name} {list(shape)}"):
             tensor = torch.zeros(shape, dtype=getattr(torch, kind.name), device=self._queue.device)
         return TorchBuffer(tensor, kind)
 
@@ -211,6 +215,12 @@ class InductorBackend:
         with self._queue.working("a copy failed"):
             to.copy_(source[row])
 
+    def fill_row(self, target: Buffer, row: int, source: Buffer) -> None:
+        to, tensor = _own(target).tensor[row], _own(source).tensor
+        with self._queue.working("a copy failed"):
+            to[: len(tensor)].copy_(tensor)
+            to[len(tensor) :].zero_()
+
     def download(self, buffer: Buffer) -> Array:
         with self._queue.working("a download failed"):
             array: Array = _own(buffer).tensor.to("cpu", copy=True).numpy()
@@ -221,6 +231,7 @@ class InductorBackend:
             return None
         queue, graph, used = self._queue, torch.cuda.CUDAGraph(), list[object]()
         queue.used = used
+        free_before, _ = torch.cuda.mem_get_info()
         try:
             # Other threads of this process may use the GPU meanwhile.
             with torch.cuda.graph(graph, stream=queue.stream, capture_error_mode="thread_local"):
@@ -232,7 +243,8 @@ class InductorBackend:
             return None
         finally:
             queue.used = None
-        return TorchRecording(graph, queue, tuple(used))
+        free_after, _ = torch.cuda.mem_get_info()
+        return TorchRecording(graph, queue, tuple(used), max(0, free_before - free_after))
 
     def trim(self) -> None:
         if self.records:

@@ -53,6 +53,15 @@ def just_in_time(flavour: Flavour, trt: Any, engine: Any, engine_file: Path) -> 
     return JustInTime(runtime_config, runtime_config.get_runtime_cache().serialize, file, known)
 
 
+def is_capturable(flavour: Flavour, context: Any, stream_handle: int) -> bool:
+    """Whether a context, which has run on the stream, can be captured there. Of TensorRT itself, whose attempt fails
+    where it cannot: True.
+    """
+    if flavour is not Flavour.TENSORRT_RTX:
+        return True
+    return bool(context.is_stream_capturable(stream_handle))
+
+
 def _place(engine_file: Path) -> Path | None:
     """In the user's own cache, not in the bundle: it is code that no manifest describes. None without a home.
 

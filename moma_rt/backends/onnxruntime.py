@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from moma_rt.backends.base import Array, Buffer, check_tensors, fitting
+from moma_rt.backends.base import Array, Buffer, K, Size, check_tensors, fitting
 from moma_rt.errors import BundleError
 from moma_rt.messages import first_line
 from moma_rt.specs import NetworkSpec
@@ -71,6 +71,7 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     records = False
+    is_host = True
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
@@ -97,9 +98,9 @@ class OnnxRuntimeBackend:
         options.enable_mem_pattern = False
         return options
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> OrtBuffer:
-        array = np.zeros(shape, np.dtype(dtype))
-        return OrtBuffer(array, ort.OrtValue.ortvalue_from_numpy(array))
+    def allocate(self, wanted: Mapping[K, Size]) -> dict[K, Buffer]:
+        arrays = {key: np.zeros(shape, np.dtype(dtype)) for key, (shape, dtype) in wanted.items()}
+        return {key: OrtBuffer(array, ort.OrtValue.ortvalue_from_numpy(array)) for key, array in arrays.items()}
 
     def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
         fitting(buffer, array, row)
@@ -108,6 +109,11 @@ class OnnxRuntimeBackend:
 
     def copy_row(self, table: Buffer, row: int, target: Buffer) -> None:
         np.copyto(_own(target).array, _own(table).array[row])
+
+    def fill_row(self, target: Buffer, row: int, source: Buffer) -> None:
+        to, array = _own(target).array[row], _own(source).array
+        to[: len(array)] = array
+        to[len(array) :] = 0
 
     def record(self, enqueue: Callable[[], None]) -> None:
         """A CPU has nothing to replay: each network is called anyway."""

@@ -1,5 +1,6 @@
 """The backends on a GPU: engines of TensorRT or TensorRT-RTX, run one after the other on one stream."""
 
+import itertools
 import math
 import mmap
 import re
@@ -10,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from moma_rt.backends.base import Array, Buffer, check_tensors, fitting
-from moma_rt.backends.cuda import DeviceMemory, Graph, Stream
-from moma_rt.backends.jit import JustInTime, just_in_time
+from moma_rt.backends.base import Array, Buffer, K, Size, check_tensors, fitting, nbytes
+from moma_rt.backends.cuda import ALIGNMENT, DeviceMemory, Graph, Stream
+from moma_rt.backends.jit import JustInTime, is_capturable, just_in_time
 from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError, MomaError, OutOfMemory
 from moma_rt.libraries import library, library_log
@@ -39,6 +40,11 @@ class TrtBuffer:
     memory: DeviceMemory
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+    def row(self, index: int) -> DeviceMemory:
+        """Where a row of it lies."""
+        size = nbytes(self) // self.shape[0]
+        return self.memory.part(index * size, size)
 
 
 class Scratch:
@@ -79,6 +85,7 @@ class _Shared:
     """What all networks of a backend have in common. `library` names the flavour and its version."""
 
     trt: Any
+    flavour: Flavour
     library: str
     log: Any
     stream: Stream
@@ -103,6 +110,7 @@ class TrtBound:
         self._context = context
         self._buffers = buffers
         self._has_run = False
+        self._is_capturable = True
         self._scratch_bytes = int(context.update_device_memory_size_for_shapes())
         self._scratch: tuple[int, int] | None = None
         # Now rather than at the first run: what does not fit is said before a picture is begun.
@@ -114,12 +122,16 @@ class TrtBound:
         if scratch != self._scratch:
             context.set_device_memory(*scratch)
             self._scratch = scratch
+        if shared.stream.is_capturing and not self._is_capturable:
+            raise MomaError(f"{self._loaded.spec.name}: {shared.library} cannot record it")
         shared.log.begin()
         shared.stream.keep(self)
         if not context.execute_async_v3(shared.stream.handle):
             raise MomaError(f"{self._loaded.spec.name}: {shared.library} cannot run it: {shared.reason()}")
         if self._loaded.jit is not None and not self._has_run:
             shared.unsaved.append(self._loaded.jit)
+        if not self._has_run:
+            self._is_capturable = is_capturable(shared.flavour, context, shared.stream.handle)
         self._has_run = True
 
 
@@ -171,6 +183,10 @@ class TrtRecording:
     def usable(self) -> bool:
         return self.scratch.region == self.region
 
+    @property
+    def size(self) -> int:
+        return self.graph.size
+
     def replay(self) -> None:
         self.stream.launch(self.graph)
 
@@ -184,13 +200,13 @@ class TensorRtBackend:
     """
 
     records = True
+    is_host = False
 
     def __init__(self, flavour: Flavour) -> None:
         trt, log = library(flavour), library_log(flavour)
         self.name = flavour.value
         stream = Stream()
-        self._flavour = flavour
-        self._shared = _Shared(trt, f"{flavour.value} {trt.__version__}", log, stream, Scratch(stream), [])
+        self._shared = _Shared(trt, flavour, f"{flavour.value} {trt.__version__}", log, stream, Scratch(stream), [])
         log.begin()
         try:
             self._runtime = trt.Runtime(log)
@@ -214,33 +230,39 @@ class TensorRtBackend:
         found = _tensors(shared.trt, engine)
         for what, specs in (("inputs", spec.inputs), ("outputs", spec.outputs)):
             check_tensors(path, what, [f"{t.name} {t.dtype}" for t in specs], found[what])
-        return TrtNetwork(spec, engine, shared, just_in_time(self._flavour, shared.trt, engine, path))
+        return TrtNetwork(spec, engine, shared, just_in_time(shared.flavour, shared.trt, engine, path))
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> TrtBuffer:
-        kind = np.dtype(dtype)
-        memory = self._shared.stream.allocate(kind.itemsize * math.prod(shape))
-        self._shared.stream.clear(memory)
-        return TrtBuffer(memory, shape, kind)
+    def allocate(self, wanted: Mapping[K, Size]) -> dict[K, Buffer]:
+        kinds = {key: (shape, np.dtype(dtype)) for key, (shape, dtype) in wanted.items()}
+        # The addresses TensorRT takes are multiples of this; an empty buffer has one as well.
+        sizes = [
+            max(1, -(-kind.itemsize * math.prod(shape) // ALIGNMENT)) * ALIGNMENT for shape, kind in kinds.values()
+        ]
+        region = self._shared.stream.allocate(sum(sizes))
+        self._shared.stream.clear(region)
+        parts = [region.part(end - size, size) for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
+        return {key: TrtBuffer(part, *kinds[key]) for key, part in zip(wanted, parts, strict=True)}
 
     def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
         fitting(buffer, array, row)
         target = _own(buffer)
-        # A copy in any case: the caller may change its array before the device has read it.
-        host = np.empty(array.shape, target.dtype)
-        np.copyto(host, array, casting="same_kind")
-        self._shared.stream.copy_in(target.memory, host, offset=0 if row is None else row * host.nbytes)
+        memory = target.memory if row is None else target.row(row)
+        self._shared.stream.copy_in(memory, array, target.dtype)
 
     def copy_row(self, table: Buffer, row: int, target: Buffer) -> None:
-        source, to = _own(table), _own(target)
-        size = to.dtype.itemsize * math.prod(to.shape)
-        self._shared.stream.copy_within(to.memory, source.memory, size, offset=row * size)
+        self._shared.stream.copy_within(_own(target).memory, _own(table).row(row))
+
+    def fill_row(self, target: Buffer, row: int, source: Buffer) -> None:
+        to, size = _own(target).row(row), nbytes(source)
+        self._shared.stream.copy_within(to, _own(source).memory.part(0, size))
+        if size < to.size:
+            self._shared.stream.clear(to.part(size, to.size - size))
 
     def download(self, buffer: Buffer) -> Array:
         source = _own(buffer)
-        host = np.empty(source.shape, source.dtype)
-        self._shared.stream.copy_out(host, source.memory)
+        found = self._shared.stream.copy_out(source.memory, source.dtype, math.prod(source.shape))
         self._shared.save()
-        return host
+        return found.reshape(source.shape)
 
     def record(self, enqueue: Callable[[], None]) -> TrtRecording | None:
         shared = self._shared

@@ -68,6 +68,7 @@ class FakeBackend:
 
     name: str = "fake"
     records: bool = False
+    is_host: bool = True
     loads: list[str] = field(default_factory=list)
     allocations: list[tuple[int, ...]] = field(default_factory=list)
     binds: list[str] = field(default_factory=list)
@@ -92,10 +93,10 @@ class FakeBackend:
             self.loads.append(spec.name)
             return FakeNetwork(spec, self)
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    def allocate(self, wanted: Mapping) -> dict:
         with self.alone():
-            self.allocations.append(shape)
-            return np.zeros(shape, dtype)
+            self.allocations += (shape for shape, _ in wanted.values())
+            return {key: np.zeros(shape, dtype) for key, (shape, dtype) in wanted.items()}
 
     def upload(self, buffer: np.ndarray, array: np.ndarray, row: int | None = None) -> None:
         with self.alone():
@@ -108,6 +109,12 @@ class FakeBackend:
         with self.alone():
             assert (table.shape[1:], table.dtype) == (target.shape, target.dtype)
             target[...] = table[row]
+
+    def fill_row(self, target: np.ndarray, row: int, source: np.ndarray) -> None:
+        with self.alone():
+            assert (target.shape[2:], target.dtype) == (source.shape[1:], source.dtype)
+            target[row, : len(source)] = source
+            target[row, len(source) :] = 0
 
     def record(self, enqueue: Callable[[], None]) -> None:
         raise AssertionError("this backend does not record")

@@ -17,8 +17,9 @@ from moma_rt.footprint import (
     spelled_bytes,
     together,
 )
+from moma_rt.limits import Limits
 from moma_rt.networks import Networks
-from moma_rt.runtime import Limits, Runtime
+from moma_rt.runtime import Runtime
 from moma_rt.stages import Stages
 
 SIZES = {

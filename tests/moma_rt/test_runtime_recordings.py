@@ -10,7 +10,8 @@ import pytest
 from moma_rt.bundle import Bundle
 from moma_rt.errors import Cancelled, MomaError
 from moma_rt.runtime import Runtime
-from tests.moma_rt.fake_gpu import Context, CudaError
+from tests.moma_rt.fake_cuda import CudaError
+from tests.moma_rt.fake_gpu import Context
 from tests.moma_rt.test_runtime_engines import bundle, gpu  # noqa: F401
 
 PROMPT = "A car on a beach."
@@ -136,13 +137,25 @@ def test_a_recording_does_not_outlive_its_scratch_region(gpu, runtime, subject, 
     assert enqueued.count("denoiser") == 2 * 2 + 3, "recorded again, in the new region"
 
 
-@pytest.mark.parametrize("failing", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
+@pytest.mark.parametrize(
+    "failing", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphUpload"]
+)
 def test_what_cannot_be_recorded_is_run_step_by_step(gpu, runtime, subject, eager, failing):  # noqa: F811
     gpu.cuda.failures[failing] = CudaError.cudaErrorIllegalAddress
     for _ in range(2):
         np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), eager(steps=3))
     assert gpu.cuda.launches == 0
     assert gpu.cuda.captured is None
+
+
+@pytest.mark.parametrize("networks", [("denoiser",), ("vae_decoder",)])
+def test_a_network_that_says_that_it_cannot_be_recorded(gpu, runtime, subject, eager, monkeypatch, networks):  # noqa: F811
+    """As TensorRT-RTX can; see test_jit.py for whom it asks."""
+    monkeypatch.setattr(
+        "moma_rt.backends.tensorrt.is_capturable", lambda _, context, __: context.engine.spec.name not in networks
+    )
+    np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), eager(steps=3))
+    assert (gpu.cuda.launches, gpu.cuda.graphs) == (0, {})
 
 
 def test_a_network_that_refuses_to_be_recorded(gpu, runtime, subject, eager, monkeypatch):  # noqa: F811
@@ -161,6 +174,51 @@ def test_old_recordings_go(gpu, runtime, subject):  # noqa: F811
         runtime.generate(subject, PROMPT, steps=steps)
     gc.collect()
     assert len(gpu.cuda.graphs) == 4
+
+
+def test_recordings_are_kept_as_far_as_their_memory_goes(gpu, bundle, photo, mask, enqueued):  # noqa: F811
+    def recorded(**options):
+        enqueued.clear()
+        runtime.generate(subject, PROMPT, **options)
+        return "denoiser" in enqueued
+
+    runtime = Runtime.load(bundle, "tensorrt")
+    subject = runtime.enroll(photo, mask, "car")
+    buffers = sizes_of_pictures(runtime, subject)
+    # Room for one size of pictures with two recordings, or for two sizes with one each.
+    runtime = Runtime.load(bundle, "tensorrt", graph_memory=int(2.2 * buffers))
+    small, long, wide = {"steps": 1}, {"steps": 2}, {"steps": 1, "num_images": 2}
+    assert [recorded(**options) for options in (small, long, small, long)] == [True, True, False, False]
+    assert recorded(**wide)
+    assert runtime._sampler._buffers.size <= 2.2 * buffers or len(runtime._sampler._buffers) == 1
+    assert not recorded(**wide)
+    assert recorded(**small), "the older size went"
+
+
+def sizes_of_pictures(runtime, subject):
+    """Bytes of one size of pictures with two recordings."""
+    for steps in (1, 2):
+        runtime.generate(subject, PROMPT, steps=steps)
+    return runtime._sampler._buffers.size
+
+
+def test_recordings_count_as_what_they_take_of_the_device(gpu, runtime, subject):  # noqa: F811
+    runtime.generate(subject, PROMPT, steps=5)
+    (buffers,) = runtime._sampler._buffers._values.values()
+    before, used = buffers.size, gpu.cuda.used
+    # Of steps, each a copied row and a run, and of the decoding.
+    runtime.generate(subject, PROMPT, steps=9)
+    assert buffers.size - before == gpu.cuda.used - used == (2 * 9 + 1) * 64
+
+
+@pytest.mark.parametrize("budget", [1, 64 * (2 * 9 + 1)])
+def test_one_recording_is_kept_whatever_it_takes(gpu, bundle, photo, mask, budget):  # noqa: F811
+    runtime = Runtime.load(bundle, "tensorrt", graph_memory=budget)
+    subject = runtime.enroll(photo, mask, "car")
+    for steps in (9, 3, 9, 9):
+        runtime.generate(subject, PROMPT, steps=steps)
+        assert len(gpu.cuda.graphs) == 1
+    assert gpu.cuda.launches == 4
 
 
 def test_everything_goes_with_the_runtime(gpu, bundle, photo, mask):  # noqa: F811

@@ -60,7 +60,11 @@ def save_graph(path: Path, spec: NetworkSpec) -> Path:
 
 def allocate(backend: Backend, spec: NetworkSpec, **sizes: int) -> dict[str, Buffer]:
     """Buffers of all inputs and outputs."""
-    return {t.name: backend.allocate(t.resolve(**sizes), t.dtype) for t in (*spec.inputs, *spec.outputs)}
+    return backend.allocate({t.name: (t.resolve(**sizes), t.dtype) for t in (*spec.inputs, *spec.outputs)})
+
+
+def buffer_of(backend: Backend, shape: tuple[int, ...], dtype: str) -> Buffer:
+    return backend.allocate({"": (shape, dtype)})[""]
 
 
 def check_two_bindings(backend: Backend, step: Network) -> None:
@@ -76,3 +80,15 @@ def check_two_bindings(backend: Backend, step: Network) -> None:
     image = backend.download(even["image"])
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, np.arange(6).reshape(2, 3))
+
+
+def check_row_filling(backend: Backend, count: int) -> None:
+    """A row of 4 numbers' vectors is filled with `count` of them and zeros, and its neighbours stay as they were."""
+    target, source = buffer_of(backend, (3, 4, 5), "float16"), buffer_of(backend, (count, 5), "float16")
+    backend.upload(target, np.ones((3, 4, 5), np.float16))
+    backend.upload(source, np.full((count, 5), 7, np.float16))
+    backend.fill_row(target, 1, source)
+    expected = np.ones((3, 4, 5))
+    expected[1] = 0
+    expected[1, :count] = 7
+    np.testing.assert_array_equal(backend.download(target), expected)

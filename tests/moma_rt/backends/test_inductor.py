@@ -16,7 +16,7 @@ from moma_rt.backends.inductor import TENSORS_NOTE, InductorBackend
 from moma_rt.device import local_device
 from moma_rt.engines import Device
 from moma_rt.errors import BundleError, InputError, MomaError, OutOfMemory
-from tests.moma_rt.backends.networks import PAST, STEP, allocate, check_two_bindings
+from tests.moma_rt.backends.networks import PAST, STEP, allocate, buffer_of, check_row_filling, check_two_bindings
 from tests.moma_rt.backends.packages import save_package, with_notes
 
 
@@ -51,7 +51,7 @@ def test_a_run_writes_into_the_bound_memory(backend, step_package):
 
 
 def test_a_binding_keeps_its_network_and_its_buffers_alive(backend, step_package):
-    kept = backend.allocate((2, 3), "float32")
+    kept = buffer_of(backend, (2, 3), "float32")
     bound = backend.load(STEP, step_package).bind({**allocate(backend, STEP, batch=2), "next_x": kept})
     backend.upload(kept, np.ones((2, 3), np.float32))
     gc.collect()
@@ -72,7 +72,7 @@ def test_sizes_that_tracing_would_take_for_constants(backend, past_package, past
 
 
 def test_rows_of_a_table(backend):
-    table, row = backend.allocate((3, 2), "float32"), backend.allocate((2,), "float32")
+    table, row = buffer_of(backend, (3, 2), "float32"), buffer_of(backend, (2,), "float32")
     backend.upload(table, np.arange(6).reshape(3, 2).astype(np.float64))
     backend.upload(table, np.array([7, 8], np.float32), row=1)
     for index, expected in enumerate(([0, 1], [7, 8], [4, 5])):
@@ -80,8 +80,13 @@ def test_rows_of_a_table(backend):
         assert backend.download(row).tolist() == expected
 
 
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_a_row_is_filled_up_with_zeros(backend, count):
+    check_row_filling(backend, count)
+
+
 def test_uploads_and_downloads_are_copies(backend):
-    buffer, array = backend.allocate((3,), "float32"), np.ones(3, np.float32)
+    buffer, array = buffer_of(backend, (3,), "float32"), np.ones(3, np.float32)
     before = backend.download(buffer)
     backend.upload(buffer, array)
     array[:] = 2
@@ -90,14 +95,14 @@ def test_uploads_and_downloads_are_copies(backend):
 
 
 def test_uploads_convert_between_floats_and_refuse_everything_else(backend):
-    buffer = backend.allocate((2, 3), "float16")
+    buffer = buffer_of(backend, (2, 3), "float16")
     backend.upload(buffer, np.full((2, 3), 0.5, np.float64))
     assert backend.download(buffer).dtype == np.float16
     assert (backend.download(buffer) == 0.5).all()
     with pytest.raises(ValueError, match=r"shape \(3,\) does not fit a buffer of shape \(2, 3\)"):
         backend.upload(buffer, np.zeros(3, np.float32))
     with pytest.raises(TypeError):
-        backend.upload(backend.allocate((1,), "int32"), np.ones(1, np.float32))
+        backend.upload(buffer_of(backend, (1,), "int32"), np.ones(1, np.float32))
 
 
 def test_buffers_of_another_backend_are_refused(backend, step_package):
@@ -186,7 +191,7 @@ def test_a_run_that_fails_is_one_line_and_the_next_one_works(backend, step_packa
 
 def test_memory_that_a_cpu_does_not_have(backend):
     with pytest.raises(OutOfMemory, match=r"a buffer of float32 \[1099511627776, 1024\]: no memory left: "):
-        backend.allocate((1 << 40, 1024), "float32")
+        buffer_of(backend, (1 << 40, 1024), "float32")
 
 
 def test_threads_are_those_of_the_process():
@@ -228,7 +233,7 @@ def test_on_a_gpu_a_recording_does_what_it_recorded(tmp_path):
     network = backend.load(STEP, save_package(tmp_path / "step.pt2", STEP, "cuda"))
     even = allocate(backend, STEP, batch=2)
     odd = {**even, "x": even["next_x"], "next_x": even["x"]}
-    table = backend.allocate((4, 1), "float32")
+    table = buffer_of(backend, (4, 1), "float32")
     backend.upload(table, np.array([[1], [10], [100], [1000]], np.float32))
 
     def steps_of(bounds):
@@ -257,7 +262,7 @@ def test_on_a_gpu_a_recording_does_what_it_recorded(tmp_path):
 @pytest.mark.gpu
 def test_on_a_gpu_what_cannot_be_recorded_is_not():
     backend = InductorBackend(local_device())
-    buffer = backend.allocate((3,), "float32")
+    buffer = buffer_of(backend, (3,), "float32")
     assert backend.record(lambda: backend.download(buffer)) is None
     backend.upload(buffer, np.ones(3, np.float32))
     assert (backend.download(buffer) == 1).all()
@@ -267,5 +272,5 @@ def test_on_a_gpu_what_cannot_be_recorded_is_not():
 def test_on_a_gpu_out_of_memory_is_said():
     backend = InductorBackend(local_device())
     with pytest.raises(OutOfMemory, match="no memory left"):
-        backend.allocate((1 << 40,), "float32")
-    assert not backend.download(backend.allocate((3,), "float32")).any()
+        buffer_of(backend, (1 << 40,), "float32")
+    assert not backend.download(buffer_of(backend, (3,), "float32")).any()

@@ -85,3 +85,20 @@ def test_without_a_home_nothing_is_kept(run, monkeypatch):
 def test_tensorrt_itself_compiles_nothing_here(run, home):
     assert run(1, flavour="tensorrt") is None
     assert files(home) == {}
+
+
+@pytest.mark.parametrize(("flavour", "refuses"), [("tensorrt_rtx", False), ("tensorrt_rtx", True), ("tensorrt", True)])
+def test_rtx_says_whether_it_can_be_recorded(tmp_path, monkeypatch, home, flavour, refuses):
+    """TensorRT itself is not asked: it has no such method."""
+    gpu = FakeGpu.install(monkeypatch, {b"step": (STEP, step)}, flavour)
+    gpu.trt.refusals |= {"is_stream_capturable"} if refuses else set()
+    backend = backends.create(flavour)
+    (tmp_path / "engine.trt").write_bytes(b"step")
+    bound = backend.load(STEP, tmp_path / "engine.trt").bind(allocate(backend, STEP, batch=1))
+    for _ in range(2):
+        bound.enqueue()
+    backend.synchronize()
+    recording = backend.record(bound.enqueue)
+    assert (recording is None) == (refuses and flavour == "tensorrt_rtx")
+    bound.enqueue()
+    backend.synchronize()

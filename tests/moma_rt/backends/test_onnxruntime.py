@@ -11,7 +11,15 @@ from moma_rt import backends
 from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
 from moma_rt.errors import BundleError, InputError
 from moma_rt.specs import NetworkSpec, TensorSpec
-from tests.moma_rt.backends.networks import PAST, STEP, allocate, check_two_bindings, save_graph
+from tests.moma_rt.backends.networks import (
+    PAST,
+    STEP,
+    allocate,
+    buffer_of,
+    check_row_filling,
+    check_two_bindings,
+    save_graph,
+)
 
 
 def save(path, nodes, inputs, outputs, initializers=()):
@@ -54,7 +62,7 @@ def test_a_run_writes_into_the_bound_memory(backend, step_onnx):
 
 def test_a_binding_keeps_its_buffers_alive(backend, step_onnx):
     network = backend.load(STEP, step_onnx)
-    kept = backend.allocate((2, 3), "float32")
+    kept = buffer_of(backend, (2, 3), "float32")
     bound = network.bind({**allocate(backend, STEP, batch=2), "next_x": kept})
     del network
     gc.collect()
@@ -74,8 +82,13 @@ def test_a_dimension_may_be_zero(backend, past_onnx):
         assert backend.download(buffers["total"]) == 2 * (past + 2)
 
 
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_a_row_is_filled_up_with_zeros(backend, count):
+    check_row_filling(backend, count)
+
+
 def test_downloads_are_copies(backend):
-    buffer = backend.allocate((3,), "float32")
+    buffer = buffer_of(backend, (3,), "float32")
     before = backend.download(buffer)
     backend.upload(buffer, np.ones(3, np.float32))
     assert not before.any()
@@ -83,12 +96,12 @@ def test_downloads_are_copies(backend):
 
 
 def test_uploads_convert_between_floats_and_refuse_everything_else(backend):
-    buffer = backend.allocate((2, 3), "float32")
+    buffer = buffer_of(backend, (2, 3), "float32")
     backend.upload(buffer, np.full((2, 3), 0.5, np.float64))
     assert (backend.download(buffer) == 0.5).all()
     with pytest.raises(ValueError, match=r"shape \(3,\) does not fit a buffer of shape \(2, 3\)"):
         backend.upload(buffer, np.zeros(3, np.float32))
-    ids = backend.allocate((1,), "int32")
+    ids = buffer_of(backend, (1,), "int32")
     with pytest.raises(TypeError):
         backend.upload(ids, np.ones(1, np.float32))
 

@@ -1,13 +1,14 @@
 """The TensorRT backends on a GPU of NumPy."""
 
 import gc
+import itertools
 
 import numpy as np
 import pytest
 
 from moma_rt.backends.tensorrt import TensorRtBackend
 from moma_rt.engines import Flavour
-from tests.moma_rt.backends.networks import PAST, STEP, allocate, check_two_bindings
+from tests.moma_rt.backends.networks import PAST, STEP, allocate, buffer_of, check_row_filling, check_two_bindings
 
 
 def test_two_bindings_of_one_network_hand_the_state_to_and_fro(load):
@@ -28,7 +29,7 @@ def test_a_run_is_enqueued_and_not_waited_for(gpu, load):
 
 def test_an_upload_is_of_what_the_array_was_then(gpu, load):
     backend, _ = load
-    rows = [backend.allocate((64,), "float32") for _ in range(8)]
+    rows = [buffer_of(backend, (64,), "float32") for _ in range(8)]
     for value, row in enumerate(rows):
         array = np.full(64, value, np.float32)
         backend.upload(row, array)
@@ -40,7 +41,7 @@ def test_an_upload_is_of_what_the_array_was_then(gpu, load):
 
 def test_an_upload_into_a_buffer_that_nobody_wants_any_more(gpu, load):
     backend, _ = load
-    buffer = backend.allocate((64,), "float32")
+    buffer = buffer_of(backend, (64,), "float32")
     backend.synchronize()
     backend.upload(buffer, np.ones(64, np.float32))
     del buffer
@@ -49,17 +50,34 @@ def test_an_upload_into_a_buffer_that_nobody_wants_any_more(gpu, load):
     assert gpu.cuda.memory == {}
 
 
-def test_a_large_upload_is_waited_for_rather_than_kept(gpu, load):
+def test_buffers_that_are_allocated_together_are_of_one_piece(gpu, load):
     backend, _ = load
-    buffer = backend.allocate((1 << 18,), "float32")
-    backend.upload(buffer, np.ones(1 << 18, np.float32))
-    assert gpu.cuda.queue == []
-    assert (backend.download(buffer) == 1).all()
+    wanted = {1: ((3, 5), "uint8"), "none": ((0, 7), "float32"), "rows": ((2, 63), "float16"), "number": ((), "int64")}
+    buffers = backend.allocate(wanted)
+    assert len(gpu.cuda.memory) == 1
+    assert {key: (buffer.shape, buffer.dtype.name) for key, buffer in buffers.items()} == wanted
+    places = sorted((buffer.memory.address, buffer.memory.size) for buffer in buffers.values())
+    assert all(address % 256 == 0 for address, _ in places)
+    assert all(end <= start for (a, size), (start, _) in itertools.pairwise(places) for end in [a + size])
+    for value, buffer in enumerate(buffers.values(), 1):
+        backend.upload(buffer, np.full(buffer.shape, value, buffer.dtype))
+    for value, buffer in enumerate(buffers.values(), 1):
+        assert (backend.download(buffer) == value).all()
+    del buffers["number"], buffer
+    assert len(gpu.cuda.memory) == 1
+    buffers.clear()
+    assert gpu.cuda.memory == {}
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_a_row_is_filled_up_with_zeros(load, count):
+    backend, _ = load
+    check_row_filling(backend, count)
 
 
 def test_what_runs_outlives_those_who_enqueued_it(gpu, load):
     backend, network = load
-    result = backend.allocate((2, 3), "float32")
+    result = buffer_of(backend, (2, 3), "float32")
     network(STEP).bind({**allocate(backend, STEP, batch=2), "next_x": result}).enqueue()
     gc.collect()
     assert gpu.trt.contexts[0]() is not None
@@ -88,7 +106,7 @@ def test_memory_is_freed_with_the_last_who_uses_it(gpu, load):
     backend.synchronize()
     full = len(gpu.cuda.memory)
     buffers.clear()
-    assert len(gpu.cuda.memory) == full == 6
+    assert len(gpu.cuda.memory) == full == 2
     del bound
     # All but the scratch region, which the next network will use.
     assert len(gpu.cuda.memory) == 1
@@ -154,7 +172,7 @@ def test_a_dimension_may_be_zero(load):
 
 def test_buffers_are_zeroed_and_downloads_are_copies(load):
     backend, _ = load
-    buffer = backend.allocate((3,), "float32")
+    buffer = buffer_of(backend, (3,), "float32")
     before = backend.download(buffer)
     backend.upload(buffer, np.ones(3, np.float32))
     assert not before.any()
@@ -165,7 +183,7 @@ def test_buffers_are_zeroed_and_downloads_are_copies(load):
 def test_every_dtype_goes_and_comes_back(load, dtype):
     backend, _ = load
     array = np.arange(12).reshape(3, 4).astype(dtype)
-    buffer = backend.allocate((4, 3), dtype)
+    buffer = buffer_of(backend, (4, 3), dtype)
     backend.upload(buffer, array.T)
     found = backend.download(buffer)
     assert found.dtype == array.dtype
@@ -174,7 +192,7 @@ def test_every_dtype_goes_and_comes_back(load, dtype):
 
 def test_uploads_convert_between_floats_and_refuse_everything_else(load):
     backend, _ = load
-    buffer = backend.allocate((2, 3), "float32")
+    buffer = buffer_of(backend, (2, 3), "float32")
     backend.upload(buffer, np.full((2, 3), 0.5, np.float64))
     assert (backend.download(buffer) == 0.5).all()
     backend.upload(buffer, np.broadcast_to(np.float32(2), (2, 3)))
@@ -182,7 +200,7 @@ def test_uploads_convert_between_floats_and_refuse_everything_else(load):
     with pytest.raises(ValueError, match=r"shape \(3,\) does not fit a buffer of shape \(2, 3\)"):
         backend.upload(buffer, np.zeros(3, np.float32))
     with pytest.raises(TypeError):
-        backend.upload(backend.allocate((1,), "int32"), np.ones(1, np.float32))
+        backend.upload(buffer_of(backend, (1,), "int32"), np.ones(1, np.float32))
 
 
 def test_buffers_of_another_backend_are_refused(load):

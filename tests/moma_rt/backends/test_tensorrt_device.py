@@ -11,7 +11,7 @@ from moma_rt.backends.tensorrt import TensorRtBackend
 from moma_rt.device import local_device
 from moma_rt.engines import RTX_CAPABILITIES, Flavour
 from moma_rt.networks import run_once
-from tests.moma_rt.backends.networks import PAST, STEP, allocate, past, save_graph, step
+from tests.moma_rt.backends.networks import PAST, STEP, allocate, buffer_of, past, save_graph, step
 
 CASES = [
     (STEP, step, ({"batch": 2}, {"batch": 500})),
@@ -71,6 +71,6 @@ def test_an_engine_hands_its_state_to_and_fro(tmp_path):
         steps[i % 2].enqueue()
     assert (backend.download(even["x"]) == sum(range(10))).all()
     with pytest.raises(Exception, match="cudaErrorMemoryAllocation"):
-        backend.allocate((1 << 24, 1 << 20), "float32")
+        buffer_of(backend, (1 << 24, 1 << 20), "float32")
     steps[0].enqueue()
     assert (backend.download(even["next_x"]) == sum(range(11)) - 1).all()

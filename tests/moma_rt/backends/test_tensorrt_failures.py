@@ -14,8 +14,9 @@ from moma_rt.device import local_device
 from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError, InputError, MomaError
 from moma_rt.specs import NetworkSpec, TensorSpec
-from tests.moma_rt.backends.networks import BATCH, PAST, STEP, allocate
-from tests.moma_rt.fake_gpu import CudaError, FakeCuda, FakeGpu
+from tests.moma_rt.backends.networks import BATCH, PAST, STEP, allocate, buffer_of
+from tests.moma_rt.fake_cuda import CudaError, FakeCuda
+from tests.moma_rt.fake_gpu import FakeGpu
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,17 @@ def use_everything(backend, network):
     assert (backend.download(buffers["next_x"]) == 1).all()
 
 
-@pytest.mark.parametrize("call", ["cudaMalloc", "cudaMemsetAsync", "cudaMemcpyAsync", "cudaStreamSynchronize"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cudaMalloc",
+        "cudaMemsetAsync",
+        "cudaMemcpyAsync",
+        "cudaStreamSynchronize",
+        "cudaHostAlloc",
+        "cudaEventCreateWithFlags",
+    ],
+)
 def test_a_failing_call_is_named_and_the_next_one_works(gpu, load, call):
     backend, network = load
     gpu.cuda.failures[call] = CudaError.cudaErrorIllegalAddress
@@ -118,7 +129,7 @@ def test_a_library_that_is_too_new_for_the_driver(gpu):
 
 def test_a_failure_to_free_is_no_error(gpu, load):
     backend, _ = load
-    buffer = backend.allocate((3,), "float32")
+    buffer = buffer_of(backend, (3,), "float32")
     backend.synchronize()
     (address,) = gpu.cuda.memory
     gpu.cuda.failures["cudaFree"] = CudaError.cudaErrorIllegalAddress
@@ -131,7 +142,7 @@ def test_a_failure_to_free_is_no_error(gpu, load):
 def test_out_of_memory_says_how_much_was_asked_for_and_leaves_the_backend_usable(gpu, load):
     backend, network = load
     with pytest.raises(MomaError) as caught:
-        backend.allocate((1 << 20, 17), "float32")
+        buffer_of(backend, (1 << 20, 17), "float32")
     assert str(caught.value) == (
         "cudaMalloc of 71303168 bytes failed: cudaErrorMemoryAllocation; end what else runs on the GPU, or make fewer "
         "pictures at a time"
@@ -181,7 +192,8 @@ def test_the_fake_cuda_has_only_what_the_real_one_has():
     names = [name for name in dir(FakeCuda) if name.startswith("cuda")]
     assert "cudaMemcpyAsync" in names
     assert [name for name in names if not hasattr(real, name)] == []
-    assert real.cudaStreamNonBlocking == FakeCuda.cudaStreamNonBlocking
+    for constant in ("cudaStreamNonBlocking", "cudaHostAllocDefault", "cudaEventDisableTiming"):
+        assert getattr(real, constant) == getattr(FakeCuda, constant)
     for kind in ("cudaError_t", "cudaMemcpyKind"):
         for member in getattr(FakeCuda, kind):
             found = getattr(getattr(real, kind), member.name)

@@ -1,0 +1,94 @@
+"""Copies between the host and the device, through page-locked memory, on a GPU of NumPy."""
+
+import gc
+
+import numpy as np
+import pytest
+
+from moma_rt.backends.cuda import Stream
+from moma_rt.errors import MomaError, OutOfMemory
+from tests.moma_rt.fake_cuda import CudaError
+
+CHUNK = 1 << 22
+FLOAT32, FLOAT16 = np.dtype("float32"), np.dtype("float16")
+
+
+@pytest.fixture
+def stream(gpu):
+    return Stream()
+
+
+def test_an_upload_larger_than_all_page_locked_memory(gpu, stream):
+    count = 6 * CHUNK // 4 + 63
+    array = np.arange(count, dtype=np.float32)
+    memory = stream.allocate(array.nbytes)
+    stream.copy_in(memory, array, FLOAT32)
+    assert gpu.cuda.waits == 0, "for the pieces whose place is used again, and not for everything"
+    assert gpu.cuda.queue, "the last pieces are still on their way"
+    array.fill(np.nan)
+    np.testing.assert_array_equal(stream.copy_out(memory, FLOAT32, count), np.arange(count))
+    assert len(gpu.cuda.pinned) == 4
+
+
+def test_many_small_uploads_in_a_row(gpu, stream):
+    memory = [stream.allocate(300_000) for _ in range(70)]
+    for value, place in enumerate(memory):
+        array = np.full(75_000, value, np.float64)
+        stream.copy_in(place, array, FLOAT32)
+        array.fill(np.nan)
+    assert gpu.cuda.waits == 0
+    for value, place in enumerate(memory):
+        assert (stream.copy_out(place, FLOAT32, 75_000) == value).all()
+
+
+def test_numbers_are_converted_on_the_way(stream):
+    memory = stream.allocate(1000)
+    stream.copy_in(memory, np.array([[0.5, 65504.0], [-1.0, 1e-7]])[:, ::-1], FLOAT16)
+    np.testing.assert_array_equal(stream.copy_out(memory, FLOAT16, 4), np.float16([65504.0, 0.5, 1e-7, -1.0]))
+    with pytest.raises(TypeError, match="same_kind"):
+        stream.copy_in(memory, np.ones(3), np.dtype("int32"))
+
+
+def test_no_numbers_at_all(gpu, stream):
+    memory = stream.allocate(0)
+    stream.copy_in(memory, np.ones((0, 3), np.float32), FLOAT32)
+    stream.clear(memory)
+    assert stream.copy_out(memory, FLOAT32, 0).shape == (0,)
+    assert gpu.cuda.queue == [], "everything before has run"
+
+
+def test_what_is_waited_for_leaves_its_place_to_what_comes(gpu, stream):
+    memory = stream.allocate(CHUNK)
+    for _ in range(3):
+        stream.copy_in(memory, np.ones(CHUNK // 4 - 64, np.float32), FLOAT32)
+        stream.synchronize()
+    assert gpu.cuda.recorded == 0, "one chunk was enough"
+
+
+def test_page_locked_memory_that_is_short(gpu, stream):
+    memory = stream.allocate(100)
+    gpu.cuda.failures["cudaHostAlloc"] = CudaError.cudaErrorMemoryAllocation
+    with pytest.raises(OutOfMemory, match=r"^cudaHostAlloc of 4194304 bytes failed: cudaErrorMemoryAllocation"):
+        stream.copy_in(memory, np.ones(25, np.float32), FLOAT32)
+    assert gpu.cuda.events == {}
+    stream.copy_in(memory, np.ones(25, np.float32), FLOAT32)
+    assert stream.copy_out(memory, FLOAT32, 25).tolist() == [1] * 25
+
+
+@pytest.mark.parametrize("call", ["cudaEventRecord", "cudaEventSynchronize"])
+def test_a_failing_event_is_named_and_the_next_upload_works(gpu, stream, call):
+    count = 5 * CHUNK // 4
+    memory = stream.allocate(4 * count)
+    gpu.cuda.failures[call] = CudaError.cudaErrorIllegalAddress
+    with pytest.raises(MomaError, match=f"^{call} failed: cudaErrorIllegalAddress$"):
+        stream.copy_in(memory, np.zeros(count, np.float32), FLOAT32)
+    stream.copy_in(memory, np.arange(count, dtype=np.float32), FLOAT32)
+    np.testing.assert_array_equal(stream.copy_out(memory, FLOAT32, count), np.arange(count))
+
+
+def test_everything_goes_with_the_stream(gpu):
+    stream = Stream()
+    stream.copy_in(stream.allocate(100), np.ones(25, np.float32), FLOAT32)
+    del stream
+    gc.collect()
+    assert (gpu.cuda.pinned, gpu.cuda.events, gpu.cuda.memory, gpu.cuda.streams) == ({}, {}, {}, 0)

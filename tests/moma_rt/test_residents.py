@@ -1,0 +1,167 @@
+"""Subjects in the memory of a device, and going from one to another."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moma_rt.bundle import Bundle
+from moma_rt.errors import InputError, MomaError
+from moma_rt.residents import Residents
+from moma_rt.runtime import Runtime
+from moma_rt.subject import Subject
+from tests.moma_rt.fake_cuda import CudaError
+from tests.moma_rt.test_runtime_engines import bundle, gpu  # noqa: F401
+
+PROMPT = "A car on a beach."
+UP, WITHIN = "cudaMemcpyHostToDevice", "cudaMemcpyDeviceToDevice"
+
+
+@pytest.fixture
+def enrolled(bundle, fakes, photo, mask):  # noqa: F811
+    """Subjects of different photos, and what a backend of the host makes of each."""
+    plain = Runtime(Bundle.open(bundle), fakes.FakeBackend())
+    subjects = [plain.enroll(photo.rotate(90 * i), mask, "car") for i in range(4)]
+    return subjects, [pixels(plain.generate(subject, PROMPT, steps=2)) for subject in subjects]
+
+
+@pytest.fixture
+def load(gpu, bundle):  # noqa: F811
+    return lambda **options: Runtime.load(bundle, "tensorrt", **options)
+
+
+def pixels(result):
+    return np.stack([np.asarray(image) for image in result.images])
+
+
+def subject_bytes(subject):
+    return sum(array.nbytes for array in subject.inputs().values())
+
+
+def copied(gpu, kind, call):  # noqa: F811
+    before = gpu.cuda.copied[kind]
+    call()
+    return gpu.cuda.copied[kind] - before
+
+
+def test_a_subject_is_uploaded_once_and_copied_within_the_device_from_then_on(gpu, load, enrolled):  # noqa: F811
+    subjects, expected = enrolled
+    runtime = load()
+    first = [copied(gpu, UP, lambda s=s: runtime.generate(s, PROMPT, steps=2)) for s in subjects]
+    # The same conditions go up each time, and from the second subject on the same seeds' latents.
+    for subject, pictures, before in zip(subjects, expected, first, strict=True):
+        again = copied(gpu, UP, lambda s=subject, p=pictures: np.testing.assert_array_equal(
+            pixels(runtime.generate(s, PROMPT, steps=2)), p))  # fmt: skip
+        assert again <= before - subject_bytes(subject)
+    assert copied(gpu, WITHIN, lambda: runtime.generate(subjects[0], PROMPT, steps=2)) >= subject_bytes(subjects[0])
+
+
+def test_the_subject_that_is_in_place_is_not_copied_again(gpu, load, enrolled):  # noqa: F811
+    subjects, _ = enrolled
+    runtime = load()
+    for _ in range(2):
+        runtime.generate(subjects[0], PROMPT, steps=2)
+    assert copied(gpu, WITHIN, lambda: runtime.generate(subjects[0], PROMPT, steps=2)) < subject_bytes(subjects[0])
+
+
+def test_a_subject_that_is_loaded_for_each_request_is_the_same_one(gpu, load, enrolled, tmp_path):  # noqa: F811
+    subjects, expected = enrolled
+    for i, subject in enumerate(subjects[:2]):
+        subject.save(tmp_path / f"{i}.subject")
+    runtime = load()
+    for i in (0, 1, 0, 1):
+        found = pixels(runtime.generate(Subject.load(tmp_path / f"{i}.subject"), PROMPT, steps=2))
+        np.testing.assert_array_equal(found, expected[i])
+    assert len(runtime._sampler._residents) == 2
+
+
+def test_the_budget_is_that_of_the_subjects_used_last(gpu, load, enrolled, monkeypatch):  # noqa: F811
+    subjects, expected = enrolled
+    uploads = []
+    upload = Residents._upload
+    monkeypatch.setattr(
+        Residents, "_upload", lambda self, subject, _: uploads.append(subject) or upload(self, subject, _)
+    )
+    runtime = load(subject_memory=2 * max(map(subject_bytes, subjects)))
+
+    def is_uploaded(index):
+        uploads.clear()
+        np.testing.assert_array_equal(pixels(runtime.generate(subjects[index], PROMPT, steps=2)), expected[index])
+        return bool(uploads)
+
+    order = (0, 1, 0, 2, 0, 2, 1, 0)
+    assert [is_uploaded(i) for i in order] == [True, True, False, True, False, False, True, True]
+    assert len(runtime._sampler._residents) == 2
+    used = gpu.cuda.used
+    for i in (3, 2, 1, 0):
+        assert is_uploaded(i)
+    assert gpu.cuda.used == used
+
+
+def test_a_subject_larger_than_the_budget_is_used_all_the_same(gpu, load, enrolled):  # noqa: F811
+    subjects, expected = enrolled
+    runtime = load(subject_memory=1)
+    for i in (0, 1, 0):
+        np.testing.assert_array_equal(pixels(runtime.generate(subjects[i], PROMPT, steps=2)), expected[i])
+        assert len(runtime._sampler._residents) == 1
+
+
+def test_subjects_make_room_for_pictures(gpu, load, enrolled):  # noqa: F811
+    subjects, expected = enrolled
+    runtime = load()
+    for subject in subjects[:3]:
+        runtime.generate(subject, PROMPT, steps=2)
+    gpu.cuda.capacity = gpu.cuda.used + 100
+    np.testing.assert_array_equal(pixels(runtime.generate(subjects[3], PROMPT, steps=2)), expected[3])
+    assert len(runtime._sampler._residents) == 1
+
+
+def test_an_upload_that_fails_leaves_no_half_subject(gpu, load, enrolled, monkeypatch):  # noqa: F811
+    subjects, expected = enrolled
+    runtime = load()
+    runtime.generate(subjects[0], PROMPT, steps=2)
+    gpu.cuda.failures["cudaMemcpyAsync"] = CudaError.cudaErrorIllegalAddress
+    monkeypatch.setattr("moma_rt.buffers.GenerationBuffers.schedule", lambda *_: None)
+    with pytest.raises(MomaError, match="cudaMemcpyAsync"):
+        runtime.generate(subjects[1], PROMPT, steps=2)
+    monkeypatch.undo()
+    for i in (1, 0):
+        np.testing.assert_array_equal(pixels(runtime.generate(subjects[i], PROMPT, steps=2)), expected[i])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_fewer_tokens_after_more_leave_nothing_behind(load, bundle, fakes, photo, mask):  # noqa: F811
+    """Not even a NaN in a place that a mask of zeros hides: 0 times it would be one."""
+    plain = Runtime(Bundle.open(bundle), fakes.FakeBackend())
+    many = plain.enroll(photo, mask, "car")
+    few = dataclasses.replace(
+        many,
+        **{
+            field: {
+                name: t[:17] if len(t) == len(many.object_mask[8]) else t for name, t in getattr(many, field).items()
+            }
+            for field in ("reference_k", "reference_v", "object_mask")
+        },
+    )
+    broken = dataclasses.replace(many, reference_k={name: k * np.nan for name, k in many.reference_k.items()})
+    runtime = load()
+    with pytest.raises(MomaError, match="NaN"):
+        runtime.generate(broken, PROMPT, steps=2)
+    expected = pixels(plain.generate(few, PROMPT, steps=2))
+    np.testing.assert_array_equal(pixels(runtime.generate(few, PROMPT, steps=2)), expected)
+
+
+def test_nothing_is_kept_where_the_device_is_the_host(fake_bundle, backend, subject):
+    runtime = Runtime(Bundle.open(fake_bundle), backend)
+    runtime.generate(subject, PROMPT, steps=1)
+    assert len(runtime._sampler._residents) == 0
+    on_a_device = Runtime(Bundle.open(fake_bundle), dataclasses.replace(backend, is_host=False))
+    on_a_device.generate(subject, PROMPT, steps=1)
+    assert len(on_a_device._sampler._residents) == 1
+
+
+@pytest.mark.parametrize("name", ["subject_memory", "graph_memory"])
+@pytest.mark.parametrize("given", [0, -1, "many", None, True, "1TB", float("nan")])
+def test_memory_that_is_no_number_of_bytes(fake_bundle, name, given):
+    with pytest.raises(InputError, match=f"^{name} is a number of bytes below"):
+        Runtime.load(fake_bundle, **{name: given})
