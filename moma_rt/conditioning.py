@@ -1,16 +1,17 @@
 """What a prompt contributes: text tokens, context tokens, and the language model's prefix of a subject."""
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moma_rt.backends.base import Array
+from moma_rt.backends.base import Array, Buffer
 from moma_rt.bundle import LANGUAGE_TOKENIZER, TEXT_TOKENIZER
 from moma_rt.errors import BundleError, SubjectError
 from moma_rt.lru import Lru
 from moma_rt.networks import Networks
 from moma_rt.prompts import LanguageTokenizer, TextTokenizer, common_prefix_length
+from moma_rt.residents import Residents
 from moma_rt.specs import LanguageGeometry
 from moma_rt.stages import Stages
 from moma_rt.subject import Origin, Prefix, Subject
@@ -21,8 +22,9 @@ _CACHED_TEXTS = 64
 class Conditioner:
     """Computes each text once: the last `_CACHED_TEXTS` texts and (subject, prompt) pairs are kept."""
 
-    def __init__(self, networks: Networks) -> None:
+    def __init__(self, networks: Networks, residents: Residents) -> None:
         self._networks = networks
+        self._residents = residents
         self._text: Lru[str, Array] = Lru(_CACHED_TEXTS)
         self._context: Lru[tuple[str, str], Array] = Lru(_CACHED_TEXTS)
         self._unconditional: Lru[None, Array] = Lru(1)
@@ -89,8 +91,7 @@ class Conditioner:
         ids = self.language_tokenizer.prefix(name, language.vocabulary, language.image_tokens)
         image_tokens = self._networks.run("vision_encoder", {"pixels": pixels}, stages)["image_tokens"]
         past_kv = np.zeros((language.layers, 2, language.kv_heads, 0, language.head_width), np.float32)
-        outputs = self._language_model(ids, image_tokens, past_kv, stages)
-        return Prefix(ids, outputs["new_kv"])
+        return Prefix(ids, self._language_model(ids, image_tokens, past_kv, "new_kv", stages))
 
     def _embedding(self, subject: Subject, prompt: str, stages: Stages) -> Array:
         language = self._check_language(subject)
@@ -101,13 +102,18 @@ class Conditioner:
         if (ids[kept:] >= language.vocabulary).any():
             raise SubjectError(f"subject {subject.name!r}: its prefix does not cover the photo: enroll it again")
         no_image = np.zeros((1, 1, language.width), np.float32)
-        past_kv = subject.prefix.kv[:, :, :, :kept]
-        embedding: Array = self._language_model(ids[kept:], no_image, past_kv, stages)["embedding"][0]
+        # Loading it may have to make room, for which residents go.
+        self._networks.get("language_model", stages)
+        if kept == len(subject.prefix.ids):
+            past_kv = self._networks.with_room(partial(self._residents.prefix_kv, subject, subject.prefix))
+        else:
+            past_kv = subject.prefix.kv[:, :, :, :kept]
+        embedding: Array = self._language_model(ids[kept:], no_image, past_kv, "embedding", stages)[0]
         return embedding
 
     def _language_model(
-        self, ids: NDArray[np.int32], image_tokens: Array, past_kv: Array, stages: Stages
-    ) -> dict[str, Array]:
+        self, ids: NDArray[np.int32], image_tokens: Array, past_kv: Array | Buffer, wanted: str, stages: Stages
+    ) -> Array:
         past = past_kv.shape[3]
         inputs = {
             "token_ids": ids[None],
@@ -115,7 +121,7 @@ class Conditioner:
             "positions": np.arange(past, past + len(ids), dtype=np.int32)[None],
             "past_kv": past_kv,
         }
-        return self._networks.run("language_model", inputs, stages)
+        return self._networks.run("language_model", inputs, stages, (wanted,))[wanted]
 
     def _check_language(self, subject: Subject) -> LanguageGeometry:
         bundle = self._networks.bundle

@@ -2,10 +2,12 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
-from moma_rt.backends.base import Array, Backend, Network
+import numpy as np
+
+from moma_rt.backends.base import Array, Backend, Buffer, Network
 from moma_rt.bundle import Bundle
 from moma_rt.engines import EngineEntry
 from moma_rt.errors import OutOfMemory
@@ -126,29 +128,41 @@ class Networks:
     def _footprint(self, name: str) -> Footprint:
         return footprint(self.bundle.manifest, name, None if self._engines is None else self._engines[name])
 
-    def run(self, name: str, inputs: Mapping[str, Array], stages: Stages) -> dict[str, Array]:
-        """Run a network once on buffers made for this run: for what is computed once a subject or a prompt."""
+    def run(
+        self, name: str, inputs: Mapping[str, Array | Buffer], stages: Stages, wanted: Collection[str] | None = None
+    ) -> dict[str, Array]:
+        """Run a network once on buffers made for this run: for what is computed once a subject or a prompt.
+
+        Args:
+            inputs: arrays, which are uploaded, or buffers, which are read where they are.
+            wanted: the outputs to download; None: all of them.
+        """
         network = self.get(name, stages)
         with stages.timed(name):
-            return self.with_room(lambda: run_once(self.backend, network, inputs))
+            return self.with_room(lambda: run_once(self.backend, network, inputs, wanted))
 
 
-def run_once(backend: Backend, network: Network, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """A network's outputs for these inputs, on buffers of their sizes.
+def run_once(
+    backend: Backend, network: Network, inputs: Mapping[str, Array | Buffer], wanted: Collection[str] | None = None
+) -> dict[str, Array]:
+    """A network's outputs for these inputs, on buffers of their sizes: see `Networks.run`.
 
     Raises:
         ValueError: inputs whose sizes do not fit each other or the network.
     """
     spec = network.spec
     sizes = sizes_of(spec, inputs)
-    buffers = backend.allocate({t.name: (t.resolve(**sizes), t.dtype) for t in (*spec.inputs, *spec.outputs)})
-    for tensor in spec.inputs:
-        backend.upload(buffers[tensor.name], inputs[tensor.name])
-    network.bind(buffers).enqueue()
-    return {tensor.name: backend.download(buffers[tensor.name]) for tensor in spec.outputs}
+    arrays = {t.name: array for t in spec.inputs if isinstance(array := inputs[t.name], np.ndarray)}
+    made = [t for t in (*spec.inputs, *spec.outputs) if t.name in arrays or t in spec.outputs]
+    buffers = backend.allocate({t.name: (t.resolve(**sizes), t.dtype) for t in made})
+    for name, array in arrays.items():
+        backend.upload(buffers[name], array)
+    given = {name: buffer for name, buffer in inputs.items() if not isinstance(buffer, np.ndarray)}
+    network.bind({**given, **buffers}).enqueue()
+    return {t.name: backend.download(buffers[t.name]) for t in spec.outputs if wanted is None or t.name in wanted}
 
 
-def sizes_of(spec: NetworkSpec, inputs: Mapping[str, Array]) -> dict[str, int]:
+def sizes_of(spec: NetworkSpec, inputs: Mapping[str, Array | Buffer]) -> dict[str, int]:
     """The size of each dynamic dimension, read off the inputs' shapes.
 
     Raises:

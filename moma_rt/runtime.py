@@ -21,6 +21,7 @@ from moma_rt.messages import shown, warn
 from moma_rt.networks import Networks
 from moma_rt.noise import Stream, check_seed, draw
 from moma_rt.prompts import check_prompt, text_prompt
+from moma_rt.residents import Residents
 from moma_rt.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedules import ALL_TIMESTEPS
 from moma_rt.selection import choose, local_host
@@ -71,8 +72,9 @@ class Runtime:
     ) -> None:
         self.bundle = bundle
         self._networks = Networks(bundle, backend, engines, limits.memory_budget)
-        self._conditioner = Conditioner(self._networks)
-        self._sampler = Sampler(self._networks, limits)
+        self._residents = Residents(self._networks, limits.subject_memory)
+        self._conditioner = Conditioner(self._networks, self._residents)
+        self._sampler = Sampler(self._networks, self._residents, limits)
         self._turns: Turns[_Request, Result] = Turns(min(limits.max_batch, self._sampler.most))
 
     @classmethod

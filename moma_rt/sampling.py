@@ -81,20 +81,19 @@ class Picture:
 class Sampler:
     """Makes pictures with one bundle's denoiser and VAE decoder; one call at a time."""
 
-    def __init__(self, networks: Networks, limits: Limits) -> None:
+    def __init__(self, networks: Networks, residents: Residents, limits: Limits) -> None:
         self._networks = networks
         self._records = networks.backend.records
         self._graph_memory = limits.graph_memory
         self._buffers: Lru[tuple[object, ...], GenerationBuffers] = Lru(
             _RECORDED_SETS if self._records else _BUFFER_SETS, lambda buffers: buffers.size, limits.graph_memory
         )
-        self._residents = Residents(networks.backend, limits.subject_memory)
+        self._residents = residents
         networks.on_unload(self._let_go)
 
     def _let_go(self, name: str) -> None:
         if name in PICTURES:
             self._buffers.clear()
-            self._residents.clear()
 
     def run(self, samples: Sequence[Sample], rows: FloatArray, on_step: OnStep | None, stages: Stages) -> list[Picture]:
         """A picture of each sample.
@@ -158,9 +157,8 @@ class Sampler:
 
     def _fill(self, buffers: GenerationBuffers, samples: Sequence[Sample]) -> None:
         """Put everything in place that all steps read."""
-        denoiser = self._networks.bundle.network("denoiser").spec
         for index, sample in enumerate(samples):
-            buffers.hold(index, sample.subject.identity, partial(self._residents.get, sample.subject, denoiser))
+            buffers.hold(index, sample.subject.identity, partial(self._residents.reference, sample.subject))
         buffers.condition("text_tokens", np.stack([sample.text_tokens for sample in samples], axis=1))
         buffers.condition("context_tokens", np.stack([sample.context_tokens for sample in samples], axis=1))
         buffers.upload("subject_weights", np.stack([sample.subject_weights for sample in samples]))

@@ -33,17 +33,23 @@ class JustInTime:
                 path.write_bytes(found)
 
 
-def just_in_time(flavour: Flavour, trt: Any, engine: Any, engine_file: Path) -> JustInTime | None:
+def just_in_time(flavour: Flavour, trt: Any, engine: Any, engine_file: Path, is_recorded: bool) -> JustInTime | None:
     """How contexts of an engine are to compile, with what earlier processes compiled; None for TensorRT itself.
 
-    Kernels are compiled for the shapes that are bound before anything runs on them: a recording must not hold the
-    slower ones that would be run meanwhile.
+    Where runs are recorded, kernels are compiled for the shapes that are bound before anything runs on them: a
+    recording must not hold the slower ones that would be run meanwhile. Others are compiled in the background, since
+    prompts come in many lengths and nobody is to wait for each.
     """
     if flavour is not Flavour.TENSORRT_RTX:
         return None
     runtime_config = engine.create_runtime_config()
     runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-    runtime_config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    if is_recorded:
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
+    else:
+        lazy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = lazy
     runtime_config.set_runtime_cache(runtime_config.create_runtime_cache())
     file, known = _place(engine_file), b""
     with contextlib.suppress(OSError):

@@ -4,8 +4,9 @@ import itertools
 import math
 import mmap
 import re
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moma_rt.backends.cuda import ALIGNMENT, DeviceMemory, Graph, Stream
 from moma_rt.backends.jit import JustInTime, is_capturable, just_in_time
 from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError, MomaError, OutOfMemory
+from moma_rt.footprint import PICTURES
 from moma_rt.libraries import library, library_log
 from moma_rt.specs import NetworkSpec
 
@@ -91,6 +93,7 @@ class _Shared:
     stream: Stream
     scratch: Scratch
     unsaved: list[JustInTime]
+    networks: "weakref.WeakSet[TrtNetwork]"
 
     def save(self) -> None:
         """Keep what was compiled for what ran; the stream has been waited for."""
@@ -115,6 +118,8 @@ class TrtBound:
         self._scratch: tuple[int, int] | None = None
         # Now rather than at the first run: what does not fit is said before a picture is begun.
         loaded.shared.scratch.reserve(self._scratch_bytes)
+        finalizer = weakref.finalize(self, _leave, loaded.idle, context)
+        finalizer.atexit = False
 
     def enqueue(self) -> None:
         shared, context = self._loaded.shared, self._context
@@ -137,12 +142,16 @@ class TrtBound:
 
 @dataclass(frozen=True, eq=False)
 class TrtNetwork:
-    """A loaded engine and what the manifest says of its network."""
+    """A loaded engine and what the manifest says of its network.
+
+    Making a context takes milliseconds, so one that nothing is bound to any more, `idle`, is bound again.
+    """
 
     spec: NetworkSpec
     engine: Any
     shared: _Shared
     jit: JustInTime | None
+    idle: list[Any] = field(default_factory=list)
 
     def bind(self, buffers: Mapping[str, Buffer]) -> TrtBound:
         """Bind a buffer to every input and output by name; further names are ignored. No two may overlap.
@@ -155,7 +164,12 @@ class TrtNetwork:
         own = {tensor.name: _own(buffers[tensor.name]) for tensor in (*spec.inputs, *spec.outputs)}
         shared.log.begin()
         user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self.engine.create_execution_context(user_managed if self.jit is None else self.jit.runtime_config)
+        if self.idle:
+            context = self.idle.pop()
+        else:
+            context = self.engine.create_execution_context(
+                user_managed if self.jit is None else self.jit.runtime_config
+            )
         if context is None:
             raise OutOfMemory(f"{spec.name}: {shared.library} has no room to run it: {shared.reason()}")
         for tensor in spec.inputs:
@@ -206,7 +220,9 @@ class TensorRtBackend:
         trt, log = library(flavour), library_log(flavour)
         self.name = flavour.value
         stream = Stream()
-        self._shared = _Shared(trt, flavour, f"{flavour.value} {trt.__version__}", log, stream, Scratch(stream), [])
+        self._shared = _Shared(
+            trt, flavour, f"{flavour.value} {trt.__version__}", log, stream, Scratch(stream), [], weakref.WeakSet()
+        )
         log.begin()
         try:
             self._runtime = trt.Runtime(log)
@@ -230,7 +246,10 @@ class TensorRtBackend:
         found = _tensors(shared.trt, engine)
         for what, specs in (("inputs", spec.inputs), ("outputs", spec.outputs)):
             check_tensors(path, what, [f"{t.name} {t.dtype}" for t in specs], found[what])
-        return TrtNetwork(spec, engine, shared, just_in_time(shared.flavour, shared.trt, engine, path))
+        jit = just_in_time(shared.flavour, shared.trt, engine, path, is_recorded=spec.name in PICTURES)
+        loaded = TrtNetwork(spec, engine, shared, jit)
+        shared.networks.add(loaded)
+        return loaded
 
     def allocate(self, wanted: Mapping[K, Size]) -> dict[K, Buffer]:
         kinds = {key: (shape, np.dtype(dtype)) for key, (shape, dtype) in wanted.items()}
@@ -277,11 +296,19 @@ class TensorRtBackend:
 
     def trim(self) -> None:
         self._shared.scratch.release()
+        for loaded in self._shared.networks:
+            loaded.idle.clear()
         self._shared.save()
 
     def synchronize(self) -> None:
         self._shared.stream.synchronize()
         self._shared.save()
+
+
+def _leave(idle: list[Any], context: Any) -> None:
+    """Leave a context to whoever binds next; of several, one."""
+    if not idle:
+        idle.append(context)
 
 
 def _own(buffer: Buffer) -> TrtBuffer:

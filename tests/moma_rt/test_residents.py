@@ -34,6 +34,11 @@ def pixels(result):
     return np.stack([np.asarray(image) for image in result.images])
 
 
+def held(runtime, network="denoiser"):
+    """How many subjects' inputs of a network are on the device."""
+    return sum(name == network for name, _ in runtime._residents._kept._values)
+
+
 def subject_bytes(subject):
     return sum(array.nbytes for array in subject.inputs().values())
 
@@ -72,30 +77,77 @@ def test_a_subject_that_is_loaded_for_each_request_is_the_same_one(gpu, load, en
     for i in (0, 1, 0, 1):
         found = pixels(runtime.generate(Subject.load(tmp_path / f"{i}.subject"), PROMPT, steps=2))
         np.testing.assert_array_equal(found, expected[i])
-    assert len(runtime._sampler._residents) == 2
+    assert held(runtime) == 2
 
 
 def test_the_budget_is_that_of_the_subjects_used_last(gpu, load, enrolled, monkeypatch):  # noqa: F811
     subjects, expected = enrolled
     uploads = []
     upload = Residents._upload
-    monkeypatch.setattr(
-        Residents, "_upload", lambda self, subject, _: uploads.append(subject) or upload(self, subject, _)
-    )
+    monkeypatch.setattr(Residents, "_upload", lambda self, *of: uploads.append(of) or upload(self, *of))
     runtime = load(subject_memory=2 * max(map(subject_bytes, subjects)))
+    embedding = np.zeros(runtime.bundle.manifest.geometry.embedding_width)
 
     def is_uploaded(index):
         uploads.clear()
-        np.testing.assert_array_equal(pixels(runtime.generate(subjects[index], PROMPT, steps=2)), expected[index])
+        # With an embedding, so that no prefixes take part.
+        runtime.generate(subjects[index], PROMPT, steps=2, context_embedding=embedding)
         return bool(uploads)
 
     order = (0, 1, 0, 2, 0, 2, 1, 0)
     assert [is_uploaded(i) for i in order] == [True, True, False, True, False, False, True, True]
-    assert len(runtime._sampler._residents) == 2
+    assert held(runtime) == 2
     used = gpu.cuda.used
     for i in (3, 2, 1, 0):
         assert is_uploaded(i)
     assert gpu.cuda.used == used
+
+
+def test_a_prefix_is_uploaded_once_for_all_prompts(gpu, load, enrolled):  # noqa: F811
+    subjects, _ = enrolled
+    runtime = load()
+
+    def ask(prompt):
+        return copied(gpu, UP, lambda: runtime.generate(subjects[0], prompt, steps=2))
+
+    first, second = ask("A car on a hill."), ask("A car in a tree.")
+    prefix = subjects[0].prefix.kv.nbytes
+    assert first - second >= prefix + subject_bytes(subjects[0])
+    assert held(runtime, "language_model") == 1
+
+
+def test_a_prompt_that_merges_into_the_prefix(gpu, load, enrolled, bundle, fakes):  # noqa: F811
+    """Only the tokens that both have in common are taken from it, from the host's copy."""
+    subject = enrolled[0][0]
+    ids = subject.prefix.ids.copy()
+    ids[-1] += 1
+    altered = dataclasses.replace(subject, prefix=dataclasses.replace(subject.prefix, ids=ids))
+    plain = Runtime(Bundle.open(bundle), fakes.FakeBackend())
+    runtime = load()
+    found, expected = (pixels(r.generate(altered, PROMPT, steps=2)) for r in (runtime, plain))
+    np.testing.assert_array_equal(found, expected)
+    assert held(runtime, "language_model") == 0
+
+
+def test_new_prompts_need_no_new_contexts(gpu, load, enrolled):  # noqa: F811
+    subjects, _ = enrolled
+    runtime = load()
+    runtime.generate(subjects[0], "A car on a hill.", steps=2)
+    made = len(gpu.trt.contexts)
+    for prompt in ("A car.", "A car in a tree, and a bird, and another bird.", "A car on a train."):
+        runtime.generate(subjects[0], prompt, steps=2)
+    assert len(gpu.trt.contexts) == made
+
+
+def test_idle_contexts_make_room(gpu, load, enrolled):  # noqa: F811
+    runtime = load()
+    runtime.generate(enrolled[0][0], PROMPT, steps=2)
+    alive = [c() for c in gpu.trt.contexts if c() is not None]
+    assert {context.engine.spec.name for context in alive} >= {"text_encoder", "context_projector", "denoiser"}
+    del alive
+    runtime._networks.backend.trim()
+    alive = [c().engine.spec.name for c in gpu.trt.contexts if c() is not None]
+    assert set(alive) == {"denoiser", "vae_decoder"}
 
 
 def test_a_subject_larger_than_the_budget_is_used_all_the_same(gpu, load, enrolled):  # noqa: F811
@@ -103,7 +155,7 @@ def test_a_subject_larger_than_the_budget_is_used_all_the_same(gpu, load, enroll
     runtime = load(subject_memory=1)
     for i in (0, 1, 0):
         np.testing.assert_array_equal(pixels(runtime.generate(subjects[i], PROMPT, steps=2)), expected[i])
-        assert len(runtime._sampler._residents) == 1
+        assert held(runtime) == 1
 
 
 def test_subjects_make_room_for_pictures(gpu, load, enrolled):  # noqa: F811
@@ -113,7 +165,7 @@ def test_subjects_make_room_for_pictures(gpu, load, enrolled):  # noqa: F811
         runtime.generate(subject, PROMPT, steps=2)
     gpu.cuda.capacity = gpu.cuda.used + 100
     np.testing.assert_array_equal(pixels(runtime.generate(subjects[3], PROMPT, steps=2)), expected[3])
-    assert len(runtime._sampler._residents) == 1
+    assert held(runtime) == 1
 
 
 def test_an_upload_that_fails_leaves_no_half_subject(gpu, load, enrolled, monkeypatch):  # noqa: F811
@@ -154,10 +206,10 @@ def test_fewer_tokens_after_more_leave_nothing_behind(load, bundle, fakes, photo
 def test_nothing_is_kept_where_the_device_is_the_host(fake_bundle, backend, subject):
     runtime = Runtime(Bundle.open(fake_bundle), backend)
     runtime.generate(subject, PROMPT, steps=1)
-    assert len(runtime._sampler._residents) == 0
+    assert held(runtime) == 0
     on_a_device = Runtime(Bundle.open(fake_bundle), dataclasses.replace(backend, is_host=False))
     on_a_device.generate(subject, PROMPT, steps=1)
-    assert len(on_a_device._sampler._residents) == 1
+    assert held(on_a_device) == 1
 
 
 @pytest.mark.parametrize("name", ["subject_memory", "graph_memory"])
