@@ -133,6 +133,10 @@ class GenerationBuffers:
         self._steps[halves][self._current].enqueue()
         self._current = 1 - self._current
 
+    def pace(self) -> None:
+        """Wait for the device as far as to be no more than one step ahead of it."""
+        self._backend.pace()
+
     def decode(self) -> None:
         """Enqueue the decoding of the current latents."""
         self._decoders[self._current].enqueue()

@@ -215,9 +215,9 @@ class Runtime:
                 Hyper-SD LoRA (`python -m export.build --lora`), 4 to 8 steps and a guidance_scale of 1.0.
             latents: float32 [num_images,4,h,w], standard normal, instead of drawn from the seeds.
             context_embedding: float32 [1024], instead of the language model's reading of photo and prompt.
-            on_step: called with a StepInfo after each step was given to the device; returning False cancels. It must
-                not call this runtime, nor wait for a thread that does: the runtime is busy with the call that is being
-                reported.
+            on_step: called with a StepInfo after each step was given to the device and the one before it was done;
+                returning False cancels. It must not call this runtime, nor wait for a thread that does: the runtime is
+                busy with the call that is being reported.
 
         Raises:
             InputError: a value outside its range, or a call from within `on_step`; nothing was computed.

@@ -33,7 +33,7 @@ _TOKEN_STEPS = 16
 
 @dataclass(frozen=True)
 class StepInfo:
-    """A step that was done: number `step` (from 1) of `steps`, at `timestep` (999 to 0).
+    """Step `step` (from 1) of `steps`, at `timestep` (999 to 0): the device has it, and has done the one before.
 
     `steps` counts those of the whole call, which is more than one pass if its images do not fit one batch.
     """
@@ -204,7 +204,10 @@ def denoise(buffers: GenerationBuffers, halves: Sequence[int], rows: FloatArray,
     """
     for index, row in enumerate(rows):
         buffers.step(index, halves[index])
-        if on_step is not None and on_step(StepInfo(index + 1, len(rows), int(row[Column.TIMESTEP]))) is False:
+        if on_step is None:
+            continue
+        buffers.pace()
+        if on_step(StepInfo(index + 1, len(rows), int(row[Column.TIMESTEP]))) is False:
             raise Cancelled(f"cancelled after step {index + 1} of {len(rows)}")
 
 

@@ -117,6 +117,12 @@ class Backend(Protocol):
             OutOfMemory: there is no room for the recording.
         """
 
+    def pace(self) -> None:
+        """Wait until everything enqueued before the last call of this has run; returns when the first one is made.
+
+        So whoever calls it after each piece of work is one piece ahead of the device, which never waits for him.
+        """
+
     def trim(self) -> None:
         """Give back memory that is only kept to be there for the next run."""
 

@@ -56,6 +56,8 @@ class Stream:
         self._kept: dict[int, object] = {}
         self._ring: list[_Chunk] = []
         self.is_capturing = False
+        # Of the last call of `pace` and of the one before.
+        self._paces: tuple[_Event, ...] = ()
         _when_gone(self, _end, self._cuda, stream)
 
     def allocate(self, size: int) -> DeviceMemory:
@@ -117,20 +119,19 @@ class Stream:
         chunk = self._ring[0]
         if chunk.room < min(count * dtype.itemsize, _CHUNK_BYTES // 2):
             # Everything that uses it is on the stream now.
-            self._call("cudaEventRecord", chunk.event, self.handle)
+            self._call("cudaEventRecord", chunk.event.handle, self.handle)
             self._ring.append(self._ring.pop(0))
             chunk = self._ring[0]
             if chunk.used:
-                self._call("cudaEventSynchronize", chunk.event)
+                self._call("cudaEventSynchronize", chunk.event.handle)
                 chunk.used = 0
         return chunk.take(dtype, count)
 
     def _new_chunk(self) -> "_Chunk":
-        event = self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
-        owned = _Owned(self._cuda.cudaEventDestroy, event)
+        event = self._new_event()
         asked = (_CHUNK_BYTES, self._cuda.cudaHostAllocDefault)
         address = int(self._call("cudaHostAlloc", *asked, of=f" of {_CHUNK_BYTES} bytes"))
-        return _Chunk(address, event, (owned, _Owned(self._cuda.cudaFreeHost, address)))
+        return _Chunk(address, event, _Owned(self._cuda.cudaFreeHost, address))
 
     def capture(self, enqueue: Callable[[], None]) -> "Graph":
         """What `enqueue` puts on the stream, which is not run, as a graph. Host memory must have no part in it.
@@ -183,6 +184,20 @@ class Stream:
         for chunk in self._ring:
             chunk.used = 0
 
+    def pace(self) -> None:
+        """Wait until everything that was on the stream when this was last called has run."""
+        if not self._paces:
+            self._paces = (self._new_event(), self._new_event())
+        before, now = self._paces
+        self._call("cudaEventRecord", now.handle, self.handle)
+        # One that was never recorded has nothing to wait for.
+        self._call("cudaEventSynchronize", before.handle)
+        self._paces = (now, before)
+
+    def _new_event(self) -> "_Event":
+        event = self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
+        return _Event(event, _Owned(self._cuda.cudaEventDestroy, event))
+
     def keep(self, used: object) -> None:
         """Keep what work on the stream uses alive until the stream has been waited for."""
         self._kept[id(used)] = used
@@ -209,7 +224,7 @@ class Stream:
 class _Chunk:
     """Page-locked memory of the host, of which the first `used` bytes may be used by the stream."""
 
-    def __init__(self, address: int, event: Any, owned: tuple["_Owned", ...]) -> None:
+    def __init__(self, address: int, event: "_Event", owned: "_Owned") -> None:
         self.event = event
         self.used = 0
         self._owned = owned
@@ -225,6 +240,14 @@ class _Chunk:
         taken: Array = self._bytes[self.used : self.used + size].view(dtype)
         self.used = min(-(-(self.used + size) // ALIGNMENT) * ALIGNMENT, _CHUNK_BYTES)
         return taken
+
+
+@dataclass(frozen=True, eq=False)
+class _Event:
+    """A point of a stream that the host can wait for."""
+
+    handle: Any
+    _owned: "_Owned"
 
 
 class _Owned:

@@ -56,6 +56,7 @@ class _Queue:
     device: torch.device
     stream: Any
     used: list[object] | None = None
+    paced: Any = field(default=None, init=False)
     # How often PyTorch's allocator has run out of memory, as far as that was looked at.
     shortages: int = field(default=0, init=False)
 
@@ -67,6 +68,13 @@ class _Queue:
                 yield
         except RuntimeError as error:  # of which PyTorch's own classes are
             raise self._explained(what, error) from None
+
+    def pace(self) -> None:
+        """Wait until what was on the stream when this was last called has run."""
+        with self.working("the GPU failed"):
+            before, self.paced = self.paced, self.stream.record_event()
+            if before is not None:
+                before.synchronize()
 
     def keep(self, *used: object) -> None:
         """A recording that is being made lives no longer than what it uses."""
@@ -245,6 +253,10 @@ class InductorBackend:
             queue.used = None
         free_after, _ = torch.cuda.mem_get_info()
         return TorchRecording(graph, queue, tuple(used), max(0, free_before - free_after))
+
+    def pace(self) -> None:
+        if not self.is_host:
+            self._queue.pace()
 
     def trim(self) -> None:
         if self.records:

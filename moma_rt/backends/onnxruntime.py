@@ -121,6 +121,9 @@ class OnnxRuntimeBackend:
     def download(self, buffer: Buffer) -> Array:
         return _own(buffer).array.copy()
 
+    def pace(self) -> None:
+        """A run has ended when `enqueue` returns."""
+
     def trim(self) -> None:
         """ONNX Runtime gives back what it computes in when a session ends, and not before."""
 

@@ -294,6 +294,9 @@ class TensorRtBackend:
             return None
         return TrtRecording(shared.stream, graph, shared.scratch, shared.scratch.region)
 
+    def pace(self) -> None:
+        self._shared.stream.pace()
+
     def trim(self) -> None:
         self._shared.scratch.release()
         for loaded in self._shared.networks:

@@ -123,6 +123,9 @@ class FakeBackend:
         with self.alone():
             return buffer.copy()
 
+    def pace(self) -> None:
+        pass
+
     def trim(self) -> None:
         pass
 

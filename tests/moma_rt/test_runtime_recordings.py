@@ -98,6 +98,17 @@ def test_a_callback_is_told_of_each_step_and_may_end_it(gpu, runtime, subject, e
     assert gpu.cuda.launches == 1
 
 
+def test_the_device_is_one_step_behind_whoever_is_told(gpu, runtime, subject):  # noqa: F811
+    """Else all steps would be on the stream before the first has run, and there would be nothing left to cancel."""
+    seen = []
+    for _ in range(2):
+        runtime.generate(subject, PROMPT, steps=4, on_step=lambda _: seen.append((len(gpu.cuda.queue), gpu.cuda.waits)))
+    for generation in (seen[:4], seen[4:]):
+        # Before the first step there are uploads; a step is a copied row of the schedule, and a run.
+        assert [queued for queued, _ in generation[1:]] == [2, 2, 2]
+        assert len({waits for _, waits in generation}) == 1, "the stream as a whole was not waited for"
+
+
 def with_tokens(subject, count):
     """A subject of which so many tokens are inside the mask at the finest grid."""
 

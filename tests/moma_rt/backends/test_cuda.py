@@ -86,9 +86,20 @@ def test_a_failing_event_is_named_and_the_next_upload_works(gpu, stream, call):
     np.testing.assert_array_equal(stream.copy_out(memory, FLOAT32, count), np.arange(count))
 
 
+def test_whoever_keeps_pace_is_one_piece_of_work_ahead(gpu, stream):
+    memory = stream.allocate(256)
+    ahead = []
+    for _ in range(4):
+        stream.clear(memory)
+        stream.pace()
+        ahead.append(len(gpu.cuda.queue))
+    assert (ahead, gpu.cuda.waits, len(gpu.cuda.events)) == ([1, 1, 1, 1], 0, 2)
+
+
 def test_everything_goes_with_the_stream(gpu):
     stream = Stream()
     stream.copy_in(stream.allocate(100), np.ones(25, np.float32), FLOAT32)
+    stream.pace()
     del stream
     gc.collect()
     assert (gpu.cuda.pinned, gpu.cuda.events, gpu.cuda.memory, gpu.cuda.streams) == ({}, {}, {}, 0)
