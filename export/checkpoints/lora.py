@@ -1,8 +1,10 @@
 """LoRAs fused into a base: W + scale · alpha / rank · up · down, for linear and convolution layers.
 
-Read are kohya's layout (`lora_unet_…`, `lora_te_…`, `.alpha`) and diffusers', by PEFT (`unet.….lora_A.weight`) or from
-before it (`.lora.down.weight`, `processor.to_q_lora.down.weight`). What is left over in a file is an error, because a
-LoRA of which a part is dropped gives wrong pictures and nobody sees why.
+Read are kohya's layout (`lora_unet_…`, `lora_te_…`, `.alpha`), in which LCM-LoRA, TCD and Hyper-SD are published;
+diffusers', by PEFT (`unet.….lora_A.weight`, or without `unet.`) or from before it (`.lora.down.weight`,
+`processor.to_q_lora.down.weight`); and PEFT's own (`base_model.model.….lora_A.weight`) with its `adapter_config.json`.
+What is left over in a file is an error, because a LoRA of which a part is dropped gives wrong pictures and nobody sees
+why.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from export.checkpoints.architectures import expected_shapes
 from export.checkpoints.compvis_names import unet_names
 from export.checkpoints.matching import class_prefix
 from export.checkpoints.model import TEXT_ENCODER, UNET, Component, StateDict
-from export.checkpoints.weights import Weights, content_hash, open_weights, read_metadata
+from export.checkpoints.weights import Weights, content_hash, open_weights, read_json, read_metadata
 from moma_rt.errors import CheckpointError
 
 # Part of every hash: raise it when the arithmetic changes.
@@ -45,6 +47,8 @@ _PARTS = {
 _OLD_TEXT_LAYERS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out.0"}
 _SDXL = ("lora_te1_", "lora_te2_", "text_encoder_2.")
 _METADATA = "lora_adapter_metadata"
+_PEFT_MODEL = "base_model.model."
+_PEFT_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,13 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's part of a LoRA: the weight it changes, its stored tensors, and alpha where a header gives it."""
+    """One layer's part of a LoRA: the weight it changes, its stored tensors, and PEFT's configuration if it has one."""
 
     role: str
     weight: str
     shape: tuple[int, ...]
     parts: Mapping[str, str]
-    header: Mapping[str, Any]
+    config: Mapping[str, Any]
 
     def delta(self, tensors: StateDict) -> torch.Tensor:
         """up · down · alpha / rank in float32, in the weight's shape."""
@@ -73,9 +77,9 @@ class _Layer:
         return product.reshape(self.shape) * self._factor(tensors, rank)
 
     def _factor(self, tensors: StateDict, rank: int) -> float:
-        if self.header:
-            alpha = _header_alpha(self.header, self.weight.removesuffix(".weight"))
-            return alpha / (math.sqrt(rank) if self.header["use_rslora"] else rank)
+        if self.config:
+            alpha = _alpha(self.config, self.weight.removesuffix(".weight"))
+            return alpha / (math.sqrt(rank) if self.config["use_rslora"] else rank)
         return float(tensors[self.parts[_ALPHA]]) / rank if _ALPHA in self.parts else 1.0
 
 
@@ -108,12 +112,23 @@ def fuse_loras(unet: Component, text_encoder: Component, loras: Sequence[LoraFil
     components = {UNET: unet, TEXT_ENCODER: text_encoder}
     targets = _targets(unet, text_encoder)
     for lora in loras:
-        weights = open_weights(lora.path)
+        weights = _opened(lora.path)
         layers = _layers(weights, targets)
         for role in {layer.role for layer in layers}:
             own = [layer for layer in layers if layer.role == role]
             components[role] = _fused(components[role], own, weights, lora.scale)
     return components[UNET], components[TEXT_ENCODER]
+
+
+def _opened(path: Path) -> Weights:
+    """A LoRA's file. PEFT's own says in a second one how strong it is, which then is one of `files`."""
+    weights = open_weights(path)
+    if not any(name.removeprefix("unet.").startswith(_PEFT_MODEL) for name in weights.shapes):
+        return weights
+    config = weights.files[0].with_name(_PEFT_CONFIG)
+    if not config.is_file():
+        raise CheckpointError(f"{path} is PEFT's: it needs {_PEFT_CONFIG} beside it, which says how strong it is")
+    return dataclasses.replace(weights, files=(*weights.files, config))
 
 
 def _fused(component: Component, layers: Sequence[_Layer], weights: Weights, scale: float) -> Component:
@@ -145,8 +160,10 @@ def _targets(unet: Component, text_encoder: Component) -> dict[str, tuple[str, s
     old_names = {new: old for old, new in unet_names(shapes).items()}
     for name, shape in _layer_weights(shapes):
         layer, old = (n.removesuffix(".weight") for n in (name, old_names[name]))
-        for alias in (f"unet.{layer}", f"lora_unet_{_flat(layer)}", f"lora_unet_{_flat(old)}"):
-            found[alias] = (UNET, name, shape)
+        for start in ("", "unet.", _PEFT_MODEL, f"unet.{_PEFT_MODEL}"):
+            found[f"{start}{layer}"] = (UNET, name, shape)
+        for alias in (layer, old):
+            found[f"lora_unet_{_flat(alias)}"] = (UNET, name, shape)
     shapes = expected_shapes(TEXT_ENCODER, text_encoder.config, text_encoder.name)
     prefix = class_prefix(shapes)
     for name, shape in _layer_weights(shapes):
@@ -163,7 +180,7 @@ def _targets(unet: Component, text_encoder: Component) -> dict[str, tuple[str, s
 
 
 def _layer_weights(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, ...]]]:
-    return [(n, s) for n, s in shapes.items() if n.endswith(".weight") and len(s) in (2, 4) and "_embedding." not in n]
+    return [(n, s) for n, s in shapes.items() if n.endswith(".weight") and len(s) in (2, 4) and "embeddings." not in n]
 
 
 def _flat(name: str) -> str:
@@ -174,26 +191,25 @@ def _layers(weights: Weights, targets: Mapping[str, tuple[str, str, tuple[int, .
     where = weights.location
     if any(name.startswith(_SDXL) for name in weights.shapes):
         raise CheckpointError(f"{where} is an SDXL LoRA; MoMA's adapters need Stable Diffusion 1.5")
-    parts: dict[str, dict[str, str]] = {}
+    parts: dict[tuple[str, str, tuple[int, ...]], dict[str, str]] = {}
     unknown = []
     for name in weights.shapes:
         suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), "")
-        alias = _alias(name.removesuffix(suffix))
-        if not suffix or alias not in targets or _PARTS[suffix] in parts.get(alias, {}):
+        target = targets.get(_alias(name.removesuffix(suffix)))
+        if not suffix or target is None or _PARTS[suffix] in parts.get(target, {}):
             unknown.append(name)
         else:
-            parts.setdefault(alias, {})[_PARTS[suffix]] = name
+            parts.setdefault(target, {})[_PARTS[suffix]] = name
     if unknown or not parts:
         have = ", ".join(sorted(unknown)[:_LISTED]) or "nothing"
         more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
         raise CheckpointError(
             f"{where} is not a LoRA for Stable Diffusion 1.5's UNet and text encoder: it has {have}{more}"
         )
-    headers = _headers(weights)
+    configs = _peft_configs(weights)
     layers = []
-    for alias, stored in parts.items():
-        role, weight, shape = targets[alias]
-        layer = _Layer(role, weight, shape, stored, headers.get(role, {}))
+    for (role, weight, shape), stored in parts.items():
+        layer = _Layer(role, weight, shape, stored, configs.get(role, {}))
         _check(layer, weights)
         layers.append(layer)
     return layers
@@ -226,19 +242,26 @@ def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-def _headers(weights: Weights) -> dict[str, Mapping[str, Any]]:
-    """Newer versions of diffusers write PEFT's configuration into the file's header, alpha included."""
-    text = read_metadata(weights.location).get(_METADATA)
-    if text is None:
-        return {}
+def _peft_configs(weights: Weights) -> dict[str, Mapping[str, Any]]:
+    """How strong each network's layers are, where PEFT's configuration says it; by role.
+
+    It lies beside PEFT's own files, and newer versions of diffusers write it into the header.
+    """
+    beside = weights.files[-1]
+    is_file = beside.name == _PEFT_CONFIG
     try:
-        return {role: _header(json.loads(text), f"{role}.") for role in (UNET, TEXT_ENCODER)}
+        entries = read_json(beside) if is_file else json.loads(read_metadata(weights.location).get(_METADATA, "{}"))
+        unet = _peft_config(entries, f"{UNET}.") or _peft_config(entries, "")
+        if is_file and not unet:
+            raise ValueError("no lora_alpha")
+        return {UNET: unet, TEXT_ENCODER: _peft_config(entries, f"{TEXT_ENCODER}.")}
     except (ValueError, TypeError, AttributeError, re.error):
-        raise CheckpointError(f"{weights.location} has a damaged {_METADATA} in its header") from None
+        what = f"{_PEFT_CONFIG} beside it" if is_file else f"{_METADATA} in its header"
+        raise CheckpointError(f"{weights.location} has a damaged {what}") from None
 
 
-def _header(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """What decides the strength of one network's layers; nothing where the header does not say."""
+def _peft_config(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What decides the strength of one network's layers; nothing where the entries of `prefix` do not say."""
     if f"{prefix}lora_alpha" not in entries:
         return {}
     patterns = entries.get(f"{prefix}alpha_pattern") or {}
@@ -250,6 +273,6 @@ def _header(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     }
 
 
-def _header_alpha(header: Mapping[str, Any], layer: str) -> float:
-    found = (alpha for pattern, alpha in header["alpha_pattern"] if pattern.fullmatch(layer))
-    return float(next(found, header["lora_alpha"]))
+def _alpha(config: Mapping[str, Any], layer: str) -> float:
+    found = (alpha for pattern, alpha in config["alpha_pattern"] if pattern.fullmatch(layer))
+    return float(next(found, config["lora_alpha"]))

@@ -1,11 +1,9 @@
 """LoRAs against diffusers' own `load_lora_weights` and `fuse_lora`."""
 
 import json
-import warnings
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from export.checkpoints import CheckpointRequest, load_checkpoint
 from export.checkpoints.lora import LoraFile, fuse_loras, parse_lora
@@ -13,6 +11,7 @@ from export.checkpoints.model import TEXT_ENCODER, UNET
 from export.checkpoints.presets import TINY
 from export.checkpoints.synthetic import random_component
 from moma_rt.errors import CheckpointError
+from tests.export.checkpoints.lora_files import fused_by_diffusers, written
 
 UNET_LAYERS = [
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
@@ -23,6 +22,11 @@ UNET_LAYERS = [
     "down_blocks.1.resnets.0.conv1",
     "down_blocks.2.resnets.0.conv_shortcut",
     "down_blocks.2.downsamplers.0.conv",
+    "mid_block.resnets.1.time_emb_proj",
+    "time_embedding.linear_1",
+    "time_embedding.linear_2",
+    "conv_in",
+    "conv_out",
 ]
 # Without an out_proj, diffusers takes kohya's names in the text encoder for another layout and drops the others.
 TEXT_LAYERS = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.out_proj", "encoder.layers.1.mlp.fc1"]
@@ -87,32 +91,6 @@ def old_diffusers(factors):
     }
 
 
-def written(folder, tensors, metadata=None, name="my.safetensors"):
-    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, folder / name, metadata=metadata)
-    return folder / name
-
-
-def fused_by_diffusers(states, path, scale):
-    """The two state dicts after diffusers' own loading and fusing, under their own names."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    unet = UNet2DConditionModel.from_config(dict(TINY.unet))
-    text = CLIPTextModel(CLIPTextConfig(**TINY.text_encoder))
-    unet.load_state_dict(states[0])
-    text.load_state_dict(states[1])
-    parts = {"vae": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline = StableDiffusionPipeline(
-            unet=unet, text_encoder=text, scheduler=DDIMScheduler(), requires_safety_checker=False, **parts
-        )
-        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
-        pipeline.fuse_lora(lora_scale=scale)
-        pipeline.unload_lora_weights()
-    return pipeline.unet.state_dict(), pipeline.text_encoder.state_dict()
-
-
 def oldest_diffusers(factors):
     """Attention's processors hold the LoRAs; the text encoder's are named as if it had such."""
     names = {
@@ -173,7 +151,7 @@ def delta(factors, role, layer):
 
 
 def test_other_spellings_mean_the_same(tmp_path, base, factors):
-    """CompVis block names, processors from before PEFT, 1×1 convolutions as matrices, pickles."""
+    """CompVis block names, processors from before PEFT, without `unet.` too, 1×1 convolutions as matrices, pickles."""
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
     down, up = factors[UNET, layer]
     expected = fuse_loras(*base, [LoraFile(written(tmp_path, peft({(UNET, layer): (down, up)})))])[0].load()
@@ -182,6 +160,7 @@ def test_other_spellings_mean_the_same(tmp_path, base, factors):
     for number, tensors in enumerate(
         (
             {f"unet.{processor}.down.weight": down, f"unet.{processor}.up.weight": up},
+            {f"{processor}.down.weight": down, f"{processor}.up.weight": up},
             {f"{compvis}.lora_down.weight": down, f"{compvis}.lora_up.weight": up},
             {f"{compvis}.lora_down.weight": down[..., None, None], f"{compvis}.lora_up.weight": up[..., None, None]},
         )
@@ -190,6 +169,15 @@ def test_other_spellings_mean_the_same(tmp_path, base, factors):
         torch.save(tensors, path)
         found = fuse_loras(*base, [LoraFile(path)])[0].load()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_compvis_names_of_the_time_embedding(tmp_path, base, factors):
+    layer = "time_embedding.linear_2"
+    down, up = factors[UNET, layer]
+    expected = fuse_loras(*base, [LoraFile(written(tmp_path, peft({(UNET, layer): (down, up)})))])[0].load()
+    tensors = {"lora_unet_time_embed_2.lora_down.weight": down, "lora_unet_time_embed_2.lora_up.weight": up}
+    found = fuse_loras(*base, [LoraFile(written(tmp_path, tensors))])[0].load()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_loras_add_up_and_identify_what_they_change(tmp_path, base, states, factors):
@@ -240,6 +228,8 @@ GOOD = {f"{NAME}.lora_down.weight": DOWN, f"{NAME}.lora_up.weight": UP}
         ({**GOOD, f"{NAME}.lora_mid.weight": UP}, f"it has {NAME}.lora_mid.weight"),
         ({f"{NAME}.hada_w1_a": UP}, "hada_w1_a"),
         ({"lora_unet_other.lora_up.weight": UP}, "lora_unet_other"),
+        ({**GOOD, "unet.mid_block.attentions.0.proj_in.lora_A.weight": DOWN}, "it has unet.mid_block.attentions.0"),
+        ({"lora_te_text_model_embeddings_token_embedding.lora_up.weight": UP}, "it has lora_te_text_model_embeddings"),
         ({f"x{i}.lora_up.weight": UP for i in range(5)}, "x2.lora_up.weight and 2 more"),
         ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": UP}, "SDXL"),
         ({}, "it has nothing"),
