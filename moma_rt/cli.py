@@ -54,8 +54,9 @@ strength 1.0 puts the subject into a new context, 0.4 gives it a new texture. Th
 picture; picture i of several has seed SEED + i. With --num-images above 1, --out beach.png and --save-mask
 become beach-0.png, beach-1.png and so on.
 
-ddim is the original's scheduler. dpmpp_2m and dpmpp_2m_karras are meant for 20 to 30 steps; lcm and tcd for 4 to 8,
-with --guidance-scale 1 and a bundle built with an LCM, TCD or Hyper-SD LoRA (python -m export.build --lora).
+ddim is the original's scheduler. dpmpp_2m and dpmpp_2m_karras are meant for 20 to 30 steps; lcm, tcd and ddim_trailing
+for 2 to 8, with --guidance-scale 1 and a bundle built with an LCM, TCD or Hyper-SD LoRA (python -m export.build
+--lora). With one step of theirs the subject's reference is not injected.
 
 example:
   moma-rt generate bundles/tiny car.subject "A car in the snow." --seed 7 --out snow.png --contact-sheet sheet.png

@@ -203,7 +203,7 @@ class Runtime:
             subject: from `enroll` with a bundle of the same base, or `Subject.load`.
             prompt: such as "A car on a beach."; beyond 77 CLIP tokens it is cut, with a MomaWarning.
             strength: of the subject's appearance, 0 to 2: about 1.0 for a new context, 0.4 for a new texture.
-            steps: of denoising, 1 to 999; at most 50 with "lcm" and "tcd", 998 with "dpmpp_2m".
+            steps: of denoising, 1 to 999; to 50 with "lcm" and "tcd", 998 with "dpmpp_2m", 1000 with "ddim_trailing".
             guidance_scale: of the prompt, 0 to 100; 1.0 is none and takes half the time.
             guidance_interval: lowest and highest timestep that is guided, 0 to 999 (arXiv 2404.07724). Steps outside
                 are those of guidance scale 1.0: they take half the time, and scale the foreground mask to the range of
@@ -211,8 +211,9 @@ class Runtime:
             negative_prompt: what the picture should not show.
             seed: of the first picture, 0 to 2**64 - 1; the following ones have the following seeds.
             num_images: 1 to 64; as many as the bundle allows are made together.
-            scheduler: one of `moma_rt.schedules.SCHEDULERS`. "lcm" and "tcd" are for bundles with a fused LCM, TCD or
-                Hyper-SD LoRA (`python -m export.build --lora`), 4 to 8 steps and a guidance_scale of 1.0.
+            scheduler: one of `moma_rt.schedules.SCHEDULERS`. "lcm", "tcd" and "ddim_trailing" are for bundles with a
+                fused LCM, TCD or Hyper-SD LoRA (`python -m export.build --lora`), 2 to 8 steps and a guidance_scale of
+                1.0. With a single step of theirs, the subject's reference is not injected.
             latents: float32 [num_images,4,h,w], standard normal, instead of drawn from the seeds.
             context_embedding: float32 [1024], instead of the language model's reading of photo and prompt.
             on_step: called with a StepInfo after each step was given to the device and the one before it was done;

@@ -27,6 +27,7 @@ from moma_rt.solvers import (
     Floats,
     Solution,
     ddim,
+    ddim_trailing,
     dpmpp_2m,
     dpmpp_2m_karras,
     euler,
@@ -94,6 +95,7 @@ _SCHEDULERS: Mapping[str, _Scheduler] = MappingProxyType(
     {
         # Leading grids have offset 1: with one step more, the first timestep would be 1000, one past the last.
         "ddim": _Scheduler(ddim, TRAINING_STEPS - 1),
+        "ddim_trailing": _Scheduler(ddim_trailing, TRAINING_STEPS),
         "dpmpp_2m": _Scheduler(dpmpp_2m, TRAINING_STEPS - 2),
         "dpmpp_2m_karras": _Scheduler(dpmpp_2m_karras, TRAINING_STEPS - 1),
         "euler": _Scheduler(euler, TRAINING_STEPS - 1),
@@ -109,13 +111,15 @@ def schedule(
 ) -> npt.NDArray[np.float32]:
     """The table of a whole generation, first step (most noise) first.
 
-    "ddim" is the original MoMA's. "lcm" and "tcd" make pictures in 4 to 8 steps, but only of bases that were distilled
-    for it: fuse an LCM, TCD or Hyper-SD LoRA (`python -m export.build --lora`), and use guidance scale 1, because such
-    a LoRA has guidance built in.
+    "ddim" is the original MoMA's. "lcm", "tcd" and "ddim_trailing" make pictures in few steps, but only of bases that
+    were distilled for it: fuse an LCM, TCD or Hyper-SD LoRA (`python -m export.build --lora`), and use guidance scale 1
+    unless CFG is in its name, because such LoRAs have guidance built in. All three start at t = 999, and MoMA injects
+    the subject's reference below t = 950 only: of 2 to 12 steps all but the first inject it; a single step does not.
 
     Args:
         name: one of `SCHEDULERS`.
-        steps: number of denoising steps, from 1; to 50 with "lcm" and "tcd", 998 with "dpmpp_2m", else 999.
+        steps: number of denoising steps, from 1; to 50 with "lcm" and "tcd", 998 with "dpmpp_2m", 1000 with
+            "ddim_trailing", else 999.
         guidance_scale: finite weight of classifier-free guidance; 1 is none.
         guidance_interval: lowest and highest timestep that is guided; at all others the scale is 1. Kynkäänniemi et
             al., "Applying Guidance in a Limited Interval", arXiv 2404.07724.

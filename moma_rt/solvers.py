@@ -47,9 +47,17 @@ def ddim(steps: int, abar: Floats) -> Solution:
 
     The last step goes to abar_0, not to 1: what is left of the noise there stays, as in the original MoMA.
     """
-    timesteps = _leading_timesteps(steps)
-    previous = np.maximum(timesteps - TRAINING_STEPS // steps, 0)
-    return Solution(timesteps, *_along_the_ode(abar[timesteps], abar[previous]))
+    return _ddim(_leading_timesteps(steps), abar)
+
+
+def ddim_trailing(steps: int, abar: Floats) -> Solution:
+    """DDIM that starts at the most noise: Lin et al., arXiv 2305.08891, "trailing" in table 2.
+
+    The last step goes to abar_0 here as well: so does diffusers' DDIM with trailing spacing where the rest of its
+    configuration is Stable Diffusion 1.5's (set_alpha_to_one is false, steps_offset plays no part), and that is what
+    Hyper-SD's LoRAs are published for.
+    """
+    return _ddim(_trailing_timesteps(steps), abar)
 
 
 def euler(steps: int, abar: Floats) -> Solution:
@@ -109,8 +117,8 @@ def tcd(steps: int, abar: Floats) -> Solution:
     """Strategic stochastic sampling of trajectory consistency models: Zheng et al., arXiv 2402.19159, gamma = 0.3.
 
     A step goes along the ODE to (1 - gamma)·t', further than its end, and comes back by adding fresh noise up to the
-    level of t'. The last one goes to t = 0 and adds none. For bases with a fused TCD or Hyper-SD LoRA, without
-    guidance.
+    level of t'. The last one goes to t = 0 and adds none, so gamma has no part in it. For bases with a fused TCD LoRA,
+    or with Hyper-SD's for one step, which serves any number of them; without guidance.
     """
     timesteps = _distilled_timesteps(steps)
     following = np.append(timesteps[1:], 0)
@@ -118,6 +126,14 @@ def tcd(steps: int, abar: Floats) -> Solution:
     latents, eps = _along_the_ode(abar[timesteps], abar[beyond])
     kept = abar[following] / abar[beyond]
     return Solution(timesteps, np.sqrt(kept) * latents, np.sqrt(kept) * eps, noise=np.sqrt(1.0 - kept))
+
+
+def _ddim(timesteps: Timesteps, abar: Floats) -> Solution:
+    """Each step goes 1000 // steps timesteps on, as in diffusers: where 1000 / steps is no whole number, that is not
+    quite the next one.
+    """
+    previous = np.maximum(timesteps - TRAINING_STEPS // len(timesteps), 0)
+    return Solution(timesteps, *_along_the_ode(abar[timesteps], abar[previous]))
 
 
 def _along_the_ode(now: Floats, then: Floats) -> tuple[Floats, Floats]:
@@ -162,6 +178,13 @@ def _noise_levels(abar: Floats) -> Floats:
 def _leading_timesteps(steps: int) -> Timesteps:
     """Multiples of 1000 // steps, plus one, falling: int64 [steps] in 1..999."""
     return np.arange(steps, dtype=np.int64)[::-1] * (TRAINING_STEPS // steps) + _STEPS_OFFSET
+
+
+def _trailing_timesteps(steps: int) -> Timesteps:
+    """Multiples of 1000 / steps, rounded, minus one, falling: int64 [steps] in 0..999, the first one 999."""
+    # As diffusers computes them, because of the ties; of some steps its range does not stop in time, and ends at -1.
+    multiples = np.arange(TRAINING_STEPS, 0, -TRAINING_STEPS / steps)[:steps]
+    return multiples.round().astype(np.int64) - 1
 
 
 def _distilled_timesteps(steps: int) -> Timesteps:

@@ -83,6 +83,17 @@ class TestTable:
         expected = [0.0] * without_injection + [1.0] * (steps - without_injection)
         assert rows[:, Column.INJECTION].tolist() == expected
 
+    @pytest.mark.parametrize("name", ["ddim_trailing", "lcm", "tcd"])
+    @pytest.mark.parametrize("steps", range(1, 13))
+    def test_of_few_steps_all_but_the_first_inject(self, name, steps):
+        rows = schedule(name, steps, 1.0)
+        assert rows[0, Column.TIMESTEP] == 999
+        assert rows[:, Column.INJECTION].tolist() == [0.0] + [1.0] * (steps - 1)
+
+    def test_trailing_timesteps(self):
+        found = [schedule("ddim_trailing", steps, 1.0)[:, Column.TIMESTEP].tolist() for steps in (1, 2, 3, 4)]
+        assert found == [[999], [999, 499], [999, 666, 332], [999, 749, 499, 249]]
+
 
 class TestNoiseSchedule:
     def test_signal_power_is_the_originals(self):
@@ -142,7 +153,7 @@ class TestWrongInput:
     def test_unknown_scheduler_lists_the_known_ones(self):
         with pytest.raises(InputError) as caught:
             schedule("DDIM", 20, 7.5)
-        available = "ddim, dpmpp_2m, dpmpp_2m_karras, euler, lcm, tcd"
+        available = "ddim, ddim_trailing, dpmpp_2m, dpmpp_2m_karras, euler, lcm, tcd"
         assert str(caught.value) == f"unknown scheduler 'DDIM'; available: {available}"
         assert ", ".join(SCHEDULERS) == available
 

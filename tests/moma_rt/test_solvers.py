@@ -7,7 +7,8 @@ from moma_rt.errors import InputError
 from moma_rt.schedules import SCHEDULERS, Column, alphas_cumprod, schedule
 
 SIZE = 64
-MAX_STEPS = {"ddim": 999, "dpmpp_2m": 998, "dpmpp_2m_karras": 999, "euler": 999, "lcm": 50, "tcd": 50}
+MAX_STEPS = {"ddim": 999, "ddim_trailing": 1000, "dpmpp_2m": 998, "dpmpp_2m_karras": 999, "euler": 999}
+MAX_STEPS |= {"lcm": 50, "tcd": 50}
 STEPS = [1, 2, 3, 4, 5, 8, 10, 14, 15, 19, 20, 25, 50, 100]
 CASES = [(name, steps) for name in SCHEDULERS for steps in STEPS if steps <= MAX_STEPS[name]]
 STOCHASTIC = ("lcm", "tcd")
@@ -24,8 +25,10 @@ CONFIG = {
     "prediction_type": "epsilon",
 }
 MULTISTEP = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True}
+DDIM = {"clip_sample": False, "set_alpha_to_one": False}
 DIFFUSERS = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "ddim": ("DDIMScheduler", DDIM),
+    "ddim_trailing": ("DDIMScheduler", {**DDIM, "timestep_spacing": "trailing"}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {**MULTISTEP, "final_sigmas_type": "zero"}),
     "dpmpp_2m_karras": (
         "DPMSolverMultistepScheduler",
@@ -43,7 +46,7 @@ def reference(name: str, steps: int):
     """diffusers' scheduler, its timesteps set."""
     diffusers = pytest.importorskip("diffusers")
     kind, options = DIFFUSERS[name]
-    scheduler = getattr(diffusers, kind)(**CONFIG, **options)
+    scheduler = getattr(diffusers, kind)(**{**CONFIG, **options})
     scheduler.set_timesteps(steps)
     return scheduler
 
@@ -106,7 +109,9 @@ class TestAgainstDiffusers:
     def test_timesteps_of_every_number_of_steps(self, name):
         for steps in range(1, MAX_STEPS[name] + 1):
             found = schedule(name, steps, 7.5)[:, Column.TIMESTEP]
-            differences = found - reference(name, steps).timesteps.numpy()
+            theirs = reference(name, steps).timesteps.numpy()
+            # Of some numbers of steps, rounding gives diffusers' trailing timesteps one more, before the first.
+            differences = found - theirs[theirs >= 0]
             ties = name == "dpmpp_2m_karras" and steps in KARRAS_TIES
             assert np.abs(differences).sum() == (1 if ties else 0), steps
 
@@ -135,7 +140,7 @@ class TestTruth:
             return predicted[-1]
 
         end = trajectory(rows, x, random.standard_normal((steps, SIZE)), denoise)[-1]
-        abar_0 = alphas_cumprod()[0] if name in ("ddim", "tcd") else 1.0
+        abar_0 = alphas_cumprod()[0] if name in ("ddim", "ddim_trailing", "tcd") else 1.0
         left = np.sqrt(abar_0) * picture + np.sqrt(1.0 - abar_0) * predicted[-1]
         np.testing.assert_allclose(end, left, atol=2e-5)
 

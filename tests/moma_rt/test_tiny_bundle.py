@@ -38,7 +38,7 @@ PROMPTS = (
 
 # Of each scheduler one that might be taken for it: DDIM's and Euler's tables differ in the last row alone.
 _OTHER = {"ddim": "euler", "euler": "ddim", "dpmpp_2m": "dpmpp_2m_karras", "dpmpp_2m_karras": "dpmpp_2m"}
-_OTHER |= {"lcm": "tcd", "tcd": "lcm"}
+_OTHER |= {"ddim_trailing": "ddim", "lcm": "tcd", "tcd": "lcm"}
 
 MEMORY = """
 import sys
