@@ -91,7 +91,7 @@ def add_checkpoint_options(p: argparse.ArgumentParser, *, base_required: bool = 
         action="append",
         default=[],
         metavar="FILE[:SCALE]",
-        help="add to the base's weights, in kohya's or diffusers' layout; may be repeated (default scale: 1)",
+        help="add to the base's weights, in kohya's, diffusers' or PEFT's layout; may be repeated (default scale: 1)",
     )
     p.add_argument("--adapters", type=Path, metavar="FILE", help="MoMA's attn_adapters_projectors.th")
     p.add_argument("--mllm", type=Path, metavar="DIR", help="MoMA's language model, a folder in LLaVA's format")

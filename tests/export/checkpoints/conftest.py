@@ -1,4 +1,4 @@
-"""Editable copies of the golden checkpoints, and ways to damage them."""
+"""Editable copies of the golden checkpoints and ways to damage them; the synthetic base that LoRAs are fused into."""
 
 import json
 import os
@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from export.checkpoints.model import TEXT_ENCODER, UNET, Component, StateDict
+from export.checkpoints.presets import TINY
+from export.checkpoints.synthetic import random_component
 
 BASE = "SG161222/Realistic_Vision_V4.0_noVAE"
 VAE = "stabilityai/sd-vae-ft-mse"
@@ -67,3 +71,16 @@ def copy(hub: Path, tmp_path: Path) -> Hub:
 @pytest.fixture(scope="session")
 def original(hub: Path) -> Hub:
     return Hub(hub)
+
+
+@pytest.fixture(scope="session")
+def base() -> tuple[Component, Component]:
+    """The synthetic checkpoint's UNet and text encoder."""
+    return random_component(UNET, TINY.unet, 0), random_component(TEXT_ENCODER, TINY.text_encoder, 0)
+
+
+@pytest.fixture(scope="session")
+def states(base) -> tuple[StateDict, StateDict]:
+    """Their weights, which nothing may change."""
+    unet, text_encoder = base
+    return unet.load(), text_encoder.load()

@@ -8,8 +8,6 @@ import torch
 from export.checkpoints import CheckpointRequest, load_checkpoint
 from export.checkpoints.lora import LoraFile, fuse_loras, parse_lora
 from export.checkpoints.model import TEXT_ENCODER, UNET
-from export.checkpoints.presets import TINY
-from export.checkpoints.synthetic import random_component
 from moma_rt.errors import CheckpointError
 from tests.export.checkpoints.lora_files import fused_by_diffusers, written
 
@@ -31,16 +29,6 @@ UNET_LAYERS = [
 # Without an out_proj, diffusers takes kohya's names in the text encoder for another layout and drops the others.
 TEXT_LAYERS = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.out_proj", "encoder.layers.1.mlp.fc1"]
 RANK, ALPHA, SCALE = 3, 5.0, 0.7
-
-
-@pytest.fixture(scope="module")
-def base():
-    return random_component(UNET, TINY.unet, 0), random_component(TEXT_ENCODER, TINY.text_encoder, 0)
-
-
-@pytest.fixture(scope="module")
-def states(base):
-    return tuple(component.load() for component in base)
 
 
 @pytest.fixture(scope="module")

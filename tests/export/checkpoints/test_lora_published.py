@@ -32,16 +32,6 @@ PUBLISHED = {
 }
 
 
-@pytest.fixture(scope="module")
-def base():
-    return random_component(UNET, TINY.unet, 0), random_component(TEXT_ENCODER, TINY.text_encoder, 0)
-
-
-@pytest.fixture(scope="module")
-def states(base):
-    return tuple(component.load() for component in base)
-
-
 def few_step_shapes(unet_config, rank: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a few-step LoRA."""
     found: dict[str, tuple[int, ...]] = {}
