@@ -110,7 +110,7 @@ class TestAgainstDiffusers:
         for steps in range(1, MAX_STEPS[name] + 1):
             found = schedule(name, steps, 7.5)[:, Column.TIMESTEP]
             theirs = reference(name, steps).timesteps.numpy()
-            # Of some numbers of steps, rounding gives diffusers' trailing timesteps one more, before the first.
+            # Of some numbers of steps, rounding lets diffusers' trailing timesteps go on to -1.
             differences = found - theirs[theirs >= 0]
             ties = name == "dpmpp_2m_karras" and steps in KARRAS_TIES
             assert np.abs(differences).sum() == (1 if ties else 0), steps
