@@ -67,14 +67,17 @@ class FakeCuda(ModuleType):
         # Page-locked memory of the host, and events: the work that was on the stream when one was recorded.
         self.pinned: dict[int, np.ndarray] = {}
         self.events: dict[int, list[Work]] = {}
-        self.waits = self.recorded = 0
+        self.calls = self.waits = self.recorded = self.allocations = 0
         # Bytes by the kind of copy.
         self.copied: Counter[str] = Counter()
         self._next = 0x7F00_0000_0000
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        if not name.startswith("cuda") or isinstance(value, type | int) or name == "cudaStreamEndCapture":
+        if not name.startswith("cuda") or isinstance(value, type | int):
+            return value
+        self.calls += 1
+        if name == "cudaStreamEndCapture":
             return value
         return lambda *arguments: (self.failures.pop(name), None) if name in self.failures else value(*arguments)
 
@@ -193,6 +196,7 @@ class FakeCuda(ModuleType):
     def cudaMalloc(self, size: int) -> tuple:
         assert self.captured is None, "memory may not be allocated while a stream is captured"
         assert size > 0, "cudaMalloc(0) returns no address"
+        self.allocations += 1
         if self.used + size > self.capacity:
             return CudaError.cudaErrorMemoryAllocation, 0
         address = self._next

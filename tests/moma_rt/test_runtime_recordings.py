@@ -63,6 +63,20 @@ def test_a_second_generation_is_one_launch(gpu, runtime, subject, eager, enqueue
     assert (gpu.cuda.used, gpu.cuda.launches) == (used, launches + 2)
 
 
+@pytest.mark.parametrize("steps", [2, 20])
+def test_what_a_replay_costs_the_host(gpu, runtime, subject, steps):  # noqa: F811
+    """Nothing is allocated, nothing waited for but the results, and nothing done once a step."""
+    runtime.generate(subject, PROMPT, steps=steps)
+    counted = []
+    for seed in (1, 2):
+        before = (gpu.cuda.allocations, gpu.cuda.waits, gpu.cuda.recorded, gpu.cuda.calls)
+        runtime.generate(subject, PROMPT, steps=steps, seed=seed)
+        after = (gpu.cuda.allocations, gpu.cuda.waits, gpu.cuda.recorded, gpu.cuda.calls)
+        counted.append(tuple(b - a for a, b in zip(before, after, strict=True)))
+    # The calls: 8 uploads, the launch, a copy and a wait for each of 3 results.
+    assert counted == [(0, 3, 0, 8 + 1 + 2 * 3)] * 2
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("scheduler", ["ddim", "dpmpp_2m", "lcm"])
 def test_every_schedule_is_replayed_as_it_is_run(runtime, subject, eager, scheduler, steps):
