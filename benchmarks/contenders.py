@@ -5,9 +5,6 @@ So each has a peak of memory of its own, and the runtime's process never imports
 
 import argparse
 import os
-import resource
-import shutil
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -21,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from benchmarks.memory import device_mib_used, peak_gb
 from moma_rt.bundle import Bundle
 from moma_rt.errors import MomaError
 from moma_rt.lru import Lru
@@ -164,7 +162,7 @@ class ContenderProcess:
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
-        self._device_gb_before = device_gb_used()
+        self._device_mib_before = device_mib_used()
         context = get_context("spawn")
         self._pipe, far = context.Pipe()
         self._process = context.Process(target=serve, args=(name, settings, far), daemon=True)
@@ -184,8 +182,8 @@ class ContenderProcess:
 
         It includes what PyTorch and the driver keep for themselves. None without an NVIDIA GPU.
         """
-        used = device_gb_used()
-        return None if used is None or self._device_gb_before is None else used - self._device_gb_before
+        before, used = self._device_mib_before, device_mib_used()
+        return None if before is None or used is None else (used - before) * 2**20 / 1e9
 
     def end(self) -> float:
         """End the process; the peak of its memory in GB."""
@@ -222,24 +220,3 @@ def serve(name: str, settings: Settings, pipe: Connection) -> None:
     except Exception as error:
         traceback.print_exc()
         pipe.send((False, f"{type(error).__name__}: {error}"))
-
-
-def peak_gb() -> float:
-    """The most memory in GB that this process had resident."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    # Not what getrusage says: that begins with the peak of the process that started this one.
-    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024 / 1e9
-
-
-def device_gb_used() -> float | None:
-    """Memory in use on the first NVIDIA GPU, by whichever process, in GB; None where there is none."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return None
-    query = [command, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    lines = done.stdout.split()
-    return int(lines[0]) * 2**20 / 1e9 if done.returncode == 0 and lines and lines[0].isdecimal() else None

@@ -1,9 +1,11 @@
 """Where and on what a measurement was made, and how its samples are summed up."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import moma_rt
+from moma_rt.bundle import Bundle
 from moma_rt.files import atomic_write
 
 _PACKAGES = (
@@ -24,7 +27,10 @@ _PACKAGES = (
     "triton",
     "diffusers",
     "transformers",
+    "tokenizers",
+    "tensorrt",
     "tensorrt_rtx",
+    "cuda-bindings",
 )
 # A copy of the sources without their history: whoever made it says of which commit it is.
 _COMMIT_VARIABLE = "MOMA_RT_COMMIT"
@@ -45,9 +51,31 @@ def environment(command: str) -> dict[str, Any]:
     }
 
 
-def percentiles(samples: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 of a list of numbers, to four digits behind the point."""
-    return {f"p{p}": round(float(np.percentile(samples, p)), 4) for p in (20, 50, 80)}
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    """What a result says of the bundle that it was measured with."""
+    manifest = bundle.manifest
+    return {
+        "base": manifest.base,
+        "precision": bundle.network("denoiser").precision.value,
+        "image_size": manifest.geometry.image_size,
+        "sources": {source.role: source.name for source in manifest.sources},
+    }
+
+
+def repeatable(program: str, given: Sequence[str]) -> str:
+    """The command `python -m PROGRAM` with the arguments given, without this machine's path of the bundle."""
+    shown = list(given)
+    for index, argument in enumerate(given):
+        if argument == "--bundle":
+            shown[index + 1] = "DIR"
+        elif argument.startswith("--bundle="):
+            shown[index] = "--bundle=DIR"
+    return shlex.join(["python", "-m", program, *shown])
+
+
+def percentiles(samples: Sequence[float], which: Sequence[int] = (20, 50, 80)) -> dict[str, float]:
+    """Percentiles of a list of numbers, to four digits behind the point."""
+    return {f"p{p}": round(float(np.percentile(samples, p)), 4) for p in which}
 
 
 def write_results(name: str, results: dict[str, Any]) -> Path:
@@ -59,9 +87,12 @@ def write_results(name: str, results: dict[str, Any]) -> Path:
 
 
 def _versions() -> dict[str, str]:
-    """Of those packages that are installed."""
-    installed = {distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()}
-    return {name: installed[name] for name in _PACKAGES if name in installed}
+    """Of those packages that are installed; of one that is there twice, the one that is imported."""
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _cpu_name() -> str:

@@ -21,7 +21,6 @@ is compared as it is; for others the options that it was built with say where th
 
 import argparse
 import dataclasses
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -38,9 +37,9 @@ from benchmarks.contenders import (
     ContenderProcess,
     Request,
     Settings,
-    device_gb_used,
 )
-from benchmarks.environment import environment, percentiles, write_results
+from benchmarks.environment import bundle_facts, environment, percentiles, repeatable, write_results
+from benchmarks.memory import device_mib_used
 from engines.targets import listed
 from export.build import add_checkpoint_options
 from moma_rt import backends
@@ -130,7 +129,7 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
     )
     precision = bundle.network("denoiser").precision
     # Before the minutes of measuring: the commit is that of the code that is loaded now.
-    where = environment(_repeatable(given))
+    where = environment(repeatable(PROGRAM, given))
     with tempfile.TemporaryDirectory() as folder:
         if "cold" not in kinds:
             settings = dataclasses.replace(settings, subject=enrolled(settings, Path(folder) / "cup.subject"))
@@ -140,12 +139,7 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
     _check_agreement(found, precision)
     results = {
         "environment": where,
-        "bundle": {
-            "base": bundle.manifest.base,
-            "precision": precision.value,
-            "image_size": bundle.manifest.geometry.image_size,
-            "sources": {source.role: source.name for source in bundle.manifest.sources},
-        },
+        "bundle": bundle_facts(bundle),
         "settings": {
             "steps": settings.steps,
             "scheduler": settings.scheduler,
@@ -189,7 +183,7 @@ def measure(settings: Settings, kinds: Sequence[str], baselines: Sequence[str], 
     To a baseline all kinds are the same, so it has the warm request alone.
     """
     asked = {RUNTIME: kinds} | dict.fromkeys(baselines, ("warm",))
-    warm_ups = _WARM_UPS if device_gb_used() is None else _WARM_UPS_ON_GPU
+    warm_ups = _WARM_UPS if device_mib_used() is None else _WARM_UPS_ON_GPU
     contenders: dict[str, ContenderProcess] = {}
     samples: dict[str, Samples] = {}
     for name in (RUNTIME, *baselines):
@@ -309,17 +303,6 @@ def _check_agreement(found: Mapping[str, float] | None, precision: Precision) ->
             f"the runtime's pictures are {found['psnr_db']} dB from those of the eager baseline, less than "
             f"{LEAST_AGREEMENT_DB:g} dB: they are not the same algorithm, and their times are not written"
         )
-
-
-def _repeatable(given: Sequence[str]) -> str:
-    """The command without this machine's path of the bundle."""
-    shown = list(given)
-    for index, argument in enumerate(given):
-        if argument == "--bundle":
-            shown[index + 1] = "DIR"
-        elif argument.startswith("--bundle="):
-            shown[index] = "--bundle=DIR"
-    return shlex.join(["python", "-m", PROGRAM, *shown])
 
 
 if __name__ == "__main__":

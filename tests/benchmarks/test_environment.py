@@ -1,9 +1,11 @@
 """What a result says of where it was made."""
 
+import sys
+
 import numpy as np
 import pytest
 
-from benchmarks.environment import environment, percentiles
+from benchmarks.environment import environment, percentiles, repeatable
 
 
 @pytest.fixture
@@ -43,5 +45,23 @@ def test_the_commit(answers, monkeypatch):
     assert environment("command")["commit"] == "1234abc"
 
 
+def test_of_a_package_that_is_there_twice_the_one_that_is_imported(tmp_path, monkeypatch):
+    """As where a newer one is unpacked on PYTHONPATH."""
+    note = tmp_path / "numpy-99.0.dist-info" / "METADATA"
+    note.parent.mkdir()
+    note.write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 99.0\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert environment("command")["versions"]["numpy"] == "99.0"
+
+
+@pytest.mark.parametrize("given", [["--bundle", "/a b/c"], ["--bundle=/a b/c"]])
+def test_the_command_says_nothing_of_where_the_bundle_was(given):
+    shown = repeatable("benchmarks.latency", [*given, "--out", "x y"])
+    assert "/a b/c" not in shown
+    assert shown.startswith("python -m benchmarks.latency --bundle")
+    assert shown.endswith("--out 'x y'")
+
+
 def test_percentiles():
     assert percentiles(np.arange(11) / 7) == {"p20": 0.2857, "p50": 0.7143, "p80": 1.1429}
+    assert percentiles([1.0, 2.0, 3.0], (50, 99)) == {"p50": 2.0, "p99": 2.98}

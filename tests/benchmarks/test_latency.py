@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import contenders, latency
+from benchmarks import latency
 from benchmarks.contenders import RUNTIME, Answer, ContenderProcess, Settings
 from benchmarks.latency import KINDS, Samples, agreement, main, psnr, requests, summary, table, times
 from benchmarks.report import latency_table
@@ -117,18 +117,6 @@ def test_a_contender_that_is_killed_is_said(tiny_bundle):
     contender._process.join()
     with pytest.raises(MomaError, match="process was killed"):
         contender._receive()
-
-
-def test_device_memory_is_what_the_driver_says(tmp_path, monkeypatch):
-    command = tmp_path / "nvidia-smi"
-    command.write_text("#!/bin/sh\necho 2048\necho 4096\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert contenders.device_gb_used() == pytest.approx(2.147, abs=0.001)
-    command.write_text("#!/bin/sh\necho '[N/A]'\n")
-    assert contenders.device_gb_used() is None
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert contenders.device_gb_used() is None
 
 
 def test_pictures_that_disagree_are_no_measurement(tiny_bundle, monkeypatch, capsys):

@@ -1,0 +1,38 @@
+"""How much memory is in use: by this process, and of the GPU by all processes."""
+
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+
+
+def peak_gb() -> float:
+    """The most memory in GB that this process had resident."""
+    if not _STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    # Not what getrusage says: that begins with the peak of the process that started this one.
+    return _status_bytes("VmHWM") / 1e9
+
+
+def resident_mib() -> float:
+    """The memory in MiB that this process has resident now; Linux only."""
+    return _status_bytes("VmRSS") / 2**20
+
+
+def device_mib_used() -> float | None:
+    """Memory in use on the first NVIDIA GPU, by whichever process, in MiB; None where there is none."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    lines = done.stdout.split()
+    return float(lines[0]) if done.returncode == 0 and lines and lines[0].isdecimal() else None
+
+
+def _status_bytes(name: str) -> int:
+    lines = _STATUS.read_text(encoding="utf-8").splitlines()
+    line = next(line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,27 @@
+"""Memory in use: what the driver says of the GPU, and what the kernel says of this process."""
+
+import numpy as np
+
+from benchmarks.memory import device_mib_used, peak_gb, resident_mib
+
+
+def test_device_memory_is_what_the_driver_says(tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho 2048\necho 4096\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert device_mib_used() == 2048.0
+    # Where GPU and CPU share their memory the driver does not say.
+    command.write_text("#!/bin/sh\necho '[N/A]'\n")
+    assert device_mib_used() is None
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert device_mib_used() is None
+
+
+def test_memory_of_this_process():
+    before = resident_mib()
+    taken = np.ones(2**24)
+    after = resident_mib()
+    assert 100 < after - before < 160
+    assert peak_gb() >= after * 2**20 / 1e9
+    assert taken.nbytes == 2**27
