@@ -19,19 +19,27 @@ from typing import Any, Protocol
 import numpy as np
 
 from benchmarks.memory import device_mib_used, peak_gb
+from benchmarks.replays import TimedReplays
+from moma_rt import backends
 from moma_rt.bundle import Bundle
 from moma_rt.errors import MomaError
 from moma_rt.lru import Lru
+from moma_rt.selection import choose, local_host
 from moma_rt.stages import LOADING
 from moma_rt.subject import Subject
 
 RUNTIME = "moma-rt"
-BASELINES = ("eager", "compiled", "plain")
+# Those that make MoMA's picture come first.
+ORIGINALS = ("eager", "compiled")
+BASELINES = (*ORIGINALS, "plain")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A picture to be made. Equal names and `subject_seed` mean one subject, which a runtime may have enrolled."""
+    """A picture to be made. Equal names and `subject_seed` mean one subject, which a runtime may have enrolled.
+
+    is_watched: with a callback after each step, for which a runtime enqueues the steps one by one.
+    """
 
     photo: Path
     mask: Path
@@ -39,6 +47,7 @@ class Request:
     prompt: str
     subject_seed: int
     seed: int
+    is_watched: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +88,16 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """How long a request took in all and by stage, and its picture: uint8 [H,W,3], foreground mask float32 [H,W]."""
+    """How long a request took in all and by stage, and its picture: uint8 [H,W,3], foreground mask float32 [H,W].
+
+    replay_seconds: how long the host took to hand all its steps to the device, where that replayed a recording.
+    """
 
     seconds: float
     stages: Mapping[str, float]
     image: np.ndarray
     foreground_mask: np.ndarray | None
+    replay_seconds: float | None = None
 
 
 class Contender(Protocol):
@@ -100,7 +113,11 @@ class Deployed:
         from moma_rt.runtime import Runtime
 
         self._settings = settings
-        self._runtime = Runtime.load(settings.bundle, settings.backend, settings.threads)
+        bundle = Bundle.open(settings.bundle)
+        choice = choose(settings.backend, bundle.manifest, local_host)
+        backend: Any = TimedReplays(backends.create(choice.backend, settings.threads))
+        self._replays = backend.seconds
+        self._runtime = Runtime(bundle, backend, choice.engines)
         self._enrolled: Lru[tuple[str, int], Any] = Lru(2)
 
     def answer(self, request: Request) -> Answer:
@@ -114,6 +131,7 @@ class Deployed:
             seconds.update(made.seconds)
             return made
 
+        self._replays.clear()
         subject = self._enrolled.get_or_make((request.name, request.subject_seed), enroll)
         result = self._runtime.generate(
             subject,
@@ -124,12 +142,14 @@ class Deployed:
             seed=request.seed,
             scheduler=settings.scheduler,
             context_embedding=settings.embedding,
+            on_step=(lambda info: None) if request.is_watched else None,
         )
         for stage, value in result.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + value
         total = time.perf_counter() - start
         seconds.pop(LOADING, None)
-        return Answer(total, seconds, np.asarray(result.images[0]), result.foreground_masks[0])
+        replay = sum(self._replays) if self._replays else None
+        return Answer(total, seconds, np.asarray(result.images[0]), result.foreground_masks[0], replay)
 
 
 def baseline(name: str, settings: Settings) -> Contender:

@@ -5,6 +5,9 @@ Requests of the runtime:
     cold                  photo, mask and prompt, all new: enroll and generate; the networks were loaded before
     warm                  an enrolled subject and a new prompt
     warm_cached_prompt    an enrolled subject and a prompt that was asked for before, with another seed
+    warm_watched          warm's picture once more with a callback after each step; only on a GPU, unless asked for.
+                          Its steps are enqueued one by one, while those of the others are replayed from a recording:
+                          the two pictures are compared, and how long a replay takes the host is told.
 
 Baselines make the same picture as the warm request, of the same weights and noises, in PyTorch (float32 on a CPU,
 bfloat16 on a GPU):
@@ -24,12 +27,14 @@ import dataclasses
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.agreement import agreement, replays
 from benchmarks.contenders import (
     BASELINES,
     RUNTIME,
@@ -50,11 +55,13 @@ from moma_rt.selection import choose, local_host
 from moma_rt.specs import Precision
 
 PROGRAM = "benchmarks.latency"
-KINDS = ("cold", "warm", "warm_cached_prompt")
+KINDS = ("cold", "warm", "warm_cached_prompt", "warm_watched")
 # Those that the baselines have as well.
 SCHEDULERS = ("ddim", "lcm")
 # Below it the baseline is not the same algorithm, and no comparison means anything.
 LEAST_AGREEMENT_DB = 30.0
+# Of a replayed picture from the one whose steps were enqueued one by one, in steps of 1/255.
+MOST_REPLAY_DIFFERENCE = 2
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _SUBJECT = "coffee cup"
@@ -81,10 +88,10 @@ def parser() -> argparse.ArgumentParser:
         help=f"separated by commas, or none (default: {','.join(BASELINES)})",
     )
     p.add_argument(
-        "--requests",
-        default=",".join(KINDS),
-        metavar="KINDS",
-        help=f"separated by commas; warm is always among them (default: {','.join(KINDS)})",
+        "--requests", metavar="KINDS", help=f"separated by commas; warm is always among them (all: {','.join(KINDS)})"
+    )
+    p.add_argument(
+        "--minutes", type=float, metavar="M", help="begin no further turn once this has run so long (default: make all)"
     )
     p.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="lcm goes without guidance (default: ddim)")
     p.add_argument(
@@ -108,11 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
+    start = time.monotonic()
     if options.repeats < 1:
         raise InputError(f"--repeats {options.repeats}: at least 1 is needed")
     names = () if options.baselines == "none" else listed("--baselines", "baseline", options.baselines, BASELINES)
-    asked = listed("--requests", "request", options.requests, KINDS)
-    kinds = tuple(kind for kind in KINDS if kind in asked or kind == "warm")
+    kinds = _kinds(options.requests)
     schedule(options.scheduler, options.steps, 1.0)
     backends.check(options.backend, options.threads)
     bundle = Bundle.open(options.bundle)
@@ -133,10 +140,12 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if "cold" not in kinds:
             settings = dataclasses.replace(settings, subject=enrolled(settings, Path(folder) / "cup.subject"))
-        samples = measure(settings, kinds, names, options.repeats)
+        samples = measure(settings, kinds, names, options.repeats, _is_over(start, options.minutes))
     # Other schedulers draw noise of their own at every step.
-    found = agreement(samples) if options.scheduler == "ddim" and "eager" in names else None
-    _check_agreement(found, precision)
+    warm = {name: of_contender.answers["warm"] for name, of_contender in samples.items()}
+    found = agreement(warm) if options.scheduler == "ddim" else None
+    if precision is Precision.FP32 and device_mib_used() is None:
+        _check_agreement(found)
     results = {
         "environment": where,
         "bundle": bundle_facts(bundle),
@@ -144,17 +153,30 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
             "steps": settings.steps,
             "scheduler": settings.scheduler,
             "guidance_scale": settings.guidance_scale,
-            "repeats": options.repeats,
+            "repeats": len(samples[RUNTIME].answers["warm"]),
             "threads": settings.threads,
             "language_model": settings.has_language_model,
         },
         "backend": backend,
         **summary(samples),
+        "replay": replays(samples[RUNTIME].answers, options.steps),
         "agreement": found,
     }
     path = write_results(options.out, results)
     print_output(f"{table(results)}\n{path}")
-    return 0
+    return _check_replays(results["replay"])
+
+
+def _kinds(asked: str | None) -> tuple[str, ...]:
+    """The kinds of request, in the order of `KINDS`; only on a GPU is anything replayed."""
+    if asked is None:
+        return KINDS if device_mib_used() is not None else tuple(kind for kind in KINDS if kind != "warm_watched")
+    chosen = listed("--requests", "request", asked, KINDS)
+    return tuple(kind for kind in KINDS if kind in chosen or kind == "warm")
+
+
+def _is_over(start: float, minutes: float | None) -> Callable[[], bool]:
+    return lambda: minutes is not None and time.monotonic() - start > 60 * minutes
 
 
 @dataclasses.dataclass
@@ -177,10 +199,13 @@ def enrolled(settings: Settings, out: Path) -> Path:
     return out
 
 
-def measure(settings: Settings, kinds: Sequence[str], baselines: Sequence[str], repeats: int) -> dict[str, Samples]:
+def measure(
+    settings: Settings, kinds: Sequence[str], baselines: Sequence[str], repeats: int, is_over: Callable[[], bool]
+) -> dict[str, Samples]:
     """Answers of the runtime to each kind of request, and of the baselines, in turns; a turn has one set of requests.
 
-    To a baseline all kinds are the same, so it has the warm request alone.
+    To a baseline all kinds are the same, so it has the warm request alone. After the first turn none is begun once
+    `is_over` says so.
     """
     asked = {RUNTIME: kinds} | dict.fromkeys(baselines, ("warm",))
     warm_ups = _WARM_UPS if device_mib_used() is None else _WARM_UPS_ON_GPU
@@ -192,6 +217,8 @@ def measure(settings: Settings, kinds: Sequence[str], baselines: Sequence[str], 
             take_turn(contenders[name], turn, asked[name])
         samples[name] = Samples(device_gb=contenders[name].device_gb())
     for turn in range(warm_ups, warm_ups + repeats):
+        if turn > warm_ups and is_over():
+            break
         for name, contender in contenders.items():
             for kind, answer in take_turn(contender, turn, asked[name]).items():
                 samples[name].answers.setdefault(kind, []).append(answer)
@@ -215,6 +242,7 @@ def requests(turn: int) -> dict[str, Request]:
         "cold": Request(photo, mask, name, f"A {name} on a beach, picture number {turn}.", 1 + turn, 3 * turn),
         "warm": Request(photo, mask, _SUBJECT, prompt, 0, 3 * turn + 1),
         "warm_cached_prompt": Request(photo, mask, _SUBJECT, prompt, 0, 3 * turn + 2),
+        "warm_watched": Request(photo, mask, _SUBJECT, prompt, 0, 3 * turn + 1, is_watched=True),
     }
 
 
@@ -248,23 +276,6 @@ def times(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def agreement(samples: Mapping[str, Samples]) -> dict[str, float]:
-    """The worst of all pairs of runtime and eager: PSNR of the pictures, mean difference of the foreground masks."""
-    pairs = list(zip(samples[RUNTIME].answers["warm"], samples["eager"].answers["warm"], strict=True))
-    return {
-        "psnr_db": round(min(psnr(ours.image, eager.image) for ours, eager in pairs), 1),
-        "foreground_difference": round(
-            max(float(np.abs(ours.foreground_mask - eager.foreground_mask).mean()) for ours, eager in pairs), 6
-        ),
-    }
-
-
-def psnr(found: np.ndarray, expected: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures, 100 at most."""
-    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
-    return 100.0 if error == 0 else min(100.0, 10 * float(np.log10(255.0**2 / error)))
-
-
 def table(results: Mapping[str, Any]) -> str:
     """The results for a person."""
     runtime = results["runtime"]
@@ -279,7 +290,13 @@ def table(results: Mapping[str, Any]) -> str:
         ratios = "" if faster is None else "   " + ", ".join(f"{ratio:.2f}" for ratio in faster.values())
         lines.append(f"{name:<28}{numbers}{memory['peak_gb']:10.2f}{ratios}")
     if results["agreement"] is not None:
-        lines.append(f"the runtime's pictures against eager's: {results['agreement']['psnr_db']} dB PSNR or more")
+        lines.append(
+            f"the runtime's pictures against the original's: {results['agreement']['psnr_db']} dB PSNR or more"
+        )
+    if (found := results["replay"]) is not None:
+        apart = found["largest_difference"]
+        compared = "" if apart is None else f"; at most {apart}/255 from the picture of steps enqueued one by one"
+        lines.append(f"replays: {found['host_us_per_step']['p50']:.2f} us of the host a step (p50){compared}")
     return "\n".join(lines)
 
 
@@ -292,17 +309,30 @@ def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in percentiles([1000.0 * s for s in seconds]).items()}
 
 
-def _check_agreement(found: Mapping[str, float] | None, precision: Precision) -> None:
-    """Random weights are chaotic in lower precisions, so there the number is only reported.
+def _check_agreement(found: Mapping[str, float] | None) -> None:
+    """In fp32 on both sides: random weights are chaotic in lower precisions, so there the number is only reported.
 
     Raises:
-        MomaError: in fp32 the baseline makes other pictures than the runtime.
+        MomaError: the baseline makes other pictures than the runtime.
     """
-    if found is not None and precision is Precision.FP32 and found["psnr_db"] < LEAST_AGREEMENT_DB:
+    if found is not None and found["psnr_db"] < LEAST_AGREEMENT_DB:
         raise MomaError(
-            f"the runtime's pictures are {found['psnr_db']} dB from those of the eager baseline, less than "
+            f"the runtime's pictures are {found['psnr_db']} dB from those of the original, less than "
             f"{LEAST_AGREEMENT_DB:g} dB: they are not the same algorithm, and their times are not written"
         )
+
+
+def _check_replays(found: Mapping[str, Any] | None) -> int:
+    """The exit code: 1, and a line that says so, where replayed pictures are others."""
+    apart = None if found is None else found["largest_difference"]
+    if apart is None or apart <= MOST_REPLAY_DIFFERENCE:
+        return 0
+    print(
+        f"{PROGRAM}: a replayed picture is {apart}/255 from the one whose steps were enqueued one by one, "
+        f"{MOST_REPLAY_DIFFERENCE} are allowed",
+        file=sys.stderr,
+    )
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Latency of whole requests on one GPU against PyTorch, at SD1.5's real geometry with random weights, in under ten
-# minutes: 50 guided DDIM steps at 512x512 and 4 LCM steps without guidance, then the compiled baseline, which takes the
-# longest to start. No network is needed. Each part writes its JSON when it ends, and one that fails does not keep the
-# next from running; the tables come last.
+# Latency of whole requests on one GPU against PyTorch, at SD1.5's real geometry with random weights: 50 guided DDIM
+# steps at 512x512 and 4 LCM steps without guidance, in under ten minutes. The compiled baseline takes minutes to compile:
+# it is measured where it is named, in ten minutes of its own. No network is needed. Each part writes its JSON when it
+# ends, and one that fails does not keep the next from running; the tables come last.
 #
-#   BACKEND=inductor bash benchmarks/latency_on_gpu.sh [bundle|ddim|lcm|compiled]...     (default: all)
+#   BACKEND=inductor bash benchmarks/latency_on_gpu.sh [bundle|ddim|lcm|compiled]...     (default: bundle ddim lcm)
 #
 # BACKEND: of the runtime, one that has engines for this GPU: inductor needs PyTorch and nothing else; tensorrt and
 #     tensorrt_rtx need their libraries (default: inductor).
@@ -16,71 +16,20 @@
 # MOMA_RT_COMMIT: the commit, where the checkout has no history.
 set -u
 
-cd "$(dirname "$0")/.." || exit 1
+name=latency
 all_parts="bundle ddim lcm compiled"
-asked=${*:-$all_parts}
-for part in $asked; do
-    case " $all_parts " in
-        *" $part "*) ;;
-        *) echo "no part '$part'; there are: $all_parts" >&2; exit 2 ;;
-    esac
-done
-backend=${BACKEND:-inductor}
-case "$backend" in
-    inductor) target=${TARGET:-inductor} ;;
-    tensorrt | tensorrt_rtx) target=${TARGET:-local} ;;
-    *) echo "BACKEND $backend; there are: inductor, tensorrt, tensorrt_rtx" >&2; exit 2 ;;
-esac
-out=$(realpath -m "${OUT:-build/latency}")
-bundle=${BUNDLE:-$out/bundle}
-mkdir -p "$out" || exit 1
-python=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PACKAGES:+:$PACKAGES}${PYTHONPATH:+:$PYTHONPATH}"
-log=$out/latency_on_gpu.log
-: >"$log"
-failed=""
+default_parts="bundle ddim lcm"
+precision=${PRECISION:-bf16}
+. "$(dirname "$0")/on_gpu.sh"
 
-is_asked() { case " $asked " in *" $1 "*) ;; *) return 1 ;; esac; }
-
-# run NAME SECONDS COMMAND...
-run() {
-    local name=$1 seconds=$2 start=$SECONDS status
-    shift 2
-    echo "== $name: $*" | tee -a "$log"
-    timeout --kill-after=20 "$seconds" "$@" >"$out/$name.log" 2>&1
-    status=$?
-    cat "$out/$name.log" >>"$log"
-    tail -n 12 "$out/$name.log" | cut -c 1-400
-    echo "== $name: exit $status, $((SECONDS - start)) s" | tee -a "$log"
-    if [ "$status" -ne 0 ]; then failed="$failed $name"; fi
-    return "$status"
+# latency PART SECONDS OPTION...
+latency() {
+    measure "$1" "$2" benchmarks.latency --context-embedding random --repeats "${REPEATS:-10}" "${@:3}"
 }
 
-# measure NAME SECONDS OPTION...: what it writes is copied.
-measure() {
-    local name=$1 results=latency_gpu_$1
-    run "$name" "$2" "$python" -m benchmarks.latency --bundle "$bundle" --backend "$backend" \
-        --context-embedding random --out "$results" "${@:3}" && cp "benchmarks/results/$results.json" "$out/"
-}
-
-repeats=${REPEATS:-10}
-if is_asked bundle; then
-    run bundle 240 "$python" -m export.build --base sd15 --weights random --precision "${PRECISION:-bf16}" \
-        --only denoiser,subject_encoder,vae_encoder,vae_decoder,text_encoder,context_projector \
-        --target "$target" --out "$bundle" || exit 1
-fi
-if is_asked ddim; then measure ddim 100 --steps 50 --repeats "$repeats" --baselines eager,plain; fi
-if is_asked lcm; then measure lcm 70 --steps 4 --scheduler lcm --repeats "$repeats" --baselines eager,plain; fi
-if is_asked compiled; then
-    # Within what is left of the ten minutes.
-    measure compiled $((SECONDS < 540 ? 580 - SECONDS : 40)) --steps 50 --repeats "$repeats" --baselines compiled
-fi
-
-echo "== summary ($SECONDS s; log and results in $out)"
-for part in ddim lcm compiled; do
-    if is_asked "$part" && [ -f "$out/$part.log" ]; then echo "$part:"; grep -v '^/' "$out/$part.log" | tail -n 8; fi
-done
-if [ -n "$failed" ]; then
-    echo "failed:$failed"
-    exit 1
-fi
+if is_asked bundle; then build_bundle; fi
+if is_asked ddim; then latency ddim 190 --steps 50 --baselines eager,plain; fi
+if is_asked lcm; then latency lcm 120 --steps 4 --scheduler lcm --baselines eager,plain; fi
+# Within what is left of ten minutes.
+if is_asked compiled; then latency compiled $((SECONDS < 510 ? 570 - SECONDS : 60)) --steps 50 --baselines compiled; fi
+summary ddim lcm compiled

@@ -5,19 +5,14 @@ from dataclasses import dataclass
 from html import escape
 from math import floor, log10
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, and greys.
-_COLOURS = (
-    *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9"),
-    *("#d55e00", "#f0e442", "#999999", "#666666", "#cccccc"),
-)
-_WIDTH, _LABELS, _BAR, _GAP, _MARGIN, _LEGEND_COLUMNS, _LEGEND_LINE = 860, 330, 22, 10, 12, 5, 20
+_WIDTH, _LABELS, _BAR, _GAP, _MARGIN, _LEGEND_COLUMNS, _LEGEND_LINE = 860, 350, 22, 10, 12, 5, 20
 _TICKS = 5
 _ROUND_STEPS = (1.0, 2.0, 5.0, 10.0)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A label, and the lengths of its parts, at least 0, by name; the order of the parts is that of the first bar."""
+    """A label, and the lengths of its parts, at least 0, by name."""
 
     label: str
     parts: Mapping[str, float]
@@ -27,24 +22,23 @@ class Bar:
         return sum(self.parts.values())
 
 
-def stacked_bars(bars: Sequence[Bar], unit: str) -> str:
+def stacked_bars(bars: Sequence[Bar], unit: str, colours: Mapping[str, str]) -> str:
     """An SVG document. Parts that are 0 in every bar are left out of the legend.
 
+    colours: of all parts, in their order from left to right.
+
     Raises:
-        ValueError: there are no bars, all are empty, or they have more parts than there are colours.
+        ValueError: there are no bars, all are empty, or a part has no colour.
     """
-    names = [
-        name for name in dict.fromkeys(n for bar in bars for n in bar.parts) if any(b.parts.get(name) for b in bars)
-    ]
-    if not names or len(names) > len(_COLOURS):
-        raise ValueError(
-            f"{len(bars)} bars with {len(names)} parts: at least 1 and at most {len(_COLOURS)} can be shown"
-        )
-    colours = dict(zip(names, _COLOURS, strict=False))
+    if unknown := {name for bar in bars for name in bar.parts} - colours.keys():
+        raise ValueError(f"parts without a colour: {', '.join(sorted(unknown))}")
+    colours = {name: colour for name, colour in colours.items() if any(bar.parts.get(name) for bar in bars)}
+    if not colours:
+        raise ValueError(f"{len(bars)} bars of nothing: at least one part of one must be longer than 0")
     longest = max(bar.length for bar in bars)
     scale = (_WIDTH - _LABELS - 6 * _MARGIN) / longest
     bottom = _MARGIN + len(bars) * (_BAR + _GAP)
-    legend_rows = -(-len(names) // _LEGEND_COLUMNS)
+    legend_rows = -(-len(colours) // _LEGEND_COLUMNS)
     height = bottom + 30 + legend_rows * _LEGEND_LINE + _MARGIN
     shapes = [
         *(
@@ -69,11 +63,11 @@ def stacked_bars(bars: Sequence[Bar], unit: str) -> str:
 def _bar(bar: Bar, top: float, scale: float, colours: Mapping[str, str]) -> list[str]:
     middle = top + _BAR * 0.7
     lines, left = [_text(bar.label, _LABELS - _MARGIN, middle, "end")], float(_LABELS)
-    for name, length in bar.parts.items():
-        if length > 0:
+    for name, colour in colours.items():
+        if (length := bar.parts.get(name, 0.0)) > 0:
             title = f"<title>{escape(name)}: {length:.3g}</title>"
             place = f'x="{left:.1f}" y="{top}" width="{length * scale:.1f}" height="{_BAR}"'
-            lines.append(f'<rect {place} fill="{colours[name]}">{title}</rect>')
+            lines.append(f'<rect {place} fill="{colour}">{title}</rect>')
             left += length * scale
     return [*lines, _text(f"{bar.length:.3g}", left + 5, middle, "start")]
 

@@ -29,20 +29,32 @@ _REQUESTS: Mapping[str, str] = MappingProxyType(
     {
         "warm": "moma-rt: enrolled subject, new prompt",
         "warm_cached_prompt": "moma-rt: enrolled subject, prompt seen before",
+        "warm_watched": "moma-rt: the same, with a callback a step",
         "cold": "moma-rt: new photo, new prompt",
     }
 )
 _BASELINES: Mapping[str, str] = MappingProxyType(
     {
         "eager": "the original's algorithm, PyTorch eager",
-        "compiled": "the same, `torch.compile` max-autotune",
+        "compiled": "the same, UNet and decoder in `torch.compile`",
         "plain": "Stable Diffusion without MoMA, PyTorch eager",
     }
 )
-_STAGES = (
-    *("images", "vision_encoder", "language_model", "context_projector", "text_encoder"),
-    *("vae_encoder", "subject_encoder", "denoiser", "vae_decoder"),
+# In the order in which they run. What lasts long has colours that the colour-blind can tell apart, of Okabe and Ito.
+_STAGES: Mapping[str, str] = MappingProxyType(
+    {
+        "images": "#f0e442",
+        "vision_encoder": "#cc79a7",
+        "language_model": "#d55e00",
+        "context_projector": "#333333",
+        "text_encoder": "#882255",
+        "vae_encoder": "#56b4e9",
+        "subject_encoder": "#e69f00",
+        "denoiser": "#0072b2",
+        "vae_decoder": "#009e73",
+    }
 )
+_OTHER, _OTHER_COLOUR = "other", "#bbbbbb"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,14 +114,30 @@ def latency(results: Path, root: Path) -> tuple[str, dict[Path, str]]:
     return "".join(f"{part}\n\n" for part in parts).removesuffix("\n"), plots
 
 
-BLOCKS: Mapping[str, Callable[[Path, Path], tuple[str, dict[Path, str]]]] = MappingProxyType({"latency": latency})
+def soak(results: Path, root: Path) -> tuple[str, dict[Path, str]]:
+    """A table with a row of each soak_*.json, and no plots."""
+    rows = []
+    for path in sorted(results.glob("soak_*.json")):
+        try:
+            rows.append(soak_row(json.loads(_read(path)), path.name))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{path} is no result of benchmarks.soak: {type(error).__name__}: {error}") from None
+    head = [
+        "| on | requests | wrong | memory after 50 requests, most later | requests/s | latency p50, p99 |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "".join(f"{line}\n" for line in head + rows), {}
+
+
+BLOCKS: Mapping[str, Callable[[Path, Path], tuple[str, dict[Path, str]]]] = MappingProxyType(
+    {"latency": latency, "soak": soak}
+)
 
 
 def latency_heading(measured: Results, file: str) -> str:
     """What was measured, and on what."""
     bundle, settings, where = measured["bundle"], measured["settings"], measured["environment"]
-    gpu = where.get("gpu")
-    machine = gpu["name"] if gpu else f"{where['cpu']}, {where['cores']} cores, no GPU"
+    machine = _machine(where)
     if settings["threads"] is not None:
         machine += f", {settings['threads']} {_plural('thread', settings['threads'])} on both sides"
     size, steps = bundle["image_size"], settings["steps"]
@@ -118,12 +146,29 @@ def latency_heading(measured: Results, file: str) -> str:
     is_random = all(name.startswith("random weights") for name in bundle["sources"].values())
     weights = " with random weights" if is_random else ""
     agreement = measured["agreement"]
-    agrees = f"; its pictures are eager's within {agreement['psnr_db']:g} dB PSNR" if agreement else ""
+    agrees = f"; its pictures are the original's within {agreement['psnr_db']:g} dB PSNR" if agreement else ""
+    if replay := measured.get("replay"):
+        apart = replay["largest_difference"]
+        same = "" if apart is None else f", its pictures within {apart}/255 of those of steps enqueued one by one"
+        agrees += f"; a replayed step takes {replay['host_us_per_step']['p50']:.1f} us of the host{same}"
     return (
         f"`{bundle['base']}`{weights}, {bundle['precision']}, {size}x{size}, "
         f"{steps} {_plural('step', steps)} of {settings['scheduler']}, {guidance}{language}. "
         f"On **{machine}**, backend `{measured['backend']}`{agrees} (`benchmarks/results/{file}`):"
     )
+
+
+def soak_row(measured: Results, file: str) -> str:
+    """Where it ran and what was found."""
+    bundle, settings, used, latency = (measured[key] for key in ("bundle", "settings", "memory", "latency_ms"))
+    on = f"{_machine(measured['environment'])}, `{measured['backend']}`, `{bundle['base']}` {bundle['precision']}"
+    # The most later is the most of the first ones and what it grew by.
+    early = used["after_50"]
+    memory = f"{early:.0f} MiB, {early + used['growth']:.0f} MiB{' of the GPU' if settings['on_gpu'] else ''}"
+    asked = f"{measured['answered']} from {settings['threads']} threads"
+    times = f"{latency['p50']:.0f} ms, {latency['p99']:.0f} ms"
+    cells = (f"{on} (`{file}`)", asked, measured["wrong"], memory, f"{measured['requests_per_second']:.1f}", times)
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def latency_table(measured: Results) -> str:
@@ -146,9 +191,9 @@ def latency_plot(measured: Results) -> str:
     bars = []
     for title, times, _ in _rows(measured):
         parts = {stage: times["stages"].get(stage, {"p50": 0.0})["p50"] / 1000 for stage in _STAGES}
-        parts["other"] = max(0.0, times["total"]["p50"] / 1000 - sum(parts.values()))
+        parts[_OTHER] = max(0.0, times["total"]["p50"] / 1000 - sum(parts.values()))
         bars.append(Bar(title.replace("`", ""), parts))
-    return stacked_bars(bars, "seconds")
+    return stacked_bars(bars, "seconds", {**_STAGES, _OTHER: _OTHER_COLOUR})
 
 
 def _rows(measured: Results) -> list[tuple[str, Results, Results]]:
@@ -159,6 +204,11 @@ def _rows(measured: Results) -> list[tuple[str, Results, Results]]:
     return rows + [
         (t, baselines[name]["request"], baselines[name]) for name, t in _BASELINES.items() if name in baselines
     ]
+
+
+def _machine(where: Results) -> str:
+    gpu = where.get("gpu")
+    return gpu["name"] if gpu else f"{where['cpu']}, {where['cores']} cores, no GPU"
 
 
 def _duration(milliseconds: float) -> str:

@@ -1,5 +1,6 @@
 """The latency benchmark: what it asks for and sums up, and one small run of it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from benchmarks import latency
 from benchmarks.contenders import RUNTIME, Answer, ContenderProcess, Settings
-from benchmarks.latency import KINDS, Samples, agreement, main, psnr, requests, summary, table, times
+from benchmarks.latency import KINDS, Samples, main, measure, requests, summary, table, times
 from benchmarks.report import latency_table
 from moma_rt.errors import MomaError
 
@@ -26,11 +27,13 @@ def settings(bundle, **others) -> Settings:
 def test_each_request_is_what_it_is_named():
     turns = [requests(turn) for turn in range(81)]
     assert all(list(turn) == list(KINDS) for turn in turns)
-    warm, cached, cold = ([turn[kind] for turn in turns] for kind in ("warm", "warm_cached_prompt", "cold"))
+    cold, warm, cached, watched = ([turn[kind] for turn in turns] for kind in KINDS)
     assert len({(r.name, r.subject_seed) for r in warm + cached}) == 1
     assert [r.prompt for r in cached] == [r.prompt for r in warm]
+    assert [dataclasses.replace(r, is_watched=False) for r in watched] == warm
+    assert all(r.is_watched for r in watched)
     assert len({r.prompt for r in warm}) == len({r.name for r in cold}) == len({r.prompt for r in cold}) == 81
-    assert len({r.seed for turn in turns for r in turn.values()}) == 3 * 81
+    assert len({r.seed for r in cold + warm + cached}) == 3 * 81
 
 
 def test_times_are_milliseconds_and_count_a_skipped_stage_as_nothing():
@@ -59,25 +62,14 @@ def test_the_summary_compares_with_each_kind_of_request(samples):
     assert found["runtime"]["peak_gb"] == 1.23
     assert found["runtime"]["device_gb"] == 3.0
     assert "device_gb" not in found["baselines"]["eager"]
-    shown = table({**found, "agreement": agreement(samples)})
+    replay = {"host_us_per_step": {"p50": 3.21}, "largest_difference": 1}
+    shown = table({**found, "agreement": {"psnr_db": 48.1}, "replay": replay})
     assert "1000.0" in shown
     assert "1500.0" in shown
     assert "0.75, 1.50, 1.88" in shown
     assert "48.1 dB" in shown
-
-
-def test_psnr():
-    grey = np.full((2, 2, 3), 100, np.uint8)
-    assert psnr(grey, grey) == 100.0
-    assert psnr(grey, grey + 1) == pytest.approx(48.13, abs=0.01)
-    assert psnr(grey, grey - 100) == pytest.approx(8.13, abs=0.01)
-
-
-def test_agreement_is_that_of_the_worst_pair():
-    ours, eager = ({"warm": [answer(1.0, 100), answer(1.0, grey)]} for grey in (100, 110))
-    eager["warm"][0].foreground_mask[0, 0] = 0.8
-    found = agreement({RUNTIME: Samples(ours), "eager": Samples(eager)})
-    assert found == {"psnr_db": 28.1, "foreground_difference": 0.05}
+    assert "replays: 3.21 us of the host a step (p50); at most 1/255" in shown
+    assert "replays" not in table({**found, "agreement": None, "replay": None})
 
 
 @pytest.mark.parametrize(
@@ -122,6 +114,7 @@ def test_a_contender_that_is_killed_is_said(tiny_bundle):
 def test_pictures_that_disagree_are_no_measurement(tiny_bundle, monkeypatch, capsys):
     ours, eager = ({kind: [answer(1.0, grey)] for kind in KINDS} for grey in (0, 200))
     monkeypatch.setattr(latency, "measure", lambda *_: {RUNTIME: Samples(ours), "eager": Samples(eager)})
+    monkeypatch.setattr(latency, "device_mib_used", lambda: None)
     written = []
     monkeypatch.setattr(latency, "write_results", lambda *arguments: written.append(arguments))
     assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime"]) == 2
@@ -130,6 +123,61 @@ def test_pictures_that_disagree_are_no_measurement(tiny_bundle, monkeypatch, cap
     # Without guidance built in, other schedulers have noise of their own: there is nothing to compare.
     assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime", "--scheduler", "lcm", "--steps", "4"]) == 0
     assert written[0][1]["agreement"] is None
+    # On a GPU the baselines are bfloat16, which random weights make other pictures of.
+    monkeypatch.setattr(latency, "device_mib_used", lambda: 1.0)
+    assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime"]) == 0
+    assert written[1][1]["agreement"]["psnr_db"] < 10
+
+
+def test_replayed_pictures_that_differ_fail_once_they_are_written(tiny_bundle, monkeypatch, capsys):
+    ours = {kind: [dataclasses.replace(answer(1.0), replay_seconds=1e-4)] for kind in KINDS}
+    ours["warm_watched"] = [answer(1.0, 103)]
+    monkeypatch.setattr(latency, "measure", lambda *_: {RUNTIME: Samples(ours)})
+    written = []
+    monkeypatch.setattr(latency, "write_results", lambda *arguments: written.append(arguments))
+    assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime", "--steps", "50"]) == 1
+    assert written[0][1]["replay"]["largest_difference"] == 3
+    assert written[0][1]["replay"]["host_us_per_step"]["p50"] == 2.0
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "a replayed picture is 3/255 from" in captured.err
+
+
+@pytest.mark.parametrize(("gpu", "watched"), [(None, False), (1.0, True)])
+def test_only_on_a_gpu_is_the_watched_request_one_of_all(gpu, watched, monkeypatch):
+    monkeypatch.setattr(latency, "device_mib_used", lambda: gpu)
+    assert ("warm_watched" in latency._kinds(None)) == watched
+    assert latency._kinds("warm_watched") == ("warm", "warm_watched")
+
+
+class FakeContender:
+    """Answers at once."""
+
+    def __init__(self, name, settings):
+        self.asked = 0
+
+    def answer(self, request):
+        return answer(1.0)
+
+    def device_gb(self):
+        return None
+
+    def end(self):
+        return 1.0
+
+
+def test_no_turn_is_begun_once_it_is_over(monkeypatch, tmp_path):
+    monkeypatch.setattr(latency, "ContenderProcess", FakeContender)
+    asked = []
+
+    def is_over():
+        asked.append(1)
+        return len(asked) > 2
+
+    samples = measure(settings(tmp_path), ("warm",), ("eager",), 9, is_over)
+    assert [len(samples[name].answers["warm"]) for name in (RUNTIME, "eager")] == [3, 3]
+    # One turn in any case.
+    assert len(measure(settings(tmp_path), ("warm",), (), 9, lambda: True)[RUNTIME].answers["warm"]) == 1
 
 
 @pytest.fixture
@@ -146,23 +194,25 @@ def written_here(tmp_path, monkeypatch):
 
 
 def test_without_the_cold_request_nothing_is_enrolled(tiny_bundle, written_here):
-    options = ["--steps", "1", "--repeats", "2", "--baselines", "none", "--requests", "warm", "--out", "warm"]
+    options = ["--steps", "1", "--repeats", "2", "--baselines", "none", "--requests", "warm_watched", "--out", "warm"]
     assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime", *options]) == 0
     found = json.loads((written_here / "warm.json").read_text())
-    assert set(found["runtime"]["requests"]) == {"warm"}
+    assert set(found["runtime"]["requests"]) == {"warm", "warm_watched"}
+    assert found["replay"] is None
     assert "subject_encoder" not in found["runtime"]["requests"]["warm"]["stages"]
     assert found["baselines"] == {}
-    assert latency_table(found).count("\n") == 2
+    assert latency_table(found).count("\n") == 3
 
 
 def test_a_small_run(tiny_bundle, written_here, capsys):
     options = ["--steps", "1", "--repeats", "1", "--baselines", "eager,plain", "--threads", "2", "--out", "small"]
+    options += ["--requests", "cold,warm,warm_cached_prompt"]
     assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime", *options]) == 0
     found = json.loads((written_here / "small.json").read_text())
     assert str(tiny_bundle) not in found["environment"]["command"]
     assert found["agreement"]["psnr_db"] > 60
     assert found["settings"]["language_model"] is True
-    stages = {kind: set(found["runtime"]["requests"][kind]["stages"]) for kind in KINDS}
+    stages = {kind: set(measured["stages"]) for kind, measured in found["runtime"]["requests"].items()}
     generated = {"denoiser", "vae_decoder"}
     of_prompt = {"text_encoder", "language_model", "context_projector"}
     assert stages["warm_cached_prompt"] == generated

@@ -112,6 +112,45 @@ def test_the_heading_says_what_was_measured():
     assert "**NVIDIA H200, 1 thread on both sides**" in said
     assert "random" not in said
     assert "dB" not in said
+    other["replay"] = {"host_us_per_step": {"p50": 3.21}, "largest_difference": 0}
+    said = latency_heading(other, "latency_a.json")
+    assert "a replayed step takes 3.2 us of the host, its pictures within 0/255 of those of steps enqueued" in said
+    other["replay"]["largest_difference"] = None
+    assert "within" not in latency_heading(other, "latency_a.json")
+
+
+def soaked() -> dict:
+    return {
+        "environment": {"cpu": "Z80", "cores": 2},
+        "bundle": {"base": "tiny", "precision": "fp32"},
+        "backend": "onnxruntime",
+        "settings": {"threads": 8, "on_gpu": False},
+        "answered": 1000,
+        "wrong": 0,
+        "memory": {"after_50": 400.4, "most": 409.5, "end": 400.0, "growth": 9.1},
+        "requests_per_second": 3.456,
+        "latency_ms": {"p50": 1234.5, "p99": 5000.0},
+    }
+
+
+def test_a_soak_is_a_row(place):
+    (place / "benchmarks/results/soak_a.json").write_text(json.dumps(soaked()))
+    on_gpu = soaked()
+    on_gpu["environment"]["gpu"] = {"name": "NVIDIA H200"}
+    on_gpu["settings"]["on_gpu"] = True
+    (place / "benchmarks/results/soak_b.json").write_text(json.dumps(on_gpu))
+    (place / "README.md").write_text("<!-- report:soak -->\n<!-- /report -->\n")
+    assert report(place) == 0
+    assert (place / "README.md").read_text().splitlines()[3:5] == [
+        "| Z80, 2 cores, no GPU, `onnxruntime`, `tiny` fp32 (`soak_a.json`) | 1000 from 8 threads | 0 "
+        "| 400 MiB, 410 MiB | 3.5 | 1234 ms, 5000 ms |",
+        "| NVIDIA H200, `onnxruntime`, `tiny` fp32 (`soak_b.json`) | 1000 from 8 threads | 0 "
+        "| 400 MiB, 410 MiB of the GPU | 3.5 | 1234 ms, 5000 ms |",
+    ]
+    assert report(place, "--check") == 0
+    (place / "benchmarks/results/soak_a.json").write_text("{}")
+    with pytest.raises(InputError, match="soak_a.json is no result of benchmarks.soak"):
+        rendered(place / "README.md", place / "benchmarks" / "results")
 
 
 def test_the_plot_has_bars_as_long_as_the_times():
@@ -132,17 +171,50 @@ def test_ticks_are_round(longest, step):
 
 
 def test_labels_are_escaped_and_empty_parts_have_no_legend():
-    text = stacked_bars([Bar("a < b & c", {"x": 1.0, "nothing": 0.0})], "s")
+    colours = {"x": "#000000", "nothing": "#ffffff"}
+    text = stacked_bars([Bar("a < b & c", {"x": 1.0, "nothing": 0.0})], "s", colours)
     assert "a &lt; b &amp; c" in text
     assert "nothing" not in text
-    with pytest.raises(ValueError, match="at least 1"):
-        stacked_bars([Bar("a", {"x": 0.0})], "s")
+    with pytest.raises(ValueError, match="at least one"):
+        stacked_bars([Bar("a", {"x": 0.0})], "s", colours)
+    with pytest.raises(ValueError, match="without a colour: y"):
+        stacked_bars([Bar("a", {"x": 1.0, "y": 1.0})], "s", colours)
+
+
+def test_a_stage_has_one_colour_in_all_plots():
+    def colours_of(text: str) -> dict[str, str]:
+        bars = [r for r in ElementTree.fromstring(text).iter(f"{SVG}rect") if r.find(f"{SVG}title") is not None]
+        return {bar.find(f"{SVG}title").text.split(":")[0]: bar.get("fill") for bar in bars}
+
+    fewer = results()
+    del fewer["runtime"]["requests"]["cold"]
+    found, of_fewer = colours_of(latency_plot(results())), colours_of(latency_plot(fewer))
+    assert set(found) == {"vae_encoder", "denoiser", "other"}
+    assert of_fewer == {name: found[name] for name in ("denoiser", "other")}
+    # What lasts longest is not grey.
+    assert len({found["denoiser"][index : index + 2] for index in (1, 3, 5)}) > 1
+
+
+def test_text_stays_within_the_plot():
+    """By the widths of a wide sans-serif font: DejaVu takes 0.52 of its size a character, on average."""
+    every = dict.fromkeys(("images", "vision_encoder", "context_projector", "subject_encoder", "vae_decoder"), 1.0)
+    full = results()
+    full["runtime"]["requests"]["warm_watched"] = timed(123456.0, **every, denoiser=100.0)
+    for name in ("compiled", "plain"):
+        full["baselines"][name] = full["baselines"]["eager"]
+    root = ElementTree.fromstring(latency_plot(full))
+    for text in root.iter(f"{SVG}text"):
+        width, x = 0.56 * 13 * len(text.text), float(text.get("x"))
+        left = x - {"start": 0.0, "middle": width / 2, "end": width}[text.get("text-anchor")]
+        assert left >= 0, text.text
+        assert left + width <= 860, text.text
+        assert float(text.get("y")) < float(root.get("height"))
 
 
 def test_a_block_that_is_not_known(place, capsys):
     (place / "README.md").write_text("<!-- report:speed -->\n<!-- /report -->\n")
     assert report(place) == 2
-    assert "report:speed; there are: latency" in capsys.readouterr().err
+    assert "report:speed; there are: latency, soak" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"bundle": {"sources": 1}}'])

@@ -1,0 +1,58 @@
+"""How far pictures are apart that should be the same."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contenders import ORIGINALS, RUNTIME, Answer
+from benchmarks.environment import percentiles
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> int:
+    """The largest difference of two uint8 pictures in one value; 255 where they have different sizes."""
+    if one.shape != other.shape:
+        return 255
+    return int((np.maximum(one, other) - np.minimum(one, other)).max())
+
+
+def agreement(warm: Mapping[str, Sequence[Answer]]) -> dict[str, float] | None:
+    """The worst of all pairs of runtime and original: PSNR of the pictures, mean difference of the foreground masks.
+
+    None where no baseline makes the same picture.
+
+    warm: the answers of each contender to the same requests.
+    """
+    pairs = [pair for name in ORIGINALS if name in warm for pair in zip(warm[RUNTIME], warm[name], strict=True)]
+    if not pairs:
+        return None
+    return {
+        "psnr_db": round(min(psnr(ours.image, original.image) for ours, original in pairs), 1),
+        "foreground_difference": round(
+            max(float(np.abs(ours.foreground_mask - original.foreground_mask).mean()) for ours, original in pairs), 6
+        ),
+    }
+
+
+def replays(answers: Mapping[str, Sequence[Answer]], steps: int) -> dict[str, Any] | None:
+    """Of requests that were replayed: how many, and microseconds of the host a step; None where none was.
+
+    `largest_difference` is that of the pictures of "warm" from those of "warm_watched", in steps of 1/255; None where
+    the latter was not asked for.
+    """
+    seconds = [a.replay_seconds for of_kind in answers.values() for a in of_kind if a.replay_seconds is not None]
+    if not seconds:
+        return None
+    pairs = list(zip(answers["warm"], answers.get("warm_watched", ()), strict=False))
+    apart = [difference(one.image, other.image) for one, other in pairs]
+    return {
+        "requests": len(seconds),
+        "host_us_per_step": percentiles([1e6 * value / steps for value in seconds]),
+        "largest_difference": max(apart, default=None),
+    }
+
+
+def psnr(found: np.ndarray, expected: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 pictures, 100 at most."""
+    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
+    return 100.0 if error == 0 else min(100.0, 10 * float(np.log10(255.0**2 / error)))

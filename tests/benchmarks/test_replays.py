@@ -1,0 +1,48 @@
+"""Replays are timed, and everything else of a backend is as it was."""
+
+from types import SimpleNamespace
+
+from benchmarks.replays import TimedReplays
+
+
+class FakeBackend:
+    name = "fake"
+    records = True
+
+    def __init__(self):
+        self.replayed = 0
+        self.recording = SimpleNamespace(usable=True, replay=self._replay)
+
+    def _replay(self):
+        self.replayed += 1
+
+    def allocate(self, shape, dtype):
+        return (shape, dtype)
+
+    def record(self, enqueue):
+        enqueue()
+        return self.recording
+
+
+def test_each_replay_is_timed():
+    inner, enqueued = FakeBackend(), []
+    backend = TimedReplays(inner)
+    recording = backend.record(lambda: enqueued.append(1))
+    assert enqueued == [1]
+    assert backend.seconds == []
+    recording.replay()
+    recording.replay()
+    assert inner.replayed == len(backend.seconds) == 2
+    assert all(seconds >= 0 for seconds in backend.seconds)
+    assert recording.usable
+    inner.recording.usable = False
+    assert not recording.usable
+
+
+def test_the_rest_is_the_backends_own():
+    inner = FakeBackend()
+    backend = TimedReplays(inner)
+    assert (backend.name, backend.records) == ("fake", True)
+    assert backend.allocate((1,), "float32") == ((1,), "float32")
+    inner.recording = None
+    assert backend.record(lambda: None) is None

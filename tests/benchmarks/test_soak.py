@@ -1,0 +1,154 @@
+"""The soak benchmark: what it sums up and fails for, and one small run of it."""
+
+import json
+
+import pytest
+
+from benchmarks import soak, soak_requests
+from benchmarks.soak import SETTLED, main, memory, summary, table, verdict
+from benchmarks.soak_requests import Kind
+from benchmarks.soak_run import Answered
+from moma_rt.errors import MomaError
+
+
+def picture(*differences: int, made_with: float = 1.0, seconds: float = 0.1) -> Answered:
+    return Answered(Kind.PICTURE, seconds, differences, (), made_with)
+
+
+def test_memory_grows_over_the_most_of_the_first_requests():
+    early = [100.0, 300.0, *[250.0] * (SETTLED - 2)]
+    assert memory(50.0, [*early, 280.0, 299.0]) == {
+        "before": 50.0,
+        "after_50": 300.0,
+        "most": 300.0,
+        "end": 299.0,
+        "growth": -1.0,
+        "most_of_each_50": [300.0, 299.0],
+    }
+    found = memory(50.0, [*early, 420.0, None, 310.0])
+    assert (found["most"], found["end"], found["growth"]) == (420.0, 310.0, 120.0)
+    assert found["most_of_each_50"] == [300.0, 420.0]
+    with pytest.raises(MomaError, match="too few"):
+        memory(50.0, [*early, None])
+
+
+def test_the_summary_counts_pictures_calls_and_passes():
+    answers = [
+        picture(0, 1, made_with=1.0, seconds=0.2),
+        picture(0, made_with=1.0, seconds=0.2),
+        picture(3, made_with=2.0, seconds=0.4),
+        Answered(Kind.CANCELLED, 0.1),
+        Answered(Kind.REFUSED, 0.1, wrong=("it was answered",)),
+    ]
+    found = summary(answers, 2.0)
+    assert found["answered"] == 5
+    assert found["kinds"] == {"picture": 3, "watched": 0, "cancelled": 1, "refused": 1, "enrolled": 0}
+    assert found["pictures"] == 4
+    assert found["pictures_at_a_time"] == 2.0
+    assert found["differences"] == {"0": 2, "1": 1, "3": 1}
+    assert found["wrong"] == 1
+    assert found["requests_per_second"] == 2.5
+    assert found["latency_ms"] == {"p50": 200.0, "p99": 396.0}
+
+
+@pytest.fixture
+def results() -> dict:
+    settings = {"requests": 100, "threads": 8, "tolerance": 1, "growth_mib": 16.0, "on_gpu": True}
+    return {
+        "settings": settings,
+        "closest_pair": {"difference": 40, "of": ["this one", "that one"]},
+        **summary([picture(0), picture(1)], 1.0),
+        "memory": memory(0.0, [1000.0] * SETTLED + [1016.0]),
+    }
+
+
+def test_what_a_run_fails_for(results):
+    assert verdict(results) == ""
+    assert "GPU memory  1000 MiB after 50, most 1016, end 1016: growth 16, 16 allowed" in table(results)
+    results["memory"]["growth"] = 16.1
+    assert verdict(results) == "memory grew by 16.1 MiB after the first 50 requests, 16 are allowed"
+    results |= {"wrong": 2, "what_is_wrong": ["request 7: it was answered", "request 9: KeyError"]}
+    assert verdict(results).startswith("2 wrong: request 7: it was answered; memory grew")
+    assert table(results).endswith("\n  request 7: it was answered\n  request 9: KeyError")
+
+
+def test_pictures_that_could_be_mixed_up_prove_nothing(results):
+    results["closest_pair"]["difference"] = 2
+    assert "this one and that one could be mixed up" in verdict(results)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--requests", "50"], "--requests 50: it must be 51 to"),
+        (["--threads", "0"], "--threads 0"),
+        (["--distinct", "1"], "--distinct 1"),
+        (["--growth", "nan"], "--growth nan"),
+        (["--tolerance", "-1"], "--tolerance -1"),
+        (["--max-batch", "65"], "max_batch is 65"),
+        (["--backend", "cuda"], "no backend 'cuda'"),
+        ([], "not-there"),
+    ],
+)
+def test_a_mistake_is_one_line(options, said, tmp_path, capsys):
+    assert main(["--bundle", str(tmp_path / "not-there"), *options]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_what_cannot_be_made_alone_is_said(small_bundles, capsys):
+    """A bundle that enrolls nobody."""
+    _, making = small_bundles
+    assert main(["--bundle", str(making), "--backend", "onnxruntime"]) == 2
+    assert "encoder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def written_here(tmp_path, monkeypatch):
+    """Results are written to the folder that this is."""
+
+    def write(name, results):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(results))
+        return path
+
+    monkeypatch.setattr(soak, "write_results", write)
+    return tmp_path
+
+
+@pytest.fixture
+def few(monkeypatch) -> list[str]:
+    """Options of a run of two dozen requests with much of everything."""
+    monkeypatch.setattr(soak, "SETTLED", 8)
+    shares = dict.fromkeys((Kind.WATCHED, Kind.CANCELLED, Kind.REFUSED, Kind.ENROLLED), 15)
+    monkeypatch.setattr(soak_requests, "_SHARES", shares)
+    return ["--backend", "onnxruntime", "--requests", "24", "--growth", "1000", "--threads", "3"]
+
+
+def test_a_small_run(tiny_bundle, written_here, few, capsys):
+    options = ["--bundle", str(tiny_bundle), *few, "--distinct", "6", "--seed", "1", "--out", "small"]
+    assert main(options) == 0
+    found = json.loads((written_here / "small.json").read_text())
+    assert found["answered"] == sum(found["kinds"].values()) == 24
+    assert all(found["kinds"].values())
+    assert found["wrong"] == 0
+    assert found["pictures"] == sum(found["differences"].values()) >= 6
+    assert set(found["differences"]) <= {"0", "1"}
+    assert found["settings"]["tolerance"] == 1
+    assert found["settings"]["on_gpu"] is False
+    assert 0 < found["memory"]["before"] < found["memory"]["after_8"]
+    assert "small.json" in capsys.readouterr().out
+    assert str(tiny_bundle) not in found["environment"]["command"]
+
+
+def test_a_run_in_which_requests_are_mixed_up(tiny_bundle, written_here, few, monkeypatch, capsys):
+    """Every request is compared with what was made of the other one."""
+    made_alone = soak.references
+    monkeypatch.setattr(soak, "references", lambda *given: made_alone(*given)[::-1])
+    assert main(["--bundle", str(tiny_bundle), *few, "--distinct", "2", "--out", "mixed"]) == 1
+    captured = capsys.readouterr()
+    found = json.loads((written_here / "mixed.json").read_text())
+    assert found["wrong"] == found["pictures"] >= 6
+    assert captured.err.count("\n") == 1
+    assert "it is 0 from picture 1 of request" in captured.err

@@ -1,0 +1,151 @@
+"""The soak run finds what is wrong: pictures that are another request's, and calls that end as they should not."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from benchmarks.soak_requests import MISTAKES, SCHEDULES, SUBJECTS, Drawn, Kind, PictureRequest
+from benchmarks.soak_run import Answered, Asker, Judge, run
+from moma_rt.errors import Cancelled, InputError, MomaError
+from moma_rt.sampling import StepInfo
+
+
+def grey(value: int) -> np.ndarray:
+    return np.full((4, 4, 3), value, np.uint8)
+
+
+@pytest.fixture
+def judge() -> Judge:
+    """Of two requests, the second one for two pictures."""
+    requests = [PictureRequest(SCHEDULES[0]), PictureRequest(SCHEDULES[0], seed=1000, num_images=2)]
+    return Judge(requests, [[grey(10)], [grey(100), grey(200)]], tolerance=2)
+
+
+def test_what_is_wrong_is_named(judge):
+    assert judge.wrong(1, [grey(102), grey(200)]) == ((2, 0), [])
+    assert judge.wrong(1, [grey(104), grey(200)]) == ((4, 0), ["its picture 1 is 4/255 from the one made alone"])
+    differences, (line,) = judge.wrong(1, [grey(100), grey(11)])
+    assert differences == (0, 189)
+    assert line.endswith("made alone; it is 1 from picture 1 of request 0 of the pool")
+    assert judge.wrong(1, [grey(100)])[1] == ["1 pictures instead of 2"]
+
+
+def test_the_closest_pair(judge):
+    apart, one, other = judge.closest_pair()
+    assert apart == 90
+    assert {one, other} == {"picture 1 of request 0 of the pool", "picture 1 of request 1 of the pool"}
+
+
+class FakeRuntime:
+    """Makes grey pictures of requests of the pool; `generates` replaces that."""
+
+    bundle = SimpleNamespace(manifest=SimpleNamespace(geometry=SimpleNamespace(embedding_width=8)))
+
+    def __init__(self):
+        self.enrolled, self.asked, self.generates = [], [], None
+
+    def enroll(self, photo, mask, name):
+        self.enrolled.append(name)
+        return f"new {name}"
+
+    def generate(self, subject, **options):
+        self.asked.append((subject, options))
+        if self.generates is not None:
+            return self.generates(**options)
+        if "on_step" in options:
+            for step in range(1, options["steps"] + 1):
+                if options["on_step"](StepInfo(step, options["steps"], 0)) is False:
+                    raise Cancelled(f"after {step}")
+        greys = (10,) if options["seed"] == 0 else (100, 200)
+        return SimpleNamespace(images=[grey(value) for value in greys], seconds={"denoiser": 0.5})
+
+
+@pytest.fixture
+def runtime() -> FakeRuntime:
+    return FakeRuntime()
+
+
+@pytest.fixture
+def asker(runtime, judge) -> Asker:
+    return Asker(runtime, {name: f"old {name}" for name in SUBJECTS}, judge)
+
+
+@pytest.mark.parametrize("kind", [Kind.PICTURE, Kind.WATCHED])
+def test_pictures_are_compared(kind, asker):
+    answer = asker.ask(3, Drawn(kind, 1))
+    assert answer.differences == (0, 0)
+    assert answer.wrong == ()
+    assert answer.made_with == 0.5
+    assert answer.seconds >= 0
+
+
+def test_another_requests_picture_is_wrong(asker, runtime):
+    runtime.generates = lambda **_: SimpleNamespace(images=[grey(200)], seconds={"denoiser": 1.0})
+    (line,) = asker.ask(3, Drawn(Kind.PICTURE, 0)).wrong
+    assert line == (
+        "request 3 (picture, 0 of the pool): its picture 1 is 190/255 from the one made alone; "
+        "it is 0 from picture 2 of request 1 of the pool"
+    )
+
+
+def test_a_request_that_is_cancelled(asker, runtime):
+    answer = asker.ask(0, Drawn(Kind.CANCELLED, 0))
+    assert answer.wrong == ()
+    assert answer.differences == ()
+    runtime.generates = lambda **_: SimpleNamespace(images=[grey(10)], seconds={"denoiser": 1.0})
+    assert asker.ask(0, Drawn(Kind.CANCELLED, 0)).wrong == ("request 0 (cancelled, 0 of the pool): it was answered",)
+
+
+def test_a_request_that_is_refused(asker, runtime):
+    def refuse(**options):
+        assert options["steps"] == 0
+        raise InputError("steps must be 1 to 999")
+
+    runtime.generates = refuse
+    mistake = next(index for index, options in enumerate(MISTAKES) if "steps" in options)
+    assert asker.ask(0, Drawn(Kind.REFUSED, 0, mistake)).wrong == ()
+    runtime.generates = None
+    assert len(asker.ask(0, Drawn(Kind.REFUSED, 0, mistake)).wrong) == 1
+
+
+@pytest.mark.parametrize("kind", [Kind.REFUSED, Kind.CANCELLED, Kind.PICTURE, Kind.WATCHED])
+@pytest.mark.parametrize("error", [MomaError("the GPU failed"), KeyError("lost")])
+def test_an_error_that_should_not_be(kind, error, asker, runtime):
+    def fail(**_):
+        raise error
+
+    runtime.generates = fail
+    (line,) = asker.ask(7, Drawn(kind, 1)).wrong
+    assert line.startswith(f"request 7 ({kind.value}, 1 of the pool): {type(error).__name__}: ")
+
+
+def test_what_was_enrolled_anew_is_used(asker, runtime):
+    assert asker.ask(0, Drawn(Kind.ENROLLED, 0)).wrong == ()
+    assert runtime.enrolled == [SUBJECTS[0]]
+    asker.ask(1, Drawn(Kind.PICTURE, 0))
+    assert runtime.asked[-1][0] == f"new {SUBJECTS[0]}"
+
+
+def test_every_request_is_made_once():
+    drawn = [Drawn(Kind.PICTURE, index) for index in range(100)]
+    asked = []
+
+    def ask(number, item):
+        asked.append((number, item))
+        return Answered(item.kind, float(number))
+
+    answers = run(ask, drawn, 8, lambda: False)
+    assert sorted(number for number, _ in asked) == list(range(100))
+    assert all(item is drawn[number] for number, item in asked)
+    assert sorted(answer.seconds for answer in answers) == list(range(100))
+
+
+def test_no_request_is_begun_once_it_is_over():
+    asked = []
+
+    def ask(number, item):
+        asked.append(number)
+        return Answered(item.kind, 0.0)
+
+    assert len(run(ask, [Drawn(Kind.PICTURE, 0)] * 50, 1, lambda: len(asked) >= 10)) == 10
