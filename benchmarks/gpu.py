@@ -43,7 +43,7 @@ class GpuTimer:
         self._samples = samples
         l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         self._flushed = torch.empty(2 * l2_bytes, dtype=torch.uint8, device="cuda")
-        # The one to warm up on: libraries keep a workspace for every stream that they see.
+        # To warm up and to capture on: libraries keep a workspace for every stream that they see.
         self._stream = torch.cuda.Stream()
 
     def __call__(self, call: Callable[[], object]) -> Timing:
@@ -58,7 +58,7 @@ class GpuTimer:
             extra_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=self._stream):
             call()
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_WARM_UPS + self._samples)]
         for start, end in events:
