@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ from benchmarks.soak_run import Answered, Asker, Images, Judge, run
 from moma_rt import backends
 from moma_rt.bundle import Bundle
 from moma_rt.errors import InputError, MomaError, print_output, run_command
-from moma_rt.runtime import Limits, Runtime
+from moma_rt.limits import Limits
+from moma_rt.runtime import Runtime
 from moma_rt.selection import choose, local_host
 from moma_rt.specs import Precision
 from moma_rt.subject import Subject
@@ -46,8 +48,9 @@ SETTLED = 50
 _CPU_BACKEND = "onnxruntime"
 # On a CPU also ONNX Runtime's arena, which grows until the largest batch has been made, and what the C library keeps.
 _GROWTH_MIB, _GROWTH_MIB_ON_CPU = 16.0, 256.0
-# How far rounding takes a picture of a batch from the one made alone, in steps of 1/255.
-_TOLERANCE, _TOLERANCE_IN_FP32 = 2, 1
+# How far rounding takes a picture of a batch from the one made alone, in steps of 1/255: bf16 rounds eight times as
+# coarsely as fp16.
+_TOLERANCES = MappingProxyType({Precision.FP32: 1, Precision.FP16: 2, Precision.BF16: 16})
 _SHOWN_WRONG, _KEPT_WRONG = 5, 50
 
 
@@ -67,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         "--tolerance",
         type=int,
         metavar="N",
-        help=f"in steps of 1/255 (default: {_TOLERANCE_IN_FP32} in fp32, {_TOLERANCE} in lower precisions)",
+        help=f"in steps of 1/255 (default: {', '.join(f'{n} in {p.value}' for p, n in _TOLERANCES.items())})",
     )
     p.add_argument(
         "--growth",
@@ -156,8 +159,7 @@ class Plan:
     @classmethod
     def of(cls, options: argparse.Namespace, bundle: Bundle, backend: str, start: float) -> "Plan":
         """What was asked for, and for the rest what suits the bundle and what it runs on."""
-        is_exact = bundle.network("denoiser").precision is Precision.FP32
-        tolerance = _TOLERANCE_IN_FP32 if is_exact else _TOLERANCE
+        tolerance = _TOLERANCES[bundle.network("denoiser").precision]
         on_gpu = backend != _CPU_BACKEND and device_mib_used() is not None
         growth = _GROWTH_MIB if on_gpu else _GROWTH_MIB_ON_CPU
         return cls(

@@ -9,7 +9,8 @@
 # BUNDLE: folder of the bundle; one that is complete is used as it is (default: build/soak/bundle). That of
 #     latency_on_gpu.sh will do: BUNDLE=build/latency/bundle bash benchmarks/soak_on_gpu.sh mixed
 # PRECISION: of the bundle (default: fp16; bf16 rounds eight times as coarsely, so that batches differ more).
-# REQUESTS, THREADS, MAX_BATCH: default 1000, 8, 4. TOLERANCE: of a picture, in steps of 1/255 (default: 2).
+# REQUESTS, THREADS, MAX_BATCH: default 1000, 8, 4. TOLERANCE: of a picture, in steps of 1/255 (default: what suits the
+#     precision).
 set -u
 
 name=soak
@@ -22,6 +23,6 @@ if is_asked bundle; then build_bundle; fi
 if is_asked mixed; then
     # Within what is left of ten minutes; of the time that it is told, what it makes alone first takes a part.
     measure mixed $((580 - SECONDS)) benchmarks.soak --requests "${REQUESTS:-1000}" --threads "${THREADS:-8}" \
-        --max-batch "${MAX_BATCH:-4}" --tolerance "${TOLERANCE:-2}"
+        --max-batch "${MAX_BATCH:-4}" ${TOLERANCE:+--tolerance "$TOLERANCE"}
 fi
 summary mixed

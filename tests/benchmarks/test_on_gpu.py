@@ -97,7 +97,6 @@ def test_soak(script):
         "--requests": "1000",
         "--threads": "8",
         "--max-batch": "4",
-        "--tolerance": "2",
     }
     assert (out / "soak_gpu_mixed.json").exists()
     assert "table of soak_gpu_mixed" in done.stdout.partition("== summary")[2]
