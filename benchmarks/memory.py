@@ -10,15 +10,17 @@ _STATUS = Path("/proc/self/status")
 
 def peak_gb() -> float:
     """The most memory in GB that this process had resident."""
-    if not _STATUS.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    # Not what getrusage says: that begins with the peak of the process that started this one.
-    return _status_bytes("VmHWM") / 1e9
+    peak = _status_bytes("VmHWM")
+    if peak is None:
+        # Begins with the peak of the process that started this one, and so is the second choice.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak / 1e9
 
 
-def resident_mib() -> float:
-    """The memory in MiB that this process has resident now; Linux only."""
-    return _status_bytes("VmRSS") / 2**20
+def resident_mib() -> float | None:
+    """The memory in MiB that this process has resident now; None where the kernel does not say."""
+    resident = _status_bytes("VmRSS")
+    return None if resident is None else resident / 2**20
 
 
 def device_mib_used() -> float | None:
@@ -32,7 +34,8 @@ def device_mib_used() -> float | None:
     return float(lines[0]) if done.returncode == 0 and lines and lines[0].isdecimal() else None
 
 
-def _status_bytes(name: str) -> int:
-    lines = _STATUS.read_text(encoding="utf-8").splitlines()
-    line = next(line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+def _status_bytes(name: str) -> int | None:
+    """An entry of the kernel's; sandboxes leave out some of them, other systems have none."""
+    lines = _STATUS.read_text(encoding="utf-8").splitlines() if _STATUS.exists() else []
+    found = [line for line in lines if line.startswith(f"{name}:")]
+    return int(found[0].split()[1]) * 1024 if found else None

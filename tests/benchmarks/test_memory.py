@@ -1,7 +1,9 @@
 """Memory in use: what the driver says of the GPU, and what the kernel says of this process."""
 
 import numpy as np
+import pytest
 
+from benchmarks import memory
 from benchmarks.memory import device_mib_used, peak_gb, resident_mib
 
 
@@ -25,3 +27,12 @@ def test_memory_of_this_process():
     assert 100 < after - before < 160
     assert peak_gb() >= after * 2**20 / 1e9
     assert taken.nbytes == 2**27
+
+
+@pytest.mark.parametrize("status", ["Name:\tpython\nVmSize:\t 4096 kB\n", None])
+def test_where_the_kernel_does_not_say_it_all(status, tmp_path, monkeypatch):
+    if status is not None:
+        (tmp_path / "status").write_text(status)
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    assert resident_mib() is None
+    assert peak_gb() > 0.01
