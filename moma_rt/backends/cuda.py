@@ -1,8 +1,10 @@
 """One stream of the first GPU, and memory of that GPU: what running engines needs of the CUDA runtime."""
 
+import contextlib
 import ctypes
+import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,19 +145,22 @@ class Stream:
         mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         kept_before, self._kept = self._kept, {}
         try:
-            try:
-                self._call("cudaStreamBeginCapture", self.handle, mode)
-                self.is_capturing = True
-                enqueue()
-            finally:
-                self.is_capturing = False
-                # Whatever happened: until then the stream runs nothing.
-                error, captured = cuda.cudaStreamEndCapture(self.handle)
+            with _uncollected():
+                try:
+                    self._call("cudaStreamBeginCapture", self.handle, mode)
+                    self.is_capturing = True
+                    enqueue()
+                finally:
+                    self.is_capturing = False
+                    # Whatever happened: until then the stream runs nothing.
+                    error, found = cuda.cudaStreamEndCapture(self.handle)
+                    # That of an invalid capture is null, which may not be destroyed.
+                    captured = found if error == cuda.cudaError_t.cudaSuccess else None
             self._check("cudaStreamEndCapture", error)
             return self._instantiated(captured, tuple(self._kept.values()))
         finally:
             self._kept = kept_before
-            if captured:
+            if captured is not None:
                 cuda.cudaGraphDestroy(captured)
 
     def _instantiated(self, captured: Any, used: tuple[object, ...]) -> "Graph":
@@ -266,6 +271,18 @@ class Graph:
     size: int
     _used: tuple[object, ...]
     _owned: _Owned
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector, which may find memory of a device: a thread that captures must not free any."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _end(cuda: Any, stream: Any) -> None:

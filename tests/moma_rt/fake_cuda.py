@@ -2,6 +2,7 @@
 
 import ctypes
 import enum
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ ALIGNMENT = 256
 STREAM = 0x5EED
 POISON = 0xFF
 GRAPH_NODE_BYTES = 64
+# As true as any other handle.
+NULL_GRAPH = object()
 
 
 class CudaError(enum.IntEnum):
@@ -61,6 +64,7 @@ class FakeCuda(ModuleType):
         self.failures: dict[str, CudaError] = {}
         # What is put on the stream goes here while it is captured. Graphs are captured ones, or executable ones.
         self.captured: list[Work] | None = None
+        self.capturing_thread = 0
         self.graphs: dict[int, list[Work]] = {}
         self.uploaded: set[int] = set()
         self.launches = 0
@@ -96,6 +100,7 @@ class FakeCuda(ModuleType):
         return CudaError.cudaSuccess, memory.ctypes.data
 
     def cudaFreeHost(self, address: int) -> tuple:
+        self.check_not_capturing()
         if self.queue:
             self.wrong.append("page-locked memory was freed while work on the stream may use it")
         del self.pinned[address]
@@ -146,16 +151,17 @@ class FakeCuda(ModuleType):
         assert (stream, mode) == (STREAM, self.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         assert self.captured is None
         self.captured = []
+        self.capturing_thread = threading.get_ident()
         return (CudaError.cudaSuccess,)
 
     def cudaStreamEndCapture(self, stream: int) -> tuple:
         assert stream == STREAM
         captured, self.captured = self.captured, None
         if captured is None:
-            return CudaError.cudaErrorIllegalState, 0
+            return CudaError.cudaErrorIllegalState, NULL_GRAPH
         if "cudaStreamEndCapture" in self.failures:
             # A capture that was invalidated ends all the same, without a graph.
-            return self.failures.pop("cudaStreamEndCapture"), 0
+            return self.failures.pop("cudaStreamEndCapture"), NULL_GRAPH
         return CudaError.cudaSuccess, self._new_graph(captured)
 
     def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple:
@@ -170,6 +176,7 @@ class FakeCuda(ModuleType):
         return (CudaError.cudaSuccess,)
 
     def cudaGraphDestroy(self, graph: int) -> tuple:
+        assert graph is not NULL_GRAPH, "a null graph may not be destroyed"
         del self.graphs[graph]
         return (CudaError.cudaSuccess,)
 
@@ -205,6 +212,7 @@ class FakeCuda(ModuleType):
         return CudaError.cudaSuccess, address
 
     def cudaFree(self, address: int) -> tuple:
+        self.check_not_capturing()
         if any(address in work.uses for work in self.queue):
             self.wrong.append("memory was freed while work on the stream uses it")
         if self.memory.pop(address, None) is None:
@@ -232,6 +240,10 @@ class FakeCuda(ModuleType):
             (base, view), (target, written) = self.inside(source, size), self.inside(to, size)
             self.put(stream, lambda: np.copyto(written, view), base, target)
         return (CudaError.cudaSuccess,)
+
+    def check_not_capturing(self) -> None:
+        if self.captured is not None and self.capturing_thread == threading.get_ident():
+            self.wrong.append("memory was freed by a thread while it captures a stream, which ends the capture")
 
     def check_pinned(self, address: int, size: int) -> None:
         held = any(at <= address and address + size <= at + len(memory) for at, memory in self.pinned.items())

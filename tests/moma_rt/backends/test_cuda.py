@@ -96,6 +96,47 @@ def test_whoever_keeps_pace_is_one_piece_of_work_ahead(gpu, stream):
     assert (ahead, gpu.cuda.waits, len(gpu.cuda.events)) == ([1, 1, 1, 1], 0, 2)
 
 
+def test_no_garbage_is_collected_while_the_stream_is_captured(gpu, stream):
+    """It may hold memory of the device, and freeing that would end the capture."""
+    memory = [stream.allocate(100)]
+    stream.synchronize()
+
+    def enqueue():
+        circle = [memory.pop()]
+        circle.append(circle)
+        del circle
+        for _ in range(10):
+            kept = [[] for _ in range(10_000)]
+        del kept
+
+    stream.capture(enqueue)
+    assert gpu.cuda.memory != {}
+    assert gc.isenabled()
+    gc.collect()
+    assert gpu.cuda.memory == {}
+
+
+def test_collecting_is_left_as_it_was(stream):
+    gc.disable()
+    try:
+        stream.capture(lambda: None)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("call", ["cudaStreamBeginCapture", "cudaStreamEndCapture"])
+def test_a_capture_that_fails_leaves_nothing(gpu, stream, call):
+    memory = stream.allocate(100)
+    gpu.cuda.failures[call] = CudaError.cudaErrorIllegalAddress
+    with pytest.raises(MomaError, match=f"^{call} failed: cudaErrorIllegalAddress$"):
+        stream.capture(lambda: stream.clear(memory))
+    assert (gpu.cuda.graphs, gpu.cuda.captured, gpu.cuda.queue) == ({}, None, [])
+    assert gc.isenabled()
+    stream.launch(stream.capture(lambda: stream.clear(memory)))
+    assert not stream.copy_out(memory, FLOAT32, 25).any()
+
+
 def test_everything_goes_with_the_stream(gpu):
     stream = Stream()
     stream.copy_in(stream.allocate(100), np.ones(25, np.float32), FLOAT32)
