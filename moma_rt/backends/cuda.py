@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Stream:
         stream = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self.handle = int(stream)
         self._kept: dict[int, object] = {}
-        self._ring: list[_Chunk] = []
+        self._ring: deque[_Chunk] = deque()
         self.is_capturing = False
         # Of the last call of `pace` and of the one before.
         self._paces: tuple[_Event, ...] = ()
@@ -77,6 +78,13 @@ class Stream:
         self.keep(memory)
         self._call("cudaMemsetAsync", memory.address, 0, memory.size, self.handle)
 
+    def ends_with(self, owner: object) -> None:
+        """Wait when `owner` goes, or the process, and let go of what was kept.
+
+        It may refer to this stream, and such a circle would last until the collector comes by.
+        """
+        weakref.finalize(owner, _wait, self)
+
     def copy_in(self, memory: DeviceMemory, array: Array, dtype: np.dtype[Any]) -> None:
         """Copy an array, converted to `dtype`, to the beginning of `memory`. It has been read when this returns."""
         self.keep(memory)
@@ -91,6 +99,7 @@ class Stream:
 
     def copy_within(self, to: DeviceMemory, source: DeviceMemory) -> None:
         """Copy all of `source` to the beginning of `to`."""
+        assert source.size <= to.size
         self.keep(to)
         self.keep(source)
         self._copy(to.address, source.address, source.size, "cudaMemcpyDeviceToDevice")
@@ -122,7 +131,7 @@ class Stream:
         if chunk.room < min(count * dtype.itemsize, _CHUNK_BYTES // 2):
             # Everything that uses it is on the stream now.
             self._call("cudaEventRecord", chunk.event.handle, self.handle)
-            self._ring.append(self._ring.pop(0))
+            self._ring.rotate(-1)
             chunk = self._ring[0]
             if chunk.used:
                 self._call("cudaEventSynchronize", chunk.event.handle)
@@ -289,6 +298,11 @@ def _end(cuda: Any, stream: Any) -> None:
     # Before what was kept for it goes.
     cuda.cudaStreamSynchronize(stream)
     cuda.cudaStreamDestroy(stream)
+
+
+def _wait(stream: Stream) -> None:
+    with contextlib.suppress(MomaError):
+        stream.synchronize()
 
 
 def _when_gone(owner: object, call: Any, *arguments: object) -> None:

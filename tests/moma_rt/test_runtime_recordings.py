@@ -1,5 +1,6 @@
 """A whole generation as one CUDA graph, on a GPU of NumPy: what is replayed, when it is recorded anew, and when not."""
 
+import contextlib
 import dataclasses
 import gc
 from types import SimpleNamespace
@@ -246,11 +247,16 @@ def test_one_recording_is_kept_whatever_it_takes(gpu, bundle, photo, mask, budge
     assert gpu.cuda.launches == 4
 
 
-def test_everything_goes_with_the_runtime(gpu, bundle, photo, mask):  # noqa: F811
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_everything_goes_with_the_runtime(gpu, bundle, photo, mask, is_busy):  # noqa: F811
     runtime = Runtime.load(bundle, "tensorrt")
     subject = runtime.enroll(photo, mask, "car")
     for count in (1, 2, 3):
         runtime.generate(subject, PROMPT, steps=2, num_images=count)
+    if is_busy:
+        with contextlib.suppress(Cancelled):
+            runtime.generate(subject, PROMPT, steps=2, on_step=lambda _: False)
+        assert gpu.cuda.queue
     # At once, not when the collector comes by: another runtime may need the memory.
     gc.disable()
     try:

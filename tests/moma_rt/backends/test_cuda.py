@@ -1,6 +1,8 @@
 """Copies between the host and the device, through page-locked memory, on a GPU of NumPy."""
 
 import gc
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -135,6 +137,25 @@ def test_a_capture_that_fails_leaves_nothing(gpu, stream, call):
     assert gc.isenabled()
     stream.launch(stream.capture(lambda: stream.clear(memory)))
     assert not stream.copy_out(memory, FLOAT32, 25).any()
+
+
+def test_a_process_waits_before_it_takes_down_what_is_used(repository):
+    """A library's objects are destroyed as Python takes down its modules, and those that run must not be."""
+    script = """if True:
+        import atexit, sys
+        from tests.moma_rt.fake_cuda import FakeCuda
+        cuda = FakeCuda(1 << 20)
+        sys.modules[cuda.__name__] = cuda
+        atexit.register(lambda: print(cuda.queue, len(cuda.memory), cuda.streams))
+        from moma_rt.backends.cuda import Stream
+        class Backend: pass
+        backend, stream = Backend(), Stream()
+        stream.ends_with(backend)
+        stream.clear(stream.allocate(100))
+        assert cuda.queue
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[] 0 1\n", "")
 
 
 def test_everything_goes_with_the_stream(gpu):
