@@ -59,6 +59,7 @@ class GenerationBuffers:
             return {name: found[key, name] for name in groups[key]}
 
         self._backend = backend
+        self._records = backend.records
         self._spec = spec
         self._buffer_bytes = sum(map(nbytes, found.values()))
         self._inputs = of("inputs")
@@ -145,8 +146,11 @@ class GenerationBuffers:
         """The whole generation, of steps with these halves and the decoding, to be replayed; None where it cannot be.
 
         It is recorded if it was not, and what was begun before is lost then: `begin` comes after this.
+
+        Raises:
+            OutOfMemory: there is no room for it, even without the others.
         """
-        if not self._backend.records:
+        if not self._records:
             return None
         key = (len(self._read), *halves)
         with contextlib.suppress(OutOfMemory):
@@ -155,9 +159,11 @@ class GenerationBuffers:
                 return recording
         # It was recorded with what has moved since, or the others leave no room for it.
         self._recordings.clear()
-        with contextlib.suppress(OutOfMemory):
-            return self._recordings.get_or_make(key, lambda: self._record(halves))
-        return None
+        return self._recordings.get_or_make(key, lambda: self._record(halves))
+
+    def forgo_recordings(self) -> None:
+        """Record nothing from now on: what an attempt takes, and what has to go for it, would be lost each time."""
+        self._records = False
 
     def replay(self, recording: Recording, steps: int) -> None:
         """Enqueue a recorded generation of so many steps."""

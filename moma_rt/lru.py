@@ -40,11 +40,13 @@ class Lru(Generic[K, V]):
         # Room is made first: two sets of large buffers must not be alive together when one is to be dropped.
         while len(self._values) >= self.capacity:
             self._values.popitem(last=False)
-        value = self._values[key] = make()
-        self.shrink()
+        value = make()
+        self.put(key, value)
         return value
 
-    def shrink(self) -> None:
-        """Forget what the budget does not allow, which is to be called where sizes change."""
+    def put(self, key: K, value: V) -> None:
+        """Hold a value as the one used last, also one that is held and whose size has changed."""
+        self._values[key] = value
+        self._values.move_to_end(key)
         while len(self._values) > 1 and self.size > self._budget and self._size_of is not None:
             self._values.popitem(last=False)

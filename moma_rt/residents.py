@@ -1,9 +1,11 @@
 """What subjects consist of, in the memory of a device, so that going from one to another uploads nothing."""
 
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 
 from moma_rt.backends.base import Array, Buffer, nbytes
+from moma_rt.errors import OutOfMemory
 from moma_rt.lru import Lru
 from moma_rt.networks import Networks
 from moma_rt.specs import NetworkSpec
@@ -17,7 +19,8 @@ class Residents:
     """The subjects that were used last, as far as `budget` bytes go.
 
     Each is a Subject in the host's memory as well, so one that had to go is uploaded again. Nothing is kept where the
-    device's memory is the host's. All go when a network is unloaded: the device is short of memory then.
+    device's memory is the host's. All go when there is no room for another, and when a network is unloaded: the device
+    is short of memory then.
     """
 
     def __init__(self, networks: Networks, budget: int) -> None:
@@ -48,7 +51,15 @@ class Residents:
 
     def _get(self, name: str, subject: Subject, arrays: Mapping[str, Array]) -> Mapping[str, Buffer]:
         make = partial(self._upload, self._networks.bundle.network(name).spec, arrays)
-        return make() if self._networks.backend.is_host else self._kept.get_or_make((name, subject.identity), make)
+        if self._networks.backend.is_host:
+            return make()
+        key = (name, subject.identity)
+        with contextlib.suppress(OutOfMemory):
+            return self._kept.get_or_make(key, make)
+        # Others are uploaded again in milliseconds; whatever else could make room takes seconds to be there again.
+        self._kept.clear()
+        self._networks.backend.synchronize()
+        return self._kept.get_or_make(key, make)
 
     def _upload(self, spec: NetworkSpec, arrays: Mapping[str, Array]) -> Mapping[str, Buffer]:
         backend = self._networks.backend

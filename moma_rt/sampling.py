@@ -1,5 +1,6 @@
 """Making pictures: samples that may differ in everything but the schedule, as many at a time as the bundle allows."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moma_rt.backends.base import Array
+from moma_rt.backends.base import Array, Network, Recording
 from moma_rt.buffers import GenerationBuffers
-from moma_rt.errors import Cancelled
+from moma_rt.errors import Cancelled, OutOfMemory
 from moma_rt.footprint import PICTURES
 from moma_rt.limits import Limits
 from moma_rt.lru import Lru
@@ -66,6 +67,15 @@ class Sample:
     latents: FloatArray
 
 
+@dataclass(frozen=True)
+class _Size:
+    """What a set of buffers is for: numbers of guidance halves, samples, and reference tokens by their names."""
+
+    halves: tuple[int, ...]
+    batch: int
+    tokens: tuple[tuple[str, int], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """What became of a sample: `image` RGB, and its foreground mask, float32 [H,W] in 0..1.
@@ -85,7 +95,7 @@ class Sampler:
         self._networks = networks
         self._records = networks.backend.records
         self._graph_memory = limits.graph_memory
-        self._buffers: Lru[tuple[object, ...], GenerationBuffers] = Lru(
+        self._buffers: Lru[_Size, GenerationBuffers] = Lru(
             _RECORDED_SETS if self._records else _BUFFER_SETS, lambda buffers: buffers.size, limits.graph_memory
         )
         self._residents = residents
@@ -132,13 +142,20 @@ class Sampler:
         networks = self._networks
         halves = [int(count) for count in guidance_halves(rows)]
         wanted, samples = len(samples), self._rounded_up(samples)
-        buffers = self._buffers_for(samples, tuple(sorted(set(halves))), stages)
-        with stages.timed("denoiser"):
+        size = _Size(tuple(sorted(set(halves))), len(samples), tuple(sorted(self._token_sizes(samples).items())))
+        loaded = networks.together(PICTURES, stages)
+
+        def prepared() -> GenerationBuffers:
+            buffers = self._buffers.get_or_make(size, partial(self._new_buffers, size, *loaded))
             buffers.schedule(rows, _step_noise(rows, samples))
-            networks.with_room(lambda: self._fill(buffers, samples))
-            recording = buffers.recording(halves) if on_step is None else None
-            # What was recorded may be more than the budget has room for, beside other sizes.
-            self._buffers.shrink()
+            self._fill(buffers, samples)
+            return buffers
+
+        with stages.timed("denoiser"):
+            buffers = networks.with_room(prepared)
+            recording = self._recording(buffers, halves) if on_step is None else None
+            # Again: recordings count, and where they needed the room of everything else, this set was let go as well.
+            self._buffers.put(size, buffers)
             buffers.begin(np.stack([sample.latents for sample in samples]))
             if recording is not None:
                 buffers.replay(recording, len(rows))
@@ -171,16 +188,16 @@ class Sampler:
         count = min(1 << (len(samples) - 1).bit_length(), self.most)
         return [*samples, *[samples[-1]] * (count - len(samples))]
 
-    def _buffers_for(self, samples: Sequence[Sample], halves: tuple[int, ...], stages: Stages) -> GenerationBuffers:
-        networks = self._networks
-        sizes = self._token_sizes(samples) | {"batch": len(samples)}
-        denoiser, decoder = networks.together(PICTURES, stages)
-        key = (halves, *sorted(sizes.items()))
+    def _new_buffers(self, size: _Size, denoiser: Network, decoder: Network) -> GenerationBuffers:
+        backend, sizes = self._networks.backend, {"batch": size.batch, **dict(size.tokens)}
+        return GenerationBuffers(backend, denoiser, decoder, sizes, size.halves, self._graph_memory)
 
-        def make() -> GenerationBuffers:
-            return GenerationBuffers(networks.backend, denoiser, decoder, sizes, halves, self._graph_memory)
-
-        return networks.with_room(lambda: self._buffers.get_or_make(key, make))
+    def _recording(self, buffers: GenerationBuffers, halves: Sequence[int]) -> Recording | None:
+        """What is to be replayed, for which everything else is let go if need be; None where there is nothing."""
+        with contextlib.suppress(OutOfMemory):
+            return self._networks.with_room(lambda: buffers.recording(halves))
+        buffers.forgo_recordings()
+        return None
 
     def _token_sizes(self, samples: Sequence[Sample]) -> dict[str, int]:
         """Room for the reference tokens of the samples, by the denoiser's names of these sizes."""

@@ -27,6 +27,22 @@ def test_what_could_not_be_made_is_tried_again():
     assert cache.get_or_make("a", lambda: 1) == 1
 
 
+def test_what_was_used_longest_ago_goes_where_sizes_exceed_the_budget():
+    cache = Lru(9, len, 5)
+    a = [0, 0]
+    cache.put("a", a)
+    cache.put("b", [0, 0])
+    assert (len(cache), cache.size) == (2, 4)
+    a += [0, 0]
+    cache.put("a", a)
+    assert (len(cache), cache.size) == (1, 4)
+    assert cache.get_or_make("a", list) is a
+    cache.put("c", [0] * 9)
+    assert (len(cache), cache.size) == (1, 9), "the last one stays, whatever its size"
+    assert cache.get_or_make("d", lambda: [0]) == [0]
+    assert cache.size == 1
+
+
 def test_room_is_made_before_the_new_value():
     cache = Lru(1)
     cache.get_or_make("a", lambda: 1)

@@ -168,6 +168,41 @@ def test_subjects_make_room_for_pictures(gpu, load, enrolled):  # noqa: F811
     assert held(runtime) == 1
 
 
+def without_room(gpu, runtime):  # noqa: F811
+    """Leave the device no byte beside what is in use."""
+    runtime._networks.backend.synchronize()
+    gpu.cuda.capacity = gpu.cuda.used
+
+
+def test_other_subjects_make_room_before_anything_else_goes(gpu, load, enrolled):  # noqa: F811
+    """They are uploaded again in no time, and recordings take as long to be there again as a picture."""
+    subjects, expected = enrolled
+    runtime = load()
+    for i in (3, 0, 1, 2):
+        runtime.generate(subjects[i], PROMPT, steps=2)
+    del runtime._residents._kept._values["denoiser", subjects[3].identity]
+    without_room(gpu, runtime)
+    launches, graphs = gpu.cuda.launches, set(gpu.cuda.graphs)
+    np.testing.assert_array_equal(pixels(runtime.generate(subjects[3], PROMPT, steps=2)), expected[3])
+    assert (gpu.cuda.launches, set(gpu.cuda.graphs)) == (launches + 1, graphs)
+    assert held(runtime) == 1
+
+
+def test_other_sizes_make_room_for_a_subject(gpu, load, enrolled):  # noqa: F811
+    subjects, expected = enrolled
+    runtime = load()
+    for i, count in ((1, 1), (0, 2), (0, 1)):
+        runtime.generate(subjects[i], PROMPT, steps=2, num_images=count)
+    runtime._residents._kept.clear()
+    without_room(gpu, runtime)
+    for _ in range(2):
+        launches, graphs = gpu.cuda.launches, set(gpu.cuda.graphs)
+        np.testing.assert_array_equal(pixels(runtime.generate(subjects[1], PROMPT, steps=2)), expected[1])
+        assert gpu.cuda.launches == launches + 1
+        assert len(runtime._sampler._buffers) == 1
+    assert set(gpu.cuda.graphs) == graphs, "what was made in their place is used again"
+
+
 def test_an_upload_that_fails_leaves_no_half_subject(gpu, load, enrolled, monkeypatch):  # noqa: F811
     subjects, expected = enrolled
     runtime = load()

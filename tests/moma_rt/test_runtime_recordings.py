@@ -147,6 +147,13 @@ def test_subjects_of_about_one_size_share_a_recording(gpu, runtime, subject, eag
     np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), eager(steps=3))
 
 
+def test_the_order_of_a_subject_s_grids_is_no_other_size(runtime, subject):
+    """That of a file is another one than that of an enrolment."""
+    for masks in (subject.object_mask, dict(reversed(subject.object_mask.items()))):
+        runtime.generate(dataclasses.replace(subject, object_mask=masks), PROMPT, steps=2)
+    assert len(runtime._sampler._buffers) == 1
+
+
 def test_there_is_room_for_some_more_reference_tokens(runtime, subject):
     counts = subject.token_counts()
     sizes = runtime._sampler._token_sizes([SimpleNamespace(subject=subject)])
@@ -289,6 +296,43 @@ def test_a_recording_for_which_there_is_no_room_is_made_later(gpu, runtime, subj
         # The others make room, and it is tried again.
         np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), expected)
         assert gpu.cuda.launches == launches
+
+
+def without_room(gpu, runtime):  # noqa: F811
+    """Leave the device no byte beside what is in use."""
+    runtime._networks.backend.synchronize()
+    gpu.cuda.capacity = gpu.cuda.used
+
+
+def test_whatever_is_only_kept_makes_room_for_a_recording(gpu, runtime, subject, eager, enqueued):  # noqa: F811
+    for options in ({"steps": 2, "num_images": 2}, {"steps": 2}):
+        runtime.generate(subject, PROMPT, **options)
+    without_room(gpu, runtime)
+    expected = eager(steps=7)
+    for is_recorded in (True, False):
+        enqueued.clear()
+        launches = gpu.cuda.launches
+        np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=7)), expected)
+        assert gpu.cuda.launches == launches + 1
+        assert ("denoiser" in enqueued) == is_recorded
+
+
+def test_what_never_has_room_to_be_recorded_is_tried_once(gpu, runtime, subject, eager, enqueued, monkeypatch):  # noqa: F811
+    refused = CudaError.cudaErrorMemoryAllocation, None
+    monkeypatch.setattr(gpu.cuda, "cudaGraphInstantiate", lambda *_: refused)
+    found = pixels(runtime.generate(subject, PROMPT, steps=3))
+    enqueued.clear()
+    np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), found)
+    np.testing.assert_array_equal(found, eager(steps=3))
+    assert (enqueued.count("denoiser"), gpu.cuda.launches) == (3, 0)
+
+
+def test_other_sizes_make_room_for_tables(gpu, runtime, subject, eager):  # noqa: F811
+    for options in ({"steps": 2, "num_images": 2}, {"steps": 2}):
+        runtime.generate(subject, PROMPT, **options)
+    without_room(gpu, runtime)
+    options = {"steps": 40, "scheduler": "lcm"}
+    np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, **options)), eager(**options))
 
 
 def test_longer_tables_of_noise_are_recorded_anew(runtime, subject, eager):
