@@ -26,7 +26,9 @@ class JustInTime:
 
     def save(self) -> None:
         """Keep what was compiled since; where it cannot be written, the next process compiles it again."""
-        found = bytes(memoryview(self._serialize()))
+        serialized = self._serialize()
+        # None where the library fails, which is no reason to lose what was computed.
+        found = self._known if serialized is None else bytes(memoryview(serialized))
         if self._file is not None and found != self._known:
             self._known = found
             with contextlib.suppress(OSError), atomic_write(self._file) as path:

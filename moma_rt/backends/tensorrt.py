@@ -132,7 +132,9 @@ class TrtBound:
         shared.log.begin()
         shared.stream.keep(self)
         if not context.execute_async_v3(shared.stream.handle):
-            raise MomaError(f"{self._loaded.spec.name}: {shared.library} cannot run it: {shared.reason()}")
+            # Code is loaded when it first runs.
+            kind = OutOfMemory if _OUT_OF_MEMORY.search(shared.reason()) else MomaError
+            raise kind(f"{self._loaded.spec.name}: {shared.library} cannot run it: {shared.reason()}")
         if self._loaded.jit is not None and not self._has_run:
             shared.unsaved.append(self._loaded.jit)
         if not self._has_run:

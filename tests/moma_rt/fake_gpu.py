@@ -35,7 +35,7 @@ class Logger:
 class FakeTensorRt(ModuleType):
     """The module of a flavour. `networks` says, by a file's content, of which network that is an engine.
 
-    A method that is in `refusals` fails once, as such methods do: it logs and returns None or False.
+    A method that is in `refusals` fails once, as such methods do: it logs `reason` and returns None or False.
     """
 
     ILogger = Logger
@@ -52,6 +52,7 @@ class FakeTensorRt(ModuleType):
         self.cuda = cuda
         self.networks = networks
         self.refusals: set[str] = set()
+        self.reason = "no reason"
         self.contexts: list[weakref.ref[Context]] = []
         self.logger: Logger | None = None
 
@@ -63,6 +64,8 @@ class FakeTensorRt(ModuleType):
         return SimpleNamespace(deserialize_cuda_engine=self.deserialize)
 
     def deserialize(self, content: object) -> "Engine | None":
+        if self.refuses("deserialize_cuda_engine"):
+            return None
         # As the real one, which takes any buffer and keeps none.
         found = self.networks.get(bytes(memoryview(content)))
         if found is None:
@@ -78,7 +81,7 @@ class FakeTensorRt(ModuleType):
         if method not in self.refusals:
             return False
         self.refusals.remove(method)
-        self.logger.log(Logger.Severity.ERROR, f"{method}: Error Code 3\n(no reason)")
+        self.logger.log(Logger.Severity.ERROR, f"{method}: Error Code 3\n({self.reason})")
         return True
 
 

@@ -93,6 +93,19 @@ def test_out_of_memory_ends_a_call_and_not_the_runtime(gpu, bundle, photo, mask)
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
+@pytest.mark.parametrize("method", ["deserialize_cuda_engine", "create_execution_context", "execute_async_v3"])
+def test_a_library_that_lacks_memory_is_made_room_for(gpu, bundle, photo, mask, method):
+    runtime = Runtime.load(bundle, "tensorrt")
+    subject = runtime.enroll(photo, mask, "car")
+    expected = runtime.generate(subject, PROMPTS[0], steps=2).images[0]
+    runtime = Runtime.load(bundle, "tensorrt")
+    gpu.trt.reason = "out of memory"
+    gpu.trt.refusals.add(method)
+    found = runtime.generate(subject, PROMPTS[0], steps=2).images[0]
+    assert gpu.trt.refusals == set()
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
 def test_exactly_what_is_loaded_is_verified(gpu, bundle, photo, mask):
     """The graphs are not read where there are engines, and may be what they want; an engine may not."""
     for path in (bundle / "networks").rglob("model.onnx"):

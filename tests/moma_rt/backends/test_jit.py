@@ -72,6 +72,14 @@ def test_a_folder_that_cannot_be_written_is_no_error(run, home):
     assert run(1) == 1
 
 
+def test_a_cache_that_cannot_be_had_costs_no_result(run, home, monkeypatch):
+    run(1)
+    kept = files(home)
+    monkeypatch.setattr(RuntimeCache, "serialize", lambda _: None)
+    assert run(1, 2) == 1
+    assert files(home) == kept
+
+
 def test_without_a_home_nothing_is_kept(run, monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")

@@ -12,7 +12,7 @@ from moma_rt.backends.cuda import Stream
 from moma_rt.backends.tensorrt import TensorRtBackend
 from moma_rt.device import local_device
 from moma_rt.engines import Flavour
-from moma_rt.errors import BundleError, InputError, MomaError
+from moma_rt.errors import BundleError, InputError, MomaError, OutOfMemory
 from moma_rt.specs import NetworkSpec, TensorSpec
 from tests.moma_rt.backends.networks import BATCH, PAST, STEP, allocate, buffer_of
 from tests.moma_rt.fake_cuda import CudaError, FakeCuda
@@ -80,6 +80,18 @@ def test_what_the_library_refuses_is_one_line_with_its_reason(gpu, load, method,
     assert str(caught.value).startswith(said)
     loaded.bind(buffers).enqueue()
     assert not backend.download(buffers["next_x"]).any()
+
+
+@pytest.mark.parametrize("method", ["deserialize_cuda_engine", "create_execution_context", "execute_async_v3"])
+@pytest.mark.parametrize("reason", ["OutOfMemory: no 7 bytes on GPU 0", "Cuda failure: out of memory"])
+def test_a_library_that_runs_out_of_memory(gpu, load, method, reason):
+    backend, network = load
+    gpu.trt.reason = reason
+    gpu.trt.refusals.add(method)
+    with pytest.raises(OutOfMemory) as caught:
+        network(STEP).bind(allocate(backend, STEP, batch=1)).enqueue()
+    assert str(caught.value).endswith(f"{method}: Error Code 3 ({reason})")
+    network(STEP).bind(allocate(backend, STEP, batch=1)).enqueue()
 
 
 def use_everything(backend, network):
