@@ -133,9 +133,9 @@ class Stream:
             self._call("cudaEventRecord", chunk.event.handle, self.handle)
             self._ring.rotate(-1)
             chunk = self._ring[0]
-            if chunk.used:
-                self._call("cudaEventSynchronize", chunk.event.handle)
-                chunk.used = 0
+            # One that was never recorded has nothing to wait for.
+            self._call("cudaEventSynchronize", chunk.event.handle)
+            chunk.used = 0
         return chunk.take(dtype, count)
 
     def _new_chunk(self) -> "_Chunk":
@@ -204,7 +204,6 @@ class Stream:
             self._paces = (self._new_event(), self._new_event())
         before, now = self._paces
         self._call("cudaEventRecord", now.handle, self.handle)
-        # One that was never recorded has nothing to wait for.
         self._call("cudaEventSynchronize", before.handle)
         self._paces = (now, before)
 
@@ -252,7 +251,7 @@ class _Chunk:
         """As much of the room as `count` numbers need, and there is."""
         size = min(count, self.room // dtype.itemsize) * dtype.itemsize
         taken: Array = self._bytes[self.used : self.used + size].view(dtype)
-        self.used = min(-(-(self.used + size) // ALIGNMENT) * ALIGNMENT, _CHUNK_BYTES)
+        self.used += -(-size // ALIGNMENT) * ALIGNMENT
         return taken
 
 

@@ -172,7 +172,7 @@ class FakeCuda(ModuleType):
         assert stream == STREAM
         if self.used + GRAPH_NODE_BYTES * len(self.graphs[graph]) > self.capacity:
             return (CudaError.cudaErrorMemoryAllocation,)
-        self.uploaded.add(graph)
+        self.put(stream, lambda: self.uploaded.add(graph))
         return (CudaError.cudaSuccess,)
 
     def cudaGraphDestroy(self, graph: int) -> tuple:
@@ -246,8 +246,9 @@ class FakeCuda(ModuleType):
             self.wrong.append("memory was freed by a thread while it captures a stream, which ends the capture")
 
     def check_pinned(self, address: int, size: int) -> None:
-        held = any(at <= address and address + size <= at + len(memory) for at, memory in self.pinned.items())
+        held = [at for at, memory in self.pinned.items() if at <= address and address + size <= at + len(memory)]
         assert held, "the host would wait for a copy from or to memory that is not page-locked"
+        assert (address - held[0]) % ALIGNMENT == 0, "copies from and to odd addresses are slower"
 
     def put(self, stream: int, run: Callable[[], object], *addresses: int) -> None:
         assert stream == STREAM, "work belongs on the backend's own stream"

@@ -26,7 +26,7 @@ def test_an_upload_larger_than_all_page_locked_memory(gpu, stream):
     memory = stream.allocate(array.nbytes)
     stream.copy_in(memory, array, FLOAT32)
     assert gpu.cuda.waits == 0, "for the pieces whose place is used again, and not for everything"
-    assert gpu.cuda.queue, "the last pieces are still on their way"
+    assert len(gpu.cuda.queue) == 4, "the last pieces are still on their way"
     array.fill(np.nan)
     np.testing.assert_array_equal(stream.copy_out(memory, FLOAT32, count), np.arange(count))
     assert len(gpu.cuda.pinned) == 4
@@ -98,6 +98,51 @@ def test_whoever_keeps_pace_is_one_piece_of_work_ahead(gpu, stream):
     assert (ahead, gpu.cuda.waits, len(gpu.cuda.events)) == ([1, 1, 1, 1], 0, 2)
 
 
+def test_memory_outlives_the_copies_within_the_device(gpu, stream):
+    memory = [stream.allocate(256) for _ in range(2)]
+    stream.synchronize()
+    stream.copy_within(*memory)
+    memory.clear()
+    assert len(gpu.cuda.memory) == 2
+    stream.synchronize()
+    assert gpu.cuda.memory == {}
+
+
+def test_memory_outlives_a_copy_that_was_not_waited_for(gpu, stream):
+    memory = stream.allocate(100)
+    gpu.cuda.failures["cudaStreamSynchronize"] = CudaError.cudaErrorIllegalAddress
+    with pytest.raises(MomaError, match="^cudaStreamSynchronize failed"):
+        stream.copy_out(memory, FLOAT32, 25)
+    gc.collect()
+    del memory
+    assert gpu.cuda.queue
+    assert len(gpu.cuda.memory) == 1
+    stream.synchronize()
+
+
+def test_a_graph_keeps_what_it_uses_and_no_more(gpu, stream):
+    used, queued = [stream.allocate(100)], [stream.allocate(300)]
+    stream.clear(queued.pop())
+    graph = stream.capture(lambda: stream.clear(used.pop()))
+    assert len(gpu.cuda.memory) == 2
+    stream.synchronize()
+    assert [len(memory) for memory in gpu.cuda.memory.values()] == [256]
+    del graph
+    assert gpu.cuda.memory == {}
+
+
+def test_a_graph_whose_memory_others_gave_back_meanwhile(gpu, stream, monkeypatch):
+    upload = gpu.cuda.cudaGraphUpload
+
+    def upload_beside_others(*arguments):
+        gpu.cuda.capacity += 1000
+        return upload(*arguments)
+
+    monkeypatch.setattr(gpu.cuda, "cudaGraphUpload", upload_beside_others)
+    memory = stream.allocate(100)
+    assert stream.capture(lambda: stream.clear(memory)).size == 0
+
+
 def test_no_garbage_is_collected_while_the_stream_is_captured(gpu, stream):
     """It may hold memory of the device, and freeing that would end the capture."""
     memory = [stream.allocate(100)]
@@ -156,6 +201,24 @@ def test_a_process_waits_before_it_takes_down_what_is_used(repository):
     """
     done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("[] 0 1\n", "")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_device_that_fails_at_the_end_is_no_error(gpu, stream):
+    class Backend:
+        pass
+
+    backend, memory = Backend(), stream.allocate(100)
+    stream.ends_with(backend)
+    stream.clear(memory)
+    gpu.cuda.failures["cudaStreamSynchronize"] = CudaError.cudaErrorIllegalAddress
+    del backend
+    assert gpu.cuda.failures == {}
+
+
+def test_a_copy_does_not_reach_beyond_its_place(stream):
+    with pytest.raises(AssertionError):
+        stream.copy_within(stream.allocate(300), stream.allocate(301))
 
 
 def test_everything_goes_with_the_stream(gpu):
