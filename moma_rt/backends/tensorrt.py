@@ -118,8 +118,7 @@ class TrtBound:
         self._scratch: tuple[int, int] | None = None
         # Now rather than at the first run: what does not fit is said before a picture is begun.
         loaded.shared.scratch.reserve(self._scratch_bytes)
-        finalizer = weakref.finalize(self, _leave, loaded.idle, context)
-        finalizer.atexit = False
+        weakref.finalize(self, _leave, loaded.idle, context)
 
     def enqueue(self) -> None:
         shared, context = self._loaded.shared, self._context

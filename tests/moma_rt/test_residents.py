@@ -1,14 +1,17 @@
 """Subjects in the memory of a device, and going from one to another."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 
+from moma_rt.backends.tensorrt import TensorRtBackend
 from moma_rt.bundle import Bundle
 from moma_rt.errors import InputError, MomaError
 from moma_rt.residents import Residents
 from moma_rt.runtime import Runtime
+from moma_rt.stages import Stages
 from moma_rt.subject import Subject
 from tests.moma_rt.fake_cuda import CudaError
 from tests.moma_rt.test_runtime_engines import bundle, gpu  # noqa: F401
@@ -116,6 +119,32 @@ def test_a_prefix_is_uploaded_once_for_all_prompts(gpu, load, enrolled):  # noqa
     assert held(runtime, "language_model") == 1
 
 
+def test_a_prefix_comes_after_the_language_model(load, enrolled, monkeypatch):
+    """Loading that may have to make room, for which residents go."""
+    done = []
+    upload, load_network = Residents._upload, TensorRtBackend.load
+    monkeypatch.setattr(Residents, "_upload", lambda self, *of: done.append("upload") or upload(self, *of))
+    monkeypatch.setattr(TensorRtBackend, "load", lambda self, *of: done.append(of[0].name) or load_network(self, *of))
+    load()._conditioner.context_tokens(enrolled[0][0], PROMPT, Stages())
+    assert done == ["language_model", "upload", "context_projector"]
+
+
+def test_other_sizes_make_room_for_a_prefix(gpu, load, enrolled):  # noqa: F811
+    subject, prompt = enrolled[0][0], "A car in a tree."
+    expected = load()._conditioner.context_tokens(subject, prompt, Stages())
+    runtime = load()
+    runtime.generate(subject, PROMPT, steps=2)
+    runtime._residents._kept.clear()
+    gpu.cuda.capacity = gpu.cuda.used
+    np.testing.assert_array_equal(runtime._conditioner.context_tokens(subject, prompt, Stages()), expected)
+
+
+def test_a_prompt_downloads_its_embedding_and_no_keys_and_values(gpu, load, enrolled):  # noqa: F811
+    runtime = load()
+    ask = partial(runtime._conditioner.context_tokens, enrolled[0][0], PROMPT, Stages())
+    assert copied(gpu, "cudaMemcpyDeviceToHost", ask) == 4 * (16 + 4 * 6), "and the context tokens"
+
+
 def test_a_prompt_that_merges_into_the_prefix(gpu, load, enrolled, bundle, fakes):  # noqa: F811
     """Only the tokens that both have in common are taken from it, from the host's copy."""
     subject = enrolled[0][0]
@@ -188,6 +217,29 @@ def test_other_subjects_make_room_before_anything_else_goes(gpu, load, enrolled)
     assert held(runtime) == 1
 
 
+def test_a_subject_that_was_just_used_makes_room_as_well(gpu, load, enrolled):  # noqa: F811
+    """Its memory is the device's again when the copies from it have run."""
+    runtime = load()
+    runtime._residents.reference(enrolled[0][0])
+    assert gpu.cuda.queue
+    gpu.cuda.capacity = gpu.cuda.used
+    runtime._residents.reference(enrolled[0][1])
+    assert held(runtime) == 1
+
+
+def test_all_subjects_go_when_a_network_is_unloaded(gpu, load, enrolled, photo, mask):  # noqa: F811
+    subjects, expected = enrolled
+    # An engine's weights count 7 bytes here, so there is room for those of pictures, and for no third one.
+    runtime = load(memory_budget=14)
+    for i in (0, 1):
+        np.testing.assert_array_equal(pixels(runtime.generate(subjects[i], PROMPT, steps=2)), expected[i])
+        assert held(runtime) == 1
+    runtime.generate(subjects[0], PROMPT, steps=2, num_images=4)
+    runtime.enroll(photo, mask, "car")
+    assert held(runtime) == 0
+    assert gpu.cuda.used < subject_bytes(subjects[0]), "no more than what the last network computes in"
+
+
 def test_other_sizes_make_room_for_a_subject(gpu, load, enrolled):  # noqa: F811
     subjects, expected = enrolled
     runtime = load()
@@ -242,6 +294,7 @@ def test_nothing_is_kept_where_the_device_is_the_host(fake_bundle, backend, subj
     runtime = Runtime(Bundle.open(fake_bundle), backend)
     runtime.generate(subject, PROMPT, steps=1)
     assert held(runtime) == 0
+    assert backend.allocations.count(subject.prefix.kv.shape) == 1, "that of the language model's input"
     on_a_device = Runtime(Bundle.open(fake_bundle), dataclasses.replace(backend, is_host=False))
     on_a_device.generate(subject, PROMPT, steps=1)
     assert held(on_a_device) == 1

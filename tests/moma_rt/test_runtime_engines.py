@@ -1,5 +1,6 @@
 """Whole runs on engines: the networks of NumPy, on a GPU of NumPy, chosen as on a real one."""
 
+import contextlib
 import dataclasses
 import threading
 import warnings
@@ -10,7 +11,7 @@ import pytest
 from moma_rt.bundle import Bundle, FileEntry, read_manifest, write_manifest
 from moma_rt.cli import entry
 from moma_rt.engines import Device, EngineEntry, Flavour
-from moma_rt.errors import BundleError, InputError, MomaError, MomaWarning
+from moma_rt.errors import BundleError, InputError, MomaError, MomaWarning, OutOfMemory
 from moma_rt.files import sha256_file
 from moma_rt.runtime import Runtime
 from moma_rt.schedules import ALL_TIMESTEPS
@@ -91,6 +92,29 @@ def test_out_of_memory_ends_a_call_and_not_the_runtime(gpu, bundle, photo, mask)
         runtime.generate(subject, PROMPTS[0], steps=2, num_images=4)
     found = runtime.generate(subject, PROMPTS[0], steps=2).images[0]
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("lacking", [1, 20_000])
+def test_a_call_without_room_gives_back_what_it_would_have_computed_in(gpu, bundle, photo, mask, lacking):
+    subject = Runtime.load(bundle, "tensorrt").enroll(photo, mask, "car")
+    embedding = np.zeros(16)
+
+    def generate():
+        runtime = Runtime.load(bundle, "tensorrt")
+        with contextlib.suppress(OutOfMemory):
+            runtime.generate(
+                subject, PROMPTS[0], steps=2, num_images=4, context_embedding=embedding, on_step=lambda _: None
+            )
+        return runtime
+
+    runtime = generate()
+    used = gpu.cuda.used
+    del runtime
+    gpu.cuda.capacity = used - lacking
+    runtime = generate()
+    assert runtime._networks.backend._shared.scratch.region is None
+    gpu.cuda.capacity = used
+    assert runtime.generate(subject, PROMPTS[0], steps=2, num_images=4, context_embedding=embedding).images
 
 
 @pytest.mark.parametrize("method", ["deserialize_cuda_engine", "create_execution_context", "execute_async_v3"])

@@ -317,6 +317,15 @@ def test_whatever_is_only_kept_makes_room_for_a_recording(gpu, runtime, subject,
         assert ("denoiser" in enqueued) == is_recorded
 
 
+def test_what_a_cancelled_generation_left_makes_room(gpu, runtime, subject, eager):  # noqa: F811
+    """Its last step may still run in that memory."""
+    with pytest.raises(Cancelled):
+        runtime.generate(subject, PROMPT, steps=2, num_images=4, on_step=lambda _: False)
+    assert gpu.cuda.queue
+    gpu.cuda.capacity = gpu.cuda.used
+    np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=2)), eager(steps=2))
+
+
 def test_what_never_has_room_to_be_recorded_is_tried_once(gpu, runtime, subject, eager, enqueued, monkeypatch):  # noqa: F811
     refused = CudaError.cudaErrorMemoryAllocation, None
     monkeypatch.setattr(gpu.cuda, "cudaGraphInstantiate", lambda *_: refused)

@@ -51,6 +51,35 @@ def test_what_was_compiled_is_not_compiled_again(run, home):
     assert run(1, 2, 3) == 0
 
 
+@pytest.fixture
+def bound(tmp_path, monkeypatch, home):
+    """A backend and a network of it that has not run yet."""
+    FakeGpu.install(monkeypatch, {b"step": (STEP, step)}, "tensorrt_rtx")
+    backend = backends.create("tensorrt_rtx")
+    (tmp_path / "engine.trt").write_bytes(b"step")
+    return backend, backend.load(STEP, tmp_path / "engine.trt").bind(allocate(backend, STEP, batch=1))
+
+
+@pytest.mark.parametrize("wait", ["synchronize", "trim"])
+def test_whoever_waits_keeps_what_was_compiled(bound, home, wait):
+    backend, network = bound
+    network.enqueue()
+    assert files(home) == {}
+    getattr(backend, wait)()
+    assert len(files(home)) == 1
+
+
+def test_it_is_serialized_once_a_binding(bound, monkeypatch):
+    """Not at every wait: it is tens of megabytes."""
+    backend, network = bound
+    saved = []
+    monkeypatch.setattr("moma_rt.backends.jit.JustInTime.save", lambda jit: saved.append(jit))
+    for _ in range(3):
+        network.enqueue()
+        backend.synchronize()
+    assert len(saved) == 1
+
+
 def test_a_file_that_does_not_fit_is_replaced(run, home):
     home.mkdir(parents=True)
     place = home / "step-0123456789abcdef.cache"

@@ -58,6 +58,7 @@ def test_buffers_that_are_allocated_together_are_of_one_piece(gpu, load):
     assert {key: (buffer.shape, buffer.dtype.name) for key, buffer in buffers.items()} == wanted
     places = sorted((buffer.memory.address, buffer.memory.size) for buffer in buffers.values())
     assert all(address % 256 == 0 for address, _ in places)
+    assert len(dict(places)) == len(places), "an empty buffer has an address of its own"
     assert all(end <= start for (a, size), (start, _) in itertools.pairwise(places) for end in [a + size])
     for value, buffer in enumerate(buffers.values(), 1):
         backend.upload(buffer, np.full(buffer.shape, value, buffer.dtype))
@@ -100,6 +101,38 @@ def test_a_backend_that_goes_while_it_runs_waits_and_frees_everything(gpu, tmp_p
     assert gpu.cuda.queue == []
     assert (gpu.cuda.memory, gpu.cuda.streams) == ({}, 0)
     assert [context() for context in gpu.trt.contexts] == [None]
+
+
+def test_one_idle_context_is_bound_again_with_all_that_is_new(gpu, load):
+    backend, network = load
+    loaded = network(STEP)
+    bounds = [loaded.bind(allocate(backend, STEP, batch=batch)) for batch in (1, 2, 3)]
+    bounds[0].enqueue()
+    backend.synchronize()
+    bounds.clear()
+    assert sum(context() is not None for context in gpu.trt.contexts) == 1
+    buffers = allocate(backend, STEP, batch=1000)
+    backend.upload(buffers["ids"], np.ones((1000, 3), np.int32))
+    loaded.bind(buffers).enqueue()
+    assert (backend.download(buffers["next_x"]) == 1).all()
+    assert len(gpu.trt.contexts) == 3
+
+
+def test_a_context_that_a_recording_uses_is_not_idle(gpu, load):
+    backend, network = load
+    loaded, buffers = network(STEP), allocate(backend, STEP, batch=1)
+    bounds = [loaded.bind(buffers)]
+    bounds[0].enqueue()
+    recording = backend.record(bounds.pop().enqueue)
+    backend.synchronize()
+    assert loaded.idle == []
+    loaded.bind(buffers)
+    assert len(gpu.trt.contexts) == 2
+    recording.replay()
+    backend.synchronize()
+    del recording
+    backend.trim()
+    assert [context() for context in gpu.trt.contexts] == [None, None]
 
 
 def test_memory_is_freed_with_the_last_who_uses_it(gpu, load):
