@@ -1,7 +1,5 @@
-"""The backends on a GPU: engines of TensorRT or TensorRT-RTX, run one after the other on one stream."""
+"""Engines of TensorRT or TensorRT-RTX, run one after the other on one stream of a GPU."""
 
-import itertools
-import math
 import mmap
 import re
 import weakref
@@ -10,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from moma_rt.backends.base import Array, Buffer, K, Size, check_tensors, fitting, nbytes
-from moma_rt.backends.cuda import ALIGNMENT, DeviceMemory, Graph, Stream
+from moma_rt.backends.base import Array, Buffer, check_tensors
+from moma_rt.backends.cuda import DeviceMemory, Graph, Stream
+from moma_rt.backends.device_buffers import DeviceBuffer, OnDevice, on_device
 from moma_rt.backends.jit import JustInTime, is_capturable, just_in_time
 from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError, MomaError, OutOfMemory
@@ -33,20 +30,6 @@ _DTYPES = {
     "UINT8": "uint8",
     "BOOL": "bool",
 }
-
-
-@dataclass(frozen=True, eq=False)
-class TrtBuffer:
-    """Device memory and what lies in it."""
-
-    memory: DeviceMemory
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    def row(self, index: int) -> DeviceMemory:
-        """Where a row of it lies."""
-        size = nbytes(self) // self.shape[0]
-        return self.memory.part(index * size, size)
 
 
 class Scratch:
@@ -108,7 +91,7 @@ class _Shared:
 class TrtBound:
     """An execution context with its shapes and addresses set. It keeps the buffers, which the context does not own."""
 
-    def __init__(self, loaded: "TrtNetwork", context: Any, buffers: tuple[TrtBuffer, ...]) -> None:
+    def __init__(self, loaded: "TrtNetwork", context: Any, buffers: tuple[DeviceBuffer, ...]) -> None:
         self._loaded = loaded
         self._context = context
         self._buffers = buffers
@@ -162,7 +145,7 @@ class TrtNetwork:
             MomaError: no device memory left.
         """
         shared, spec, trt = self.shared, self.spec, self.shared.trt
-        own = {tensor.name: _own(buffers[tensor.name]) for tensor in (*spec.inputs, *spec.outputs)}
+        own = {tensor.name: on_device(buffers[tensor.name]) for tensor in (*spec.inputs, *spec.outputs)}
         shared.log.begin()
         user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.idle:
@@ -206,7 +189,7 @@ class TrtRecording:
         self.stream.launch(self.graph)
 
 
-class TensorRtBackend:
+class TensorRtBackend(OnDevice):
     """The engines of one flavour, on the first GPU.
 
     Raises:
@@ -215,12 +198,12 @@ class TensorRtBackend:
     """
 
     records = True
-    is_host = False
 
     def __init__(self, flavour: Flavour) -> None:
         trt, log = library(flavour), library_log(flavour)
         self.name = flavour.value
         stream = Stream()
+        super().__init__(stream)
         self._shared = _Shared(
             trt, flavour, f"{flavour.value} {trt.__version__}", log, stream, Scratch(stream), [], weakref.WeakSet()
         )
@@ -253,37 +236,10 @@ class TensorRtBackend:
         shared.networks.add(loaded)
         return loaded
 
-    def allocate(self, wanted: Mapping[K, Size]) -> dict[K, Buffer]:
-        kinds = {key: (shape, np.dtype(dtype)) for key, (shape, dtype) in wanted.items()}
-        # The addresses TensorRT takes are multiples of this; an empty buffer has one as well.
-        sizes = [
-            max(1, -(-kind.itemsize * math.prod(shape) // ALIGNMENT)) * ALIGNMENT for shape, kind in kinds.values()
-        ]
-        region = self._shared.stream.allocate(sum(sizes))
-        self._shared.stream.clear(region)
-        parts = [region.part(end - size, size) for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
-        return {key: TrtBuffer(part, *kinds[key]) for key, part in zip(wanted, parts, strict=True)}
-
-    def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
-        fitting(buffer, array, row)
-        target = _own(buffer)
-        memory = target.memory if row is None else target.row(row)
-        self._shared.stream.copy_in(memory, array, target.dtype)
-
-    def copy_row(self, table: Buffer, row: int, target: Buffer) -> None:
-        self._shared.stream.copy_within(_own(target).memory, _own(table).row(row))
-
-    def fill_row(self, target: Buffer, row: int, source: Buffer) -> None:
-        to, size = _own(target).row(row), nbytes(source)
-        self._shared.stream.copy_within(to, _own(source).memory.part(0, size))
-        if size < to.size:
-            self._shared.stream.clear(to.part(size, to.size - size))
-
     def download(self, buffer: Buffer) -> Array:
-        source = _own(buffer)
-        found = self._shared.stream.copy_out(source.memory, source.dtype, math.prod(source.shape))
+        found = super().download(buffer)
         self._shared.save()
-        return found.reshape(source.shape)
+        return found
 
     def record(self, enqueue: Callable[[], None]) -> TrtRecording | None:
         shared = self._shared
@@ -296,9 +252,6 @@ class TensorRtBackend:
             return None
         return TrtRecording(shared.stream, graph, shared.scratch, shared.scratch.region)
 
-    def pace(self) -> None:
-        self._shared.stream.pace()
-
     def trim(self) -> None:
         self._shared.scratch.release()
         for loaded in self._shared.networks:
@@ -306,7 +259,7 @@ class TensorRtBackend:
         self._shared.save()
 
     def synchronize(self) -> None:
-        self._shared.stream.synchronize()
+        super().synchronize()
         self._shared.save()
 
 
@@ -314,12 +267,6 @@ def _leave(idle: list[Any], context: Any) -> None:
     """Leave a context to whoever binds next; of several, one."""
     if not idle:
         idle.append(context)
-
-
-def _own(buffer: Buffer) -> TrtBuffer:
-    if not isinstance(buffer, TrtBuffer):
-        raise TypeError(f"a {type(buffer).__name__} is not a buffer of a TensorRT backend")
-    return buffer
 
 
 def _tensors(trt: Any, engine: Any) -> dict[str, list[str]]:

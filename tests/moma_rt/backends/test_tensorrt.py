@@ -242,5 +242,5 @@ def test_uploads_convert_between_floats_and_refuse_everything_else(load):
 
 def test_buffers_of_another_backend_are_refused(load):
     _, network = load
-    with pytest.raises(TypeError, match="a ndarray is not a buffer of a TensorRT backend"):
+    with pytest.raises(TypeError, match="a ndarray is not a buffer in a GPU.s memory"):
         network(STEP).bind({"x": np.zeros((1, 3))})
