@@ -51,7 +51,7 @@ from moma_rt import backends
 from moma_rt.bundle import Bundle
 from moma_rt.errors import InputError, MomaError, print_output, run_command
 from moma_rt.schedules import schedule
-from moma_rt.selection import choose, local_host
+from moma_rt.selection import Host, choose
 from moma_rt.specs import Precision
 
 PROGRAM = "benchmarks.latency"
@@ -123,7 +123,7 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
     schedule(options.scheduler, options.steps, 1.0)
     backends.check(options.backend, options.threads)
     bundle = Bundle.open(options.bundle)
-    backend = choose(options.backend, bundle.manifest, local_host).backend
+    backend = choose(options.backend, bundle.manifest, Host()).backend
     has_language_model = options.context_embedding is None and bundle.has("vision_encoder", "language_model")
     settings = Settings(
         bundle=options.bundle,

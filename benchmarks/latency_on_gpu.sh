@@ -6,11 +6,12 @@
 #
 #   BACKEND=inductor bash benchmarks/latency_on_gpu.sh [bundle|ddim|lcm|compiled]...     (default: bundle ddim lcm)
 #
-# BACKEND: of the runtime, one that has engines for this GPU: inductor needs PyTorch and nothing else; tensorrt and
-#     tensorrt_rtx need their libraries (default: inductor).
+# BACKEND: of the runtime: inductor needs PyTorch and nothing else; tensorrt and tensorrt_rtx need their libraries;
+#     onnxruntime_cuda needs onnxruntime-gpu and no engines (default: inductor).
 # TARGET: what export.build is to build engines for, as its --target (default: what BACKEND says for this GPU).
 # BUNDLE: folder of the bundle; one that is complete is used as it is (default: build/latency/bundle).
-# PRECISION: of the bundle (default: bf16, that of the baselines). REPEATS: samples of each (default: 10).
+# PRECISION: of the bundle (default: bf16, that of the baselines, or fp16 for onnxruntime_cuda, which lacks operators for
+#     bf16). REPEATS: samples of each (default: 10).
 # OUT: folder for the log and the results (default: build/latency). PYTHON: the interpreter (default: python3).
 # PACKAGES: folders with unpacked wheels of what python3 lacks, separated by colons: diffusers, onnxscript, onnx_ir.
 # MOMA_RT_COMMIT: the commit, where the checkout has no history.

@@ -19,7 +19,8 @@ backend=${BACKEND:-inductor}
 case "$backend" in
     inductor) target=${TARGET:-inductor} ;;
     tensorrt | tensorrt_rtx) target=${TARGET:-local} ;;
-    *) echo "BACKEND $backend; there are: inductor, tensorrt, tensorrt_rtx" >&2; exit 2 ;;
+    onnxruntime_cuda) target=${TARGET:-cpu} precision=${PRECISION:-fp16} ;;
+    *) echo "BACKEND $backend; there are: inductor, tensorrt, tensorrt_rtx, onnxruntime_cuda" >&2; exit 2 ;;
 esac
 out=$(realpath -m "${OUT:-build/$name}")
 bundle=${BUNDLE:-$out/bundle}

@@ -1,4 +1,4 @@
-"""The Python packages of TensorRT, TensorRT-RTX, PyTorch and CUDA, imported when they are first asked for.
+"""The Python packages of TensorRT, TensorRT-RTX, PyTorch, ONNX Runtime and CUDA, imported when first asked for.
 
 TensorRT's two flavours have the same interface, so a flavour is a value: its module is named trt wherever it is used.
 """
@@ -16,6 +16,13 @@ from moma_rt.messages import one_line
 
 # The CUDA runtime, and what pip installs it by.
 CUDA_MODULE, CUDA_PIP_NAME = "cuda.bindings.runtime", "cuda-bindings"
+# ONNX Runtime's provider for NVIDIA's GPUs. Older versions run attention on the CPU, or hand over page-locked memory
+# that they use again before the GPU has read it.
+CUDA_PROVIDER, _OLDEST_CUDA_PROVIDER = "CUDAExecutionProvider", (1, 31)
+# Both packages install the module onnxruntime, and whichever is uninstalled takes files of the other with it.
+CUDA_PROVIDER_INSTALLATION = (
+    "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31'"
+)
 _MEMORY_LINE = re.compile(r"Total (Activation|Weights) Memory: (\d+)")
 
 
@@ -43,6 +50,43 @@ def cuda_runtime() -> Any:
         InputError: as for `library`.
     """
     return _load(CUDA_MODULE, CUDA_PIP_NAME)
+
+
+def onnx_runtime() -> Any:
+    """The Python package of ONNX Runtime, with whichever providers.
+
+    Raises:
+        InputError: as for `library`, or parts of it are missing.
+    """
+    ort = _load("onnxruntime", "onnxruntime")
+    if not hasattr(ort, "InferenceSession"):
+        raise InputError(
+            "parts of the Python package onnxruntime are missing: pip uninstall onnxruntime onnxruntime-gpu, then pip "
+            "install one of them"
+        )
+    return ort
+
+
+def has_cuda_provider() -> bool:
+    """Whether the ONNX Runtime that is installed is one for NVIDIA's GPUs."""
+    try:
+        return CUDA_PROVIDER in onnx_runtime().get_available_providers()
+    except InputError:
+        return False
+
+
+def cuda_provider() -> Any:
+    """The Python package of ONNX Runtime with a CUDA provider that is new enough.
+
+    Raises:
+        InputError: as for `onnx_runtime`, or the one that is installed has none, or an older one.
+    """
+    ort = onnx_runtime()
+    if CUDA_PROVIDER not in ort.get_available_providers():
+        raise InputError(f"the installed onnxruntime {ort.__version__} is for CPUs alone: {CUDA_PROVIDER_INSTALLATION}")
+    if version_tuple(ort.__version__) < _OLDEST_CUDA_PROVIDER:
+        raise InputError(f"onnxruntime-gpu {ort.__version__} is too old: {CUDA_PROVIDER_INSTALLATION}")
+    return ort
 
 
 def _load(module: str, pip_name: str) -> ModuleType:

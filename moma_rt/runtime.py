@@ -24,7 +24,7 @@ from moma_rt.prompts import check_prompt, text_prompt
 from moma_rt.residents import Residents
 from moma_rt.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedules import ALL_TIMESTEPS
-from moma_rt.selection import choose, local_host
+from moma_rt.selection import Host, choose
 from moma_rt.stages import Stages
 from moma_rt.subject import Origin, Prefix, Subject
 from moma_rt.turns import Call, Turns
@@ -94,8 +94,8 @@ class Runtime:
         Args:
             bundle: the folder that `python -m export.build` made.
             backend: one of `moma_rt.backends.NAMES`. "auto" runs the bundle's engines where all of them serve this
-                machine's GPU, and else its ONNX files on the CPU, with a MomaWarning if there is a GPU and there are
-                engines for others.
+                machine's GPU, and else its ONNX files: on the GPU if the installed ONNX Runtime is one for GPUs, on the
+                CPU otherwise. A MomaWarning says why engines for other GPUs, or that ONNX Runtime, are not used.
             threads: CPU threads a network may use; None leaves the choice to the backend.
             max_batch: how many pictures of several threads' calls may be made together, 1 to 64, and no more than the
                 bundle allows. Calls of one schedule (steps, scheduler, guidance) that wait for the device are; each has
@@ -119,7 +119,7 @@ class Runtime:
         backends.check(backend, threads)
         limits = Limits.of(max_batch, memory_budget, subject_memory, graph_memory)
         opened = Bundle.open(bundle)
-        choice = choose(backend, opened.manifest, local_host)
+        choice = choose(backend, opened.manifest, Host())
         if choice.warning:
             warn(choice.warning)
         return cls(opened, backends.create(choice.backend, threads), choice.engines, limits)

@@ -121,9 +121,14 @@ class Sampler:
         """
         pictures: list[Picture] = []
         passes = self._passes(len(samples))
-        for number, chosen in enumerate(passes):
-            report = on_step and _counted(on_step, number * len(rows), len(passes) * len(rows))
-            pictures += self._pass(samples[chosen], rows, report, stages)
+        try:
+            for number, chosen in enumerate(passes):
+                report = on_step and _counted(on_step, number * len(rows), len(passes) * len(rows))
+                pictures += self._pass(samples[chosen], rows, report, stages)
+        except OutOfMemory:
+            # Where a network finds out when it runs: buffers of this size are not to be held against the next call.
+            self._buffers.clear()
+            raise
         return pictures
 
     @property

@@ -1,36 +1,60 @@
 """Which backend runs a bundle on this machine, and which engines it loads."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from moma_rt.backends import AUTO, ONNXRUNTIME
+from moma_rt.backends import AUTO, ONNXRUNTIME, ONNXRUNTIME_CUDA
 from moma_rt.bundle import Manifest
 from moma_rt.device import local_device
 from moma_rt.engines import CPU_CAPABILITY, CPU_DEVICE, Device, EngineEntry, Flavour, Library, select
 from moma_rt.errors import InputError, MomaError
-from moma_rt.libraries import CUDA_MODULE, CUDA_PIP_NAME, is_installed, library_version
+from moma_rt.libraries import (
+    CUDA_MODULE,
+    CUDA_PIP_NAME,
+    cuda_provider,
+    has_cuda_provider,
+    is_installed,
+    library_version,
+)
 
 
-@dataclass(frozen=True)
 class Host:
-    """What a machine can run engines with.
+    """What this machine can run bundles with. Each thing is looked for when it is asked for: it takes time."""
 
-    missing: what pip must install before a flavour can be used; a flavour that can be has no entry.
-    version: the version of an installed flavour, which is imported for it; may raise InputError.
-    """
+    @cached_property
+    def device(self) -> Device | None:
+        """Its first GPU."""
+        return local_device()
 
-    device: Device | None
-    missing: Mapping[Flavour, tuple[str, ...]]
-    version: Callable[[Flavour], str]
+    @cached_property
+    def has_cuda(self) -> bool:
+        """Whether the CUDA runtime's package is installed."""
+        return is_installed(CUDA_MODULE)
 
+    @cached_property
+    def missing(self) -> Mapping[Flavour, tuple[str, ...]]:
+        """What pip must install before a flavour can be used; a flavour that can be has no entry."""
+        found = {}
+        for flavour in Flavour:
+            names = () if is_installed(flavour.module) else (flavour.pip_name,)
+            # PyTorch brings a CUDA of its own.
+            needs_cuda = flavour is not Flavour.INDUCTOR and not self.has_cuda
+            found[flavour] = (*names, CUDA_PIP_NAME) if needs_cuda else names
+        return {flavour: names for flavour, names in found.items() if names}
 
-def local_host() -> Host:
-    """This machine."""
-    modules = {f: {f.module: f.pip_name, CUDA_MODULE: CUDA_PIP_NAME} for f in Flavour}
-    # PyTorch brings a CUDA of its own.
-    del modules[Flavour.INDUCTOR][CUDA_MODULE]
-    missing = {f: tuple(pip for name, pip in names.items() if not is_installed(name)) for f, names in modules.items()}
-    return Host(local_device(), {f: names for f, names in missing.items() if names}, library_version)
+    def version(self, flavour: Flavour) -> str:
+        """The version of an installed flavour, which is imported for it. May raise InputError."""
+        return library_version(flavour)
+
+    @cached_property
+    def has_cuda_provider(self) -> bool:
+        """Whether the installed ONNX Runtime, which is imported for it, is one for GPUs."""
+        return has_cuda_provider()
+
+    def check_cuda_provider(self) -> None:
+        """Raise InputError unless that ONNX Runtime can be used."""
+        cuda_provider()
 
 
 @dataclass(frozen=True)
@@ -42,50 +66,74 @@ class Choice:
     warning: str = ""
 
 
-def choose(backend: str, manifest: Manifest, host: Callable[[], Host]) -> Choice:
+def choose(backend: str, manifest: Manifest, host: Host) -> Choice:
     """Resolve a backend's name for a bundle.
 
     `AUTO` is TensorRT, else TensorRT-RTX, else inductor, where there is a GPU and that has an engine for every network
-    of the bundle, else ONNX Runtime: inductor's engines for a CPU are taken where it is named. Networks are not divided
-    between backends.
+    of the bundle: inductor's engines for a CPU are taken where it is named. Else it is ONNX Runtime, on the GPU if the
+    one that is installed is for GPUs. Networks are not divided between backends.
 
     Args:
         backend: one of `moma_rt.backends.NAMES`.
-        host: called where engines come into question, since asking a driver takes time.
 
     Raises:
-        InputError: a flavour was named, and it lacks a GPU, or a package is missing or cannot be loaded.
+        InputError: a backend was named, and it lacks a GPU, or a package is missing or cannot be loaded.
         BundleError: a flavour was named, and the bundle has not all the engines for it; the message says how to build
             them.
     """
-    if backend == ONNXRUNTIME or (backend == AUTO and not manifest.engines):
+    if backend == ONNXRUNTIME:
         return Choice(ONNXRUNTIME)
-    found = host()
+    if backend == ONNXRUNTIME_CUDA:
+        return _with_cuda_provider(host)
     if backend != AUTO:
-        return _with_engines(Flavour(backend), manifest, found)
-    if found.device is None:
-        return Choice(ONNXRUNTIME)
+        return _with_engines(Flavour(backend), manifest, host)
     reasons = []
-    for flavour in _most_likely_first(manifest, found, found.device):
+    if manifest.engines and host.device is not None:
+        for flavour in _most_likely_first(manifest, host, host.device):
+            try:
+                return _with_engines(flavour, manifest, host)
+            except MomaError as error:
+                reasons.append(error)
+    # Who installs that ONNX Runtime wants the GPU; a driver is asked after it because it takes longer.
+    if host.has_cuda_provider and host.device is not None:
+        warning = f"{reasons[0]}; ONNX Runtime runs the bundle on the GPU now" if reasons else ""
         try:
-            return _with_engines(flavour, manifest, found)
+            return replace(_with_cuda_provider(host), warning=warning)
         except MomaError as error:
             reasons.append(error)
-    warning = f"{reasons[0]}; the bundle runs on the CPU now" if reasons else ""
-    return Choice(ONNXRUNTIME, warning=warning)
+    return Choice(ONNXRUNTIME, warning=f"{reasons[0]}; the bundle runs on the CPU now" if reasons else "")
+
+
+def _with_cuda_provider(host: Host) -> Choice:
+    if host.device is None:
+        raise _no_gpu(ONNXRUNTIME_CUDA)
+    try:
+        host.check_cuda_provider()
+    except InputError as error:
+        raise InputError(f"backend {ONNXRUNTIME_CUDA}: {error}") from None
+    if not host.has_cuda:
+        raise _not_installed(ONNXRUNTIME_CUDA, (CUDA_PIP_NAME,))
+    return Choice(ONNXRUNTIME_CUDA)
 
 
 def _with_engines(flavour: Flavour, manifest: Manifest, host: Host) -> Choice:
     device = host.device or (CPU_DEVICE if flavour is Flavour.INDUCTOR else None)
     if device is None:
-        raise InputError(
-            f"backend {flavour.value}: this machine has no NVIDIA GPU (or no driver); {ONNXRUNTIME} runs on the CPU"
-        )
+        raise _no_gpu(flavour.value)
     if flavour in host.missing:
-        names = " ".join(host.missing[flavour])
-        raise InputError(f"backend {flavour.value} needs packages that are not installed: pip install {names}")
+        raise _not_installed(flavour.value, host.missing[flavour])
     library = Library(flavour, host.version(flavour))
     return Choice(flavour.value, select(manifest.engines, manifest.networks, library, device))
+
+
+def _no_gpu(backend: str) -> InputError:
+    return InputError(
+        f"backend {backend}: this machine has no NVIDIA GPU (or no driver); {ONNXRUNTIME} runs on the CPU"
+    )
+
+
+def _not_installed(backend: str, names: Iterable[str]) -> InputError:
+    return InputError(f"backend {backend} needs packages that are not installed: pip install {' '.join(names)}")
 
 
 def _most_likely_first(manifest: Manifest, host: Host, device: Device) -> list[Flavour]:

@@ -98,9 +98,9 @@ class Case:
 
 @pytest.fixture(scope="module", params=SETS)
 def runtime_and_folder(request, goldens):
-    if request.param == "large":
-        return Runtime.load(request.getfixturevalue("large_golden_bundle")), request.getfixturevalue("large_goldens")
-    return Runtime.load(request.getfixturevalue("golden_bundle")), goldens
+    is_large = request.param == "large"
+    bundle = request.getfixturevalue("large_golden_bundle" if is_large else "golden_bundle")
+    return Runtime.load(bundle, "onnxruntime"), request.getfixturevalue("large_goldens") if is_large else goldens
 
 
 @pytest.fixture(scope="module", params=["context", "texture"])

@@ -17,7 +17,7 @@ CASES = ["context", "texture"]
 def runtime_and_folder(request) -> tuple[Runtime, Path]:
     prefix = "" if request.param == "compact" else "large_"
     bundle = request.getfixturevalue(f"{prefix}golden_bundle_fp16")
-    return Runtime.load(bundle), request.getfixturevalue(f"{prefix}goldens")
+    return Runtime.load(bundle, "onnxruntime"), request.getfixturevalue(f"{prefix}goldens")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING
 from moma_rt.device import local_device
 from moma_rt.engines import Flavour
 from moma_rt.errors import InputError
-from moma_rt.libraries import library
+from moma_rt.libraries import cuda_provider, library, onnx_runtime
 
 if TYPE_CHECKING:
     from moma_rt.backends.base import Backend
 
 # The best that a bundle and this machine allow.
 AUTO = "auto"
-ONNXRUNTIME = "onnxruntime"
-NAMES = (AUTO, ONNXRUNTIME, *(flavour.value for flavour in Flavour))
+# The ONNX files, on the CPU and on a GPU.
+ONNXRUNTIME, ONNXRUNTIME_CUDA = "onnxruntime", "onnxruntime_cuda"
+NAMES = (AUTO, ONNXRUNTIME, ONNXRUNTIME_CUDA, *(flavour.value for flavour in Flavour))
 
 
 def check(name: str, threads: int | None = None) -> None:
@@ -42,13 +43,19 @@ def create(name: str, threads: int | None = None) -> "Backend":
     check(name, threads)
     if name == AUTO:
         raise InputError(f"backend {AUTO} is chosen for a bundle; name one of: {', '.join(NAMES[1:])}")
+    # What comes before an import says what is missing for it.
     if name == ONNXRUNTIME:
+        onnx_runtime()
         from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(threads)
+    if name == ONNXRUNTIME_CUDA:
+        cuda_provider()
+        from moma_rt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+        return OnnxRuntimeCudaBackend()
     flavour = Flavour(name)
     if flavour is Flavour.INDUCTOR:
-        # Says what is missing, where PyTorch is.
         library(flavour)
         from moma_rt.backends.inductor import InductorBackend
 

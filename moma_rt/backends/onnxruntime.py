@@ -1,6 +1,7 @@
 """The CPU backend: ONNX Runtime on buffers that are bound once."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ import numpy as np
 import onnxruntime as ort
 
 from moma_rt.backends.base import Array, Buffer, K, Size, check_tensors, fitting
-from moma_rt.errors import BundleError
+from moma_rt.errors import BundleError, OutOfMemory
 from moma_rt.messages import first_line
 from moma_rt.specs import NetworkSpec
 
-_LOG_FATAL = 4
+LOG_FATAL = 4
 _ORT_ERROR = "onnxruntime"
+# How its allocators, and those of the libraries that it calls, say that memory ran out.
+_NO_MEMORY = re.compile(r"failed to allocate memory[\w ]*|out of memory|bad_?alloc|\w+_ALLOC_FAILED", re.IGNORECASE)
+_ADVICE = "end what else runs on the device, or make fewer pictures at a time"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,26 +81,12 @@ class OnnxRuntimeBackend:
         self._threads = threads
 
     def load(self, spec: NetworkSpec, path: Path) -> OrtNetwork:
-        try:
-            session = ort.InferenceSession(str(path), self._options(), providers=["CPUExecutionProvider"])
-        except Exception as error:
-            if not _is_ort_error(error):
-                raise
-            raise BundleError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from None
-        check_tensors(path, "inputs", [t.name for t in spec.inputs], [t.name for t in session.get_inputs()])
-        check_tensors(path, "outputs", [t.name for t in spec.outputs], [t.name for t in session.get_outputs()])
-        return OrtNetwork(spec, session)
-
-    def _options(self) -> ort.SessionOptions:
-        options = ort.SessionOptions()
-        options.log_severity_level = _LOG_FATAL
+        options = session_options()
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         # Eight sessions share the cores: the threads of one that has finished must not spin against the next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        # Memory patterns are kept for every shape ever run; prompts come in many lengths.
-        options.enable_mem_pattern = False
-        return options
+        return OrtNetwork(spec, open_session(spec, path, options, ["CPUExecutionProvider"]))
 
     def allocate(self, wanted: Mapping[K, Size]) -> dict[K, Buffer]:
         arrays = {key: np.zeros(shape, np.dtype(dtype)) for key, (shape, dtype) in wanted.items()}
@@ -137,6 +127,43 @@ def _own(buffer: Buffer) -> OrtBuffer:
     return buffer
 
 
-def _is_ort_error(error: Exception) -> bool:
-    # ONNX Runtime raises a dozen unrelated classes of its extension module, and RuntimeError for some of them.
+def session_options() -> ort.SessionOptions:
+    """What sessions of every device have in common."""
+    options = ort.SessionOptions()
+    options.log_severity_level = LOG_FATAL
+    # Memory patterns are kept for every shape ever run; prompts come in many lengths.
+    options.enable_mem_pattern = False
+    return options
+
+
+def open_session(
+    spec: NetworkSpec, path: Path, options: ort.SessionOptions, providers: Sequence[object]
+) -> ort.InferenceSession:
+    """A session of a network's ONNX file, with tensors of the manifest's names.
+
+    Raises:
+        BundleError: the file is no such network, or the providers cannot run it.
+        OutOfMemory: there is no room for it.
+    """
+    try:
+        # Without those providers that it would try in place of the ones that failed.
+        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    except Exception as error:
+        if not is_ort_error(error):
+            raise
+        problem = f"{path}: ONNX Runtime {ort.__version__} cannot load it"
+        raise out_of_memory(problem, error) or BundleError(f"{problem}: {first_line(error)}") from None
+    check_tensors(path, "inputs", [t.name for t in spec.inputs], [t.name for t in session.get_inputs()])
+    check_tensors(path, "outputs", [t.name for t in spec.outputs], [t.name for t in session.get_outputs()])
+    return session
+
+
+def out_of_memory(problem: str, error: Exception) -> OutOfMemory | None:
+    """An error of ONNX Runtime as this one, if that is what it says."""
+    found = _NO_MEMORY.search(str(error))
+    return None if found is None else OutOfMemory(f"{problem}: {found[0].strip()}; {_ADVICE}")
+
+
+def is_ort_error(error: Exception) -> bool:
+    """Whether ONNX Runtime raised it: a dozen unrelated classes of its extension module, and RuntimeError for some."""
     return isinstance(error, RuntimeError) or type(error).__module__.startswith(_ORT_ERROR)

@@ -7,7 +7,14 @@ import pytest
 
 from moma_rt.engines import Flavour
 from moma_rt.errors import InputError
-from moma_rt.libraries import is_installed, library, library_log, library_version
+from moma_rt.libraries import (
+    has_cuda_provider,
+    is_installed,
+    library,
+    library_log,
+    library_version,
+    onnx_runtime,
+)
 from tests.moma_rt.fake_gpu import FakeGpu
 
 
@@ -19,11 +26,18 @@ def test_a_module_is_installed_or_not():
 
 def test_looking_for_a_library_imports_nothing(repository):
     code = (
-        "import sys; from moma_rt.selection import local_host; local_host();"
-        "print(sorted({'tensorrt', 'tensorrt_rtx', 'cuda.bindings', 'numpy'} & sys.modules.keys()))"
+        "import sys; from moma_rt.selection import Host; Host().missing;"
+        "print(sorted({'tensorrt', 'tensorrt_rtx', 'onnxruntime', 'cuda.bindings', 'numpy'} & sys.modules.keys()))"
     )
     found = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=repository)
     assert found in ("[]\n", "['cuda.bindings']\n")
+
+
+def test_this_onnx_runtime_and_none(monkeypatch):
+    providers = onnx_runtime().get_available_providers()
+    assert has_cuda_provider() == ("CUDAExecutionProvider" in providers)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert not has_cuda_provider()
 
 
 def test_a_library_whose_own_libraries_are_missing(monkeypatch, tmp_path):

@@ -171,7 +171,7 @@ def test_engines_for_another_device_are_a_warning(gpu, tmp_path, fakes):
 
 
 def test_an_explicit_backend_is_not_replaced(monkeypatch, bundle):
-    with pytest.raises(InputError, match="no backend 'abacus'; there are: auto, onnxruntime, tensorrt, tensorrt_rtx"):
+    with pytest.raises(InputError, match="no backend 'abacus'; there are: auto, onnxruntime, onnxruntime_cuda, te"):
         Runtime.load(bundle, "abacus")
     monkeypatch.setattr("moma_rt.selection.local_device", lambda: None)
     with pytest.raises(InputError, match="backend tensorrt: this machine has no NVIDIA GPU"):

@@ -8,7 +8,7 @@ from moma_rt import selection
 from moma_rt.backends import NAMES
 from moma_rt.engines import Device, EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError
-from moma_rt.selection import Choice, Host, choose, local_host
+from moma_rt.selection import Choice, Host, choose
 
 FULL, RTX, INDUCTOR = Flavour.TENSORRT, Flavour.TENSORRT_RTX, Flavour.INDUCTOR
 H100, RTX4090, ORIN = Device("H100", 90), Device("RTX 4090", 89), Device("Orin", 87)
@@ -27,23 +27,44 @@ def engines(flavour, *capabilities, names=NETWORKS, version=None):
     )
 
 
-def select(backend, entries, device=H100, missing=(), versions=VERSIONS):
-    """What is chosen, the libraries that were imported for it, and whether the machine was looked at."""
-    imported, looked = [], []
+class Machine:
+    """A host with these things. `looked` says what was looked for, and `imported` which libraries were for it."""
 
-    def version(flavour):
-        imported.append(flavour)
-        if flavour not in versions:
+    def __init__(self, device=H100, missing=(), versions=VERSIONS, provider=False, cuda=True):
+        self._device, self._versions, self._provider = device, versions, provider
+        self.missing = {f: (f.pip_name,) if f is INDUCTOR else (f.pip_name, "cuda-bindings") for f in missing}
+        self.has_cuda = cuda
+        self.looked, self.imported = set(), []
+
+    @property
+    def device(self):
+        self.looked.add("device")
+        return self._device
+
+    @property
+    def has_cuda_provider(self):
+        self.looked.add("provider")
+        return bool(self._provider)
+
+    def check_cuda_provider(self):
+        if self._provider is not True:
+            raise InputError(self._provider or "it is for CPUs alone")
+
+    def version(self, flavour):
+        self.imported.append(flavour)
+        if flavour not in self._versions:
             raise InputError(f"the Python package {flavour.value} cannot be loaded: no libnvinfer")
-        return versions[flavour]
+        return self._versions[flavour]
 
-    def host():
-        looked.append(True)
-        needed = {f: (f.pip_name,) if f is INDUCTOR else (f.pip_name, "cuda-bindings") for f in missing}
-        return Host(device, needed, version)
 
-    manifest = SimpleNamespace(engines=entries, networks=dict.fromkeys(NETWORKS))
-    return choose(backend, manifest, host), imported, bool(looked)
+def chosen(backend, entries, host):
+    return choose(backend, SimpleNamespace(engines=entries, networks=dict.fromkeys(NETWORKS)), host)
+
+
+def select(backend, entries, device=H100, missing=(), versions=VERSIONS):
+    """What is chosen, the libraries that were imported for it, and whether the machine's GPU was looked for."""
+    host = Machine(device, missing, versions)
+    return chosen(backend, entries, host), host.imported, "device" in host.looked
 
 
 @pytest.mark.parametrize(
@@ -198,9 +219,54 @@ def test_inductor_on_a_cpu_is_taken_where_it_is_named():
             select("inductor", entries, device, missing, versions)
 
 
+@pytest.mark.parametrize("entries", [(), engines(RTX, 86), engines(INDUCTOR, 0)])
+def test_onnx_runtime_runs_on_the_gpu_where_it_can_and_no_engines_serve(entries):
+    choice = chosen("auto", entries, Machine(provider=True))
+    assert (choice.backend, choice.engines) == ("onnxruntime_cuda", None)
+    assert choice.warning.endswith("; ONNX Runtime runs the bundle on the GPU now") == (entries == engines(RTX, 86))
+    assert chosen("auto", entries, Machine(None, provider=True)) == Choice("onnxruntime")
+    assert chosen("onnxruntime", entries, Machine(provider=True)) == Choice("onnxruntime")
+
+
+def test_engines_come_before_it():
+    assert chosen("auto", engines(RTX, 90), Machine(provider=True)).backend == "tensorrt_rtx"
+    assert chosen("auto", engines(INDUCTOR, 90), Machine(provider=True)).backend == "inductor"
+
+
+def test_a_driver_is_not_asked_in_vain():
+    host = Machine()
+    assert chosen("auto", (), host) == Choice("onnxruntime")
+    assert host.looked == {"provider"}
+
+
+@pytest.mark.parametrize(
+    ("host", "said", "warns"),
+    [
+        (
+            {"device": None, "provider": True},
+            "this machine has no NVIDIA GPU (or no driver); onnxruntime runs on the CPU",
+            False,
+        ),
+        ({}, "it is for CPUs alone", False),
+        ({"provider": "1.2 is too old: pip"}, "1.2 is too old: pip", True),
+        (
+            {"provider": True, "cuda": False},
+            "needs packages that are not installed: pip install cuda-bindings",
+            True,
+        ),
+    ],
+)
+def test_onnx_runtime_on_a_gpu_has_needs_of_its_own(host, said, warns):
+    with pytest.raises(InputError) as caught:
+        chosen("onnxruntime_cuda", (), Machine(**host))
+    assert str(caught.value).removeprefix("backend onnxruntime_cuda").removeprefix(":").strip() == said
+    warning = f"{caught.value}; the bundle runs on the CPU now" if warns else ""
+    assert chosen("auto", (), Machine(**host)) == Choice("onnxruntime", warning=warning)
+
+
 def test_every_name_is_resolved():
     for name in NAMES:
-        choice, _, _ = select(name, engines(FULL, 90) + engines(RTX, 90) + engines(INDUCTOR, 90))
+        choice = chosen(name, engines(FULL, 90) + engines(RTX, 90) + engines(INDUCTOR, 90), Machine(provider=True))
         assert choice.backend == (name if name != "auto" else "tensorrt")
 
 
@@ -216,5 +282,6 @@ def test_every_name_is_resolved():
 def test_what_is_missing_here(monkeypatch, installed, missing):
     monkeypatch.setattr(selection, "is_installed", lambda module: module in installed)
     monkeypatch.setattr(selection, "local_device", lambda: H100)
-    host = local_host()
+    host = Host()
     assert (host.device, host.missing) == (H100, missing)
+    assert host.has_cuda == ("cuda.bindings.runtime" in installed)

@@ -47,7 +47,7 @@ from moma_rt import Runtime, Subject
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
-runtime, subject = Runtime.load(sys.argv[1], threads=1), Subject.load(sys.argv[2])
+runtime, subject = Runtime.load(sys.argv[1], "onnxruntime", threads=1), Subject.load(sys.argv[2])
 for i in range(201):
     # Every tenth prompt is new and of another length: the language model and the caches take part.
     runtime.generate(subject, "A car." if i % 10 else "A car " + "and more " * (i // 20), steps=1, seed=i)
@@ -59,7 +59,7 @@ print(resident() - start)
 
 @pytest.fixture(scope="module")
 def tiny(tiny_bundle):
-    return Runtime.load(tiny_bundle, threads=2)
+    return Runtime.load(tiny_bundle, "onnxruntime", threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_200_generations_do_not_grow(tiny_bundle, car, tmp_path, repository):
 
 
 def test_four_subjects_at_a_time_are_as_one_by_one(tiny_bundle, photo, mask):
-    runtime = Runtime.load(tiny_bundle, max_batch=4)
+    runtime = Runtime.load(tiny_bundle, "onnxruntime", max_batch=4)
     subjects = []
     for index, name in enumerate(("car", "cup", "red hat", "dog")):
         # Masks of different sizes, so that the references are as well.

@@ -194,7 +194,7 @@ def test_a_missing_package_is_named(gpu, monkeypatch, module, said):
 
 def test_auto_is_nothing_to_create():
     with pytest.raises(
-        InputError, match="auto is chosen for a bundle; name one of: onnxruntime, tensorrt, tensorrt_rt"
+        InputError, match="auto is chosen for a bundle; name one of: onnxruntime, onnxruntime_cuda, tens"
     ):
         backends.create("auto")
 

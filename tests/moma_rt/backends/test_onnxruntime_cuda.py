@@ -1,0 +1,147 @@
+"""ONNX Runtime's CUDA provider on a GPU of NumPy."""
+
+import gc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from moma_rt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from moma_rt.networks import run_once
+from tests.moma_rt.backends.networks import (
+    PAST,
+    STEP,
+    allocate,
+    buffer_of,
+    check_row_filling,
+    check_two_bindings,
+    save_graph,
+)
+from tests.moma_rt.fake_cuda import FakeCuda
+from tests.moma_rt.fake_onnxruntime import FakeOnnxRuntime
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    cuda = FakeCuda(1 << 26)
+    yield SimpleNamespace(cuda=cuda, ort=FakeOnnxRuntime.install(monkeypatch, cuda))
+    assert cuda.wrong == []
+
+
+@pytest.fixture
+def load(gpu, tmp_path):
+    """A backend, and what loads a network of it by what the manifest says of it."""
+    backend = OnnxRuntimeCudaBackend()
+    return backend, lambda spec: backend.load(spec, save_graph(tmp_path / f"{spec.name}.onnx", spec))
+
+
+def test_two_bindings_of_one_network_hand_the_state_to_and_fro(load):
+    backend, network = load
+    check_two_bindings(backend, network(STEP))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4])
+def test_the_beginning_of_a_row_is_filled(load, count):
+    check_row_filling(load[0], count)
+
+
+def test_runs_are_enqueued_and_not_waited_for(gpu, load):
+    backend, network = load
+    bound = network(STEP).bind(allocate(backend, STEP, batch=1))
+    backend.synchronize()
+    waits = gpu.cuda.waits
+    for _ in range(5):
+        bound.enqueue()
+    assert len(gpu.cuda.queue) == 5
+    assert gpu.cuda.waits == waits
+    backend.synchronize()
+    assert gpu.cuda.queue == []
+
+
+def test_a_dimension_may_be_zero(load):
+    backend, network = load
+    loaded = network(PAST)
+    for length in (0, 3):
+        inputs = {"past": np.ones((2, length), np.float32), "new": np.ones((2, 2), np.float32)}
+        assert run_once(backend, loaded, inputs)["total"] == 2 * (length + 2)
+
+
+def test_an_input_that_is_read_in_the_hosts_memory_is_read_at_every_run(gpu, load):
+    backend, network = load
+    gpu.ort.on_host.add("ids")
+    buffers = allocate(backend, STEP, batch=2)
+    ids = buffer_of(backend, (3, 2, 3), "int32")
+    bound = network(STEP).bind(buffers)
+    backend.upload(ids, np.arange(18).reshape(3, 2, 3).astype(np.int32))
+    for row in (2, 0, 1):
+        # From the device itself, so that nothing has waited for it.
+        backend.copy_row(ids, row, buffers["ids"])
+        bound.enqueue()
+        expected = np.arange(18).reshape(3, 2, 3)[row]
+        np.testing.assert_array_equal(backend.download(buffers["next_x"]), expected)
+
+
+def test_what_runs_outlives_those_who_enqueued_it(gpu, load):
+    backend, network = load
+    result = buffer_of(backend, (2, 3), "float32")
+    network(STEP).bind({**allocate(backend, STEP, batch=2), "next_x": result}).enqueue()
+    gc.collect()
+    np.testing.assert_array_equal(backend.download(result), np.zeros((2, 3)))
+    assert len(gpu.cuda.memory) == 1, "the session went when it had been waited for, and all that it had"
+
+
+def test_an_input_in_the_hosts_memory_does_not_let_the_others_go(gpu, load):
+    backend, network = load
+    gpu.ort.on_host.add("ids")
+    result = buffer_of(backend, (2, 3), "float32")
+    network(STEP).bind({**allocate(backend, STEP, batch=2), "next_x": result}).enqueue()
+    gc.collect()
+    np.testing.assert_array_equal(backend.download(result), np.zeros((2, 3)))
+
+
+def test_a_backend_that_goes_while_it_runs_waits_and_frees_everything(gpu, tmp_path):
+    backend = OnnxRuntimeCudaBackend()
+    network = backend.load(STEP, save_graph(tmp_path / "step.onnx", STEP))
+    network.bind(allocate(backend, STEP, batch=2)).enqueue()
+    assert gpu.cuda.queue
+    del backend, network
+    gc.collect()
+    assert (gpu.cuda.queue, gpu.cuda.memory, gpu.cuda.streams) == ([], {}, 0)
+
+
+def test_trimming_gives_back_what_networks_compute_in(gpu, load):
+    backend, network = load
+    loaded = {spec.name: (network(spec), allocate(backend, spec, **sizes)) for spec, sizes in SIZES}
+    backend.synchronize()
+    before, runs = gpu.cuda.used, []
+    for step, buffers in loaded.values():
+        runs.append(step.bind(buffers))
+        runs[-1].enqueue()
+    assert gpu.cuda.used > before
+    backend.trim()
+    assert gpu.cuda.used == before
+    assert gpu.ort.runs == ["step", "past"], "nothing runs for it"
+    for bound in runs:
+        bound.enqueue()
+    backend.synchronize()
+
+
+SIZES = [(STEP, {"batch": 1000}), (PAST, {"past": 3, "s": 2})]
+
+
+def test_what_others_keep_to_compute_in_is_given_back_to_who_needs_it(gpu, load):
+    backend, network = load
+    step, past = (network(spec).bind(allocate(backend, spec, **sizes)) for spec, sizes in SIZES)
+    step.enqueue()
+    backend.synchronize()
+    gpu.cuda.capacity = gpu.cuda.used + 40
+    past.enqueue()
+    step.enqueue()
+    backend.synchronize()
+    assert gpu.ort.runs == ["step", "past", "step"]
+
+
+def test_it_does_not_record(load):
+    backend, _ = load
+    assert backend.records is False
+    assert backend.record(lambda: pytest.fail("it was run")) is None
