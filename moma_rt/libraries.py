@@ -16,8 +16,8 @@ from moma_rt.messages import one_line
 
 # The CUDA runtime, and what pip installs it by.
 CUDA_MODULE, CUDA_PIP_NAME = "cuda.bindings.runtime", "cuda-bindings"
-# ONNX Runtime's provider for NVIDIA's GPUs. Older versions run attention on the CPU, or hand over page-locked memory
-# that they use again before the GPU has read it.
+# ONNX Runtime's provider for NVIDIA's GPUs. Before 1.28 it leaves attention to the CPU, and before 1.31 runs copy from
+# page-locked memory of its own, while nobody waits for them here.
 CUDA_PROVIDER, _OLDEST_CUDA_PROVIDER = "CUDAExecutionProvider", (1, 31)
 # Both packages install the module onnxruntime, and whichever is uninstalled takes files of the other with it.
 CUDA_PROVIDER_INSTALLATION = (
@@ -75,8 +75,8 @@ def has_cuda_provider() -> bool:
         return False
 
 
-def cuda_provider() -> Any:
-    """The Python package of ONNX Runtime with a CUDA provider that is new enough.
+def check_cuda_provider() -> None:
+    """Refuse an ONNX Runtime without a CUDA provider that is new enough.
 
     Raises:
         InputError: as for `onnx_runtime`, or the one that is installed has none, or an older one.
@@ -86,7 +86,6 @@ def cuda_provider() -> Any:
         raise InputError(f"the installed onnxruntime {ort.__version__} is for CPUs alone: {CUDA_PROVIDER_INSTALLATION}")
     if version_tuple(ort.__version__) < _OLDEST_CUDA_PROVIDER:
         raise InputError(f"onnxruntime-gpu {ort.__version__} is too old: {CUDA_PROVIDER_INSTALLATION}")
-    return ort
 
 
 def _load(module: str, pip_name: str) -> ModuleType:

@@ -12,7 +12,7 @@ from moma_rt.errors import InputError, MomaError
 from moma_rt.libraries import (
     CUDA_MODULE,
     CUDA_PIP_NAME,
-    cuda_provider,
+    check_cuda_provider,
     has_cuda_provider,
     is_installed,
     library_version,
@@ -54,7 +54,7 @@ class Host:
 
     def check_cuda_provider(self) -> None:
         """Raise InputError unless that ONNX Runtime can be used."""
-        cuda_provider()
+        check_cuda_provider()
 
 
 @dataclass(frozen=True)

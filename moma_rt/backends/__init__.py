@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from moma_rt.device import local_device
 from moma_rt.engines import Flavour
 from moma_rt.errors import InputError
-from moma_rt.libraries import cuda_provider, library, onnx_runtime
+from moma_rt.libraries import check_cuda_provider, library, onnx_runtime
 
 if TYPE_CHECKING:
     from moma_rt.backends.base import Backend
@@ -50,7 +50,7 @@ def create(name: str, threads: int | None = None) -> "Backend":
 
         return OnnxRuntimeBackend(threads)
     if name == ONNXRUNTIME_CUDA:
-        cuda_provider()
+        check_cuda_provider()
         from moma_rt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
         return OnnxRuntimeCudaBackend()

@@ -140,9 +140,8 @@ class OnnxRuntimeCudaBackend(OnDevice):
     """
 
     name = "onnxruntime_cuda"
-    # A session copies some shapes from memory of the host that it uses again afterwards, which a recording would read
-    # when it is replayed. A denoiser has ten of these copies (ONNX Runtime 1.31), so ONNX Runtime's own recordings
-    # refuse it as well.
+    # A session copies some sizes from memory of the host that it uses again afterwards, and a recording would read that
+    # when it is replayed. A denoiser has ten of these copies, and ONNX Runtime's own recordings refuse it as well.
     records = False
 
     def __init__(self) -> None:

@@ -1,9 +1,11 @@
 """ONNX Runtime's CUDA provider on a GPU of NumPy."""
 
 import gc
+import inspect
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from moma_rt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
@@ -18,7 +20,7 @@ from tests.moma_rt.backends.networks import (
     save_graph,
 )
 from tests.moma_rt.fake_cuda import FakeCuda
-from tests.moma_rt.fake_onnxruntime import FakeOnnxRuntime
+from tests.moma_rt.fake_onnxruntime import CPU, FakeBinding, FakeOnnxRuntime, FakeSession
 
 
 @pytest.fixture
@@ -145,3 +147,41 @@ def test_it_does_not_record(load):
     backend, _ = load
     assert backend.records is False
     assert backend.record(lambda: pytest.fail("it was run")) is None
+
+
+def test_the_fake_has_only_what_the_real_one_has(tmp_path):
+    for real, fake in (
+        (onnxruntime.InferenceSession, FakeSession),
+        (onnxruntime.IOBinding, FakeBinding),
+        (onnxruntime, FakeOnnxRuntime),
+    ):
+        own = [
+            name for name in vars(fake) if not name.startswith("_") and name not in ("install", "fail", "take", "work")
+        ]
+        assert len(own) > 1
+        assert [name for name in own if not hasattr(real, name)] == []
+    real = inspect.signature(onnxruntime.IOBinding.bind_input).parameters
+    assert len(real) == len(inspect.signature(FakeBinding.bind_input).parameters)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    assert options.enable_mem_reuse
+    session = onnxruntime.InferenceSession(save_graph(tmp_path / "step.onnx", STEP), options, providers=[CPU])
+    assert {info.device_vendor_id for info in session.get_input_memory_infos()} == {0}
+    subgraphs = session.get_provider_graph_assignment_info()
+    assert {subgraph.ep_name for subgraph in subgraphs} == {CPU}
+    assert {node.op_type for subgraph in subgraphs for node in subgraph.get_nodes()} == {"Add", "Cast"}
+
+
+def test_a_run_that_is_to_end_ends_before_its_first_operator(tmp_path):
+    session = onnxruntime.InferenceSession(save_graph(tmp_path / "step.onnx", STEP), providers=[CPU])
+    binding, outputs = session.io_binding(), {}
+    for tensor in STEP.inputs:
+        binding.bind_cpu_input(tensor.name, np.ones(tensor.resolve(batch=1), tensor.dtype))
+    for tensor in STEP.outputs:
+        outputs[tensor.name] = array = np.full(tensor.resolve(batch=1), 7, tensor.dtype)
+        binding.bind_output(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    options = onnxruntime.RunOptions()
+    options.terminate = True
+    with pytest.raises(RuntimeError, match="terminate flag"):
+        session.run_with_iobinding(binding, options)
+    assert all((array == 7).all() for array in outputs.values())
