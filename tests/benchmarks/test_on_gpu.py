@@ -112,6 +112,23 @@ def test_what_the_variables_say(script):
     assert [options[name] for name in names] == ["100", "4", "8", "5", "tensorrt"]
 
 
+@pytest.mark.parametrize(
+    ("variables", "precision", "target"),
+    [
+        ({}, "bf16", "inductor"),
+        ({"BACKEND": "tensorrt"}, "bf16", "local"),
+        ({"BACKEND": "tensorrt_rtx", "TARGET": "sm89", "PRECISION": "fp16"}, "fp16", "sm89"),
+        ({"BACKEND": "onnxruntime_cuda"}, "fp16", "cpu"),
+        ({"BACKEND": "onnxruntime_cuda", "PRECISION": "fp32"}, "fp32", "cpu"),
+    ],
+)
+def test_a_backend_has_a_target_and_a_precision(script, variables, precision, target):
+    _, (build, ddim), _ = script("latency", "bundle", "ddim", **variables)
+    assert f"--precision {precision} " in build
+    assert f"--target {target} " in build
+    assert parsed(ddim, "benchmarks.latency")["--backend"] == variables.get("BACKEND", "inductor")
+
+
 def test_a_part_that_fails_does_not_keep_the_next_from_running(script):
     done, asked, out = script("latency", "ddim", "lcm", fails="--steps 50")
     assert done.returncode == 1
@@ -134,7 +151,7 @@ def test_nothing_is_measured_without_a_bundle(name, script):
     [
         ("latency", {}, "no part 'fast'; there are: bundle ddim lcm compiled"),
         ("soak", {}, "no part 'fast'; there are: bundle mixed"),
-        ("soak", {"BACKEND": "cuda"}, "BACKEND cuda; there are: inductor, tensorrt, tensorrt_rtx"),
+        ("soak", {"BACKEND": "cuda"}, "BACKEND cuda; there are: inductor, tensorrt, tensorrt_rtx, onnxruntime_cuda"),
     ],
 )
 def test_a_mistake(name, variables, said, script):
