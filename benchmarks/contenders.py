@@ -24,7 +24,7 @@ from moma_rt import backends
 from moma_rt.bundle import Bundle
 from moma_rt.errors import MomaError
 from moma_rt.lru import Lru
-from moma_rt.selection import choose, local_host
+from moma_rt.selection import Host, choose
 from moma_rt.stages import LOADING
 from moma_rt.subject import Subject
 
@@ -114,7 +114,7 @@ class Deployed:
 
         self._settings = settings
         bundle = Bundle.open(settings.bundle)
-        choice = choose(settings.backend, bundle.manifest, local_host)
+        choice = choose(settings.backend, bundle.manifest, Host())
         backend: Any = TimedReplays(backends.create(choice.backend, settings.threads))
         self._replays = backend.seconds
         self._runtime = Runtime(bundle, backend, choice.engines)

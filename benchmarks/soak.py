@@ -38,7 +38,7 @@ from moma_rt.bundle import Bundle
 from moma_rt.errors import InputError, MomaError, print_output, run_command
 from moma_rt.limits import Limits
 from moma_rt.runtime import Runtime
-from moma_rt.selection import choose, local_host
+from moma_rt.selection import Host, choose
 from moma_rt.specs import Precision
 from moma_rt.subject import Subject
 
@@ -103,7 +103,7 @@ def _soak(options: argparse.Namespace, given: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bundle = Bundle.open(_tiny_bundle(folder / "bundle") if options.bundle is None else options.bundle)
-        backend = choose(options.backend, bundle.manifest, local_host).backend
+        backend = choose(options.backend, bundle.manifest, Host()).backend
         plan = Plan.of(options, bundle, backend, start)
         requests = pool(options.distinct, bundle.has("vision_encoder", "language_model"), options.seed)
         judge = Judge(requests, references(bundle.root, backend, requests, folder), plan.tolerance)
