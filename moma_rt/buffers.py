@@ -31,7 +31,7 @@ class GenerationBuffers:
 
     sizes: of the denoiser's dynamic dimensions but guided_batch, which is halves times batch.
     halves: the numbers of halves that steps will have, 2 with guidance and 1 without.
-    recording_budget: bytes that recordings may take, but for the last one used.
+    recording_budget: bytes that recordings may take together; the one used last is kept whatever it takes.
     """
 
     def __init__(

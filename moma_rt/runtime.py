@@ -104,8 +104,8 @@ class Runtime:
                 turn then, the last one used staying longest. Neither buffers nor subjects count. None: no limit.
             subject_memory: of a GPU, for enrolled subjects, so that going from one to another uploads nothing. With
                 SD1.5 in half precision, up to 50 MB each, and 320 MB once a 7B language model read a prompt for it.
-            graph_memory: for sizes of pictures (batch, guidance, steps) beside the last one used, of which the buffers
-                and, on a GPU, the recorded CUDA graphs are kept.
+            graph_memory: for the buffers and, on a GPU, the recorded CUDA graphs of the sizes of pictures (batch,
+                guidance, steps) used last; those of the last one are kept whatever they take.
 
         Raises:
             BundleError: no bundle, a newer format, a missing or truncated file, or, where the backend is named, no

@@ -136,7 +136,7 @@ class Context:
         self.addresses: dict[str, int] = {}
         self.scratch: tuple[int, int] | None = None
         self.has_run = False
-        self.destroyed = threading.Event()
+        self.ended, self.destroyed = threading.Event(), threading.Event()
 
     def __del__(self) -> None:
         self.destroyed.set()
@@ -175,7 +175,7 @@ class Context:
         if trt.refuses("execute_async_v3"):
             return False
         assert self.scratch is not None, "no memory to compute in"
-        assert self.has_run or trt.cuda.captured is None, "what runs for the first time cannot be captured"
+        assert self.ended.is_set() or trt.cuda.captured is None, "what has not run to its end cannot be captured"
         self.has_run = True
         inputs = {t.name: np.empty(self.shapes[t.name], t.dtype) for t in spec.inputs}
         sizes = sizes_of(spec, inputs)
@@ -183,13 +183,14 @@ class Context:
         places = {name: trt.cuda.place(self.addresses[name], tensor.nbytes) for name, tensor in tensors.items()}
         views = {name: view for name, (_, view) in places.items()}
         scratch_base, scratch = trt.cuda.place(*self.scratch)
-        destroyed, function = self.destroyed, self.engine.function
+        ended, destroyed, function = self.ended, self.destroyed, self.engine.function
         if self.cache is not None:
             self.cache.compile(repr(sorted(self.shapes.items())))
 
         def run() -> None:
             if destroyed.is_set():
                 trt.cuda.wrong.append("a context was destroyed while it ran")
+            ended.set()
             for tensor in spec.inputs:
                 tensors[tensor.name].reshape(-1).view(np.uint8)[:] = views[tensor.name]
             found = function({tensor.name: tensors[tensor.name] for tensor in spec.inputs})

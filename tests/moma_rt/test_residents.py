@@ -15,6 +15,7 @@ from moma_rt.stages import Stages
 from moma_rt.subject import Subject
 from tests.moma_rt.fake_cuda import CudaError
 from tests.moma_rt.test_runtime_engines import bundle, gpu  # noqa: F401
+from tests.moma_rt.test_runtime_room import without_room
 
 PROMPT = "A car on a beach."
 UP, WITHIN = "cudaMemcpyHostToDevice", "cudaMemcpyDeviceToDevice"
@@ -195,12 +196,6 @@ def test_subjects_make_room_for_pictures(gpu, load, enrolled):  # noqa: F811
     gpu.cuda.capacity = gpu.cuda.used + 100
     np.testing.assert_array_equal(pixels(runtime.generate(subjects[3], PROMPT, steps=2)), expected[3])
     assert held(runtime) == 1
-
-
-def without_room(gpu, runtime):  # noqa: F811
-    """Leave the device no byte beside what is in use."""
-    runtime._networks.backend.synchronize()
-    gpu.cuda.capacity = gpu.cuda.used
 
 
 def test_other_subjects_make_room_before_anything_else_goes(gpu, load, enrolled):  # noqa: F811

@@ -123,8 +123,8 @@ def test_a_context_that_a_recording_uses_is_not_idle(gpu, load):
     loaded, buffers = network(STEP), allocate(backend, STEP, batch=1)
     bounds = [loaded.bind(buffers)]
     bounds[0].enqueue()
-    recording = backend.record(bounds.pop().enqueue)
     backend.synchronize()
+    recording = backend.record(bounds.pop().enqueue)
     assert loaded.idle == []
     loaded.bind(buffers)
     assert len(gpu.trt.contexts) == 2
