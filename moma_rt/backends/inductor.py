@@ -2,29 +2,32 @@
 
 import contextlib
 import json
-import logging
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
-from torch._inductor import aoti_load_package
 
 from moma_rt.backends.base import Array, Buffer, K, Size, check_tensors, fitting
 from moma_rt.engines import Device
-from moma_rt.errors import BundleError, MomaError, OutOfMemory
+from moma_rt.errors import BundleError, MomaError, OutOfMemory, os_error_line
 from moma_rt.messages import one_line
 from moma_rt.specs import NetworkSpec
 
 # What the packager notes of a package: the build's own note, and those of inductor.
 TENSORS_NOTE = "MOMA_TENSORS"
 _DEVICE_NOTE, _ISA_NOTE = "AOTI_DEVICE_KEY", "AOTI_CPU_ISA"
-_NOTES_SUFFIX = "_metadata.json"
+_NOTES_SUFFIX, _CODE_SUFFIX = "_metadata.json", ".so"
 # How PyTorch says that memory ran out where the error is of no class of its own.
 _NO_MEMORY = ("out of memory", "can't allocate memory")
+# What reading a file that is no package raises.
+_NO_PACKAGE = (zipfile.BadZipFile, StopIteration, ValueError, AttributeError, EOFError)
+_CHUNK_BYTES = 1 << 22
 _ADVICE = "end what else runs on the device, or make fewer pictures at a time"
 
 
@@ -93,10 +96,10 @@ class _Queue:
 
 @dataclass(frozen=True, eq=False)
 class TorchBound:
-    """A package's loader, and the tensors it reads and writes, in the spec's order."""
+    """What runs a package's code, and the tensors it reads and writes, in the spec's order."""
 
     name: str
-    loader: Any
+    runner: Any
     queue: _Queue
     inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
@@ -105,7 +108,7 @@ class TorchBound:
         self.queue.keep(self)
         with self.queue.working(f"{self.name}: PyTorch {torch.__version__} cannot run it"):
             # A package returns tensors of its own, into which nothing else can write.
-            for target, output in zip(self.outputs, self.loader.run(list(self.inputs)), strict=True):
+            for target, output in zip(self.outputs, self.runner.run(self.inputs), strict=True):
                 target.copy_(output)
 
 
@@ -114,13 +117,13 @@ class TorchNetwork:
     """A loaded package and what the manifest says of its network."""
 
     spec: NetworkSpec
-    loader: Any
+    runner: Any
     queue: _Queue
 
     def bind(self, buffers: Mapping[str, Buffer]) -> TorchBound:
         inputs = tuple(_own(buffers[tensor.name]).tensor for tensor in self.spec.inputs)
         outputs = tuple(_own(buffers[tensor.name]).tensor for tensor in self.spec.outputs)
-        return TorchBound(self.spec.name, self.loader, self.queue, inputs, outputs)
+        return TorchBound(self.spec.name, self.runner, self.queue, inputs, outputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,17 +169,23 @@ class InductorBackend:
         self._check_machine(path, notes)
         self._check_tensors(spec, path, notes)
         try:
-            with self._queue.working(f"{path}: PyTorch {torch.__version__} cannot load it"):
-                # One runner, without locks and events of its own: networks run one after the other here, and a graph
-                # that is being recorded could not hold those events.
-                with _without_advice():
-                    loaded = aoti_load_package(str(path), run_single_threaded=True)
+            with self._queue.working(f"{path}: PyTorch {torch.__version__} cannot load it"), _unpacked(path) as code:
+                return TorchNetwork(spec, self._runner(str(code)), self._queue)
         except OutOfMemory:
             raise
         except MomaError as error:
             raise BundleError(str(error)) from None
-        # Calling the package itself would parse a description of its arguments at every run.
-        return TorchNetwork(spec, loaded.loader, self._queue)
+
+    def _runner(self, code: str) -> Any:
+        """PyTorch's own loader of packages is not used: it unpacks them to /tmp, and leaves that there where loading
+        fails, or this process is killed. What that loader makes is made here.
+        """
+        runners: Any = torch._C._aoti
+        if self.is_host:
+            return runners.AOTIModelContainerRunnerCpu(code, 1)
+        # Without locks and events of its own: networks run one after the other here, and a graph that is being
+        # recorded could not hold those events. The kernels are part of the code, so there is no folder of them.
+        return runners.AOTIModelContainerRunnerCuda(code, 1, "cuda", "", True)
 
     def _check_machine(self, path: Path, notes: Mapping[str, str]) -> None:
         """Refuse a package for another kind of device, and instructions that this CPU may not have."""
@@ -275,15 +284,25 @@ def cpu_instructions() -> str:
 
 
 @contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Whatever a package cannot be loaded for, PyTorch warns that it is outdated before it raises the reason."""
-    logger = logging.getLogger("torch._inductor.package.package")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _unpacked(path: Path) -> Iterator[Path]:
+    """A package's code with its weights, as a file whose name is not needed once it was loaded.
+
+    Raises:
+        BundleError: there is none in it, or no room for it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moma-rt-")))
+            name = next(n for n in archive.namelist() if n.endswith(_CODE_SUFFIX))
+            code = folder / PurePosixPath(name).name
+            with archive.open(name) as source, code.open("wb") as target:
+                shutil.copyfileobj(source, target, _CHUNK_BYTES)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be unpacked: {os_error_line(error)}") from None
+        except _NO_PACKAGE as error:
+            raise _no_package(path, error) from None
+        yield code
 
 
 def _notes(path: Path) -> dict[str, str]:
@@ -297,8 +316,12 @@ def _notes(path: Path) -> dict[str, str]:
             name = next(n for n in archive.namelist() if n.endswith(_NOTES_SUFFIX))
             notes: dict[str, str] = json.loads(archive.read(name))
         return {str(key): str(value) for key, value in notes.items()}
-    except (OSError, zipfile.BadZipFile, StopIteration, ValueError, AttributeError, EOFError) as error:
-        raise BundleError(f"{path} is no package of inductor: {one_line(error) or type(error).__name__}") from None
+    except (OSError, *_NO_PACKAGE) as error:
+        raise _no_package(path, error) from None
+
+
+def _no_package(path: Path, error: Exception) -> BundleError:
+    return BundleError(f"{path} is no package of inductor: {one_line(error) or type(error).__name__}")
 
 
 def _own(buffer: Buffer) -> TorchBuffer:

@@ -75,7 +75,7 @@ def test_the_command_line_names_it(on_a_cpu, small_bundles, subject, tmp_path, c
 
 
 def test_an_altered_package_is_not_loaded(on_a_cpu, copied, subject, monkeypatch):
-    monkeypatch.setattr("moma_rt.backends.inductor.aoti_load_package", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("moma_rt.backends.inductor.InductorBackend._runner", lambda *_: pytest.fail("it was loaded"))
     (path,) = copied.glob("engines/text_encoder-*/engine.pt2")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,11 +46,24 @@ def save_package(path: Path, spec: NetworkSpec, device: str = "cpu") -> Path:
 
 def with_notes(package: Path, path: Path, **notes: str | None) -> Path:
     """Write a package that says something else of itself; None: nothing."""
+
+    def change(content: bytes) -> bytes:
+        said = {**json.loads(content), **notes}
+        return json.dumps({key: value for key, value in said.items() if value is not None}).encode()
+
+    return _changed(package, path, "_metadata.json", change)
+
+
+def with_code(package: Path, path: Path, code: bytes | None) -> Path:
+    """Write a package with other code; None: with none."""
+    return _changed(package, path, ".so", lambda _: code)
+
+
+def _changed(package: Path, path: Path, suffix: str, change: Callable[[bytes], bytes | None]) -> Path:
     with zipfile.ZipFile(package) as source, zipfile.ZipFile(path, "w") as target:
         for item in source.infolist():
             content = source.read(item)
-            if item.filename.endswith("_metadata.json"):
-                said = {**json.loads(content), **notes}
-                content = json.dumps({key: value for key, value in said.items() if value is not None}).encode()
-            target.writestr(item, content)
+            changed = change(content) if item.filename.endswith(suffix) else content
+            if changed is not None:
+                target.writestr(item, changed)
     return path

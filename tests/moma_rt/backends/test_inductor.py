@@ -1,10 +1,13 @@
 """The inductor backend on packages of a few operations."""
 
 import dataclasses
+import errno
 import gc
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +20,7 @@ from moma_rt.device import local_device
 from moma_rt.engines import Device
 from moma_rt.errors import BundleError, InputError, MomaError, OutOfMemory
 from tests.moma_rt.backends.networks import PAST, STEP, allocate, buffer_of, check_row_filling, check_two_bindings
-from tests.moma_rt.backends.packages import save_package, with_notes
+from tests.moma_rt.backends.packages import save_package, with_code, with_notes
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +129,56 @@ def test_a_file_that_is_no_package_is_one_line(backend, tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-def test_a_package_whose_code_cannot_be_loaded_is_one_line(backend, step_package, tmp_path, caplog):
-    """Its notes fit."""
+@pytest.fixture
+def temporary(monkeypatch, tmp_path):
+    """The folder of this process's temporary files, with none in it."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_loaded_package_leaves_no_temporary_file(backend, step_package, temporary):
+    network = backend.load(STEP, step_package)
+    assert list(temporary.iterdir()) == []
+    check_two_bindings(backend, network)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (b"\x7fELF" + bytes(4096), r"engine\.pt2: PyTorch [\w.+]+ cannot load it: \w"),
+        (b"", r"engine\.pt2: PyTorch [\w.+]+ cannot load it: \w"),
+        (None, r"engine\.pt2 is no package of inductor: StopIteration"),
+    ],
+    ids=["broken", "empty", "none"],
+)
+def test_a_package_whose_code_cannot_be_loaded_is_one_line(backend, step_package, tmp_path, temporary, code, said):
+    path = with_code(step_package, tmp_path / "engine.pt2", code)
+    with pytest.raises(BundleError, match=said) as caught:
+        backend.load(STEP, path)
+    assert "\n" not in str(caught.value)
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_package_that_was_cut_in_the_middle_is_one_line(backend, step_package, tmp_path, temporary):
     path = tmp_path / "engine.pt2"
     content = step_package.read_bytes()
     start = content.index(b"\x7fELF")
     path.write_bytes(content[:start] + bytes(4096) + content[start + 4096 :])
-    with pytest.raises(BundleError, match=r"engine\.pt2: PyTorch [\w.+]+ cannot load it: \w") as caught:
+    with pytest.raises(BundleError, match=r"engine\.pt2 is no package of inductor: Bad CRC-32"):
         backend.load(STEP, path)
-    assert "\n" not in str(caught.value)
-    assert caplog.records == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_full_disk_is_named(backend, step_package, temporary, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", fail)
+    with pytest.raises(BundleError, match=r"step\.pt2 cannot be unpacked: No space left on device$"):
+        backend.load(STEP, step_package)
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -155,7 +198,7 @@ def test_a_package_whose_code_cannot_be_loaded_is_one_line(backend, step_package
 def test_a_package_of_something_else_is_refused_before_its_code_is_loaded(
     backend, step_package, tmp_path, monkeypatch, notes, said
 ):
-    monkeypatch.setattr("moma_rt.backends.inductor.aoti_load_package", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(InductorBackend, "_runner", lambda *_: pytest.fail("it was loaded"))
     path = with_notes(step_package, tmp_path / "engine.pt2", **notes)
     with pytest.raises(BundleError, match=said) as caught:
         backend.load(STEP, path)
@@ -181,7 +224,7 @@ def test_a_run_that_fails_is_one_line_and_the_next_one_works(backend, step_packa
     def fail(_):
         raise error
 
-    broken = dataclasses.replace(network, loader=SimpleNamespace(run=fail))
+    broken = dataclasses.replace(network, runner=SimpleNamespace(run=fail))
     with pytest.raises(MomaError) as caught:
         broken.bind(buffers).enqueue()
     assert type(caught.value) is kind
