@@ -3,6 +3,7 @@
 They are compiled for the machine that this runs on: its GPU, with the operators' Triton kernels inside, or its CPU.
 """
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -10,11 +11,11 @@ import importlib.metadata
 import json
 import logging
 import shutil
+import subprocess
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._inductor import aoti_compile_and_package
+from torch._inductor.async_compile import shutdown_compile_workers
 from torch._inductor.utils import fresh_cache
 
 from engines.entries import with_engine
@@ -36,11 +38,14 @@ from moma_rt.bundle import Bundle, Manifest, NetworkEntry, write_manifest
 from moma_rt.engines import CPU_CAPABILITY, EngineEntry
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import sha256_file
-from moma_rt.libraries import is_installed, library_version
+from moma_rt.footprint import PICTURES
+from moma_rt.libraries import is_installed, library_version, version_tuple
 from moma_rt.messages import one_line
 from moma_rt.specs import Geometry, Precision
 
 PACKAGE_NAME = "engine.pt2"
+# Of PyTorch: a package's code can be loaded from where the runtime unpacks it.
+_SINCE = (2, 10)
 
 Report = Callable[[str, str], None]
 
@@ -49,7 +54,7 @@ Report = Callable[[str, str], None]
 class InductorOptions:
     """How packages are compiled.
 
-    max_autotune: measure several kernels of each product and convolution, and take the fastest.
+    max_autotune: measure several kernels of each product and of what is fused, and take the fastest.
     channels_last: convolutions' weights are stored with their channels last, as tensor cores read them.
     wrapper_level: of the C++ compiler, for the code that calls the kernels.
     """
@@ -59,17 +64,28 @@ class InductorOptions:
     wrapper_level: str
 
     @classmethod
-    def of(cls, capability: int) -> "InductorOptions":
-        """What pays on a device: on a CPU, where nothing is served, that compiling is quick."""
+    def of(cls, network: str, capability: int) -> "InductorOptions":
+        """What pays: on a CPU, where nothing is served, that compiling is quick; on a GPU, measuring what every picture
+        is made with, and nothing of what runs once a subject or a prompt.
+        """
         on_gpu = capability != CPU_CAPABILITY
-        return cls(on_gpu, on_gpu, "O1" if on_gpu else "O0")
+        return cls(on_gpu and network in PICTURES, on_gpu, "O1" if on_gpu else "O0")
 
     @property
     def settings(self) -> dict[str, Any]:
         """In the words of `torch._inductor.config`."""
         return {
             "max_autotune": self.max_autotune,
+            # cuDNN alone: measuring inductor's own convolutions beside it takes minutes.
+            "max_autotune_conv_backends": "ATEN",
             "aot_inductor.compile_wrapper_opt_level": self.wrapper_level,
+            # The kernels are part of the code, which can be loaded without a folder of them.
+            "aot_inductor.embed_kernel_binary": True,
+            # Weights come from PyTorch's allocator: it gives back what it only keeps before it says that there is no
+            # room, and counts that it did.
+            "aot_inductor.weight_use_caching_allocator": True,
+            # They are kept elsewhere for ever, and take as long to make as they save.
+            "aot_inductor.precompile_headers": False,
             # As many threads as there are where it runs, not where it was compiled.
             "cpp.dynamic_threads": True,
         }
@@ -104,6 +120,8 @@ def build_packages(
     """
     (capability,) = target.capabilities
     version = library_version(target.flavour)
+    if version_tuple(version) < _SINCE:
+        raise InputError(f"{target}: PyTorch {version} is too old for packages: install 2.10 or newer")
     if capability != CPU_CAPABILITY and not torch.cuda.is_available():
         raise InputError(f"{target}: PyTorch {version} cannot use this GPU: install one for its CUDA version")
     with store.locked(), _cache(store.root / ENGINES_FOLDER):
@@ -179,7 +197,7 @@ class _Packager:
             "kernels": importlib.metadata.version("triton") if on_gpu and is_installed("triton") else None,
             "capability": capability,
             "instructions": None if on_gpu else cpu_instructions(),
-            "options": dataclasses.asdict(InductorOptions.of(capability)),
+            "options": dataclasses.asdict(InductorOptions.of(entry.spec.name, capability)),
             "notes": tensors_note(entry.spec),
             "code": sha256_file(Path(__file__)),
         }
@@ -194,7 +212,7 @@ def write_package(
     Raises:
         BundleError: inductor cannot compile it; the message is PyTorch's own.
     """
-    network, options = NETWORKS[entry.spec.name], InductorOptions.of(capability)
+    network, options = NETWORKS[entry.spec.name], InductorOptions.of(entry.spec.name, capability)
     device = "cpu" if capability == CPU_CAPABILITY else "cuda"
     module = network.module(checkpoint, geometry, entry.precision)
     _drop_placeholders(module)
@@ -210,7 +228,7 @@ def write_package(
             aoti_compile_and_package(
                 program, package_path=str(folder / PACKAGE_NAME), inductor_configs={**options.settings, **notes}
             )
-    except RuntimeError as error:  # of which inductor's own are: no C++ compiler, no memory left
+    except (RuntimeError, subprocess.CalledProcessError) as error:  # such as: no C++ compiler, no memory left
         raise BundleError(
             f"{entry.spec.name}: PyTorch {torch.__version__} cannot compile it: {one_line(error)}"
         ) from None
@@ -229,7 +247,7 @@ def _drop_placeholders(module: nn.Module) -> None:
                 delattr(part, name)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without PyTorch's notices of its own deprecations and of kernels that it measured and did not take."""
     loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch.export")]
@@ -245,15 +263,22 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _cache(parent: Path) -> Iterator[None]:
     """Have inductor keep what it makes on the way beside the engines, as large as they are, and drop it at the end.
 
     What a killed build leaves is what the next one deletes.
     """
-    folder = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=parent))
-    try:
-        with _quiet(), fresh_cache(dir=str(folder)):
-            yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=parent)).resolve()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        # They would go on writing there.
+        stack.callback(shutdown_compile_workers)
+        place = folder
+        if len(str(folder).split()) > 1:
+            # Inductor makes commands of its paths, and splits them at spaces.
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moma-rt-"))) / "cache"
+            place.symlink_to(folder)
+        stack.enter_context(fresh_cache(dir=str(place)))
+        yield

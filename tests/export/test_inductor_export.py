@@ -99,7 +99,7 @@ def test_other_weights_are_other_engines_and_the_old_ones_go(tmp_path, compiled)
         lambda patch: patch.setattr(inductor_export, "library_version", lambda _: "2.99"),
         lambda patch: patch.setattr(inductor_export, "cpu_instructions", lambda: "AVX9000"),
         lambda patch: patch.setattr(inductor_export, "sha256_file", lambda _: "other code"),
-        lambda patch: patch.setattr(InductorOptions, "of", lambda _: InductorOptions(False, False, "O3")),
+        lambda patch: patch.setattr(InductorOptions, "of", lambda *_: InductorOptions(False, False, "O3")),
     ],
     ids=["version", "instructions", "code", "options"],
 )
@@ -191,9 +191,26 @@ def test_a_gpu_that_pytorch_cannot_use(tmp_path, compiled, monkeypatch):
 
 
 def test_a_cpu_is_compiled_for_in_a_hurry_and_a_gpu_with_care():
-    assert InductorOptions.of(0) == InductorOptions(max_autotune=False, channels_last=False, wrapper_level="O0")
-    assert InductorOptions.of(90) == InductorOptions(max_autotune=True, channels_last=True, wrapper_level="O1")
-    assert InductorOptions.of(90).settings["max_autotune"] is True
+    assert InductorOptions.of("denoiser", 0) == InductorOptions(False, channels_last=False, wrapper_level="O0")
+    assert InductorOptions.of("denoiser", 90) == InductorOptions(True, channels_last=True, wrapper_level="O1")
+    assert InductorOptions.of("denoiser", 90).settings["max_autotune"] is True
+
+
+def test_only_what_every_picture_is_made_with_is_measured():
+    assert [name for name in NETWORKS if InductorOptions.of(name, 90).max_autotune] == ["denoiser", "vae_decoder"]
+
+
+def test_every_setting_is_one_of_inductors():
+    assert set(InductorOptions.of("denoiser", 90).settings) <= set(torch._inductor.config.get_config_copy())
+
+
+def test_a_pytorch_that_is_too_old(tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr(inductor_export, "library_version", lambda _: "2.9.1+cu128")
+    with pytest.raises(
+        InputError, match=r"^inductor cpu: PyTorch 2.9.1\+cu128 is too old for packages: install 2.10 or "
+    ):
+        build(tmp_path / "a")
+    assert compiled == []
 
 
 def assert_as_onnxruntime(bundle, name, **sizes):

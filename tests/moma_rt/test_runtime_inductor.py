@@ -5,14 +5,26 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
+from moma_rt.backends.inductor import InductorBackend, TorchBound
 from moma_rt.bundle import read_manifest, write_manifest
 from moma_rt.cli import entry
-from moma_rt.errors import BundleError
+from moma_rt.errors import BundleError, Cancelled, MomaError, OutOfMemory
 from moma_rt.runtime import Runtime
+from tests.moma_rt.together import assert_same, calls_of, check_four_subjects, four_subjects, together
 
 PROMPT = "A car on a beach."
 EMBEDDING = np.random.default_rng(1).standard_normal(1024).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Of PyTorch's, in this process: the networks are too small for several, which wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +62,71 @@ def test_the_same_pictures_as_onnxruntime(on_a_cpu, small_bundles, subject, opti
         assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
     for mask, expected in zip(found.foreground_masks, wanted.foreground_masks, strict=True):
         np.testing.assert_allclose(mask, expected, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def subjects(small_bundles, photo, mask):
+    return four_subjects(Runtime.load(small_bundles[0], "onnxruntime"), photo, mask)
+
+
+def test_four_subjects_at_a_time_are_as_one_by_one(on_a_cpu, small_bundles, subjects):
+    runtime = Runtime.load(small_bundles[1], "inductor", max_batch=4)
+    check_four_subjects(runtime, subjects, context_embedding=EMBEDDING)
+
+
+def test_a_cancelled_and_a_failing_one_harm_no_other(on_a_cpu, small_bundles, subjects):
+    runtime = Runtime.load(small_bundles[1], "inductor", max_batch=4)
+    good, cancelled, failing, other = calls_of(subjects, steps=2, context_embedding=EMBEDDING)
+    expected = [runtime.generate(subject, prompt, **options) for subject, prompt, options in (good, other)]
+    cancelled[2]["on_step"] = lambda info: False
+    size = runtime.bundle.manifest.geometry.latent_size
+    failing[2]["latents"] = np.full((1, 4, size, size), 3e38, np.float32)
+    first, second, third, last = together(runtime, [good, cancelled, failing, other], context_embedding=EMBEDDING)
+    assert type(second) is Cancelled
+    assert type(third) is MomaError
+    assert "NaN or infinity" in str(third)
+    for result, wanted in zip((first, last), expected, strict=True):
+        assert_same(result, wanted)
+
+
+def test_those_that_have_no_room_together_are_made_one_by_one(on_a_cpu, small_bundles, subjects, monkeypatch):
+    runtime = Runtime.load(small_bundles[1], "inductor", max_batch=4)
+    calls = calls_of(subjects[:2], steps=1, context_embedding=EMBEDDING)
+    expected = [runtime.generate(subject, prompt, **options) for subject, prompt, options in calls]
+    enqueue, refused = TorchBound.enqueue, []
+
+    def crowded(bound):
+        if bound.name == "denoiser" and len(bound.outputs[0]) > 1:
+            refused.append(len(bound.outputs[0]))
+            raise OutOfMemory("no memory left")
+        enqueue(bound)
+
+    monkeypatch.setattr(TorchBound, "enqueue", crowded)
+    found = together(runtime, calls, context_embedding=EMBEDDING)
+    assert set(refused) == {2}
+    for result, wanted in zip(found, expected, strict=True):
+        assert_same(result, wanted)
+
+
+def test_packages_are_loaded_in_turn_where_a_budget_says_so(on_a_cpu, small_bundles, subject, monkeypatch):
+    manifest = read_manifest(small_bundles[1])
+    size = {engine.network: manifest.files[engine.file].size for engine in manifest.engines}
+    budget = size["denoiser"] + size["vae_decoder"] + min(size["text_encoder"], size["context_projector"])
+    expected = Runtime.load(small_bundles[1], "inductor").generate(
+        subject, PROMPT, steps=1, context_embedding=EMBEDDING
+    )
+    load, loads = InductorBackend.load, []
+
+    def counted(backend, spec, path):
+        loads.append(spec.name)
+        return load(backend, spec, path)
+
+    monkeypatch.setattr(InductorBackend, "load", counted)
+    runtime = Runtime.load(small_bundles[1], "inductor", memory_budget=budget)
+    for prompt in ("Snow.", PROMPT):
+        result = runtime.generate(subject, prompt, steps=1, context_embedding=EMBEDDING)
+    assert loads.count("text_encoder") == 2
+    assert_same(result, expected)
 
 
 def test_the_same_bytes_at_every_call(on_a_cpu, small_bundles, subject):

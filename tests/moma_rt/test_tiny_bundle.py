@@ -3,7 +3,6 @@
 import dataclasses
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from moma_rt.runtime import Runtime
 from moma_rt.schedules import SCHEDULERS, Column, schedule
 from moma_rt.stages import Stages
 from moma_rt.subject import Prefix
-from tests.moma_rt.waiting import wait_until
+from tests.moma_rt.together import check_four_subjects, four_subjects
 
 PROMPTS = (
     *(
@@ -194,34 +193,4 @@ def test_200_generations_do_not_grow(tiny_bundle, car, tmp_path, repository):
 
 def test_four_subjects_at_a_time_are_as_one_by_one(tiny_bundle, photo, mask):
     runtime = Runtime.load(tiny_bundle, "onnxruntime", max_batch=4)
-    subjects = []
-    for index, name in enumerate(("car", "cup", "red hat", "dog")):
-        # Masks of different sizes, so that the references are as well.
-        smaller = mask.crop((0, 0, mask.width, mask.height - mask.height // 6 * index)).resize(mask.size)
-        smaller.paste(0, (0, 0, mask.width // 8 * index, mask.height))
-        subjects.append(runtime.enroll(photo, smaller, name))
-    assert len({tuple(subject.token_counts().values()) for subject in subjects}) > 1
-    calls = [(s, f"A {s.name}.", {"steps": 2, "seed": i, "strength": 0.5 + 0.2 * i}) for i, s in enumerate(subjects)]
-    expected = [runtime.generate(subject, prompt, **options) for subject, prompt, options in calls]
-    found, threads = {}, []
-
-    def work(index):
-        subject, prompt, options = calls[index]
-        found[index] = runtime.generate(subject, prompt, **options)
-
-    def gather(info):
-        if not threads:
-            threads.extend(threading.Thread(target=work, args=(index,)) for index in range(4))
-            for thread in threads:
-                thread.start()
-            wait_until(lambda: len(runtime._turns._waiting) >= 4)
-
-    runtime.generate(subjects[0], "A car.", steps=2, on_step=gather)
-    for thread in threads:
-        thread.join()
-    # They were made together: each took as long as all of them.
-    assert len({result.seconds["denoiser"] for result in found.values()}) == 1
-    for index, wanted in enumerate(expected):
-        (image,), (wanted_image,) = found[index].images, wanted.images
-        assert np.abs(np.asarray(image).astype(int) - np.asarray(wanted_image)).max() <= 1
-        np.testing.assert_allclose(found[index].foreground_masks, wanted.foreground_masks, atol=1e-4)
+    check_four_subjects(runtime, four_subjects(runtime, photo, mask))
