@@ -1,0 +1,140 @@
+"""Whatever fails, and however little memory there is, on a GPU of NumPy: a call ends in its pictures or in its error,
+and what comes after it is as if nothing had been.
+"""
+
+import gc
+
+import numpy as np
+import pytest
+
+from moma_rt.bundle import Bundle
+from moma_rt.errors import MomaError, OutOfMemory
+from moma_rt.runtime import Runtime
+from tests.moma_rt.fake_cuda import NULL_GRAPH, CudaError, FakeCuda
+from tests.moma_rt.test_runtime_engines import bundle, gpu  # noqa: F401
+
+# Subject, prompt and options.
+CALLS = (
+    (0, "A car.", {"steps": 2}),
+    (1, "A car.", {"steps": 3, "num_images": 2}),
+    (1, "A car on a hill.", {"steps": 3, "scheduler": "lcm"}),
+    (0, "A car.", {"steps": 2, "on_step": lambda _: None}),
+)
+# Their failures are no error, and the memory would not be free.
+ENDING = ("Free", "FreeHost", "EventDestroy", "GraphDestroy", "GraphExecDestroy", "StreamDestroy")
+
+
+@pytest.fixture
+def subjects(bundle, fakes, photo, mask):  # noqa: F811
+    plain = Runtime(Bundle.open(bundle), fakes.FakeBackend())
+    return [plain.enroll(photo.rotate(90 * i), mask, "car") for i in range(2)]
+
+
+@pytest.fixture
+def make(bundle, fakes, subjects):  # noqa: F811
+    """Make all calls' pictures, which are right, or an error of a kind; returns how many are."""
+
+    def pictures(runtime, subject, prompt, options):
+        return np.stack([np.asarray(image) for image in runtime.generate(subjects[subject], prompt, **options).images])
+
+    plain = Runtime(Bundle.open(bundle), fakes.FakeBackend())
+    expected = [pictures(plain, *call) for call in CALLS]
+
+    def made(runtime, error=()):
+        count = 0
+        for call, wanted in zip(CALLS, expected, strict=True):
+            try:
+                found = pictures(runtime, *call)
+            except error:
+                continue
+            np.testing.assert_array_equal(found, wanted)
+            count += 1
+        return count
+
+    return made
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """Have the call of CUDA of some number fail, counted from now on; None: none. Returns how many there were before.
+
+    Those that free something are no such calls.
+    """
+    get = FakeCuda.__getattribute__
+    state = {"failing": None, "error": None, "count": 0}
+
+    def counted(cuda, name):
+        value = get(cuda, name)
+        if not callable(value) or isinstance(value, type) or not name.startswith("cuda") or name[4:] in ENDING:
+            return value
+
+        def call(*arguments):
+            state["count"] += 1
+            if state["count"] != state["failing"]:
+                return value(*arguments)
+            if name == "cudaStreamEndCapture":
+                cuda.graphs.pop(value(*arguments)[1], None)
+                return state["error"], NULL_GRAPH
+            return state["error"], None
+
+        return call
+
+    monkeypatch.setattr(FakeCuda, "__getattribute__", counted)
+
+    def set_failing(failing, error=None):
+        before = state["count"]
+        state.update(failing=failing, error=error, count=0)
+        return before
+
+    return set_failing
+
+
+def check_nothing_is_left(gpu, *runtime):  # noqa: F811
+    """Of what is handed over as the last who has it."""
+    gc.disable()
+    try:
+        del runtime
+        cuda = gpu.cuda
+        left = (cuda.graphs, cuda.memory, cuda.pinned, cuda.events, cuda.streams, cuda.queue, cuda.wrong)
+        assert left == ({}, {}, {}, {}, 0, [], [])
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize("error", ["cudaErrorMemoryAllocation", "cudaErrorIllegalAddress"])
+def test_any_call_of_cuda_may_fail(gpu, bundle, make, fail, every, error):  # noqa: F811
+    runtimes = [Runtime.load(bundle, "tensorrt")]
+    fail(None)
+    assert make(runtimes[0]) == len(CALLS)
+    total = fail(None)
+    check_nothing_is_left(gpu, runtimes.pop())
+    assert total > 100
+    for failing in range(1, total, every):
+        runtimes.append(Runtime.load(bundle, "tensorrt"))
+        fail(failing, CudaError[error])
+        assert make(runtimes[0], MomaError) >= len(CALLS) - 1, failing
+        fail(None)
+        assert make(runtimes[0]) == len(CALLS), failing
+        check_nothing_is_left(gpu, runtimes.pop())
+
+
+@pytest.mark.parametrize("budget", [None, 14])
+def test_any_amount_of_memory_may_be_all_there_is(gpu, bundle, make, budget):  # noqa: F811
+    """What is enough once is enough however often, and more of it never makes fewer pictures."""
+    runtimes = [Runtime.load(bundle, "tensorrt", memory_budget=budget)]
+    enough = gpu.cuda.capacity
+    assert make(runtimes[0]) == len(CALLS)
+    used = gpu.cuda.used
+    check_nothing_is_left(gpu, runtimes.pop())
+    counts = []
+    for part in range(11):
+        gpu.cuda.capacity = used * part // 5
+        runtimes.append(Runtime.load(bundle, "tensorrt", memory_budget=budget))
+        counts.append(make(runtimes[0], OutOfMemory))
+        assert make(runtimes[0], OutOfMemory) == counts[-1]
+        gpu.cuda.capacity = enough
+        assert make(runtimes[0]) == len(CALLS)
+        check_nothing_is_left(gpu, runtimes.pop())
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, len(CALLS))
