@@ -244,6 +244,8 @@ class Runtime:
         if context_embedding is not None:
             context_embedding = check_array("context_embedding", context_embedding, (geometry.embedding_width,))
         subject.check(self.bundle)
+        # Now: in this call's turn others would wait for it, at each call with a subject that was loaded for it.
+        subject.identity  # noqa: B018
         request = _Request(subject, (prompt, negative_prompt), context_embedding, settings, latents, on_step)
         return self._turns.answer(Call(request, request.kind, num_images), self._make)
 

@@ -53,6 +53,16 @@ def together(runtime, fakes, monkeypatch, calls):
     return [found[index] for index in range(len(calls))]
 
 
+def test_a_subject_is_hashed_while_others_have_their_turn(runtime, subject):
+    loaded = dataclasses.replace(subject)
+    call = threading.Thread(target=runtime.generate, args=(loaded, "A car."), kwargs={"steps": 1})
+    with runtime._turns.turn():
+        call.start()
+        wait_until(lambda: runtime._turns._waiting)
+        assert "identity" in vars(loaded)
+    call.join()
+
+
 @pytest.fixture
 def subjects(batching, photo, mask):
     """Four, with different numbers of reference tokens."""
