@@ -33,6 +33,7 @@ class OnDevice:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
+        stream.ends_with(self)
 
     def allocate(self, wanted: Mapping[K, Size]) -> dict[K, Buffer]:
         kinds = {key: (shape, np.dtype(dtype)) for key, (shape, dtype) in wanted.items()}

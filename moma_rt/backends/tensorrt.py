@@ -212,7 +212,6 @@ class TensorRtBackend(OnDevice):
             self._runtime = trt.Runtime(log)
         except (TypeError, RuntimeError):  # how the bindings say that they were given no object
             raise MomaError(f"{self._shared.library} cannot use this GPU: {self._shared.reason()}") from None
-        stream.ends_with(self)
 
     def load(self, spec: NetworkSpec, path: Path) -> TrtNetwork:
         shared = self._shared
