@@ -196,7 +196,7 @@ class _Packager:
             "library": [self.target.flavour.value, self.version],
             "kernels": importlib.metadata.version("triton") if on_gpu and is_installed("triton") else None,
             "capability": capability,
-            "instructions": None if on_gpu else cpu_instructions(),
+            "instructions": cpu_instructions(),
             "options": dataclasses.asdict(InductorOptions.of(entry.spec.name, capability)),
             "notes": tensors_note(entry.spec),
             "code": sha256_file(Path(__file__)),

@@ -70,7 +70,7 @@ class _Queue:
             with torch.inference_mode(), torch.cuda.stream(self.stream):
                 yield
         except RuntimeError as error:  # of which PyTorch's own classes are
-            raise self._explained(what, error) from None
+            raise self.explained(what, error) from None
 
     def pace(self) -> None:
         """Wait until what was on the stream when this was last called has run."""
@@ -84,7 +84,8 @@ class _Queue:
         if self.used is not None:
             self.used += used
 
-    def _explained(self, what: str, error: RuntimeError) -> MomaError:
+    def explained(self, what: str, error: RuntimeError) -> MomaError:
+        """What PyTorch raised, in one line that begins with `what`."""
         said = one_line(error)
         # A package passes an error of the allocator on as one that does not say what it was.
         counted = 0 if self.stream is None else int(torch.cuda.memory_stats(self.device).get("num_ooms", 0))
@@ -161,8 +162,8 @@ class InductorBackend:
         if threads is not None:
             torch.set_num_threads(threads)
         new_stream: Any = torch.cuda.Stream  # which has no types
-        on = torch.device("cpu" if device is None else "cuda")
-        self._queue = _Queue(on, None if device is None else new_stream())
+        on = torch.device("cpu" if device is None else "cuda:0")
+        self._queue = _Queue(on, None if device is None else new_stream(on))
 
     def load(self, spec: NetworkSpec, path: Path) -> TorchNetwork:
         notes = _notes(path)
@@ -188,13 +189,15 @@ class InductorBackend:
         return runners.AOTIModelContainerRunnerCuda(code, 1, "cuda", "", True)
 
     def _check_machine(self, path: Path, notes: Mapping[str, str]) -> None:
-        """Refuse a package for another kind of device, and instructions that this CPU may not have."""
+        """Refuse a package for another kind of device, and instructions that this CPU may not have: a GPU's package is
+        code for a CPU as well.
+        """
         kind = self._queue.device.type
         if notes.get(_DEVICE_NOTE) != kind:
             raise BundleError(f"{path} was compiled for {notes.get(_DEVICE_NOTE)}, and this backend runs on {kind}")
         # Such as "AVX512 AVX512_VNNI"; the first one is what the others add to.
         needed = notes.get(_ISA_NOTE, "").split()[:1]
-        if kind == "cpu" and needed and needed != [cpu_instructions()]:
+        if needed and needed != [cpu_instructions()]:
             raise BundleError(
                 f"{path} was compiled for a CPU with {needed[0]}, and PyTorch uses {cpu_instructions()} on this one: "
                 "build it here"
@@ -247,20 +250,29 @@ class InductorBackend:
         if not self.records:
             return None
         queue, graph, used = self._queue, torch.cuda.CUDAGraph(), list[object]()
+        # A recording begins with this; what it gives back would hide what the recording takes.
+        torch.cuda.empty_cache()
+        free_before, _ = torch.cuda.mem_get_info(queue.device)
         queue.used = used
-        free_before, _ = torch.cuda.mem_get_info()
         try:
-            # Other threads of this process may use the GPU meanwhile.
-            with torch.cuda.graph(graph, stream=queue.stream, capture_error_mode="thread_local"):
+            # The stream, once more: a recording that fails to end leaves it this thread's own. Other threads of this
+            # process may use the GPU meanwhile.
+            with (
+                torch.cuda.stream(queue.stream),
+                torch.cuda.graph(graph, stream=queue.stream, capture_error_mode="thread_local"),
+            ):
                 enqueue()
-        except OutOfMemory:
-            raise
-        except (RuntimeError, MomaError):
+        except (RuntimeError, MomaError) as error:
+            # After an error inside, the end of a recording may fail as well, and say nothing of the first.
+            for said in (error, error.__context__):
+                reason = queue.explained("a recording", said) if isinstance(said, RuntimeError) else said
+                if isinstance(reason, OutOfMemory):
+                    raise reason from None
             # Work that cannot be recorded runs all the same when it is enqueued, or says then what is wrong with it.
             return None
         finally:
             queue.used = None
-        free_after, _ = torch.cuda.mem_get_info()
+        free_after, _ = torch.cuda.mem_get_info(queue.device)
         return TorchRecording(graph, queue, tuple(used), max(0, free_before - free_after))
 
     def pace(self) -> None:

@@ -115,8 +115,6 @@ def test_what_a_key_names(tmp_path, compiled, monkeypatch, change):
 def test_a_gpus_engines_lie_beside_a_cpus(tmp_path, compiled, monkeypatch):
     on_cpu, _ = build(tmp_path / "a")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    # What a GPU's engines depend on of a CPU: nothing.
-    monkeypatch.setattr(inductor_export, "cpu_instructions", lambda: pytest.fail("it was asked"))
     both, said = build(tmp_path / "a", target=EngineTarget(Flavour.INDUCTOR, (90,)))
     assert said == [f"{name} built for inductor sm90" for name in NAMES]
     assert [(e.network, e.capabilities) for e in both] == [(name, (c,)) for name in NAMES for c in (0, 90)]

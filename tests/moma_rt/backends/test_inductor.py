@@ -271,47 +271,6 @@ def test_on_a_gpu_two_bindings_hand_the_state_to_and_fro(tmp_path):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_recording_does_what_it_recorded(tmp_path):
-    backend = InductorBackend(local_device())
-    network = backend.load(STEP, save_package(tmp_path / "step.pt2", STEP, "cuda"))
-    even = allocate(backend, STEP, batch=2)
-    odd = {**even, "x": even["next_x"], "next_x": even["x"]}
-    table = buffer_of(backend, (4, 1), "float32")
-    backend.upload(table, np.array([[1], [10], [100], [1000]], np.float32))
-
-    def steps_of(bounds):
-        def run():
-            for i in range(4):
-                backend.copy_row(table, i, even["y"])
-                bounds[i % 2].enqueue()
-
-        return run
-
-    run = steps_of([network.bind(even), network.bind(odd)])
-    run()
-    eager = backend.download(even["x"])
-    backend.upload(even["x"], np.zeros((2, 3), np.float32))
-    recording = backend.record(run)
-    assert recording is not None
-    assert recording.usable
-    assert not backend.download(even["x"]).any(), "recording runs nothing"
-    del run, network
-    gc.collect()
-    for times in (1, 2):
-        recording.replay()
-        np.testing.assert_array_equal(backend.download(even["x"]), times * eager)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_what_cannot_be_recorded_is_not():
-    backend = InductorBackend(local_device())
-    buffer = buffer_of(backend, (3,), "float32")
-    assert backend.record(lambda: backend.download(buffer)) is None
-    backend.upload(buffer, np.ones(3, np.float32))
-    assert (backend.download(buffer) == 1).all()
-
-
-@pytest.mark.gpu
 def test_on_a_gpu_out_of_memory_is_said():
     backend = InductorBackend(local_device())
     with pytest.raises(OutOfMemory, match="no memory left"):

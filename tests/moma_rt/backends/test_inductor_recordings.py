@@ -1,0 +1,135 @@
+"""Recordings of the inductor backend: what they take and what they fail for, without a GPU, and real ones on one."""
+
+import contextlib
+import gc
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from moma_rt.backends.inductor import InductorBackend
+from moma_rt.device import local_device
+from moma_rt.engines import Device
+from moma_rt.errors import BundleError, MomaError, OutOfMemory
+from tests.moma_rt.backends.networks import STEP, allocate, buffer_of
+from tests.moma_rt.backends.packages import save_package
+
+
+class FakeCuda:
+    """What recording needs of `torch.cuda`; `end` is what the end of a recording raises."""
+
+    def __init__(self, monkeypatch):
+        self.end = None
+        self.free = 1000
+        replaced = {
+            "is_available": lambda: True,
+            "Stream": lambda device: SimpleNamespace(device=device),
+            "stream": lambda stream: contextlib.nullcontext(),
+            "CUDAGraph": SimpleNamespace,
+            "graph": self.graph,
+            "empty_cache": lambda: None,
+            "mem_get_info": lambda device: (self.free, 2000),
+            "memory_stats": lambda device: {},
+        }
+        for name, value in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextlib.contextmanager
+    def graph(self, graph, **_):
+        try:
+            yield
+        finally:
+            self.free -= 300
+            if self.end is not None:
+                raise self.end
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """A backend that records on a GPU that is not there, and that GPU."""
+    cuda = FakeCuda(monkeypatch)
+    return InductorBackend(Device("H100", 90)), cuda
+
+
+def test_a_recording_says_what_it_takes_and_is_on_the_first_gpu(recorder):
+    backend, _ = recorder
+    assert backend._queue.stream.device == torch.device("cuda", 0)
+    assert backend.record(lambda: None).size == 300
+    assert backend._queue.used is None
+
+
+@pytest.mark.parametrize(
+    ("inside", "end", "raised"),
+    [
+        (MomaError("not permitted"), None, None),
+        (MomaError("not permitted"), RuntimeError("the recording is invalid"), None),
+        (None, RuntimeError("operation not permitted"), None),
+        (OutOfMemory("no memory left"), None, OutOfMemory),
+        (OutOfMemory("no memory left"), RuntimeError("the recording is invalid"), OutOfMemory),
+        (None, RuntimeError("CUDA error: out of memory"), OutOfMemory),
+        (KeyboardInterrupt(), None, KeyboardInterrupt),
+    ],
+)
+def test_what_a_recording_fails_for(recorder, inside, end, raised):
+    backend, cuda = recorder
+    cuda.end = end
+
+    def enqueue():
+        if inside is not None:
+            raise inside
+
+    if raised is None:
+        assert backend.record(enqueue) is None
+    else:
+        with pytest.raises(raised):
+            backend.record(enqueue)
+    assert backend._queue.used is None, "what runs next belongs to no recording"
+
+
+def test_a_gpus_package_is_code_for_a_cpu_as_well(recorder):
+    backend, _ = recorder
+    with pytest.raises(BundleError, match="engine.pt2 was compiled for a CPU with AVX9000, and PyTorch uses"):
+        backend._check_machine(Path("engine.pt2"), {"AOTI_DEVICE_KEY": "cuda", "AOTI_CPU_ISA": "AVX9000 AMX"})
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_recording_does_what_it_recorded(tmp_path):
+    backend = InductorBackend(local_device())
+    network = backend.load(STEP, save_package(tmp_path / "step.pt2", STEP, "cuda"))
+    even = allocate(backend, STEP, batch=2)
+    odd = {**even, "x": even["next_x"], "next_x": even["x"]}
+    table = buffer_of(backend, (4, 1), "float32")
+    backend.upload(table, np.array([[1], [10], [100], [1000]], np.float32))
+
+    def steps_of(bounds):
+        def run():
+            for i in range(4):
+                backend.copy_row(table, i, even["y"])
+                bounds[i % 2].enqueue()
+
+        return run
+
+    run = steps_of([network.bind(even), network.bind(odd)])
+    run()
+    eager = backend.download(even["x"])
+    backend.upload(even["x"], np.zeros((2, 3), np.float32))
+    recording = backend.record(run)
+    assert recording is not None
+    assert recording.usable
+    assert not backend.download(even["x"]).any(), "recording runs nothing"
+    del run, network
+    gc.collect()
+    for times in (1, 2):
+        recording.replay()
+        np.testing.assert_array_equal(backend.download(even["x"]), times * eager)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_cannot_be_recorded_is_not():
+    backend = InductorBackend(local_device())
+    buffer = buffer_of(backend, (3,), "float32")
+    assert backend.record(lambda: backend.download(buffer)) is None
+    backend.upload(buffer, np.ones(3, np.float32))
+    assert (backend.download(buffer) == 1).all()
