@@ -161,6 +161,8 @@ def _configure(trt: Any, config: Any, request: EngineRequest) -> None:
         config.num_compute_capabilities = len(request.capabilities)
         for index, capability in enumerate(request.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
+        # Else it may allocate memory while it runs, and could not be recorded then. Contexts are given theirs anyway.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     else:
         if options.refittable:
             config.set_flag(trt.BuilderFlag.REFIT)

@@ -4,8 +4,10 @@ A network is bound to its buffers once and then run as often as needed: addresse
 so a backend can capture a run and replay it, and nothing is allocated while pictures are made.
 """
 
+import contextlib
+import gc
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -157,3 +159,15 @@ def check_tensors(path: Path, what: str, expected: Iterable[str], found: Iterabl
         raise BundleError(
             f"{path}: its {what} are not the manifest's: missing {sorted(want - have)}, further {sorted(have - want)}"
         )
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector, which may find memory of a device: a thread that captures must not free any."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -2,16 +2,15 @@
 
 import contextlib
 import ctypes
-import gc
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from moma_rt.backends.base import Array
+from moma_rt.backends.base import Array, uncollected
 from moma_rt.errors import MomaError, OutOfMemory
 from moma_rt.libraries import CUDA_PIP_NAME, cuda_runtime
 from moma_rt.messages import one_line
@@ -154,7 +153,7 @@ class Stream:
         mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         kept_before, self._kept = self._kept, {}
         try:
-            with _uncollected():
+            with uncollected():
                 try:
                     self._call("cudaStreamBeginCapture", self.handle, mode)
                     self.is_capturing = True
@@ -279,18 +278,6 @@ class Graph:
     size: int
     _used: tuple[object, ...]
     _owned: _Owned
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the garbage collector, which may find memory of a device: a thread that captures must not free any."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _end(cuda: Any, stream: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moma_rt.backends.base import Array, Buffer, K, Size, check_tensors, fitting
+from moma_rt.backends.base import Array, Buffer, K, Size, check_tensors, fitting, uncollected
 from moma_rt.engines import Device
 from moma_rt.errors import BundleError, MomaError, OutOfMemory, os_error_line
 from moma_rt.messages import one_line
@@ -260,6 +260,7 @@ class InductorBackend:
             with (
                 torch.cuda.stream(queue.stream),
                 torch.cuda.graph(graph, stream=queue.stream, capture_error_mode="thread_local"),
+                uncollected(),
             ):
                 enqueue()
         except (RuntimeError, MomaError) as error:

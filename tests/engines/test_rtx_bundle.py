@@ -1,18 +1,21 @@
 """A whole bundle with engines for RTX devices, built here: no GPU is needed for that, and none is there in CI."""
 
 import collections
+from pathlib import Path
 
 import onnx
 import onnx.inliner
 import pytest
 
 from engines.plugins import CONTEXT, PLUGINS_SINCE, KernelShape, attention_shapes
+from engines.tensorrt import EngineRequest, _configure
 from export.build import main
 from export.lowering import DOCUMENTED
 from moma_rt.bundle import Bundle
-from moma_rt.engines import Device, Library, select
+from moma_rt.engines import Device, Flavour, Library, select
 from moma_rt.inspection import describe_bundle
-from moma_rt.specs import Precision
+from moma_rt.libraries import library_log
+from moma_rt.specs import NetworkSpec, Precision
 
 pytestmark = pytest.mark.tensorrt
 TARGET = "sm86,sm89,sm120"
@@ -39,6 +42,14 @@ def test_every_network_has_an_engine_for_every_device(bundle):
     assert precisions.pop("context_projector") is Precision.FP32
     assert precisions.pop("language_model") is Precision.INT4
     assert set(precisions.values()) == {Precision.FP16}
+
+
+def test_engines_are_built_so_that_their_runs_can_be_recorded():
+    trt = pytest.importorskip("tensorrt_rtx")
+    config = trt.Builder(library_log(Flavour.TENSORRT_RTX)).create_builder_config()
+    assert not config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    _configure(trt, config, EngineRequest(Flavour.TENSORRT_RTX, (89,), Path(), NetworkSpec("any", (), ())))
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 def test_the_memory_an_engine_needs_is_known(bundle):
