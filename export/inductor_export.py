@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
 import subprocess
 import tempfile
@@ -65,11 +66,12 @@ class InductorOptions:
 
     @classmethod
     def of(cls, network: str, capability: int) -> "InductorOptions":
-        """What pays: on a CPU, where nothing is served, that compiling is quick; on a GPU, measuring what every picture
-        is made with, and nothing of what runs once a subject or a prompt.
+        """What pays: on a CPU, where nothing is served, that compiling is quick; on a GPU, care with what every picture
+        is made with, and not with what runs once a subject or a prompt.
         """
         on_gpu = capability != CPU_CAPABILITY
-        return cls(on_gpu and network in PICTURES, on_gpu, "O1" if on_gpu else "O0")
+        with_care = on_gpu and network in PICTURES
+        return cls(with_care, on_gpu, "O1" if with_care else "O0")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -230,13 +232,19 @@ def write_package(
             )
     except (RuntimeError, subprocess.CalledProcessError) as error:  # such as: no C++ compiler, no memory left
         raise BundleError(
-            f"{entry.spec.name}: PyTorch {torch.__version__} cannot compile it: {one_line(error)}"
+            f"{entry.spec.name}: PyTorch {torch.__version__} cannot compile it: {_reason(error)}"
         ) from None
     finally:
         del module
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _reason(error: Exception) -> str:
+    """What a compiler said, without the long command that it was called with; else all that the error says."""
+    said = f"{error}\n{getattr(error, 'stderr', None) or ''}"
+    return one_line(next((line for line in said.splitlines() if "error: " in line), said))
 
 
 def _drop_placeholders(module: nn.Module) -> None:
@@ -280,5 +288,20 @@ def _cache(parent: Path) -> Iterator[None]:
             # Inductor makes commands of its paths, and splits them at spaces.
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moma-rt-"))) / "cache"
             place.symlink_to(folder)
+        stack.enter_context(_temporary_files_in(place))
         stack.enter_context(fresh_cache(dir=str(place)))
         yield
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """For processes that are started meanwhile: a C++ compiler that is ended leaves its own."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
