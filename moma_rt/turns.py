@@ -47,8 +47,9 @@ class Call(Generic[R, A]):
 class Turns(Generic[R, A]):
     """Gives threads their turns.
 
-    A turn is not reentrant: what it protects is in use. Whoever has the turn answers with its own call those that wait
-    and are of its kind, so calls gather by themselves while the device is busy and none waits for company.
+    They get them in the order in which they asked. A turn is not reentrant: what it protects is in use. Whoever has the
+    turn answers with its own call those that wait and are of its kind, so calls gather by themselves while the device
+    is busy and none waits for company.
 
     most: the sum of sizes up to which calls are answered together.
     """
@@ -57,7 +58,8 @@ class Turns(Generic[R, A]):
         self._most = most
         self._changed = threading.Condition()
         self._owner: int | None = None
-        self._waiting: list[Call[R, A]] = []
+        # Calls, and whatever else stands for a thread that wants a turn.
+        self._waiting: list[object] = []
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -67,13 +69,16 @@ class Turns(Generic[R, A]):
             InputError: the thread has it already.
         """
         self._check_not_inside()
+        ticket = object()
         try:
             with self._changed:
-                self._changed.wait_for(lambda: self._owner is None)
+                self._waiting.append(ticket)
+                self._changed.wait_for(lambda: self._is_next(ticket))
                 self._owner = threading.get_ident()
+                self._waiting.remove(ticket)
             yield
         finally:
-            self._give_back()
+            self._leave(ticket)
 
     def answer(self, call: Call[R, A], together: Callable[[Sequence[Call[R, A]]], None]) -> A:
         """The answer of `call`, by this thread in its turn, or by one whose turn comes earlier.
@@ -86,35 +91,39 @@ class Turns(Generic[R, A]):
         try:
             with self._changed:
                 self._waiting.append(call)
-                self._changed.wait_for(lambda: self._owner is None or call.is_done)
+                self._changed.wait_for(lambda: self._is_next(call) or call.is_done)
                 if not call.is_done:
                     self._owner = threading.get_ident()
                     group = self._take(call)
             if group:
                 together(group)
         finally:
-            with self._changed, contextlib.suppress(ValueError):
-                self._waiting.remove(call)
-            self._give_back()
+            self._leave(call)
         return call.result()
+
+    def _is_next(self, waiting: object) -> bool:
+        # A call that was taken by somebody who could not answer it waits no more, and has waited longest.
+        return self._owner is None and (waiting not in self._waiting or self._waiting[0] is waiting)
 
     def _check_not_inside(self) -> None:
         # Only this thread can have written its own number there, so it cannot change meanwhile.
         if self._owner == threading.get_ident():
             raise InputError("the runtime was called from on_step, while it is busy with the call that is reported")
 
-    def _give_back(self) -> None:
-        """End this thread's turn, if it has one."""
+    def _leave(self, waiting: object) -> None:
+        """Wait no longer, and end this thread's turn, if it has one."""
         with self._changed:
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(waiting)
             if self._owner == threading.get_ident():
                 self._owner = None
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def _take(self, first: Call[R, A]) -> list[Call[R, A]]:
         """`first` and those that go with it, in the order in which they came, no longer waiting."""
         taken, room = [first], self._most - first.size
         for call in self._waiting:
-            if call is not first and call.kind == first.kind and call.size <= room:
+            if isinstance(call, Call) and call is not first and call.kind == first.kind and call.size <= room:
                 taken.append(call)
                 room -= call.size
         self._waiting = [call for call in self._waiting if call not in taken]

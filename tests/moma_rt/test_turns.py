@@ -127,6 +127,51 @@ def test_calls_that_were_left_unanswered_are_asked_again():
     ]
 
 
+def test_turns_are_given_in_the_order_in_which_they_were_asked_for():
+    """Whoever asks again waits behind those that wait already, or a busy thread would keep all others from theirs."""
+    turns, order, threads = Turns(1), [], []
+
+    def answer(calls):
+        order.append(calls[0].request)
+        calls[0].answer(None)
+
+    def call(name, times):
+        for _ in range(times):
+            turns.answer(Call(name, name, 1), answer)
+
+    def turn(name, _):
+        with turns.turn():
+            order.append(name)
+
+    with turns.turn():
+        for waiting, (work, name, times) in enumerate([(call, 0, 2), (turn, 1, 1), (call, 2, 2), (call, 3, 1)], 1):
+            threads.append(threading.Thread(target=work, args=(name, times)))
+            threads[-1].start()
+            wait_until(lambda count=waiting: len(turns._waiting) >= count)
+    for thread in threads:
+        thread.join()
+    assert order[:4] == [0, 1, 2, 3]
+    assert sorted(order[4:]) == [0, 2]
+    assert turns._waiting == []
+
+
+def test_whoever_waits_no_longer_does_not_hold_up_the_next():
+    """A thread that is interrupted while it is the next one."""
+    turns, done = Turns(1), threading.Event()
+    first, second = object(), Call(2, "kind", 1)
+    with turns.turn():
+        turns._waiting.append(first)
+        thread = threading.Thread(
+            target=lambda: (turns.answer(second, lambda calls: calls[0].answer(None)), done.set())
+        )
+        thread.start()
+        wait_until(lambda: second in turns._waiting)
+    assert not done.is_set()
+    turns._leave(first)
+    thread.join()
+    assert done.is_set()
+
+
 def test_a_turn_is_not_reentrant():
     turns = Turns(1)
     with turns.turn(), pytest.raises(InputError, match="called from on_step"), turns.turn():
@@ -162,10 +207,6 @@ def test_an_answered_call_does_not_wait_for_others():
     with turns.turn():
         for waiting, (name, kind) in enumerate([("a1", "a"), ("a2", "a"), ("b", "b")], 1):
             start(name, kind, waiting)
-    wait_until(lambda: entered[0].is_set() or entered[1].is_set())
-    if entered[1].is_set():
-        # Threads that wait for a turn get it in no particular order.
-        go_on[1].set()
     go_on[0].set()
     wait_until(lambda: {"a1", "a2"} <= set(order))
     go_on[1].set()
