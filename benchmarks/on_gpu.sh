@@ -47,8 +47,9 @@ run() {
     return "$status"
 }
 
+# Inductor compiles for minutes; a build that was ended goes on where it was when it is asked for again.
 build_bundle() {
-    run bundle 240 "$python" -m export.build --base sd15 --weights random --precision "$precision" \
+    run bundle 570 "$python" -m export.build --base sd15 --weights random --precision "$precision" \
         --only denoiser,subject_encoder,vae_encoder,vae_decoder,text_encoder,context_projector \
         --target "$target" --out "$bundle" || exit 1
 }
