@@ -22,6 +22,7 @@ pytestmark = pytest.mark.tensorrt
 BUILD_ONE = Path(__file__).parent / "build_one.py"
 WIDTH, GRID = 32, 8
 WEIGHT_OI = np.random.default_rng(0).standard_normal((WIDTH, WIDTH)).astype(np.float16)
+SAID_BY_A_FLAG = 256
 # What a target machine need not have.
 NOT_NEEDED = {"torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers", "triton"}
 
@@ -92,9 +93,10 @@ def test_both_flavours_build_the_same_engine(tmp_path, bindings_over_rtx, batch)
         assert result["facts"]["activation_bytes"] > 0
         assert any("1 of" in text for text in result["reported"])
     assert results["tensorrt"]["facts"] == results["tensorrt_rtx"]["facts"]
-    engine = (tmp_path / "tensorrt" / ENGINE_NAME).read_bytes()
-    assert engine == (tmp_path / "tensorrt_rtx" / ENGINE_NAME).read_bytes()
-    assert WEIGHT_OI.tobytes() in engine
+    engines = [(tmp_path / module / ENGINE_NAME).read_bytes() for module in results]
+    # TensorRT-RTX alone is told that contexts are given their memory, which an engine says of itself.
+    assert abs(len(engines[0]) - len(engines[1])) < SAID_BY_A_FLAG
+    assert all(WEIGHT_OI.tobytes() in engine for engine in engines)
 
 
 def test_the_timing_cache_is_written_and_read(tmp_path, bindings_over_rtx):
