@@ -48,5 +48,5 @@ class Lru(Generic[K, V]):
         """Hold a value as the one used last, also one that is held and whose size has changed."""
         self._values[key] = value
         self._values.move_to_end(key)
-        while len(self._values) > 1 and self.size > self._budget and self._size_of is not None:
+        while len(self._values) > 1 and self.size > self._budget:
             self._values.popitem(last=False)

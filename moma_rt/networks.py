@@ -153,7 +153,7 @@ def run_once(
     spec = network.spec
     sizes = sizes_of(spec, inputs)
     arrays = {t.name: array for t in spec.inputs if isinstance(array := inputs[t.name], np.ndarray)}
-    made = [t for t in (*spec.inputs, *spec.outputs) if t.name in arrays or t in spec.outputs]
+    made = (*(t for t in spec.inputs if t.name in arrays), *spec.outputs)
     buffers = backend.allocate({t.name: (t.resolve(**sizes), t.dtype) for t in made})
     for name, array in arrays.items():
         backend.upload(buffers[name], array)

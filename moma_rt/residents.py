@@ -28,9 +28,6 @@ class Residents:
         self._kept: Lru[tuple[str, str], Mapping[str, Buffer]] = Lru(_MOST, _size, budget)
         networks.on_unload(self._let_go)
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def reference(self, subject: Subject) -> Mapping[str, Buffer]:
         """A subject's inputs of the denoiser, in its dtypes: keys and values [N_g,C], object masks [N_g].
 

@@ -19,6 +19,8 @@ from moma_rt.specs import NetworkSpec
 
 # Networks have tensors of several dtypes; their names in a NetworkSpec say which.
 Array = NDArray[Any]
+# What helps where memory ran out.
+ROOM_ADVICE = "end what else runs on the device, or make fewer pictures at a time"
 # Shape and dtype.
 Size = tuple[tuple[int, ...], str]
 K = TypeVar("K")

@@ -172,17 +172,16 @@ class Stream:
                 cuda.cudaGraphDestroy(captured)
 
     def _instantiated(self, captured: Any, used: tuple[object, ...]) -> "Graph":
-        free_before = self.free_bytes()
+        free_before = self._free_bytes()
         executable = self._call("cudaGraphInstantiate", captured, 0)
         owned = _Owned(self._cuda.cudaGraphExecDestroy, executable)
         # Now, and not when it is launched for the first time.
         self._call("cudaGraphUpload", executable, self.handle)
         self._call("cudaStreamSynchronize", self.handle)
         # Others may have used the device meanwhile, so this is no more than an estimate.
-        return Graph(executable, max(0, free_before - self.free_bytes()), used, owned)
+        return Graph(executable, max(0, free_before - self._free_bytes()), used, owned)
 
-    def free_bytes(self) -> int:
-        """Memory of the device that nobody uses."""
+    def _free_bytes(self) -> int:
         return int(self._call("cudaMemGetInfo"))
 
     def launch(self, graph: "Graph") -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moma_rt.backends.base import Array, Buffer, K, Size, check_tensors, fitting, uncollected
+from moma_rt.backends.base import ROOM_ADVICE, Array, Buffer, K, Size, check_tensors, fitting, uncollected
 from moma_rt.engines import Device
 from moma_rt.errors import BundleError, MomaError, OutOfMemory, os_error_line
 from moma_rt.messages import one_line
@@ -28,7 +28,6 @@ _NO_MEMORY = ("out of memory", "can't allocate memory")
 # What reading a file that is no package raises.
 _NO_PACKAGE = (zipfile.BadZipFile, StopIteration, ValueError, AttributeError, EOFError)
 _CHUNK_BYTES = 1 << 22
-_ADVICE = "end what else runs on the device, or make fewer pictures at a time"
 
 
 def tensors_note(spec: NetworkSpec) -> str:
@@ -91,7 +90,7 @@ class _Queue:
         counted = 0 if self.stream is None else int(torch.cuda.memory_stats(self.device).get("num_ooms", 0))
         ran_out, self.shortages = counted > self.shortages, counted
         if ran_out or isinstance(error, torch.OutOfMemoryError) or any(text in said for text in _NO_MEMORY):
-            return OutOfMemory(f"{what}: no memory left: {said}; {_ADVICE}")
+            return OutOfMemory(f"{what}: no memory left: {said}; {ROOM_ADVICE}")
         return MomaError(f"{what}: {said}")
 
 

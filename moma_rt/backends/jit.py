@@ -46,12 +46,11 @@ def just_in_time(flavour: Flavour, trt: Any, engine: Any, engine_file: Path, is_
         return None
     runtime_config = engine.create_runtime_config()
     runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-    if is_recorded:
-        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
-    else:
-        lazy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
-        runtime_config.dynamic_shapes_kernel_specialization_strategy = lazy
+    runtime_config.dynamic_shapes_kernel_specialization_strategy = (
+        trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        if is_recorded
+        else trt.DynamicShapesKernelSpecializationStrategy.LAZY
+    )
     runtime_config.set_runtime_cache(runtime_config.create_runtime_cache())
     file, known = _place(engine_file), b""
     with contextlib.suppress(OSError):
@@ -62,8 +61,9 @@ def just_in_time(flavour: Flavour, trt: Any, engine: Any, engine_file: Path, is_
 
 
 def is_capturable(flavour: Flavour, context: Any, stream_handle: int) -> bool:
-    """Whether a context, which has run on the stream, can be captured there. Of TensorRT itself, whose attempt fails
-    where it cannot: True.
+    """Whether a context, which has run on the stream, can be captured there, as far as one can ask.
+
+    TensorRT itself does not say: there the capture fails.
     """
     if flavour is not Flavour.TENSORRT_RTX:
         return True

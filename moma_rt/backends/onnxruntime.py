@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from moma_rt.backends.base import Array, Buffer, K, Size, check_tensors, fitting
+from moma_rt.backends.base import ROOM_ADVICE, Array, Buffer, K, Size, check_tensors, fitting
 from moma_rt.errors import BundleError, OutOfMemory
 from moma_rt.messages import first_line
 from moma_rt.specs import NetworkSpec
@@ -18,7 +18,6 @@ LOG_FATAL = 4
 _ORT_ERROR = "onnxruntime"
 # How its allocators, and those of the libraries that it calls, say that memory ran out.
 _NO_MEMORY = re.compile(r"failed to allocate memory[\w ]*|out of memory|bad_?alloc|\w+_ALLOC_FAILED", re.IGNORECASE)
-_ADVICE = "end what else runs on the device, or make fewer pictures at a time"
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +160,7 @@ def open_session(
 def out_of_memory(problem: str, error: Exception) -> OutOfMemory | None:
     """An error of ONNX Runtime as this one, if that is what it says."""
     found = _NO_MEMORY.search(str(error))
-    return None if found is None else OutOfMemory(f"{problem}: {found[0].strip()}; {_ADVICE}")
+    return None if found is None else OutOfMemory(f"{problem}: {found[0].strip()}; {ROOM_ADVICE}")
 
 
 def is_ort_error(error: Exception) -> bool:

@@ -117,11 +117,12 @@ class TrtBound:
             # Code is loaded when it first runs.
             kind = OutOfMemory if _OUT_OF_MEMORY.search(shared.reason()) else MomaError
             raise kind(f"{self._loaded.spec.name}: {shared.library} cannot run it: {shared.reason()}")
-        if self._loaded.jit is not None and not self._has_run:
-            shared.unsaved.append(self._loaded.jit)
-        if not self._has_run:
-            self._is_capturable = is_capturable(shared.flavour, context, shared.stream.handle)
+        if self._has_run:
+            return
         self._has_run = True
+        self._is_capturable = is_capturable(shared.flavour, context, shared.stream.handle)
+        if self._loaded.jit is not None:
+            shared.unsaved.append(self._loaded.jit)
 
 
 @dataclass(frozen=True, eq=False)
