@@ -27,7 +27,7 @@ from engines.tensorrt import (
     check_options,
     refit_engine,
 )
-from moma_rt.bundle import Bundle, Manifest, NetworkEntry, read_manifest, write_manifest
+from moma_rt.bundle import WEIGHTS_FOLDER, Bundle, Manifest, NetworkEntry, read_manifest, write_manifest
 from moma_rt.engines import EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError, print_output, run_command
 from moma_rt.files import sha256_file
@@ -127,8 +127,7 @@ class _Work:
     @property
     def read_files(self) -> list[str]:
         """The graph and its weights."""
-        others = {self.network.onnx, self.network.lowered} - {self.onnx}
-        return [file for file in self.network.all_files if file not in others]
+        return [self.onnx, *self.network.weights]
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,8 @@ class _Builder:
         geometry = self.bundle.manifest.geometry
         # With its operators' kernels, the full graph has no `Attention` left: that stands in their functions alone.
         lowered = kernels is None and wants_lowered(self.target.flavour, self.version, network.precision, geometry)
-        return _Work(network, network.lowered if lowered else network.onnx, kernels), why_without
+        graph = self.bundle.graph(network.spec.name)
+        return _Work(network, network.lowered or graph if lowered else graph, kernels), why_without
 
     def _serves(self, engine: EngineEntry, work: _Work) -> bool:
         return (
@@ -190,10 +190,9 @@ class _Builder:
     def _key(self, work: _Work) -> str:
         """Names what an engine is: the graph and weights, what compiled them, and for what."""
         files, options = self.bundle.manifest.files, self.plan.options
-        graphs = (work.network.onnx, work.network.lowered)
         identity = {
             "graph": files[work.onnx].sha256,
-            "weights": [files[name].sha256 for name in work.network.files if name not in graphs],
+            "weights": [files[name].sha256 for name in work.network.weights],
             "network": work.network.spec.to_json(),
             "library": [self.target.flavour.value, self.version],
             "capabilities": self.target.capabilities,
@@ -210,8 +209,8 @@ class _Builder:
         if self.target.flavour is Flavour.TENSORRT and self.store.shared is not None:
             place = self.store.shared.root / f"timing-{self.version}-sm{self.target.capabilities[0]}.cache"
             options = dataclasses.replace(options, timing_cache=place)
-        onnx, spec = self.bundle.path(work.onnx), work.network.spec
-        return EngineRequest(self.target.flavour, self.target.capabilities, onnx, spec, options, work.kernels)
+        onnx, root, spec = self.bundle.path(work.onnx), self.bundle.path(WEIGHTS_FOLDER), work.network.spec
+        return EngineRequest(self.target.flavour, self.target.capabilities, onnx, root, spec, options, work.kernels)
 
     def _writer(self, work: _Work) -> Callable[[Path], Notes]:
         """What fills an engine's folder, by refitting where that was asked for and is possible."""

@@ -1,4 +1,4 @@
-"""Folders that appear under their final names only when they are complete: networks, kernels and engines.
+"""Folders that appear under their final names only when they are complete: networks, weights, kernels and engines.
 
 A folder is named after its network and its key, a hash of everything that determines its content, so what one build
 finished serves any other. A bundle holds the folders its manifest names; a shared store beside the bundles holds all
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moma_rt.bundle import MANIFEST_NAME, RECORD_NAME, TEXT_TOKENIZER, FileEntry, Manifest
+from moma_rt.bundle import MANIFEST_NAME, RECORD_NAME, TEXT_TOKENIZER, WEIGHTS_FOLDER, FileEntry, Manifest
 from moma_rt.errors import InputError
 from moma_rt.files import fsync, sha256_file
 
@@ -29,7 +29,7 @@ ENGINES_FOLDER = "engines"
 KERNELS_FOLDER = "kernels"
 PARTIAL_PREFIX = ".partial-"
 LOCK_NAME = ".lock"
-_KINDS = (NETWORKS_FOLDER, ENGINES_FOLDER, KERNELS_FOLDER)
+_KINDS = (NETWORKS_FOLDER, WEIGHTS_FOLDER, ENGINES_FOLDER, KERNELS_FOLDER)
 _KEY_LENGTH = 16
 # What this store may delete; whatever else lies beside it is somebody's.
 _OWN_FOLDER = re.compile(rf"[a-z0-9_]+-[0-9a-f]{{{_KEY_LENGTH}}}|{re.escape(PARTIAL_PREFIX)}.*")
@@ -39,7 +39,7 @@ Notes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a folder must hold: a network, kernels or an engine (`kind` is the folder of these), and its key."""
+    """What a folder must hold: a network's graphs, weights, kernels or an engine (`kind` is the folder of these)."""
 
     kind: str
     name: str
@@ -190,7 +190,8 @@ class Store:
 
     def remove_unused(self, manifest: Manifest) -> None:
         """Delete the folders that `manifest` does not name."""
-        used = {owner.folder for owner in (*manifest.networks.values(), *manifest.engines, *manifest.kernels)}
+        used = {owner.folder for owner in (*manifest.engines, *manifest.kernels)}
+        used.update(*(network.folders for network in manifest.networks.values()))
         self._remove(lambda place: place not in used)
 
     @contextlib.contextmanager

@@ -23,10 +23,15 @@ KNOWN = (CPU, RTX, LOCAL, INDUCTOR, *(f"sm{c}" for c in sorted((*RTX_CAPABILITIE
 
 @dataclass(frozen=True)
 class EngineTarget:
-    """Devices that one engine a network is built for."""
+    """Devices that one engine a network is built for.
+
+    `measured`: kernels are to be chosen by measuring them on this machine; False: an engine will do whose kernels were
+    chosen by rule, on a machine without such a device.
+    """
 
     flavour: Flavour
     capabilities: tuple[int, ...]
+    measured: bool = True
 
     def __str__(self) -> str:
         return f"{self.flavour.value} {spelled(self.capabilities)}"

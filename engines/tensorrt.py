@@ -42,14 +42,23 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A graph, what it is compiled for, and the kernels that are to take its operators (None: standard operators)."""
+    """A graph, what it is compiled for, and the kernels that are to take its operators (None: standard operators).
+
+    `weights_root` is the folder that the graph's references to weights are relative to.
+    """
 
     flavour: Flavour
     capabilities: tuple[int, ...]
     onnx: Path
+    weights_root: Path
     spec: NetworkSpec
     options: EngineOptions = EngineOptions()
     kernels: NetworkKernels | None = None
+
+    @property
+    def graph(self) -> tuple[bytes, str]:
+        """The graph's bytes, and the file that the library is to take them for: it looks for weights beside that."""
+        return self.onnx.read_bytes(), str(self.weights_root / self.onnx.name)
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def _build_engine(request: EngineRequest, folder: Path, report: Report) -> Engin
     if network is None:
         raise BundleError(f"{_who(request)} cannot build here: {log.error or 'it did not say why'}")
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(request.onnx)):
+    if not parser.parse(*request.graph):
         found = parser.get_error(0).desc() if parser.num_errors else ""
         raise BundleError(f"{_who(request)} cannot parse it: {log.error or one_line(found)}")
     config = builder.create_builder_config()
@@ -132,7 +141,6 @@ def refit_engine(engine_file: Path, request: EngineRequest, folder: Path) -> Non
 def _refit_engine(engine_file: Path, request: EngineRequest, folder: Path) -> None:
     trt = library(request.flavour)
     log = library_log(request.flavour)
-    onnx = request.onnx
     log.begin()
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(engine_file.read_bytes())
@@ -140,8 +148,8 @@ def _refit_engine(engine_file: Path, request: EngineRequest, folder: Path) -> No
         raise BundleError(f"{engine_file} is no refittable engine: {log.error or 'it was built without'}")
     refitter = trt.Refitter(engine, log)
     parser_refitter = trt.OnnxParserRefitter(refitter, log)
-    if not parser_refitter.refit_from_file(str(onnx)) or refitter.get_missing_weights():
-        raise BundleError(f"{engine_file} cannot take the weights of {onnx}: {log.error or 'other names'}")
+    if not parser_refitter.refit_from_bytes(*request.graph) or refitter.get_missing_weights():
+        raise BundleError(f"{engine_file} cannot take the weights of {request.onnx}: {log.error or 'other names'}")
     if not refitter.refit_cuda_engine():
         raise BundleError(f"{engine_file} could not be refitted: {log.error}")
     (folder / ENGINE_NAME).write_bytes(memoryview(engine.serialize()))

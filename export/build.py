@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from engines.build import EnginePlan, add_engine_options, build_engines, engine_plan, shared_store
 from engines.plugins import NETWORK as WITH_KERNELS
 from engines.store import Store
-from engines.targets import EngineTarget, Machine, elsewhere, listed, parse_targets, resolve
+from engines.targets import CPU, EngineTarget, Machine, elsewhere, listed, parse_targets, resolve
 from moma_rt.engines import CPU_CAPABILITY, Flavour
 from moma_rt.errors import InputError, run_command
 from moma_rt.specs import Precision
@@ -128,7 +128,8 @@ def _build(options: argparse.Namespace) -> int:
     out = options.out if options.out is not None else Path("bundles") / checkpoint.base
     shared = shared_store(options, out)
     with Progress(len(names) * (1 + len(targets)), sys.stderr) as progress:
-        plan = ExportPlan(names, precisions, _kernels(engines, targets, later, precisions))
+        needs_graphs = len(packages) < len(targets) or later or CPU in asked
+        plan = ExportPlan(names, precisions, _kernels(engines, targets, later, precisions), bool(needs_graphs))
         bundle = build_bundle(checkpoint, plan, out, progress.report, shared)
         if engines.targets:
             bundle = build_engines(out, engines, shared, progress.report)

@@ -3,9 +3,6 @@
 import contextlib
 import dataclasses
 import gc
-import hashlib
-import importlib.metadata
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,17 +13,20 @@ from tokenizers import Tokenizer
 
 import moma_rt
 from engines.plugins import NETWORK as WITH_KERNELS
-from engines.store import NETWORKS_FOLDER, PARTIAL_PREFIX, Artifact, SharedStore, Store, Stored
+from engines.store import NETWORKS_FOLDER, PARTIAL_PREFIX, Artifact, Notes, SharedStore, Store, Stored
 from export import tokenizers
 from export.attention_kernels import KernelExporter
-from export.checkpoints.model import LANGUAGE, NETWORK_ROLES, ROLES, TEXT_ENCODER, Checkpoint, Component
+from export.checkpoints.model import LANGUAGE, NETWORK_ROLES, ROLES, TEXT_ENCODER, Checkpoint
 from export.geometry import geometry_of
+from export.keys import network_key, structure_key
+from export.network_weights import WEIGHTS_NAME, ExternalWeights, WeightGroup, weight_groups
 from export.networks import NETWORKS, Network, Precisions
-from export.onnx_export import LOWERED_NAME, MODEL_NAME, export_network
+from export.onnx_export import LOWERED_NAME, MODEL_NAME, ExportRequest, export_network
 from moma_rt.bundle import (
     LANGUAGE_TOKENIZER,
     MANIFEST_NAME,
     TEXT_TOKENIZER,
+    WEIGHTS_FOLDER,
     Bundle,
     FileEntry,
     Manifest,
@@ -38,19 +38,8 @@ from moma_rt.bundle import (
 from moma_rt.engines import spelled
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import resolve_inside, sha256_file
-from moma_rt.specs import Geometry, NetworkSpec, Precision
+from moma_rt.specs import Geometry
 
-# Libraries whose version may change a graph.
-_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
-_OPERATORS = ("injected_self_attention", "context_cross_attention")
-# Sources whose change may change a graph.
-_CODE = (
-    *("export/models", "export/checkpoints", "export/geometry.py", "export/networks.py", "export/onnx_export.py"),
-    *("export/lowering.py", "export/quantize.py", "export/streaming.py", "export/tracing.py"),
-    *("kernels/registration.py", "kernels/operators.py", "moma_rt/schedules.py"),
-    # What computes on a device is no part of a graph.
-    *(f"kernels/{name}/{part}.py" for name in _OPERATORS for part in ("operator", "reference", "onnx_function")),
-)
 _TOKENIZER_ROLES = MappingProxyType({TEXT_TOKENIZER: TEXT_ENCODER, LANGUAGE_TOKENIZER: LANGUAGE})
 
 Report = Callable[[str, str], None]
@@ -61,11 +50,13 @@ class ExportPlan:
     """Which networks to export, what they are to compute in, and for which devices the denoiser gets kernels.
 
     `kernels` are capabilities, beside those that the bundle has kernels for already; None: it is to have none at all.
+    `graphs`: whether to export ONNX graphs; engines of inductor need none.
     """
 
     names: tuple[str, ...]
     precisions: Precisions = Precisions()
     kernels: tuple[int, ...] | None = None
+    graphs: bool = True
 
 
 def build_bundle(
@@ -90,9 +81,9 @@ def build_bundle(
         before = _networks_before(out)
         previous = _previous(out, checkpoint, geometry)
         geometry = previous.geometry
-        exporter = _Exporter(checkpoint, geometry, store, report)
-        built = {name: exporter.stored(NETWORKS[name], plan.precisions.of(name)) for name in plan.names}
-        files = {name: file for _, stored in built.values() for name, file in stored.files.items()}
+        exporter = _Exporter(checkpoint, geometry, plan, store, report)
+        built = {name: exporter.stored(NETWORKS[name]) for name in plan.names}
+        files = {name: file for _, of_network in built.values() for name, file in of_network.items()}
         entries = {**previous.networks, **{name: entry for name, (entry, _) in built.items()}}
         kernels = {}
         if plan.kernels is not None and WITH_KERNELS in entries:
@@ -108,7 +99,7 @@ def build_bundle(
             {name: entries[name] for name in NETWORKS if name in entries},
             {**previous.files, **files},
             tuple({**{s.role: s for s in previous.sources}, **sources}.values()),
-            tuple(e for e in previous.engines if e.network in entries and entries[e.network].key == e.source),
+            tuple(e for e in previous.engines if e.network in entries and entries[e.network].made(e)),
             tuple(kernels),
         )
         manifest = _without_unused(manifest)
@@ -133,56 +124,75 @@ def _dropped(previous: Manifest, manifest: Manifest, networks: set[str]) -> Iter
         yield name, "it was made from other sources"
 
 
-def network_key(components: tuple[Component, ...], spec: NetworkSpec, precision: Precision) -> str:
-    """Names what a network computes: its sources, its tensors, the code that traces it, the libraries it runs on."""
-    roles = NETWORK_ROLES[spec.name]
-    identity = {
-        "network": spec.to_json(),
-        "precision": precision.value,
-        "sources": {c.role: [c.sha256, c.config] for c in components if c.role in roles},
-        "code": _code_hash(),
-        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class _Exporter:
     """Exports single networks of a checkpoint into a store."""
 
     checkpoint: Checkpoint
     geometry: Geometry
+    plan: ExportPlan
     store: Store
     report: Report
 
-    def stored(self, network: Network, precision: Precision) -> tuple[NetworkEntry, Stored]:
-        """The network as it lies in the store, exported now if it was not there or is damaged."""
-        spec, report = network.spec(self.geometry, precision), self.report
-        key = network_key(self.checkpoint.components, spec, precision)
-        artifact = Artifact(NETWORKS_FOLDER, network.name, key)
-        report(network.name, "checking")
-        finished = self.store.find(artifact)
-        if finished is not None:
-            report(network.name, "kept")
-            return _entry(spec, precision, key, finished), finished
+    def stored(self, network: Network) -> tuple[NetworkEntry, dict[str, FileEntry]]:
+        """The network as it lies in the store, and its files; what was not there or is damaged is made now."""
+        precision = self.plan.precisions.of(network.name)
+        spec, components = network.spec(self.geometry, precision), self.checkpoint.components
+        key, structure = network_key(components, spec, precision), structure_key(components, spec, precision)
+        start = time.monotonic()
+        self.report(network.name, "checking")
+        groups = weight_groups(network, self.checkpoint, self.geometry, precision)
+        weights = [self._weights(network.name, group) for group in groups]
+        made = [group.name for group, (_, is_new) in zip(groups, weights, strict=True) if is_new]
+        stored = [group for group, _ in weights]
+        graphs: Stored | None = None
+        if self.plan.graphs:
+            external = ExternalWeights(self.store.root / WEIGHTS_FOLDER, tuple(group.location for group in groups))
+            request = ExportRequest(self.checkpoint, network, self.geometry, precision, external)
+            graphs, is_new = self._graphs(request, Artifact(NETWORKS_FOLDER, network.name, key))
+            stored.append(graphs)
+            made += ["graph"] if is_new else []
+        seconds = time.monotonic() - start
+        self.report(network.name, f"built in {seconds:.1f} s: {', '.join(made)}" if made else "kept")
+        entry = NetworkEntry(
+            spec,
+            precision,
+            key,
+            structure,
+            None if graphs is None else graphs.path(MODEL_NAME),
+            None if graphs is None else graphs.path(LOWERED_NAME),
+            tuple(group.path(WEIGHTS_NAME) for group, _ in weights),
+        )
+        return entry, {name: file for each in stored for name, file in each.files.items()}
 
-        def write(folder: Path) -> dict[str, object]:
-            report(network.name, "tracing")
-            export_network(self.checkpoint, network, self.geometry, precision, folder)
+    def _weights(self, network: str, group: WeightGroup) -> tuple[Stored, bool]:
+        """A weights file, and whether it was written now."""
+        found = self.store.find(group.artifact)
+        if found is not None:
+            return found, False
+
+        def write(folder: Path) -> Notes:
+            self.report(network, f"writing the weights of {group.name}")
+            group.write(folder)
             gc.collect()
-            report(network.name, "hashing")
+            self.report(network, "hashing")
             return {}
 
-        start = time.monotonic()
-        built = self.store.add(artifact, write)
-        report(network.name, f"built in {time.monotonic() - start:.1f} s")
-        return _entry(spec, precision, key, built), built
+        return self.store.add(group.artifact, write), True
 
+    def _graphs(self, request: ExportRequest, artifact: Artifact) -> tuple[Stored, bool]:
+        """Both graphs of a network, and whether they were exported now."""
+        found = self.store.find(artifact)
+        if found is not None:
+            return found, False
 
-def _entry(spec: NetworkSpec, precision: Precision, key: str, stored: Stored) -> NetworkEntry:
-    return NetworkEntry(
-        spec, precision, key, stored.path(MODEL_NAME), stored.path(LOWERED_NAME), tuple(sorted(stored.files))
-    )
+        def write(folder: Path) -> Notes:
+            self.report(request.network.name, "tracing")
+            export_network(request, folder)
+            gc.collect()
+            return {}
+
+        return self.store.add(artifact, write), True
 
 
 def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer]:
@@ -255,7 +265,7 @@ def _without_unused(manifest: Manifest) -> Manifest:
     """The manifest without files and sources that none of its networks has a part of; in order, so that one bundle has
     one manifest whatever steps it was built in.
     """
-    files = {file for entry in manifest.networks.values() for file in entry.files}
+    files = {file for entry in manifest.networks.values() for file in entry.all_files}
     folders = {entry.folder for entry in (*manifest.engines, *manifest.kernels)}
     files |= {file for file in manifest.files if str(PurePosixPath(file).parent) in folders}
     roles = frozenset().union(*(NETWORK_ROLES[name] for name in manifest.networks))
@@ -277,13 +287,3 @@ def _disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror or error}") from None
-
-
-def _code_hash() -> str:
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for name in _CODE:
-        place = root / name
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()

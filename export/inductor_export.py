@@ -1,96 +1,44 @@
-"""One network to a package of PyTorch's inductor, and a bundle's networks to engines of such packages.
+"""A bundle's networks to packages of PyTorch's inductor, which hold code alone and read the bundle's weights.
 
 They are compiled for the machine that this runs on: its GPU, with the operators' Triton kernels inside, or its CPU.
 """
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import shutil
-import subprocess
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from torch._inductor import aoti_compile_and_package
 from torch._inductor.async_compile import shutdown_compile_workers
 from torch._inductor.utils import fresh_cache
 
 from engines.entries import with_engine
 from engines.store import ENGINES_FOLDER, PARTIAL_PREFIX, Artifact, Notes, Store, Stored
 from engines.targets import EngineTarget
-from export.bundling import network_key
 from export.checkpoints.model import Checkpoint
+from export.keys import network_key
 from export.networks import NETWORKS, Precisions
-from export.tracing import tracing_arguments
-from moma_rt.backends.inductor import TENSORS_NOTE, cpu_instructions, tensors_note
+from export.packages import PACKAGE_NAME, PackageOptions, PackageRequest, quiet, write_package
+from moma_rt.backends.inductor import cpu_instructions, tensors_note
 from moma_rt.bundle import Bundle, Manifest, NetworkEntry, write_manifest
 from moma_rt.engines import CPU_CAPABILITY, EngineEntry
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import sha256_file
-from moma_rt.footprint import PICTURES
 from moma_rt.libraries import is_installed, library_version, version_tuple
-from moma_rt.messages import one_line
-from moma_rt.specs import Geometry, Precision
+from moma_rt.specs import Precision
 
-PACKAGE_NAME = "engine.pt2"
 # Of PyTorch: a package's code can be loaded from where the runtime unpacks it.
 _SINCE = (2, 10)
 
 Report = Callable[[str, str], None]
-
-
-@dataclass(frozen=True)
-class InductorOptions:
-    """How packages are compiled.
-
-    max_autotune: measure several kernels of each product and of what is fused, and take the fastest.
-    channels_last: convolutions' weights are stored with their channels last, as tensor cores read them.
-    wrapper_level: of the C++ compiler, for the code that calls the kernels.
-    """
-
-    max_autotune: bool
-    channels_last: bool
-    wrapper_level: str
-
-    @classmethod
-    def of(cls, network: str, capability: int) -> "InductorOptions":
-        """What pays: on a CPU, where nothing is served, that compiling is quick; on a GPU, care with what every picture
-        is made with, and not with what runs once a subject or a prompt.
-        """
-        on_gpu = capability != CPU_CAPABILITY
-        with_care = on_gpu and network in PICTURES
-        return cls(with_care, on_gpu, "O1" if with_care else "O0")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """In the words of `torch._inductor.config`."""
-        return {
-            "max_autotune": self.max_autotune,
-            # cuDNN alone: measuring inductor's own convolutions beside it takes minutes.
-            "max_autotune_conv_backends": "ATEN",
-            "aot_inductor.compile_wrapper_opt_level": self.wrapper_level,
-            # The kernels are part of the code, which can be loaded without a folder of them.
-            "aot_inductor.embed_kernel_binary": True,
-            # Weights come from PyTorch's allocator: it gives back what it only keeps before it says that there is no
-            # room, and counts that it did.
-            "aot_inductor.weight_use_caching_allocator": True,
-            # They are kept elsewhere for ever, and take as long to make as they save.
-            "aot_inductor.precompile_headers": False,
-            # As many threads as there are where it runs, not where it was compiled.
-            "cpp.dynamic_threads": True,
-        }
 
 
 def check_precisions(names: tuple[str, ...], precisions: Precisions) -> None:
@@ -150,26 +98,38 @@ class _Packager:
 
     def add(self, entry: NetworkEntry, manifest: Manifest) -> Manifest:
         """The manifest with an engine of a network, compiled now if there was none."""
-        name, key = entry.spec.name, self._key(entry)
+        name = entry.spec.name
         self.report(name, "checking")
         if entry.key != network_key(self.checkpoint.components, entry.spec, entry.precision):
             raise BundleError(f"{self.bundle.root}: its {name} comes from other weights; build the bundle again")
-        artifact = Artifact(ENGINES_FOLDER, name, key)
-        stored = self.store.find(artifact)
+        key, stored = self._found(entry)
         if stored is None:
             start = time.monotonic()
-            stored = self.store.add(artifact, lambda folder: self._write(entry, folder))
+            stored = self.store.add(Artifact(ENGINES_FOLDER, name, key), lambda folder: self._write(entry, folder))
             self.report(name, f"built for {self.target} in {time.monotonic() - start:.1f} s")
         else:
             is_here = any(engine.key == key for engine in manifest.engines)
             self.report(name, f"kept for {self.target}{'' if is_here else ': another bundle had it'}")
         return with_engine(manifest, self._engine(entry, key, stored), stored)
 
+    def _found(self, entry: NetworkEntry) -> tuple[str, Stored | None]:
+        """The key of a package that will do and the package, or the key of the one that is to be compiled."""
+        # What was measured is better, and what was not will do where the target does not ask for this machine's.
+        for is_measured in (True,) if self.target.measured else (True, False):
+            key = self._key(entry, is_measured)
+            stored = self.store.find(Artifact(ENGINES_FOLDER, entry.spec.name, key))
+            if stored is not None:
+                return key, stored
+        return key, None
+
     def _write(self, entry: NetworkEntry, folder: Path) -> Notes:
         self.report(entry.spec.name, "compiling")
-        write_package(self.checkpoint, entry, self.bundle.manifest.geometry, self.target.capabilities[0], folder)
+        geometry, network = self.bundle.manifest.geometry, NETWORKS[entry.spec.name]
+        write_package(
+            PackageRequest(self.checkpoint, network, geometry, entry.precision, self.target.capabilities[0]), folder
+        )
         self.report(entry.spec.name, "hashing")
-        return {}
+        return {"measured": self.target.measured}
 
     def _engine(self, entry: NetworkEntry, key: str, stored: Stored) -> EngineEntry:
         return EngineEntry(
@@ -178,97 +138,35 @@ class _Packager:
             version=self.version,
             capabilities=self.target.capabilities,
             refittable=False,
-            source=entry.key,
+            source=entry.structure,
             key=key,
             file=stored.path(PACKAGE_NAME),
-            # Inductor counts neither; a package is little more than its weights.
+            # Inductor counts neither.
             weight_bytes=None,
             activation_bytes=None,
             kernels=None,
+            measured=bool(stored.notes["measured"]),
         )
 
-    def _key(self, entry: NetworkEntry) -> str:
-        """Names what a package computes, what compiled it, and for what. Its bytes are others at every compilation: the
-        folder that it was compiled in is part of its code.
+    def _key(self, entry: NetworkEntry, is_measured: bool) -> str:
+        """Names what a package computes but for its weights, what compiled it, and for what. Its bytes are others at
+        every compilation: the folder that it was compiled in is part of its code.
         """
         (capability,) = self.target.capabilities
         on_gpu = capability != CPU_CAPABILITY
+        code = [sha256_file(Path(__file__).with_name("packages.py"))]
         identity = {
-            "network": entry.key,
+            "network": entry.structure,
             "library": [self.target.flavour.value, self.version],
             "kernels": importlib.metadata.version("triton") if on_gpu and is_installed("triton") else None,
             "capability": capability,
-            "instructions": cpu_instructions(),
-            "options": dataclasses.asdict(InductorOptions.of(entry.spec.name, capability)),
+            "instructions": None if on_gpu else cpu_instructions(),
+            "options": dataclasses.asdict(PackageOptions.of(entry.spec.name, capability)),
             "notes": tensors_note(entry.spec),
-            "code": sha256_file(Path(__file__)),
+            "measured": is_measured,
+            "code": code,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def write_package(
-    checkpoint: Checkpoint, entry: NetworkEntry, geometry: Geometry, capability: int, folder: Path
-) -> None:
-    """Compile a network and write `folder/engine.pt2`, its weights inside.
-
-    Raises:
-        BundleError: inductor cannot compile it; the message is PyTorch's own.
-    """
-    network, options = NETWORKS[entry.spec.name], InductorOptions.of(entry.spec.name, capability)
-    device = "cpu" if capability == CPU_CAPABILITY else "cuda"
-    module = network.module(checkpoint, geometry, entry.precision)
-    _drop_placeholders(module)
-    module = module.to(device)
-    if options.channels_last:
-        # Only what has four dimensions has channels; inputs keep their layout, which is that of the buffers.
-        module = module.to(memory_format=torch.channels_last)
-    arguments, shapes = tracing_arguments(network, entry.spec, geometry, device)
-    notes = {"aot_inductor.metadata": {TENSORS_NOTE: tensors_note(entry.spec)}}
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.export.export(module, arguments, dynamic_shapes=shapes)
-            aoti_compile_and_package(
-                program, package_path=str(folder / PACKAGE_NAME), inductor_configs={**options.settings, **notes}
-            )
-    except (RuntimeError, subprocess.CalledProcessError) as error:  # such as: no C++ compiler, no memory left
-        raise BundleError(
-            f"{entry.spec.name}: PyTorch {torch.__version__} cannot compile it: {_reason(error)}"
-        ) from None
-    finally:
-        del module
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _reason(error: Exception) -> str:
-    """What a compiler said, without the long command that it was called with; else all that the error says."""
-    said = f"{error}\n{getattr(error, 'stderr', None) or ''}"
-    return one_line(next((line for line in said.splitlines() if "error: " in line), said))
-
-
-def _drop_placeholders(module: nn.Module) -> None:
-    """Drop the buffers that no weights are for, and no `forward` of ours reads: they could not be moved to a device."""
-    for part in module.modules():
-        for name, buffer in list(part.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                delattr(part, name)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without PyTorch's notices of its own deprecations and of kernels that it measured and did not take."""
-    loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -279,7 +177,7 @@ def _cache(parent: Path) -> Iterator[None]:
     """
     folder = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=parent)).resolve()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         # They would go on writing there.
         stack.callback(shutdown_compile_workers)

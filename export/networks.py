@@ -4,6 +4,7 @@ ONNX names and axes, example inputs, optimization profiles and runtime buffers a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,14 +15,14 @@ from torch import Tensor, nn
 
 from export.checkpoints.adapters import AdapterGeometry
 from export.checkpoints.adapters import expected_shapes as adapter_shapes
-from export.checkpoints.architectures import expected_shapes, llama_config
+from export.checkpoints.architectures import Shapes, expected_shapes, llama_config
 from export.checkpoints.model import ADAPTERS, LANGUAGE, Checkpoint, Component
 from export.models.language import ContextProjector, LanguageModel
 from export.models.text import TextEncoder
 from export.models.unet import Denoiser, SubjectEncoder, load_unet
 from export.models.vae import VaeDecoder, VaeEncoder, load_vae
 from export.models.vision import VisionEncoder
-from export.streaming import WeightSource
+from export.streaming import WeightSource, use_projections
 from moma_rt.errors import CheckpointError, InputError
 from moma_rt.schedules import ROW_LENGTH
 from moma_rt.specs import Dim, Geometry, NetworkSpec, Precision, TensorSpec
@@ -49,7 +50,7 @@ class Network:
 
     `tensors` makes the spec, with the dtype of the tensors that are large and pass between networks; `parts` the
     module, of weights that were converted to a dtype; `arguments` turns the flat inputs, in the spec's order, into the
-    module's positional arguments. One whose weights are not to be held has a `source` of single weights.
+    module's positional arguments. One whose weights are too large to be held has a `source` of single weights.
     """
 
     name: str
@@ -63,16 +64,14 @@ class Network:
         return self.tensors(geometry, precision.edge_dtype)
 
     def module(self, checkpoint: Checkpoint, geometry: Geometry, precision: Precision = Precision.FP32) -> nn.Module:
-        """The network in PyTorch, with the checkpoint's weights."""
-        return self.parts(checkpoint, geometry, _DTYPES[precision])
+        """The network in PyTorch, with the checkpoint's weights, those of linear layers as [inputs, outputs]."""
+        module = self.parts(checkpoint, geometry, _DTYPES[precision])
+        use_projections(module)
+        return module
 
-    def exportable(
-        self, checkpoint: Checkpoint, geometry: Geometry, precision: Precision = Precision.FP32
-    ) -> tuple[nn.Module, WeightSource | None]:
-        """The network for the export: on the meta device, with a source of its weights, where it has one."""
-        if self.source is None:
-            return self.module(checkpoint, geometry, precision), None
-        return self.module(_placeholders(checkpoint), geometry, precision), self.source(checkpoint)
+    def structure(self, checkpoint: Checkpoint, geometry: Geometry, precision: Precision = Precision.FP32) -> nn.Module:
+        """The same module on the meta device: all that tracing needs, of a checkpoint whose weights are not read."""
+        return self.module(_placeholders(checkpoint), geometry, precision)
 
 
 @dataclass(frozen=True)
@@ -256,24 +255,26 @@ def _vision_encoder(c: Checkpoint, g: Geometry, dtype: torch.dtype) -> nn.Module
 
 
 def _placeholders(c: Checkpoint) -> Checkpoint:
-    """The checkpoint with tensors on the meta device in place of the language model's weights and its mapping's."""
-    assert c.language is not None
-    assert c.adapters is not None
-    sizes = AdapterGeometry(**c.adapters.config)
-    known = {
-        LANGUAGE: expected_shapes(LANGUAGE, c.language.config, c.language.name),
-        ADAPTERS: adapter_shapes(c.unet.config, sizes),
-    }
+    """The checkpoint with tensors on the meta device in place of its weights."""
 
     def empty(component: Component) -> Component:
-        shapes = known[component.role]
+        @functools.cache
+        def shapes() -> Shapes:
+            if component.role == ADAPTERS:
+                return adapter_shapes(c.unet.config, AdapterGeometry(**component.config))
+            return expected_shapes(component.role, component.config, component.name)
 
         def load(names: Iterable[str] | None = None) -> dict[str, Tensor]:
-            return {n: torch.empty(shapes[n], device="meta") for n in (shapes if names is None else names)}
+            return {n: torch.empty(shapes()[n], device="meta") for n in (shapes() if names is None else names)}
 
         return dataclasses.replace(component, load=load)
 
-    return dataclasses.replace(c, language=empty(c.language), adapters=empty(c.adapters))
+    optional = {
+        name: empty(component)
+        for name in ("adapters", "language", "vision")
+        if (component := getattr(c, name)) is not None
+    }
+    return dataclasses.replace(c, unet=empty(c.unet), vae=empty(c.vae), text_encoder=empty(c.text_encoder), **optional)
 
 
 def _language_source(c: Checkpoint) -> WeightSource:

@@ -1,7 +1,8 @@
-"""One network to ONNX: its spec's names and axes, our operators kept whole, machine-specific text removed."""
+"""One network to ONNX: its spec's names and axes, our operators kept whole, weights in files beside the graphs."""
 
 import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir
@@ -9,8 +10,9 @@ import torch
 
 from export.checkpoints.model import Checkpoint
 from export.lowering import write_lowered
+from export.network_weights import ExternalWeights
 from export.networks import Network
-from export.streaming import fill, quantize_weights
+from export.streaming import quantize_weights
 from export.tracing import tracing_arguments
 from kernels.operators import onnx_operators
 from kernels.registration import DOMAIN, DOMAIN_VERSION, STANDARD_OPSET, OnnxOperator, register_schema
@@ -18,20 +20,31 @@ from moma_rt.specs import Dim, Geometry, NetworkSpec, Precision
 
 MODEL_NAME = "model.onnx"
 LOWERED_NAME = "lowered.onnx"
-WEIGHTS_NAME = "model.onnx.data"
 
 
-def export_network(
-    checkpoint: Checkpoint, network: Network, geometry: Geometry, precision: Precision, folder: Path
-) -> None:
-    """Write `folder/model.onnx` and its weights beside it, with the spec's names and dynamic axes."""
-    module, source = network.exportable(checkpoint, geometry, precision)
-    spec = network.spec(geometry, precision)
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is traced: a network of a checkpoint, whose weights are not read, and the files that they lie in."""
+
+    checkpoint: Checkpoint
+    network: Network
+    geometry: Geometry
+    precision: Precision
+    weights: ExternalWeights
+
+
+def export_network(request: ExportRequest, folder: Path) -> None:
+    """Write `folder/model.onnx`, with the spec's names and dynamic axes, and `folder/lowered.onnx`.
+
+    Both refer to the weights files relative to their root.
+    """
+    network, precision = request.network, request.precision
+    module = network.structure(request.checkpoint, request.geometry, precision)
+    spec = network.spec(request.geometry, precision)
     operators = onnx_operators()
     for operator in operators:
         register_schema(operator.schema)
-    device = "cpu" if source is None else "meta"
-    arguments, shapes = tracing_arguments(network, spec, geometry, device)
+    arguments, shapes = tracing_arguments(network, spec, request.geometry, "meta")
     with warnings.catch_warnings(), torch.inference_mode():
         # The exporter warns of optional packages and of axes that share a size, which is what the specs ask for.
         warnings.simplefilter("ignore")
@@ -49,13 +62,14 @@ def export_network(
             optimize=False,
         )
     assert program is not None
-    if source is not None:
-        fill(program.model, module, source)
+    request.weights.lend(program.model)
     program.optimize()
-    if source is not None and precision.is_weight_only:
-        quantize_weights(program.model, source, precision)
+    if precision.is_weight_only and network.source is not None:
+        quantize_weights(program.model, network.source(request.checkpoint), precision)
+    request.weights.refer(program.model)
     _finish(program.model, spec, operators)
-    onnx_ir.save(program.model, folder / MODEL_NAME, external_data=WEIGHTS_NAME)
+    # What the exporter computed of weights, such as a part of an embedding, is small and in the graph itself.
+    (folder / MODEL_NAME).write_bytes(onnx_ir.to_proto(program.model).SerializeToString(deterministic=True))
     write_lowered(folder / MODEL_NAME, folder / LOWERED_NAME)
 
 

@@ -1,7 +1,8 @@
 """A bundle: the folder an export leaves and a runtime loads.
 
     manifest.json               format, geometry, an entry a folder, SHA-256 and size of every file
-    networks/<name>-<key>/      the ONNX graph, the same graph lowered for older TensorRT, and their weights
+    networks/<name>-<key>/      the ONNX graph, and the same graph lowered for older TensorRT, both without weights
+    weights/<group>-<key>/      weights.safetensors, which several networks and every backend may read
     kernels/<name>_sm80-<key>/  a network's own kernels for TensorRT's plugins, where they were compiled
     engines/<name>-<key>/       what TensorRT, TensorRT-RTX or inductor made of a network, where engines were built
     tokenizers/                 text.json (CLIP) and language.json (Llama), in the `tokenizers` format
@@ -21,8 +22,11 @@ from moma_rt.errors import BundleError
 from moma_rt.files import atomic_write, resolve_inside, sha256_file
 from moma_rt.specs import Geometry, NetworkSpec, Precision
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
+NO_GRAPH = "has engines alone and no ONNX graph"
+# What the graphs' references to weights are relative to.
+WEIGHTS_FOLDER = "weights"
 # Beside the files of a network, an engine or kernels, for the next build; a runtime does not read it.
 RECORD_NAME = "record.json"
 TEXT_TOKENIZER = "tokenizers/text.json"
@@ -39,32 +43,43 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class NetworkEntry:
-    """One network of a bundle. `key` names its sources, its code and the libraries that exported it.
+    """One network of a bundle: its graphs, and the weights files that they and packages of inductor read.
 
-    `onnx` and `lowered` are its graph in today's operators and in those of TensorRT 10.3; both read the same weights.
+    Attributes:
+        key: names the network's sources, its code and the libraries that exported it.
+        structure: names the same but for the weights' values; equal for two bases of one geometry.
+        onnx, lowered: its graph in today's operators and in those of TensorRT 10.3; both None in a bundle whose engines
+            need no graph.
+        weights: safetensors files, by their path in the bundle. The graphs name tensors of them relative to the folder
+            `weights`.
     """
 
     spec: NetworkSpec
     precision: Precision
     key: str
-    onnx: str
-    lowered: str
-    files: tuple[str, ...]
+    structure: str
+    onnx: str | None
+    lowered: str | None
+    weights: tuple[str, ...]
 
     @property
-    def folder(self) -> str:
-        """The folder of its files."""
-        return str(PurePosixPath(self.onnx).parent)
+    def graphs(self) -> tuple[str, ...]:
+        """The graphs that the bundle has."""
+        return tuple(file for file in (self.onnx, self.lowered) if file is not None)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders of its files."""
+        return tuple(dict.fromkeys(str(PurePosixPath(file).parent) for file in self.all_files))
 
     @property
     def all_files(self) -> tuple[str, ...]:
-        """Every file of the network, whether or not the manifest lists the graphs among `files`."""
-        return tuple(dict.fromkeys((self.onnx, self.lowered, *self.files)))
+        """Every file of the network: the graphs and the weights."""
+        return (*self.graphs, *self.weights)
 
-    @property
-    def onnx_files(self) -> tuple[str, ...]:
-        """The files that running the network as ONNX reads: the graph and its weights."""
-        return tuple(file for file in self.all_files if file == self.onnx or file != self.lowered)
+    def made(self, engine: EngineEntry) -> bool:
+        """Whether an engine was built from this network; for one without weights, from a network of its structure."""
+        return engine.source == (self.structure if engine.flavour.reads_weights else self.key)
 
 
 @dataclass(frozen=True)
@@ -100,9 +115,10 @@ class Manifest:
                     "spec": entry.spec.to_json(),
                     "precision": entry.precision.value,
                     "key": entry.key,
+                    "structure": entry.structure,
                     "onnx": entry.onnx,
                     "lowered": entry.lowered,
-                    "files": list(entry.files),
+                    "weights": list(entry.weights),
                 }
                 for name, entry in self.networks.items()
             },
@@ -119,9 +135,10 @@ class Manifest:
                 NetworkSpec.from_json(entry["spec"]),
                 Precision(entry["precision"]),
                 str(entry["key"]),
-                str(entry["onnx"]),
-                str(entry["lowered"]),
-                tuple(str(f) for f in entry["files"]),
+                str(entry["structure"]),
+                None if entry["onnx"] is None else str(entry["onnx"]),
+                None if entry["lowered"] is None else str(entry["lowered"]),
+                tuple(str(file) for file in entry["weights"]),
             )
             for name, entry in data["networks"].items()
         }
@@ -156,11 +173,11 @@ class Bundle:
         used |= {engine.file for engine in self.manifest.engines} | {kernels.file for kernels in self.manifest.kernels}
         for name in sorted(used - self.manifest.files.keys()):
             raise BundleError(f"{self.root}: the manifest uses {name!r} but gives no hash for it")
-        for network in self.manifest.networks.values():
-            folder = self.path(network.onnx).parent
-            listed = {self.path(file) for file in network.all_files}
-            # A graph reads the files beside it, so one that no hash covers would be used unchecked.
-            for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+        # A graph reads files of these folders by name, so one that no hash covers would be used unchecked.
+        listed = {self.path(name) for name in used}
+        for folder in sorted({f for network in self.manifest.networks.values() for f in network.folders}):
+            place = self.path(folder)
+            for path in sorted(place.iterdir() if place.is_dir() else ()):
                 if path not in listed and path.name != RECORD_NAME:
                     raise BundleError(f"{self.root}: {path.relative_to(self.root)} is in no network of the manifest")
         for name, entry in self.manifest.files.items():
@@ -204,6 +221,19 @@ class Bundle:
             have = ", ".join(sorted(self.manifest.networks)) or "none"
             raise BundleError(f"{self.root} has no {name} network (it has: {have}); build it with --only {name}")
         return entry
+
+    def graph(self, name: str) -> str:
+        """The ONNX graph of a network.
+
+        Raises:
+            BundleError: the bundle has no such network, or only engines of it.
+        """
+        graph = self.network(name).onnx
+        if graph is None:
+            raise BundleError(
+                f"{self.root} {NO_GRAPH} of {name}; build it with --target cpu, or name an engine's backend"
+            )
+        return graph
 
     def has(self, *names: str) -> bool:
         """Whether the bundle has all the named networks."""

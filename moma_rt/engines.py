@@ -36,6 +36,11 @@ class Flavour(enum.Enum):
         return "torch" if self is Flavour.INDUCTOR else self.value
 
     @property
+    def reads_weights(self) -> bool:
+        """Whether its engines are code alone, and read the weights from the files of their network."""
+        return self is Flavour.INDUCTOR
+
+    @property
     def pip_name(self) -> str:
         """What pip installs that package by."""
         return self.module.replace("_", "-")
@@ -57,9 +62,14 @@ CPU_DEVICE = Device("this machine's CPU", CPU_CAPABILITY)
 class EngineEntry:
     """One network built for some devices.
 
-    `source` is the key of the network it was built from, `key` its own; `weight_bytes` and `activation_bytes` are the
-    device memory it needs, by the builder's own count at the largest shapes (None: the builder did not say).
-    `kernels` is the hash of the kernels that its plugins launch (None: it has no plugins).
+    Attributes:
+        source: the key of the network it was built from; of one that reads weights beside it, that network's structure.
+        key: names what it is: the source, what compiled it, and for what.
+        weight_bytes, activation_bytes: the device memory it needs, by the builder's own count at the largest shapes;
+            None where the builder did not say. Weights that it reads beside it do not count.
+        kernels: the hash of the kernels that its plugins launch; None where it has no plugins.
+        measured: whether its kernels were measured on such a device; False where it was compiled without one and they
+            were chosen by rule.
     """
 
     network: str
@@ -73,6 +83,7 @@ class EngineEntry:
     weight_bytes: int | None
     activation_bytes: int | None
     kernels: str | None
+    measured: bool = True
 
     @property
     def folder(self) -> str:
@@ -99,8 +110,9 @@ class EngineEntry:
             or not all(_is_number(c, _MAX_CAPABILITY) for c in capabilities)
         ):
             raise ValueError(f"an engine's capabilities are {shown(capabilities)}, not a list such as [86, 89]")
-        if not isinstance(data["refittable"], bool):
-            raise ValueError(f"an engine's refittable is {shown(data['refittable'])}, not true or false")
+        for name in ("refittable", "measured"):
+            if not isinstance(data[name], bool):
+                raise ValueError(f"an engine's {name} is {shown(data[name])}, not true or false")
         sizes = {name: data[name] for name in ("weight_bytes", "activation_bytes")}
         for name, size in sizes.items():
             if size is not None and not _is_number(size, _MAX_BYTES):
@@ -113,6 +125,7 @@ class EngineEntry:
             capabilities=tuple(capabilities),
             refittable=data["refittable"],
             kernels=kernels,
+            measured=data["measured"],
         )
 
 

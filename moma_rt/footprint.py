@@ -29,11 +29,16 @@ class Footprint:
 
 
 def footprint(manifest: Manifest, name: str, engine: EngineEntry | None) -> Footprint:
-    """What a network needs as an engine, by its builder's count, or as its ONNX file, by the file's size."""
-    if engine is not None:
-        size = manifest.files[engine.file].size if engine.weight_bytes is None else engine.weight_bytes
-        return Footprint(size, engine.activation_bytes or 0)
-    return Footprint(sum(manifest.files[file].size for file in manifest.networks[name].onnx_files), 0)
+    """What a network needs as an engine, by its builder's count, or as its ONNX graph, by the files' sizes.
+
+    Weights that two networks share count for each of them.
+    """
+    network = manifest.networks[name]
+    weights = sum(manifest.files[file].size for file in network.weights)
+    if engine is None:
+        return Footprint(weights + sum(manifest.files[file].size for file in network.graphs[:1]), 0)
+    size = manifest.files[engine.file].size if engine.weight_bytes is None else engine.weight_bytes
+    return Footprint(size + (weights if engine.flavour.reads_weights else 0), engine.activation_bytes or 0)
 
 
 def together(footprints: Iterable[Footprint]) -> int:

@@ -72,13 +72,13 @@ class Networks:
 
     def _load(self, name: str, stages: Stages) -> Network:
         entry = self.bundle.network(name)
-        file, read = entry.onnx, entry.onnx_files
-        if self._engines is not None:
-            file = self._engines[name].file
-            read = (file,)
+        engine = None if self._engines is None else self._engines[name]
+        code = self.bundle.graph(name) if engine is None else engine.file
+        weights = entry.weights if engine is None or engine.flavour.reads_weights else ()
+        paths = tuple(map(self.bundle.path, weights))
         with stages.timed(LOADING):
-            self.bundle.verified(read)
-            return self.with_room(lambda: self.backend.load(entry.spec, self.bundle.path(file)))
+            self.bundle.verified((code, *weights))
+            return self.with_room(lambda: self.backend.load(entry.spec, self.bundle.path(code), paths))
 
     def _make_room(self, names: tuple[str, ...]) -> None:
         if self._budget is None:

@@ -1,6 +1,6 @@
 """What Stable Diffusion 1.5's networks must look like, and the names and shapes their configs imply."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,18 +200,33 @@ def expected_shapes(role: str, config: Config, where: object) -> Shapes:
     Raises:
         CheckpointError: a config that the class does not accept.
     """
-    try:
-        with torch.device("meta"):
-            module = _build(role, config)
-    except Exception as error:
-        # Configs are users' files and the classes check them with errors of every type.
-        raise CheckpointError(f"{where} does not describe a usable {role}: {first_line(error)}") from None
+    module = _structure(role, config, where)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if role == LANGUAGE:
         width, vision = config["hidden_size"], config["mm_hidden_size"]
         shapes |= {"mm_projector.0.weight": (width, vision), "mm_projector.0.bias": (width,)}
         shapes |= {"mm_projector.2.weight": (width, width), "mm_projector.2.bias": (width,)}
     return shapes
+
+
+def full_config(role: str, config: Config, where: object) -> Config:
+    """`config` with the role's class's defaults for what it leaves out.
+
+    Raises:
+        CheckpointError: a config that the class does not accept.
+    """
+    found = _structure(role, config, where).config
+    return {**config, **(found if isinstance(found, Mapping) else found.to_dict())}
+
+
+def _structure(role: str, config: Config, where: object) -> torch.nn.Module:
+    """The role's module, built without memory."""
+    try:
+        with torch.device("meta"):
+            return _build(role, config)
+    except Exception as error:
+        # Configs are users' files and the classes check them with errors of every type.
+        raise CheckpointError(f"{where} does not describe a usable {role}: {first_line(error)}") from None
 
 
 def llama_config(config: Config) -> Config:

@@ -12,7 +12,6 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, apply_rotary_pos_emb
 
 from export.models.edges import at_edge
-from export.streaming import use_projections
 
 
 class LanguageModel(nn.Module):
@@ -37,7 +36,6 @@ class LanguageModel(nn.Module):
         model.load_state_dict(weights, assign=True)
         self.mapping.load_state_dict(mapping, assign=True)
         self.embed_tokens, self.layers, self.norm = model.embed_tokens, model.layers, model.norm
-        use_projections(self)
         self.vocabulary = llama.vocab_size
         self.heads = llama.num_attention_heads
         self.kv_heads = llama.num_key_value_heads

@@ -7,7 +7,7 @@ so a backend can capture a run and replay it, and nothing is allocated while pic
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -82,11 +82,15 @@ class Backend(Protocol):
     def is_host(self) -> bool:
         """Whether buffers lie in the host's own memory: another copy of what is there already is of no use then."""
 
-    def load(self, spec: NetworkSpec, path: Path) -> Network:
+    def load(self, spec: NetworkSpec, path: Path, weights: Sequence[Path] = ()) -> Network:
         """Load a network from the file that this backend runs: an ONNX graph, or an engine.
 
+        Args:
+            weights: the safetensors files that hold its weights, where the file itself does not. A tensor that two
+                networks read is in memory once, as far as the library lets it.
+
         Raises:
-            BundleError: the file is no such network, or this backend cannot run it.
+            BundleError: the file is no such network, this backend cannot run it, or the weights are not the network's.
             OutOfMemory: there is no room for it.
         """
 

@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from moma_rt.backends.base import ROOM_ADVICE, Array, Buffer, K, Size, check_tensors, fitting, uncollected
+from moma_rt.backends.package_weights import NOT_A_PACKAGE, LoadedWeights, no_package
 from moma_rt.engines import Device
 from moma_rt.errors import BundleError, MomaError, OutOfMemory, os_error_line
 from moma_rt.messages import one_line
@@ -25,8 +26,6 @@ _DEVICE_NOTE, _ISA_NOTE = "AOTI_DEVICE_KEY", "AOTI_CPU_ISA"
 _NOTES_SUFFIX, _CODE_SUFFIX = "_metadata.json", ".so"
 # How PyTorch says that memory ran out where the error is of no class of its own.
 _NO_MEMORY = ("out of memory", "can't allocate memory")
-# What reading a file that is no package raises.
-_NO_PACKAGE = (zipfile.BadZipFile, StopIteration, ValueError, AttributeError, EOFError)
 _CHUNK_BYTES = 1 << 22
 
 
@@ -99,7 +98,7 @@ class TorchBound:
     """What runs a package's code, and the tensors it reads and writes, in the spec's order."""
 
     name: str
-    runner: Any
+    network: "TorchNetwork"
     queue: _Queue
     inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
@@ -108,22 +107,23 @@ class TorchBound:
         self.queue.keep(self)
         with self.queue.working(f"{self.name}: PyTorch {torch.__version__} cannot run it"):
             # A package returns tensors of its own, into which nothing else can write.
-            for target, output in zip(self.outputs, self.runner.run(self.inputs), strict=True):
+            for target, output in zip(self.outputs, self.network.runner.run(self.inputs), strict=True):
                 target.copy_(output)
 
 
 @dataclass(frozen=True, eq=False)
 class TorchNetwork:
-    """A loaded package and what the manifest says of its network."""
+    """A loaded package, what the manifest says of its network, and the weights that its code reads."""
 
     spec: NetworkSpec
     runner: Any
     queue: _Queue
+    weights: Mapping[str, torch.Tensor]
 
     def bind(self, buffers: Mapping[str, Buffer]) -> TorchBound:
         inputs = tuple(_own(buffers[tensor.name]).tensor for tensor in self.spec.inputs)
         outputs = tuple(_own(buffers[tensor.name]).tensor for tensor in self.spec.outputs)
-        return TorchBound(self.spec.name, self.runner, self.queue, inputs, outputs)
+        return TorchBound(self.spec.name, self, self.queue, inputs, outputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,18 +163,26 @@ class InductorBackend:
         new_stream: Any = torch.cuda.Stream  # which has no types
         on = torch.device("cpu" if device is None else "cuda:0")
         self._queue = _Queue(on, None if device is None else new_stream(on))
+        self._weights = LoadedWeights(on)
+        if device is not None:
+            # cuDNN measures its convolutions for each shape when it first runs, which is before a capture.
+            torch.backends.cudnn.benchmark = True
 
-    def load(self, spec: NetworkSpec, path: Path) -> TorchNetwork:
+    def load(self, spec: NetworkSpec, path: Path, weights: Sequence[Path] = ()) -> TorchNetwork:
         notes = _notes(path)
         self._check_machine(path, notes)
         self._check_tensors(spec, path, notes)
         try:
             with self._queue.working(f"{path}: PyTorch {torch.__version__} cannot load it"), _unpacked(path) as code:
-                return TorchNetwork(spec, self._runner(str(code)), self._queue)
+                runner = self._runner(str(code))
+                tensors = self._weights.of(path, runner.get_constant_names_to_original_fqns(), weights)
+                # They are not copied: the code reads them where they are.
+                runner.update_constant_buffer(tensors, False, True, True)
         except OutOfMemory:
             raise
         except MomaError as error:
             raise BundleError(str(error)) from None
+        return TorchNetwork(spec, runner, self._queue, tensors)
 
     def _runner(self, code: str) -> Any:
         """PyTorch's own loader of packages is not used: it unpacks them to /tmp, and leaves that there where loading
@@ -188,14 +196,13 @@ class InductorBackend:
         return runners.AOTIModelContainerRunnerCuda(code, 1, "cuda", "", True)
 
     def _check_machine(self, path: Path, notes: Mapping[str, str]) -> None:
-        """Refuse a package for another kind of device, and instructions that this CPU may not have: a GPU's package is
-        code for a CPU as well.
-        """
+        """Refuse a package for another kind of device, and instructions that this CPU may not have."""
         kind = self._queue.device.type
         if notes.get(_DEVICE_NOTE) != kind:
             raise BundleError(f"{path} was compiled for {notes.get(_DEVICE_NOTE)}, and this backend runs on {kind}")
-        # Such as "AVX512 AVX512_VNNI"; the first one is what the others add to.
-        needed = notes.get(_ISA_NOTE, "").split()[:1]
+        # Such as "AVX512 AVX512_VNNI"; the first one is what the others add to. A GPU's package computes nothing on the
+        # CPU but sizes.
+        needed = notes.get(_ISA_NOTE, "").split()[:1] if self.is_host else []
         if needed and needed != [cpu_instructions()]:
             raise BundleError(
                 f"{path} was compiled for a CPU with {needed[0]}, and PyTorch uses {cpu_instructions()} on this one: "
@@ -297,7 +304,7 @@ def cpu_instructions() -> str:
 
 @contextlib.contextmanager
 def _unpacked(path: Path) -> Iterator[Path]:
-    """A package's code with its weights, as a file whose name is not needed once it was loaded.
+    """A package's code, as a file whose name is not needed once it was loaded.
 
     Raises:
         BundleError: there is none in it, or no room for it.
@@ -312,8 +319,8 @@ def _unpacked(path: Path) -> Iterator[Path]:
                 shutil.copyfileobj(source, target, _CHUNK_BYTES)
         except OSError as error:
             raise BundleError(f"{path} cannot be unpacked: {os_error_line(error)}") from None
-        except _NO_PACKAGE as error:
-            raise _no_package(path, error) from None
+        except NOT_A_PACKAGE as error:
+            raise no_package(path, error) from None
         yield code
 
 
@@ -328,12 +335,8 @@ def _notes(path: Path) -> dict[str, str]:
             name = next(n for n in archive.namelist() if n.endswith(_NOTES_SUFFIX))
             notes: dict[str, str] = json.loads(archive.read(name))
         return {str(key): str(value) for key, value in notes.items()}
-    except (OSError, *_NO_PACKAGE) as error:
-        raise _no_package(path, error) from None
-
-
-def _no_package(path: Path, error: Exception) -> BundleError:
-    return BundleError(f"{path} is no package of inductor: {one_line(error) or type(error).__name__}")
+    except (OSError, *NOT_A_PACKAGE) as error:
+        raise no_package(path, error) from None
 
 
 def _own(buffer: Buffer) -> TorchBuffer:

@@ -10,11 +10,12 @@ import numpy as np
 import onnxruntime as ort
 
 from moma_rt.backends.base import ROOM_ADVICE, Array, Buffer, K, Size, check_tensors, fitting
-from moma_rt.errors import BundleError, OutOfMemory
+from moma_rt.errors import BundleError, OutOfMemory, os_error_line
 from moma_rt.messages import first_line
 from moma_rt.specs import NetworkSpec
 
 LOG_FATAL = 4
+_WEIGHTS_ROOT = "session.model_external_initializers_file_folder_path"
 _ORT_ERROR = "onnxruntime"
 # How its allocators, and those of the libraries that it calls, say that memory ran out.
 _NO_MEMORY = re.compile(r"failed to allocate memory[\w ]*|out of memory|bad_?alloc|\w+_ALLOC_FAILED", re.IGNORECASE)
@@ -79,13 +80,13 @@ class OnnxRuntimeBackend:
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
 
-    def load(self, spec: NetworkSpec, path: Path) -> OrtNetwork:
+    def load(self, spec: NetworkSpec, path: Path, weights: Sequence[Path] = ()) -> OrtNetwork:
         options = session_options()
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         # Eight sessions share the cores: the threads of one that has finished must not spin against the next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        return OrtNetwork(spec, open_session(spec, path, options, ["CPUExecutionProvider"]))
+        return OrtNetwork(spec, open_session(spec, path, weights, options, ["CPUExecutionProvider"]))
 
     def allocate(self, wanted: Mapping[K, Size]) -> dict[K, Buffer]:
         arrays = {key: np.zeros(shape, np.dtype(dtype)) for key, (shape, dtype) in wanted.items()}
@@ -136,17 +137,27 @@ def session_options() -> ort.SessionOptions:
 
 
 def open_session(
-    spec: NetworkSpec, path: Path, options: ort.SessionOptions, providers: Sequence[object]
+    spec: NetworkSpec, path: Path, weights: Sequence[Path], options: ort.SessionOptions, providers: Sequence[object]
 ) -> ort.InferenceSession:
     """A session of a network's ONNX file, with tensors of the manifest's names.
+
+    The graph names `weights` relative to the folder of their folders. They are mapped into memory, so sessions share
+    what they do not rearrange.
 
     Raises:
         BundleError: the file is no such network, or the providers cannot run it.
         OutOfMemory: there is no room for it.
     """
     try:
+        graph: str | bytes = str(path)
+        if weights:
+            # It looks for weights elsewhere than beside the graph only where it is given the graph's bytes.
+            graph = path.read_bytes()
+            options.add_session_config_entry(_WEIGHTS_ROOT, str(weights[0].parent.parent.resolve()))
         # Without those providers that it would try in place of the ones that failed.
-        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {os_error_line(error)}") from None
     except Exception as error:
         if not is_ort_error(error):
             raise

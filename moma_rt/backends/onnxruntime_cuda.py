@@ -6,7 +6,7 @@ A session works on our stream, on memory of ours, and returns before its work ha
 import contextlib
 import io
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,9 +155,9 @@ class OnnxRuntimeCudaBackend(OnDevice):
         reason = next(iter(said.getvalue().splitlines()), "")
         self._shared = _Shared(f"ONNX Runtime {ort.__version__}", reason, stream)
 
-    def load(self, spec: NetworkSpec, path: Path) -> OrtCudaNetwork:
+    def load(self, spec: NetworkSpec, path: Path, weights: Sequence[Path] = ()) -> OrtCudaNetwork:
         shared = self._shared
-        session = open_session(spec, path, _options(), [(CUDA_PROVIDER, _provider_options(shared.stream))])
+        session = open_session(spec, path, weights, _options(), [(CUDA_PROVIDER, _provider_options(shared.stream))])
         if CUDA_PROVIDER not in session.get_providers():
             raise InputError(
                 f"backend {self.name}: {shared.library} would run {spec.name} on the CPU, because its CUDA provider "

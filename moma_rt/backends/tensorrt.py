@@ -3,7 +3,7 @@
 import mmap
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,7 +214,8 @@ class TensorRtBackend(OnDevice):
         except (TypeError, RuntimeError):  # how the bindings say that they were given no object
             raise MomaError(f"{self._shared.library} cannot use this GPU: {self._shared.reason()}") from None
 
-    def load(self, spec: NetworkSpec, path: Path) -> TrtNetwork:
+    def load(self, spec: NetworkSpec, path: Path, weights: Sequence[Path] = ()) -> TrtNetwork:
+        """An engine holds its weights itself: there are no `weights`."""
         shared = self._shared
         shared.log.begin()
         with path.open("rb") as file:
