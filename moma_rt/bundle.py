@@ -65,7 +65,7 @@ class NetworkEntry:
     @property
     def graphs(self) -> tuple[str, ...]:
         """The graphs that the bundle has."""
-        return tuple(file for file in (self.onnx, self.lowered) if file is not None)
+        return tuple(dict.fromkeys(file for file in (self.onnx, self.lowered) if file is not None))
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -230,9 +230,7 @@ class Bundle:
         """
         graph = self.network(name).onnx
         if graph is None:
-            raise BundleError(
-                f"{self.root} {NO_GRAPH} of {name}; build it with --target cpu, or name an engine's backend"
-            )
+            raise BundleError(f"{self.root} {NO_GRAPH} of {name}: build it with --target cpu as well")
         return graph
 
     def has(self, *names: str) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +70,7 @@ class FakeBackend:
     records: bool = False
     is_host: bool = True
     loads: list[str] = field(default_factory=list)
+    weights: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     allocations: list[tuple[int, ...]] = field(default_factory=list)
     binds: list[str] = field(default_factory=list)
     uploads: list[tuple[int, ...]] = field(default_factory=list)
@@ -87,10 +88,11 @@ class FakeBackend:
         finally:
             self._inside.release()
 
-    def load(self, spec: NetworkSpec, onnx: Path) -> FakeNetwork:
+    def load(self, spec: NetworkSpec, onnx: Path, weights: Sequence[Path] = ()) -> FakeNetwork:
         with self.alone():
-            assert onnx.is_file()
+            assert all(path.is_file() for path in (onnx, *weights))
             self.loads.append(spec.name)
+            self.weights[spec.name] = tuple(weights)
             return FakeNetwork(spec, self)
 
     def allocate(self, wanted: Mapping) -> dict:
@@ -159,8 +161,11 @@ def make_bundle(root: Path, base: str = "fake", without: tuple[str, ...] = ()) -
         onnx = f"networks/{name}/model.onnx"
         (root / onnx).parent.mkdir(parents=True)
         (root / onnx).write_text(f"{base} {name}")
-        files.append(onnx)
-        entries[name] = NetworkEntry(spec, Precision.FP32, f"{base}-{name}", onnx, onnx, (onnx,))
+        weights = f"weights/{name}/weights.safetensors"
+        (root / weights).parent.mkdir(parents=True)
+        (root / weights).write_text(f"weights of {base} {name}")
+        files += [onnx, weights]
+        entries[name] = NetworkEntry(spec, Precision.FP32, f"{base}-{name}", f"like {name}", onnx, onnx, (weights,))
     _byte_tokenizer(root / TEXT_TOKENIZER, ("<b>", "<e>"), "<b> $A <e>")
     _byte_tokenizer(root / LANGUAGE_TOKENIZER, ("<s>",), "<s> $A")
     files += [TEXT_TOKENIZER, LANGUAGE_TOKENIZER]

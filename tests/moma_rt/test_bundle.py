@@ -1,5 +1,7 @@
 import copy
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ ONNX = "networks/text_encoder-k1/model.onnx"
 LOWERED = "networks/text_encoder-k1/lowered.onnx"
 ENGINE = "engines/text_encoder-e1/engine.trt"
 KERNELS = "kernels/text_encoder_sm80-k2/kernels.json"
-WEIGHTS = "networks/text_encoder-k1/weights.bin"
+WEIGHTS = "weights/text_encoder-w1/weights.safetensors"
 BATCH = Dim("batch", 1, 1, 8)
 
 
@@ -40,7 +42,7 @@ def make_manifest(files: dict[str, FileEntry]) -> Manifest:
         base="tiny",
         created_by="moma-rt test",
         geometry=Geometry(512, 4, 64, 77, 768, 4, 1024, layers, LanguageGeometry(32000, 128, 3, 4, 32, 336, 576)),
-        networks={"text_encoder": NetworkEntry(spec, Precision.FP32, "k1", ONNX, LOWERED, (WEIGHTS,))},
+        networks={"text_encoder": NetworkEntry(spec, Precision.FP32, "k1", "s1", ONNX, LOWERED, (WEIGHTS,))},
         files=files,
         sources=(Source("base", "tiny", "0" * 64),),
         engines=(
@@ -80,7 +82,7 @@ def open_error(root: Path) -> str:
 
 
 def rename_file(data: dict[str, Any], name: str) -> None:
-    data["networks"]["text_encoder"]["files"] = [name]
+    data["networks"]["text_encoder"]["weights"] = [name]
     data["files"][name] = data["files"].pop(WEIGHTS)
 
 
@@ -159,6 +161,9 @@ class TestOpen:
             lambda d: d["kernels"][0].update(file="a\nb"),
             lambda d: d["kernels"][0].update(extra=1),
             lambda d: d["networks"]["text_encoder"].pop("lowered"),
+            lambda d: d["networks"]["text_encoder"].pop("structure"),
+            lambda d: d["networks"]["text_encoder"].update(weights=None),
+            lambda d: d["engines"][0].update(measured=None),
         ],
     )
     def test_malformed_manifest(self, root: Path, change: Callable[[dict[str, Any]], None]):
@@ -253,10 +258,38 @@ class TestNetworks:
             bundle.fingerprint("unet")
 
 
-def test_weights_without_a_hash_are_not_read(root: Path):
-    edit(root, lambda data: (data["networks"]["text_encoder"].update(files=[]), data["files"].pop(WEIGHTS)))
-    with pytest.raises(BundleError, match=f"{WEIGHTS} is in no network of the manifest"):
+@pytest.mark.parametrize("beside", [ONNX, WEIGHTS])
+def test_a_file_without_a_hash_beside_those_of_a_network(root: Path, beside: str):
+    path = (root / beside).with_name("more.safetensors")
+    path.write_bytes(b"what a graph might read")
+    with pytest.raises(BundleError, match=rf"{path.parent.name}/more\.safetensors is in no network of the manifest"):
         Bundle.open(root)
+
+
+def without_graphs(data: dict[str, Any]) -> None:
+    data["networks"]["text_encoder"].update(onnx=None, lowered=None)
+    for name in (ONNX, LOWERED):
+        data["files"].pop(name)
+
+
+def test_a_network_without_graphs(root: Path):
+    edit(root, without_graphs)
+    shutil.rmtree((root / ONNX).parent)
+    bundle = Bundle.open(root)
+    assert bundle.network("text_encoder").all_files == (WEIGHTS,)
+    assert Manifest.from_json(bundle.manifest.to_json()) == bundle.manifest
+    with pytest.raises(BundleError, match="has engines alone and no ONNX graph of text_encoder: build it with --target"):
+        bundle.graph("text_encoder")
+
+
+def test_which_engines_a_network_made(root: Path):
+    manifest = Bundle.open(root).manifest
+    network, (engine,) = manifest.networks["text_encoder"], manifest.engines
+    assert network.made(engine)
+    assert not network.made(dataclasses.replace(engine, source="s1"))
+    package = dataclasses.replace(engine, flavour=Flavour.INDUCTOR)
+    assert not network.made(package)
+    assert network.made(dataclasses.replace(package, source="s1")), "other weights are no other package"
 
 
 def test_the_builds_own_record_may_lie_beside_a_network(root: Path):
@@ -276,7 +309,7 @@ def test_manifest_is_replaced_whole(root: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(TypeError):
         write_manifest(root, make_manifest({}))
     assert (root / MANIFEST_NAME).read_bytes() == before
-    assert {path.name for path in root.iterdir()} == {MANIFEST_NAME, "networks", "engines", "kernels"}
+    assert {path.name for path in root.iterdir()} == {MANIFEST_NAME, "networks", "weights", "engines", "kernels"}
 
 
 class TestSpecs:

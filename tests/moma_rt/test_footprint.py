@@ -48,7 +48,8 @@ class Gone:
 def manifest(fake_bundle):
     """Of a bundle whose networks are as large as `SIZES` says."""
     manifest = read_manifest(fake_bundle)
-    sizes = {manifest.networks[name].onnx: size for name, size in SIZES.items()}
+    sizes = {manifest.networks[name].onnx: 1 for name in SIZES}
+    sizes |= {manifest.networks[name].weights[0]: size - 1 for name, size in SIZES.items()}
     files = {name: dataclasses.replace(file, size=sizes.get(name, file.size)) for name, file in manifest.files.items()}
     return dataclasses.replace(manifest, files=files)
 
@@ -136,7 +137,10 @@ def test_an_engine_needs_what_its_builder_counted(manifest):
     )
     assert footprint(manifest, "denoiser", engine) == Footprint(700, 40)
     unknown = dataclasses.replace(engine, weight_bytes=None, activation_bytes=None)
-    assert footprint(manifest, "denoiser", unknown) == footprint(manifest, "denoiser", None) == Footprint(1000, 0)
+    assert footprint(manifest, "denoiser", unknown) == Footprint(1, 0), "its file"
+    assert footprint(manifest, "denoiser", None) == Footprint(1000, 0), "the graph and the weights"
+    package = dataclasses.replace(unknown, flavour=Flavour.INDUCTOR)
+    assert footprint(manifest, "denoiser", package) == Footprint(1000, 0), "the package and the weights beside it"
 
 
 def test_what_was_used_longest_ago_goes(networks, backend):

@@ -148,7 +148,7 @@ def test_onnx_runtime_reads_no_engine_and_no_lowered_graph(tmp_path, bundle, fak
     for name, network in manifest.networks.items():
         lowered = network.onnx.replace("model.onnx", "lowered.onnx")
         (bundle / lowered).write_text("altered")
-        networks[name] = dataclasses.replace(network, lowered=lowered, files=(*network.files, lowered))
+        networks[name] = dataclasses.replace(network, lowered=lowered)
     files = manifest.files | {n.lowered: FileEntry("0" * 64, len("altered")) for n in networks.values()}
     write_manifest(bundle, dataclasses.replace(manifest, networks=networks, files=files))
     path = bundle / "engines/vae_encoder/engine.trt"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch._inductor.utils import fresh_cache
 
-from export.inductor_export import InductorOptions
+from export.packages import PackageOptions, add_to_package
 from moma_rt.backends.inductor import TENSORS_NOTE, tensors_note
 from moma_rt.specs import NetworkSpec
 from tests.moma_rt.backends.networks import STEP
@@ -41,10 +41,11 @@ def save_package(path: Path, spec: NetworkSpec, device: str = "cpu") -> Path:
     module = Step() if spec is STEP else Past()
     example = tuple(tensor.to(device) for tensor in module.example)
     program = torch.export.export(module, example, dynamic_shapes=module.sizes)
-    settings = {**InductorOptions.of(spec.name, 0 if device == "cpu" else 90).settings}
-    settings["aot_inductor.metadata"] = {TENSORS_NOTE: tensors_note(spec)}
+    options = PackageOptions.of(spec.name, 0 if device == "cpu" else 90)
+    settings = {**options.settings, "aot_inductor.metadata": {TENSORS_NOTE: tensors_note(spec)}}
     with fresh_cache():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    add_to_package(path, module.state_dict(), program.constants, options)
     return path
 
 
