@@ -30,7 +30,7 @@ from moma_rt.engines import CPU_CAPABILITY
 from moma_rt.errors import BundleError
 from moma_rt.footprint import PICTURES
 from moma_rt.messages import one_line
-from moma_rt.specs import Geometry, Precision
+from moma_rt.specs import Geometry, NetworkSpec, Precision
 
 PACKAGE_NAME = "engine.pt2"
 
@@ -121,6 +121,7 @@ def write_package(request: PackageRequest, folder: Path) -> None:
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(module, arguments, dynamic_shapes=shapes)
+            tune_for_usual_sizes(program, spec)
             aoti_compile_and_package(program, package_path=str(path), inductor_configs=request.inductor_configs())
     except (RuntimeError, subprocess.CalledProcessError) as error:  # such as: no C++ compiler, no memory left
         raise BundleError(
@@ -149,6 +150,19 @@ def add_to_package(
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(WEIGHTS_MEMBER, json.dumps({"channels_last": options.channels_last, "tensors": weights}))
         archive.writestr(CONSTANTS_MEMBER, save(own))
+
+
+def tune_for_usual_sizes(program: torch.export.ExportedProgram, spec: NetworkSpec) -> None:
+    """Have kernels chosen and measured for a network's usual sizes, such as one picture with both halves of guidance.
+
+    Tracing needs other ones: it takes a size of 1 for a constant.
+    """
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for name, tensor in zip(program.graph_signature.user_inputs, spec.inputs, strict=True):
+        shape = nodes[str(name)].meta["val"].shape
+        for axis, dim in tensor.dynamic_axes.items():
+            size = shape[axis].node
+            size.shape_env.var_to_hint_override[size.expr] = dim.opt
 
 
 def fill_with_noise(module: nn.Module) -> None:
