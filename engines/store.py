@@ -240,11 +240,16 @@ def _read(place: Path, artifact: Artifact, *, trusted: bool = False) -> Stored |
 
 def _link_files(source: Path, target: Path) -> None:
     for path in source.iterdir():
-        try:
-            os.link(path, target / path.name)
-        except OSError:  # another file system, or one without links
-            shutil.copy2(path, target / path.name)
-            fsync(target / path.name)
+        link_or_copy(path, target / path.name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; where that cannot be, on another file system for one, copy and flush it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        fsync(target)
 
 
 def _complete(partial: Path, place: Path) -> None:

@@ -14,7 +14,7 @@ from moma_rt.libraries import is_installed
 
 CPU, RTX, LOCAL, INDUCTOR = "cpu", "rtx", "local", "inductor"
 # What `rtx` stands for: Ampere and later. Turing is built when it is named (sm75).
-_RTX = (86, 89, 120, 121)
+RTX_TARGETS = (86, 89, 120, 121)
 # Datacenter and Jetson devices, for whose capabilities there is only TensorRT itself.
 TENSORRT_CAPABILITIES = (80, 87, 90, 100, 103, 110)
 _TENSORRT = tuple(f"sm{c}" for c in TENSORRT_CAPABILITIES)
@@ -84,7 +84,7 @@ def resolve(names: tuple[str, ...], machine: Machine) -> tuple[EngineTarget, ...
     rtx, targets = set[int](), list[EngineTarget]()
     for name in names:
         if name == RTX:
-            rtx.update(_RTX)
+            rtx.update(RTX_TARGETS)
         elif name == LOCAL:
             targets.append(_local(machine))
         elif name == INDUCTOR:

@@ -20,11 +20,11 @@ from typing import Any
 from moma_rt.engines import EngineEntry, KernelsEntry
 from moma_rt.errors import BundleError
 from moma_rt.files import atomic_write, resolve_inside, sha256_file
+from moma_rt.messages import shown
 from moma_rt.specs import Geometry, NetworkSpec, Precision
 
 FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
-NO_GRAPH = "has engines alone and no ONNX graph"
 # What the graphs' references to weights are relative to.
 WEIGHTS_FOLDER = "weights"
 # Beside the files of a network, an engine or kernels, for the next build; a runtime does not read it.
@@ -103,6 +103,21 @@ class Manifest:
     sources: tuple[Source, ...]
     engines: tuple[EngineEntry, ...] = ()
     kernels: tuple[KernelsEntry, ...] = ()
+    # Of a packed bundle the target, such as "sm86", and what was left out for it.
+    packed_for: str = ""
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether every network can be run as ONNX."""
+        return all(network.onnx is not None for network in self.networks.values())
+
+    @property
+    def why_without(self) -> str:
+        """Why something is not in it, and what helps, to end a sentence with."""
+        if self.packed_for:
+            return f"since it was packed for {self.packed_for}: pack the whole bundle again for what is wanted"
+        return "since it was built for inductor alone: build it with --target cpu as well"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -126,6 +141,8 @@ class Manifest:
             "kernels": [kernels.to_json() for kernels in self.kernels],
             "files": {name: {"sha256": f.sha256, "size": f.size} for name, f in self.files.items()},
             "sources": [{"role": s.role, "name": s.name, "sha256": s.sha256} for s in self.sources],
+            "packed_for": self.packed_for,
+            "left_out": list(self.left_out),
         }
 
     @classmethod
@@ -147,7 +164,18 @@ class Manifest:
         geometry = Geometry.from_json(data["geometry"])
         engines = tuple(EngineEntry.from_json(e) for e in data["engines"])
         kernels = tuple(KernelsEntry.from_json(k) for k in data["kernels"])
-        return cls(str(data["base"]), str(data["created_by"]), geometry, networks, files, sources, engines, kernels)
+        return cls(
+            str(data["base"]),
+            str(data["created_by"]),
+            geometry,
+            networks,
+            files,
+            sources,
+            engines,
+            kernels,
+            _line(data["packed_for"]),
+            tuple(_line(left_out) for left_out in data["left_out"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -230,7 +258,7 @@ class Bundle:
         """
         graph = self.network(name).onnx
         if graph is None:
-            raise BundleError(f"{self.root} {NO_GRAPH} of {name}: build it with --target cpu as well")
+            raise BundleError(f"{self.root} has no ONNX graph of {name}, {self.manifest.why_without}")
         return graph
 
     def has(self, *names: str) -> bool:
@@ -252,6 +280,12 @@ class Bundle:
             if role not in hashes:
                 raise BundleError(f"{self.root} has nothing made of the {role} weights (it has: {', '.join(hashes)})")
         return hashlib.sha256("".join(hashes[role] for role in roles).encode()).hexdigest()
+
+
+def _line(text: object) -> str:
+    if not isinstance(text, str) or (text and not text.isprintable()):
+        raise ValueError(f"{shown(text)} is not a line of text")
+    return text
 
 
 def read_manifest(root: Path) -> Manifest:

@@ -168,9 +168,12 @@ class Library:
 
 
 def select(
-    engines: Iterable[EngineEntry], networks: Iterable[str], library: Library, device: Device
+    engines: Iterable[EngineEntry], networks: Iterable[str], library: Library, device: Device, packed_for: str = ""
 ) -> dict[str, EngineEntry]:
     """The engine of each network that a library runs on a device.
+
+    Args:
+        packed_for: the target that the bundle was packed for; empty where it is whole.
 
     Raises:
         BundleError: a network has none; the message says for what the bundle has engines, and how to build the others.
@@ -186,9 +189,12 @@ def select(
         return found
     here = f"{library.flavour.value} {library.version} on {spelled([device.capability])} ({device.name})"
     have = sorted({f"{e.flavour.value} {e.version} on {spelled(e.capabilities)}" for e in engines})
+    advice = f"build them with {_command_for(library.flavour, device.capability)}"
+    if packed_for:
+        advice = f"it was packed for {packed_for}; pack the whole bundle again for this device"
     raise BundleError(
         f"no engine of {', '.join(missing)} for {here}; the bundle has engines for {'; '.join(have) or 'no device'}: "
-        f"build them with {_command_for(library.flavour, device.capability)}"
+        f"{advice}"
     )
 
 

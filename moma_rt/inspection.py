@@ -48,6 +48,11 @@ def describe_bundle(bundle: Bundle, budget: int | None = None) -> str:
         f"base        {manifest.base}",
         f"made by     {manifest.created_by}",
         f"size        {spelled_bytes(sum(f.size for f in manifest.files.values()))} in {len(manifest.files)} files",
+        *(
+            [f"packed for  {manifest.packed_for}, without {'; '.join(manifest.left_out)}"]
+            if manifest.packed_for
+            else []
+        ),
         f"pictures    {geometry.image_size} x {geometry.image_size}",
         f"injection   {len(geometry.self_attention)} self-attention layers on {grids}",
     ]
@@ -56,6 +61,7 @@ def describe_bundle(bundle: Bundle, budget: int | None = None) -> str:
         lines.append(f"language    {language.layers} layers of width {language.width}, {language.vocabulary} tokens")
     for entry in manifest.networks.values():
         lines += ["", *_network(entry, manifest)]
+    lines += _weights(manifest)
     lines += _kernels(manifest)
     lines += _engines(manifest)
     if budget is not None:
@@ -83,12 +89,30 @@ def describe_subject(subject: Subject) -> str:
 
 
 def _network(entry: NetworkEntry, manifest: Manifest) -> list[str]:
-    files = entry.all_files
-    size = sum(manifest.files[name].size for name in files)
-    lines = [f"{entry.spec.name}  {entry.precision.value}, {spelled_bytes(size)}, key {entry.key[:12]}"]
+    size = sum(manifest.files[name].size for name in entry.all_files)
+    graphs = "" if entry.graphs else ", no ONNX graph"
+    lines = [f"{entry.spec.name}  {entry.precision.value}, {spelled_bytes(size)}{graphs}, key {entry.key[:12]}"]
     lines += [f"  in   {_tensor(t)}" for t in entry.spec.inputs]
     lines += [f"  out  {_tensor(t)}" for t in entry.spec.outputs]
     return lines
+
+
+def _packed(manifest: Manifest) -> list[str]:
+    """What a packed bundle lacks."""
+    return [f"packed for  {manifest.packed_for}, without {'; '.join(manifest.left_out)}"] if manifest.packed_for else []
+
+
+def _weights(manifest: Manifest) -> list[str]:
+    """A line for each weights file that several networks read."""
+    readers: dict[str, list[str]] = {}
+    for name, network in manifest.networks.items():
+        for file in network.weights:
+            readers.setdefault(file, []).append(name)
+    return [
+        f"shared      {PurePosixPath(file).parent.name}, {spelled_bytes(manifest.files[file].size)}: {', '.join(names)}"
+        for file, names in readers.items()
+        if len(names) > 1
+    ]
 
 
 def _kernels(manifest: Manifest) -> list[str]:
@@ -116,7 +140,7 @@ def _engines(manifest: Manifest) -> list[str]:
         lines.append(f"  {'':<20} {'file':>10} {'weights':>10} {'activations':>12}")
         lines += [
             f"  {e.network:<20} {spelled_bytes(manifest.files[e.file].size):>10} {spelled_bytes(e.weight_bytes):>10} "
-            f"{spelled_bytes(e.activation_bytes):>12}{'  with plugins' if e.kernels is not None else ''}"
+            f"{spelled_bytes(e.activation_bytes):>12}{_remarks(e)}"
             for e in engines
         ]
         size = spelled_bytes(sum(manifest.files[e.file].size for e in engines))
@@ -130,6 +154,11 @@ def _engines(manifest: Manifest) -> list[str]:
         if missing:
             lines.append(f"  none of {', '.join(missing)}")
     return lines
+
+
+def _remarks(engine: EngineEntry) -> str:
+    plugins = "  with plugins" if engine.kernels is not None else ""
+    return plugins + ("" if engine.measured else "  compiled without such a device, nothing was measured")
 
 
 def _budgets(manifest: Manifest, budget: int) -> list[str]:

@@ -8,7 +8,7 @@ from moma_rt.backends import AUTO, ONNXRUNTIME, ONNXRUNTIME_CUDA
 from moma_rt.bundle import Manifest
 from moma_rt.device import local_device
 from moma_rt.engines import CPU_CAPABILITY, CPU_DEVICE, Device, EngineEntry, Flavour, Library, select
-from moma_rt.errors import InputError, MomaError
+from moma_rt.errors import BundleError, InputError, MomaError
 from moma_rt.libraries import (
     CUDA_MODULE,
     CUDA_PIP_NAME,
@@ -71,22 +71,24 @@ def choose(backend: str, manifest: Manifest, host: Host) -> Choice:
 
     `AUTO` is TensorRT, else TensorRT-RTX, else inductor, where there is a GPU and that has an engine for every network
     of the bundle: inductor's engines for a CPU are taken where it is named. Else it is ONNX Runtime, on the GPU if the
-    one that is installed is for GPUs. Networks are not divided between backends.
+    one that is installed is for GPUs. Of a bundle without ONNX graphs it is whatever its engines are for, a CPU's too.
+    Networks are not divided between backends.
 
     Args:
         backend: one of `moma_rt.backends.NAMES`.
 
     Raises:
         InputError: a backend was named, and it lacks a GPU, or a package is missing or cannot be loaded.
-        BundleError: a flavour was named, and the bundle has not all the engines for it; the message says how to build
-            them.
+        BundleError: a flavour was named, and the bundle has not all the engines for it, or ONNX Runtime, and it has no
+            graphs; the message says how to build them.
     """
-    if backend == ONNXRUNTIME:
-        return Choice(ONNXRUNTIME)
-    if backend == ONNXRUNTIME_CUDA:
-        return _with_cuda_provider(host)
+    if backend in (ONNXRUNTIME, ONNXRUNTIME_CUDA):
+        _check_graphs(backend, manifest)
+        return Choice(ONNXRUNTIME) if backend == ONNXRUNTIME else _with_cuda_provider(host)
     if backend != AUTO:
         return _with_engines(Flavour(backend), manifest, host)
+    if not manifest.has_graphs:
+        return _with_engines(_only_flavour(manifest, host), manifest, host)
     reasons = []
     if manifest.engines and host.device is not None:
         for flavour in _most_likely_first(manifest, host, host.device):
@@ -102,6 +104,27 @@ def choose(backend: str, manifest: Manifest, host: Host) -> Choice:
         except MomaError as error:
             reasons.append(error)
     return Choice(ONNXRUNTIME, warning=f"{reasons[0]}; the bundle runs on the CPU now" if reasons else "")
+
+
+def _check_graphs(backend: str, manifest: Manifest) -> None:
+    if not manifest.has_graphs:
+        have = ", ".join(sorted({engine.flavour.value for engine in manifest.engines})) or "no engines either"
+        raise BundleError(
+            f"backend {backend}: the bundle has no ONNX graphs, {manifest.why_without}; it has engines for: {have}"
+        )
+
+
+def _only_flavour(manifest: Manifest, host: Host) -> Flavour:
+    """The flavour whose engines a bundle without graphs runs on this machine, or whose objection is to be heard."""
+    device = host.device or CPU_DEVICE
+    built = [
+        f for f in Flavour if any(e.flavour is f and device.capability in e.capabilities for e in manifest.engines)
+    ]
+    others = [flavour for flavour in Flavour if any(engine.flavour is flavour for engine in manifest.engines)]
+    found = sorted(built or others, key=lambda flavour: flavour in host.missing)
+    if not found:
+        raise BundleError(f"the bundle has neither ONNX graphs nor engines, {manifest.why_without}")
+    return found[0]
 
 
 def _with_cuda_provider(host: Host) -> Choice:
@@ -123,7 +146,7 @@ def _with_engines(flavour: Flavour, manifest: Manifest, host: Host) -> Choice:
     if flavour in host.missing:
         raise _not_installed(flavour.value, host.missing[flavour])
     library = Library(flavour, host.version(flavour))
-    return Choice(flavour.value, select(manifest.engines, manifest.networks, library, device))
+    return Choice(flavour.value, select(manifest.engines, manifest.networks, library, device, manifest.packed_for))
 
 
 def _no_gpu(backend: str) -> InputError:

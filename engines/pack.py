@@ -1,0 +1,161 @@
+"""`python -m engines.pack BUNDLE --target T --out DIR`: a bundle of what one backend reads, to be shipped."""
+
+import argparse
+import dataclasses
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from engines.store import PARTIAL_PREFIX, link_or_copy
+from engines.targets import CPU, INDUCTOR, LOCAL, RTX, RTX_TARGETS, parse_targets
+from moma_rt.bundle import LANGUAGE_TOKENIZER, TEXT_TOKENIZER, Bundle, Manifest, write_manifest
+from moma_rt.engines import EngineEntry, Flavour, spelled
+from moma_rt.errors import BundleError, InputError, print_output, run_command
+from moma_rt.files import fsync
+from moma_rt.footprint import spelled_bytes
+
+PROGRAM = "engines.pack"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog=f"python -m {PROGRAM}",
+        description="Make the bundle that one backend needs and nothing else, hashes and all. Its files are links to "
+        "those of BUNDLE where the file system has them.",
+    )
+    p.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder that python -m export.build made")
+    p.add_argument(
+        "--target",
+        required=True,
+        metavar="TARGET",
+        help=f"{CPU} (ONNX Runtime, on a CPU or a GPU); {RTX}, or one of its capabilities, such as sm86; sm80, sm90, "
+        f"... (TensorRT); {INDUCTOR}, or {INDUCTOR}:sm90",
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an empty one")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parser().parse_args(arguments)
+    return run_command(PROGRAM, lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    bundle = Bundle.open(options.bundle)
+    packed = pack(bundle, options.target, options.out)
+    before, after = (sum(f.size for f in b.manifest.files.values()) for b in (bundle, packed))
+    left_out = "; ".join(packed.manifest.left_out) or "nothing"
+    print_output(f"{options.out}: {spelled_bytes(after)} of {spelled_bytes(before)}; left out: {left_out}")
+    return 0
+
+
+def pack(bundle: Bundle, target: str, out: Path) -> Bundle:
+    """Write the bundle at `out` that holds what `target` needs of `bundle`.
+
+    The files are hashed before the folder gets its name.
+
+    Raises:
+        InputError: no such target, several, or a folder that is not empty or cannot be written.
+        BundleError: the bundle has not all that the target needs, or an altered file.
+    """
+    manifest = packed_manifest(bundle, target)
+    bundle.verified(manifest.files)
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(f"--out {out}: holds other files; give a new or an empty folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=out.parent))
+        try:
+            for name in manifest.files:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(bundle.path(name), partial / name)
+            write_manifest(partial, manifest)
+            partial.chmod(0o755)
+            partial.rename(out)
+            fsync(out.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+    return Bundle.open(out)
+
+
+def packed_manifest(bundle: Bundle, target: str) -> Manifest:
+    """The manifest of what a target needs of a bundle.
+
+    Raises:
+        InputError: no such target, or several.
+        BundleError: a network of which the bundle has no engine for the target, or no graph.
+    """
+    (name, *others) = parse_targets(target)
+    if others or name == LOCAL:
+        raise InputError(f"--target {target!r}: a bundle is packed for one target by its name, such as sm86")
+    manifest = bundle.manifest
+    engines: tuple[EngineEntry, ...] = ()
+    if name == CPU:
+        for network in manifest.networks:
+            bundle.graph(network)
+    else:
+        engines = tuple(engine for engine in manifest.engines if _is_for(engine, name))
+        if missing := sorted(manifest.networks.keys() - {engine.network for engine in engines}):
+            raise BundleError(
+                f"{bundle.root} has no engine of {', '.join(missing)} for {name}: build them first, or pack for "
+                "another target"
+            )
+    keeps_graphs, keeps_weights = name == CPU, name == CPU or any(e.flavour.reads_weights for e in engines)
+    networks = {
+        network: dataclasses.replace(
+            entry,
+            onnx=entry.onnx if keeps_graphs else None,
+            lowered=None,
+            weights=entry.weights if keeps_weights else (),
+        )
+        for network, entry in manifest.networks.items()
+    }
+    kept = {file for entry in networks.values() for file in entry.all_files}
+    folders = {engine.folder for engine in engines}
+    kept |= {file for file in manifest.files if str(PurePosixPath(file).parent) in folders}
+    kept |= {TEXT_TOKENIZER, LANGUAGE_TOKENIZER}
+    packed = dataclasses.replace(
+        manifest,
+        networks=networks,
+        engines=engines,
+        kernels=(),
+        files={file: entry for file, entry in manifest.files.items() if file in kept},
+        packed_for=name,
+    )
+    return dataclasses.replace(packed, left_out=(*manifest.left_out, *_left_out(manifest, packed)))
+
+
+def _is_for(engine: EngineEntry, target: str) -> bool:
+    """Whether an engine is one of a target's."""
+    kind, _, capability = target.rpartition(":")
+    is_package = engine.flavour is Flavour.INDUCTOR
+    if target == INDUCTOR or kind == INDUCTOR:
+        return is_package and (target == INDUCTOR or int(capability.removeprefix("sm")) in engine.capabilities)
+    wanted = RTX_TARGETS if target == RTX else (int(target.removeprefix("sm")),)
+    return not is_package and not set(engine.capabilities).isdisjoint(wanted)
+
+
+def _left_out(whole: Manifest, packed: Manifest) -> list[str]:
+    """What a packed bundle lacks, for people."""
+    lines = []
+    if any(entry.onnx for entry in whole.networks.values()) and not packed.has_graphs:
+        lines.append("ONNX graphs")
+    if any(entry.lowered for entry in whole.networks.values()):
+        lines.append("graphs for TensorRT 10.3")
+    if any(entry.weights for entry in whole.networks.values()) and not any(e.weights for e in packed.networks.values()):
+        lines.append("weights files")
+    if whole.kernels:
+        lines.append(f"kernels for {spelled(sorted({kernels.capability for kernels in whole.kernels}))}")
+    gone = [engine for engine in whole.engines if engine not in packed.engines]
+    lines += sorted({f"engines of {e.flavour.value} {e.version} for {spelled(e.capabilities)}" for e in gone})
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
