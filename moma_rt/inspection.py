@@ -99,7 +99,8 @@ def _network(entry: NetworkEntry, manifest: Manifest) -> list[str]:
 
 def _packed(manifest: Manifest) -> list[str]:
     """What a packed bundle lacks."""
-    return [f"packed for  {manifest.packed_for}, without {'; '.join(manifest.left_out)}"] if manifest.packed_for else []
+    left_out = "; ".join(manifest.left_out) or "nothing"
+    return [f"packed for  {manifest.packed_for}; left out: {left_out}"] if manifest.packed_for else []
 
 
 def _weights(manifest: Manifest) -> list[str]:

@@ -58,7 +58,8 @@ class Machine:
 
 
 def chosen(backend, entries, host):
-    return choose(backend, SimpleNamespace(engines=entries, networks=dict.fromkeys(NETWORKS)), host)
+    networks = dict.fromkeys(NETWORKS)
+    return choose(backend, SimpleNamespace(engines=entries, networks=networks, has_graphs=True, packed_for=""), host)
 
 
 def select(backend, entries, device=H100, missing=(), versions=VERSIONS):

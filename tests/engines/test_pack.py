@@ -1,0 +1,180 @@
+"""Bundles of what one backend reads: what is in them, what they say of the rest, and what is refused."""
+
+import os
+
+import pytest
+
+from engines.pack import main, pack
+from moma_rt.bundle import (
+    LANGUAGE_TOKENIZER,
+    TEXT_TOKENIZER,
+    Bundle,
+    FileEntry,
+    Manifest,
+    NetworkEntry,
+    Source,
+    read_manifest,
+    write_manifest,
+)
+from moma_rt.engines import Device, EngineEntry, Flavour, KernelsEntry, Library, select
+from moma_rt.errors import BundleError
+from moma_rt.files import sha256_file
+from moma_rt.inspection import describe_bundle
+from moma_rt.selection import choose
+from moma_rt.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer
+
+GEOMETRY = Geometry(64, 4, 8, 77, 6, 4, 16, (SelfAttentionLayer("mid_block", 8, 4, 2),), None)
+NAMES = ("denoiser", "subject_encoder")
+SHARED = "weights/unet-1/weights.safetensors"
+ENGINES = (
+    (Flavour.TENSORRT_RTX, (86, 89)),
+    (Flavour.TENSORRT_RTX, (120,)),
+    (Flavour.TENSORRT, (90,)),
+    (Flavour.INDUCTOR, (90,)),
+    (Flavour.INDUCTOR, (0,)),
+)
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """Two networks with everything that a bundle can have of them."""
+    root, files, networks, engines = tmp_path / "whole", {}, {}, []
+
+    def add(name):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"content of {name}")
+        files[name] = FileEntry(sha256_file(root / name), (root / name).stat().st_size)
+        return name
+
+    for name in NAMES:
+        graphs = (add(f"networks/{name}-1/model.onnx"), add(f"networks/{name}-1/lowered.onnx"))
+        weights = (add(SHARED), add(f"weights/{name}-1/weights.safetensors"))
+        networks[name] = NetworkEntry(NetworkSpec(name, (), ()), Precision.FP16, "k", "s", *graphs, weights)
+        for index, (flavour, capabilities) in enumerate(ENGINES):
+            file = add(f"engines/{name}-{index}/engine")
+            add(f"engines/{name}-{index}/layers.json")
+            source = "s" if flavour is Flavour.INDUCTOR else "k"
+            engines.append(
+                EngineEntry(name, flavour, "1", capabilities, False, source, f"e{index}", file, 1, 1, None, index != 3)
+            )
+    kernels = KernelsEntry("denoiser", 90, "k", add("kernels/denoiser_sm90-1/kernels.json"))
+    add("kernels/denoiser_sm90-1/self.ptx")
+    for tokenizer in (TEXT_TOKENIZER, LANGUAGE_TOKENIZER):
+        add(tokenizer)
+    sources = (Source("unet", "random", "0" * 64),)
+    write_manifest(root, Manifest("tiny", "tests", GEOMETRY, networks, files, sources, tuple(engines), (kernels,)))
+    return Bundle.open(root)
+
+
+def contents(root):
+    """Every file but the manifest, and that those it names are there and whole."""
+    packed = Bundle.open(root)
+    packed.verified(packed.manifest.files)
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    assert found == {*packed.manifest.files, "manifest.json"}
+    return found - {"manifest.json", TEXT_TOKENIZER, LANGUAGE_TOKENIZER}
+
+
+def engine_files(*indices):
+    return {f"engines/{name}-{i}/{file}" for name in NAMES for i in indices for file in ("engine", "layers.json")}
+
+
+WEIGHTS = {SHARED, *(f"weights/{name}-1/weights.safetensors" for name in NAMES)}
+GRAPHS = {f"networks/{name}-1/model.onnx" for name in NAMES}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("cpu", GRAPHS | WEIGHTS),
+        ("sm86", engine_files(0)),
+        ("rtx", engine_files(0, 1)),
+        ("sm90", engine_files(2)),
+        ("inductor", engine_files(3, 4) | WEIGHTS),
+    ],
+)
+def test_what_a_target_needs_and_nothing_else(bundle, tmp_path, target, expected):
+    packed = pack(bundle, target, tmp_path / "packed")
+    assert contents(tmp_path / "packed") == expected
+    assert packed.manifest.sources == bundle.manifest.sources
+    assert packed.manifest.packed_for == target
+    assert read_manifest(tmp_path / "packed") == packed.manifest
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_it_tells_what_was_left_out(bundle, tmp_path, capsys):
+    assert main([str(bundle.root), "--target", "sm86", "--out", str(tmp_path / "packed")]) == 0
+    left_out = (
+        "ONNX graphs; graphs for TensorRT 10.3; weights files; kernels for sm90; engines of inductor 1 for cpu; "
+        "engines of inductor 1 for sm90; engines of tensorrt 1 for sm90; engines of tensorrt_rtx 1 for sm120"
+    )
+    assert f"left out: {left_out}" in capsys.readouterr().out
+    described = describe_bundle(Bundle.open(tmp_path / "packed"))
+    assert f"packed for  sm86; left out: {left_out}" in described
+    assert "denoiser  fp16, 0 B, no ONNX graph, key k" in described
+
+
+def test_inspect_tells_what_is_shared_and_what_was_not_measured(bundle):
+    described = describe_bundle(bundle)
+    assert "shared      unet-1, 45 B: denoiser, subject_encoder" in described
+    assert described.count("compiled without such a device, nothing was measured") == len(NAMES)
+
+
+def test_files_are_not_stored_twice(bundle, tmp_path):
+    pack(bundle, "cpu", tmp_path / "packed")
+    assert os.path.samefile(tmp_path / "packed" / SHARED, bundle.root / SHARED)
+
+
+class NoGpu:
+    device, missing, has_cuda_provider = None, (), False
+
+    def version(self, flavour):
+        return "1"
+
+
+def test_what_is_missed_is_said(bundle, tmp_path):
+    packed = pack(bundle, "sm86", tmp_path / "packed").manifest
+    with pytest.raises(BundleError, match="no ONNX graphs, since it was packed for sm86: pack the whole bundle again"):
+        choose("onnxruntime", packed, NoGpu())
+    with pytest.raises(BundleError, match="it was packed for sm86; pack the whole bundle again for this device"):
+        select(packed.engines, packed.networks, Library(Flavour.TENSORRT, "1"), Device("H100", 90), packed.packed_for)
+
+
+def test_a_cpus_packages_are_taken_where_there_is_nothing_else(bundle, tmp_path):
+    packed = pack(bundle, "inductor", tmp_path / "packed").manifest
+    found = choose("auto", packed, NoGpu())
+    assert found.backend == "inductor"
+    assert {engine.capabilities for engine in found.engines.values()} == {(0,)}
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("sm80", "has no engine of denoiser, subject_encoder for sm80: build them first"),
+        ("rtx,cpu", "a bundle is packed for one target by its name"),
+        ("local", "a bundle is packed for one target by its name"),
+        ("sm12", "no target sm12"),
+    ],
+)
+def test_a_target_that_it_cannot_be_packed_for(bundle, tmp_path, capsys, target, says):
+    assert main([str(bundle.root), "--target", target, "--out", str(tmp_path / "packed")]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "packed").exists()
+
+
+def test_an_altered_file_is_not_packed(bundle, tmp_path, capsys):
+    (bundle.root / SHARED).write_text("content of something else, as long"[:45].ljust(45))
+    assert main([str(bundle.root), "--target", "inductor", "--out", str(tmp_path / "packed")]) == 2
+    assert f"{SHARED} was altered" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+
+
+def test_a_folder_with_something_in_it(bundle, tmp_path, capsys):
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "mine").write_text("")
+    assert main([str(bundle.root), "--target", "cpu", "--out", str(tmp_path / "packed")]) == 2
+    assert "holds other files" in capsys.readouterr().err
+    (tmp_path / "packed" / "mine").unlink()
+    assert main([str(bundle.root), "--target", "cpu", "--out", str(tmp_path / "packed")]) == 0, "an empty one will do"
