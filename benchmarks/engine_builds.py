@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment, write_results
+from benchmarks.full_size import file_bytes
 from moma_rt.bundle import Bundle
 
 TARGETS = "sm86,sm89,sm120"
@@ -82,11 +83,12 @@ def measured(*command: str) -> dict[str, Any]:
 
 
 def verified(root: Path) -> dict[str, Any]:
-    """Hash every file of a bundle; what the manifest says of its engines."""
+    """Hash every file of a bundle; the bytes of its graphs and weights, and what the manifest says of its engines."""
     bundle = Bundle.open(root)
     bundle.verified(bundle.manifest.files)
     files = bundle.manifest.files
     return {
+        "bytes": file_bytes(bundle.manifest),
         "engines": [
             {
                 "network": engine.network,

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from benchmarks.environment import environment, percentiles, write_results
 from export.sample_inputs import sample_inputs
-from moma_rt.bundle import Bundle
+from moma_rt.bundle import Bundle, Manifest
 from moma_rt.specs import Geometry
 
 NETWORKS = "denoiser,subject_encoder,vae_encoder,vae_decoder,text_encoder"
@@ -62,13 +62,23 @@ def main() -> int:
 
 
 def export(out: Path) -> dict[str, Any]:
-    """Build the bundle in a process of its own: seconds, and the peak of its memory in GB."""
+    """Build the bundle in a process of its own: seconds, the peak of its memory in GB, and the bytes of its files."""
     command = [sys.executable, "-m", "export.build", "--base", "sd15", "--weights", "random", "--only", NETWORKS]
     start = time.perf_counter()
     subprocess.run([*command, "--out", str(out)], check=True)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
-    return {"networks": NETWORKS.split(","), "seconds": round(seconds, 1), "peak_gb": round(peak, 2)}
+    sizes = file_bytes(Bundle.open(out).manifest)
+    return {"networks": NETWORKS.split(","), "seconds": round(seconds, 1), "peak_gb": round(peak, 2), "bytes": sizes}
+
+
+def file_bytes(manifest: Manifest) -> dict[str, int]:
+    """The bytes of a bundle's files by what they are: those of all graphs, and those of each group of weights."""
+    sizes = {"graphs": sum(manifest.files[graph].size for entry in manifest.networks.values() for graph in entry.graphs)}
+    for file in sorted({file for entry in manifest.networks.values() for file in entry.weights}):
+        group, _, _ = PurePosixPath(file).parent.name.rpartition("-")
+        sizes[f"weights of {group}"] = manifest.files[file].size
+    return sizes
 
 
 def pytorch_step(out: Path) -> Step:
@@ -100,7 +110,7 @@ def onnxruntime_step(out: Path) -> Step:
 
     bundle = Bundle.open(out)
     entry, backend = bundle.network("denoiser"), create("onnxruntime")
-    network = backend.load(entry.spec, bundle.path(entry.onnx))
+    network = backend.load(entry.spec, bundle.path(bundle.graph("denoiser")), tuple(map(bundle.path, entry.weights)))
     sizes = step_sizes(bundle.manifest.geometry)
     inputs = sample_inputs(entry.spec, bundle.manifest.geometry, sizes)
     tensors = (*entry.spec.inputs, *entry.spec.outputs)
@@ -168,6 +178,8 @@ def print_table(results: dict[str, Any], path: Path) -> None:
     """The results for a person."""
     step, exported = results["denoiser_step"], results["export"]
     print(f"\nexport           {exported['seconds']:8.1f} s, peak {exported['peak_gb']:.2f} GB")
+    for what, size in exported["bytes"].items():
+        print(f"{what:<30} {size / 1e6:8.1f} MB")
     for name in ("pytorch_eager", "onnxruntime"):
         print(f"{name:<16} {step[name]['p50']:8.2f} s a step (p50), peak {step[name]['peak_gb']:.2f} GB")
     for name, error in step["relative_error"].items():

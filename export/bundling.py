@@ -50,7 +50,7 @@ class ExportPlan:
     """Which networks to export, what they are to compute in, and for which devices the denoiser gets kernels.
 
     `kernels` are capabilities, beside those that the bundle has kernels for already; None: it is to have none at all.
-    `graphs`: whether to export ONNX graphs; engines of inductor need none.
+    `graphs`: whether to export ONNX graphs; engines of inductor need none. What the bundle has of them stays.
     """
 
     names: tuple[str, ...]
@@ -145,13 +145,11 @@ class _Exporter:
         weights = [self._weights(network.name, group) for group in groups]
         made = [group.name for group, (_, is_new) in zip(groups, weights, strict=True) if is_new]
         stored = [group for group, _ in weights]
-        graphs: Stored | None = None
-        if self.plan.graphs:
-            external = ExternalWeights(self.store.root / WEIGHTS_FOLDER, tuple(group.location for group in groups))
-            request = ExportRequest(self.checkpoint, network, self.geometry, precision, external)
-            graphs, is_new = self._graphs(request, Artifact(NETWORKS_FOLDER, network.name, key))
-            stored.append(graphs)
-            made += ["graph"] if is_new else []
+        external = ExternalWeights(self.store.root / WEIGHTS_FOLDER, tuple(group.location for group in groups))
+        request = ExportRequest(self.checkpoint, network, self.geometry, precision, external)
+        graphs, is_new = self._graphs(request, Artifact(NETWORKS_FOLDER, network.name, key))
+        stored += [] if graphs is None else [graphs]
+        made += ["graph"] if is_new else []
         seconds = time.monotonic() - start
         self.report(network.name, f"built in {seconds:.1f} s: {', '.join(made)}" if made else "kept")
         entry = NetworkEntry(
@@ -180,10 +178,12 @@ class _Exporter:
 
         return self.store.add(group.artifact, write), True
 
-    def _graphs(self, request: ExportRequest, artifact: Artifact) -> tuple[Stored, bool]:
-        """Both graphs of a network, and whether they were exported now."""
-        found = self.store.find(artifact)
-        if found is not None:
+    def _graphs(self, request: ExportRequest, artifact: Artifact) -> tuple[Stored | None, bool]:
+        """Both graphs of a network, and whether they were exported now; None where the bundle is to have none."""
+        # What only another bundle has is no reason for this one to have it.
+        is_wanted = self.plan.graphs or (self.store.root / artifact.place).is_dir()
+        found = self.store.find(artifact) if is_wanted else None
+        if found is not None or not self.plan.graphs:
             return found, False
 
         def write(folder: Path) -> Notes:

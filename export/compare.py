@@ -24,7 +24,7 @@ from moma_rt.engines import CPU_DEVICE
 from moma_rt.errors import CheckpointError, InputError, print_output, run_command
 from moma_rt.libraries import is_installed, library_version
 from moma_rt.messages import warn
-from moma_rt.specs import Precision
+from moma_rt.specs import NetworkSpec, Precision
 
 if TYPE_CHECKING:
     from export.checkpoints.model import Checkpoint
@@ -131,8 +131,9 @@ def runs(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Iterator[tuple[
     """What runs the network here, by name, and its outputs."""
     inputs = {t.name: inputs[t.name].astype(t.dtype, copy=False) for t in entry.spec.inputs}
     bundle.verified(entry.all_files)
-    if entry.precision is not Precision.BF16:  # ONNX Runtime's CPU kernels have none
-        yield "onnxruntime", outputs_of("onnxruntime", entry, bundle.path(entry.onnx), inputs)
+    weights = tuple(map(bundle.path, entry.weights))
+    if entry.onnx is not None and entry.precision is not Precision.BF16:  # ONNX Runtime's CPU kernels have none
+        yield "onnxruntime", outputs_of("onnxruntime", entry.spec, bundle.path(entry.onnx), weights, inputs)
     device = local_device() or CPU_DEVICE
     for engine in bundle.manifest.engines:
         name = engine.flavour.value
@@ -142,16 +143,18 @@ def runs(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Iterator[tuple[
             warn(f"{engine.file} was built by {name} {engine.version}, which is not installed here: not compared")
             continue
         bundle.verified([engine.file])
-        yield f"{name} {engine.version} on {device.name}", outputs_of(name, entry, bundle.path(engine.file), inputs)
+        read = weights if engine.flavour.reads_weights else ()
+        outputs = outputs_of(name, entry.spec, bundle.path(engine.file), read, inputs)
+        yield f"{name} {engine.version} on {device.name}", outputs
 
 
-def outputs_of(backend: str, entry: NetworkEntry, path: Path, inputs: Arrays) -> Arrays:
-    """The outputs of a network's file on one of the runtime's backends."""
+def outputs_of(backend: str, spec: NetworkSpec, path: Path, weights: Sequence[Path], inputs: Arrays) -> Arrays:
+    """The outputs of a network's graph or engine, with the weights that it reads, on one of the runtime's backends."""
     from moma_rt.backends import create
     from moma_rt.networks import run_once
 
     created = create(backend)
-    return run_once(created, created.load(entry.spec, path), inputs)
+    return run_once(created, created.load(spec, path, weights), inputs)
 
 
 def same_checkpoint(options: argparse.Namespace, bundle: Bundle, names: tuple[str, ...]) -> "Checkpoint":

@@ -85,20 +85,23 @@ def _build_small(out: Path, only: str, *options: str) -> Path:
 @pytest.fixture(scope="session")
 def small_bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two bundles of one checkpoint: one that enrolls, on ONNX Runtime, and one that makes pictures of a context
-    embedding, with inductor's engines for a CPU as well, in a folder whose name has a space. Nothing may change
+    embedding, with graphs and with inductor's engines for a CPU, in a folder whose name has a space. Nothing may change
     them.
     """
     root, pictures = tmp_path_factory.mktemp("bundles"), "text_encoder,denoiser,vae_decoder,context_projector"
     enrolling = _build_small(root / "enrolling", f"{pictures},vae_encoder,subject_encoder")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engines.targets.local_device", lambda: None)
-        return enrolling, _build_small(root / "making pictures", pictures, "--target", "inductor")
+        return enrolling, _build_small(root / "making pictures", pictures, "--target", "cpu,inductor")
 
 
 @pytest.fixture(scope="session")
 def small_gpu_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of two networks with inductor's engines for this machine's GPU, in fp16. Nothing may change it."""
-    return _build_small(tmp_path_factory.mktemp("bundles") / "of a gpu", "denoiser,vae_decoder", "--target", "inductor")
+    """A bundle of two networks, their graphs and inductor's engines for this machine's GPU, in fp16. Nothing may change
+    it.
+    """
+    root = tmp_path_factory.mktemp("bundles") / "of a gpu"
+    return _build_small(root, "denoiser,vae_decoder", "--target", "cpu,inductor")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Build one engine with `engines.tensorrt`, in a process of its own.
 
-python build_one.py FLAVOUR GRAPH FOLDER [TIMING_CACHE] < NetworkSpec as JSON
+python build_one.py FLAVOUR GRAPH WEIGHTS_ROOT FOLDER [TIMING_CACHE] < NetworkSpec as JSON
 -> JSON: what the builder reported, its facts, and the modules that were imported
 """
 
@@ -15,12 +15,13 @@ from moma_rt.specs import NetworkSpec
 
 
 def main() -> None:
-    flavour, graph, folder, *timing_cache = sys.argv[1:]
+    flavour, graph, weights_root, folder, *timing_cache = sys.argv[1:]
     options = EngineOptions(timing_cache=Path(timing_cache[0]) if timing_cache else None)
     spec = NetworkSpec.from_json(json.load(sys.stdin))
     reported: list[str] = []
     # No capability named: TensorRT-RTX then chooses as it does for TensorRT's bindings, which cannot name one.
-    facts = build_engine(EngineRequest(Flavour(flavour), (), Path(graph), spec, options), Path(folder), reported.append)
+    request = EngineRequest(Flavour(flavour), (), Path(graph), Path(weights_root), spec, options)
+    facts = build_engine(request, Path(folder), reported.append)
     modules = {name.partition(".")[0] for name in sys.modules}
     json.dump({"reported": reported, "facts": dataclasses.asdict(facts), "modules": sorted(modules)}, sys.stdout)
 

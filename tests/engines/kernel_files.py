@@ -73,16 +73,20 @@ def make_bundle(root: Path, *capabilities: int, weights: bytes = b"weights") -> 
     """A bundle of two networks whose graphs and weights are a few bytes, with kernels for the capabilities."""
     networks, files = {}, {}
     for name in NAMES:
-        folder = f"networks/{name}-{weights.hex():0>16.16}"
-        (root / folder).mkdir(parents=True)
-        for file, content in {"model.onnx": b"full", "lowered.onnx": b"lowered", "model.onnx.data": weights}.items():
-            (root / folder / file).write_bytes(content + name.encode())
-            path = root / folder / file
-            files[f"{folder}/{file}"] = FileEntry(sha256_file(path), path.stat().st_size)
+        key, structure = f"{name}-{weights.hex()}", f"structure of {name}"
+        content = {
+            f"networks/{name}-{weights.hex():0>16.16}/model.onnx": b"full",
+            f"networks/{name}-{weights.hex():0>16.16}/lowered.onnx": b"lowered",
+            f"weights/{name}-{weights.hex():0>16.16}/weights.safetensors": weights,
+        }
+        for file, start in content.items():
+            path = root / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(start + name.encode())
+            files[file] = FileEntry(sha256_file(path), path.stat().st_size)
         spec = NetworkSpec(name, (TensorSpec("x", "float32", (3,)),), (TensorSpec("y", "float32", (3,)),))
-        graphs = (f"{folder}/model.onnx", f"{folder}/lowered.onnx")
-        key = f"{name}-{weights.hex()}"
-        networks[name] = NetworkEntry(spec, Precision.FP16, key, *graphs, (*graphs, f"{folder}/model.onnx.data"))
+        onnx, lowered, weights_file = content
+        networks[name] = NetworkEntry(spec, Precision.FP16, key, structure, onnx, lowered, (weights_file,))
     write_manifest(root, Manifest("tests", "tests", GEOMETRY, networks, files, ()))
     for capability in capabilities:
         add_kernels(root, capability)

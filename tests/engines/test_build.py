@@ -32,17 +32,20 @@ def make_bundle(root: Path, weights: bytes = b"weights", precision: Precision = 
     """A bundle of two networks whose graphs and weights are a few bytes."""
     networks, files = {}, {}
     for name in NAMES:
-        folder = f"networks/{name}-{weights.hex():0>16.16}"
-        (root / folder).mkdir(parents=True)
-        contents = {"model.onnx": b"graph of " + name.encode(), "lowered.onnx": b"lowered", "model.onnx.data": weights}
-        for file, content in contents.items():
-            path = root / folder / file
-            path.write_bytes(content)
-            files[f"{folder}/{file}"] = FileEntry(sha256_file(path), len(content))
+        content = {
+            f"networks/{name}-{weights.hex():0>16.16}/model.onnx": b"graph of " + name.encode(),
+            f"networks/{name}-{weights.hex():0>16.16}/lowered.onnx": b"lowered",
+            f"weights/{name}-{weights.hex():0>16.16}/weights.safetensors": weights,
+        }
+        for file, written in content.items():
+            path = root / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(written)
+            files[file] = FileEntry(sha256_file(path), len(written))
         spec = NetworkSpec(name, (TensorSpec("x", "float32", (BATCH, 3)),), (TensorSpec("y", "float32", (BATCH, 3)),))
-        graphs = (f"{folder}/model.onnx", f"{folder}/lowered.onnx")
-        key = f"{name}-{weights.hex()}-{precision.value}"
-        networks[name] = NetworkEntry(spec, precision, key, *graphs, (*graphs, f"{folder}/model.onnx.data"))
+        key, structure = f"{name}-{weights.hex()}-{precision.value}", f"structure of {name} in {precision.value}"
+        onnx, lowered, weights_file = content
+        networks[name] = NetworkEntry(spec, precision, key, structure, onnx, lowered, (weights_file,))
     sources = (Source("unet", "tests", "0" * 64),)
     write_manifest(root, Manifest("tests", "tests", GEOMETRY, networks, files, sources))
     return root
@@ -155,6 +158,35 @@ def test_an_altered_graph_is_not_compiled(tmp_path, compiled):
     assert Bundle.open(tmp_path).manifest.engines == ()
 
 
+def test_altered_weights_are_not_compiled(tmp_path, compiled):
+    make_bundle(tmp_path)
+    (weights_file,) = Bundle.open(tmp_path).network("text_encoder").weights
+    (tmp_path / weights_file).write_bytes(b"WEIGHTS")
+    with pytest.raises(BundleError, match=r"weights\.safetensors was altered"):
+        build(tmp_path)
+    assert compiled == []
+
+
+def test_a_network_without_a_graph_is_not_compiled(tmp_path, compiled):
+    """As `--target inductor` alone leaves it."""
+    manifest = read_manifest(make_bundle(tmp_path))
+    entries = {n: dataclasses.replace(e, onnx=None, lowered=None) for n, e in manifest.networks.items()}
+    files = {name: file for name, file in manifest.files.items() if name.startswith("weights/")}
+    write_manifest(tmp_path, dataclasses.replace(manifest, networks=entries, files=files))
+    with pytest.raises(BundleError, match="no ONNX graph of text_encoder; build it with --target cpu"):
+        build(tmp_path)
+    assert compiled == []
+
+
+def test_the_library_looks_for_weights_where_the_graph_says(tmp_path, compiled):
+    """Of a graph's bytes it knows no folder: it is told a file beside the folders that its references name."""
+    build(make_bundle(tmp_path))
+    for request in compiled:
+        content, place = request.graph
+        assert content == request.onnx.read_bytes()
+        assert Path(place).parent == tmp_path / "weights" == request.weights_root
+
+
 def test_bundles_share_engines_of_equal_networks(tmp_path, compiled):
     shared = SharedStore(tmp_path / "store")
     first, _ = build(make_bundle(tmp_path / "a"), shared=shared)
@@ -215,7 +247,8 @@ def test_refitting(tmp_path, compiled, monkeypatch):
     refitted = []
 
     def refit(engine_file, request, folder):
-        if b"odd" in request.onnx.with_name("model.onnx.data").read_bytes():
+        (weights_file,) = request.weights_root.glob(f"{request.onnx.parent.name}/*")
+        if b"odd" in weights_file.read_bytes():
             raise BundleError("another structure")
         refitted.append((engine_file, request.onnx))
         (folder / ENGINE_NAME).write_bytes(engine_file.read_bytes() + b" refitted")

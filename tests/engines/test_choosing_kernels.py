@@ -31,7 +31,7 @@ def everything_is_installed(monkeypatch):
 
 
 def denoiser(precision: Precision = Precision.FP16, name: str = "denoiser") -> NetworkEntry:
-    return NetworkEntry(NetworkSpec(name, (), ()), precision, "k", "model.onnx", "lowered.onnx", ())
+    return NetworkEntry(NetworkSpec(name, (), ()), precision, "k", "s", "model.onnx", "lowered.onnx", ())
 
 
 def make_bundle(root: Path, *capabilities: int, **options: Any) -> Bundle:

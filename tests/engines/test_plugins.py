@@ -190,7 +190,7 @@ class Runtime:
 trt.Builder, trt.OnnxParser, trt.Runtime = Builder, Parser, Runtime
 spec, file = NetworkSpec("denoiser", (), ()), Path(sys.argv[2])
 for kernels in (NetworkKernels("a", "float16", MappingProxyType({})), None):
-    request = EngineRequest(Flavour.TENSORRT, (90,), file, spec, kernels=kernels)
+    request = EngineRequest(Flavour.TENSORRT, (90,), file, file.parent, spec, kernels=kernels)
     for act in (lambda: build_engine(request, file.parent, print), lambda: refit_engine(file, request, file.parent)):
         try:
             act()

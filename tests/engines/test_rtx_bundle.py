@@ -48,7 +48,7 @@ def test_engines_are_built_so_that_their_runs_can_be_recorded():
     trt = pytest.importorskip("tensorrt_rtx")
     config = trt.Builder(library_log(Flavour.TENSORRT_RTX)).create_builder_config()
     assert not config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    _configure(trt, config, EngineRequest(Flavour.TENSORRT_RTX, (89,), Path(), NetworkSpec("any", (), ())))
+    _configure(trt, config, EngineRequest(Flavour.TENSORRT_RTX, (89,), Path(), Path(), NetworkSpec("any", (), ())))
     assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 

@@ -12,12 +12,14 @@ NETWORK = Artifact("networks", "some_network", "0123456789abcdef" + "f" * 48)
 ENGINE = Artifact("engines", "some_network", "f" * 64)
 PLACE = "networks/some_network-0123456789abcdef"
 KERNELS = Artifact("kernels", "some_network_sm80", "e" * 64)
-KINDS = ["networks", "engines", "kernels"]
+WEIGHTS = Artifact("weights", "unet", "d" * 64)
+ARTIFACTS = [NETWORK, WEIGHTS, ENGINE, KERNELS]
+KINDS = [artifact.kind for artifact in ARTIFACTS]
 
 
 def write(folder: Path) -> dict:
     (folder / "model.onnx").write_bytes(b"graph")
-    (folder / "model.onnx.data").write_bytes(b"weights")
+    (folder / "lowered.onnx").write_bytes(b"lowered")
     return {"activation_bytes": 7}
 
 
@@ -47,14 +49,14 @@ def overwrite(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("artifact", [NETWORK, ENGINE, KERNELS], ids=KINDS)
+@pytest.mark.parametrize("artifact", ARTIFACTS, ids=KINDS)
 def test_what_was_added_is_found(store, artifact):
     with store.locked():
         assert store.find(artifact) is None
         added = store.add(artifact, write)
         assert store.find(artifact) == added
     assert added.place == artifact.place
-    assert sorted(added.files) == [f"{artifact.place}/model.onnx", f"{artifact.place}/model.onnx.data"]
+    assert sorted(added.files) == [f"{artifact.place}/lowered.onnx", f"{artifact.place}/model.onnx"]
     assert added.path("model.onnx") in added.files
     assert added.notes == {"activation_bytes": 7}
     assert added.files[added.path("model.onnx")].sha256 == sha256_file(store.root / artifact.place / "model.onnx")
@@ -87,14 +89,14 @@ def test_a_damaged_record_is_no_network(store, record):
         assert store.find(NETWORK) is None
 
 
-@pytest.mark.parametrize("content", [b"weig", b"WEIGHTS"], ids=["truncated", "altered"])
+@pytest.mark.parametrize("content", [b"lowe", b"LOWERED"], ids=["truncated", "altered"])
 def test_a_damaged_file_is_no_network_and_is_replaced(store, content):
     with store.locked():
         store.add(NETWORK, write)
-        overwrite(store.root / PLACE / "model.onnx.data", content)
+        overwrite(store.root / PLACE / "lowered.onnx", content)
         assert store.find(NETWORK) is None
         store.add(NETWORK, write)
-        assert (store.root / PLACE / "model.onnx.data").read_bytes() == b"weights"
+        assert (store.root / PLACE / "lowered.onnx").read_bytes() == b"lowered"
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -142,13 +144,13 @@ def test_the_record_names_hashes_and_sizes(store):
     assert record["files"]["model.onnx"] == {"sha256": sha256_file(store.root / PLACE / "model.onnx"), "size": 5}
 
 
-@pytest.mark.parametrize("artifact", [NETWORK, ENGINE, KERNELS], ids=KINDS)
+@pytest.mark.parametrize("artifact", ARTIFACTS, ids=KINDS)
 def test_bundles_share_what_they_have_in_common(tmp_path, shared, artifact):
     first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
     with first.locked(), second.locked():
         added = first.add(artifact, write)
         assert second.find(artifact) == added
-    places = [root / added.path("model.onnx.data") for root in (first.root, second.root, shared.root)]
+    places = [root / added.path("lowered.onnx") for root in (first.root, second.root, shared.root)]
     assert len({place.stat().st_ino for place in places}) == 1, "one file, three names"
     assert not os.access(places[0], os.W_OK) or os.geteuid() == 0
 
@@ -163,7 +165,7 @@ def test_without_links_files_are_copied(tmp_path, shared, monkeypatch):
         assert second.find(NETWORK) is None
         added = first.add(NETWORK, write)
         assert second.find(NETWORK) == added
-    assert (second.root / PLACE / "model.onnx.data").read_bytes() == b"weights"
+    assert (second.root / PLACE / "lowered.onnx").read_bytes() == b"lowered"
 
 
 def test_what_was_damaged_in_one_bundle_is_not_handed_to_another(tmp_path, shared):
@@ -171,7 +173,7 @@ def test_what_was_damaged_in_one_bundle_is_not_handed_to_another(tmp_path, share
     with first.locked(), second.locked():
         first.add(NETWORK, write)
         # In place, so the store's own name of the file shows the same.
-        overwrite(first.root / PLACE / "model.onnx.data", b"WEIGHTS")
+        overwrite(first.root / PLACE / "lowered.onnx", b"LOWERED")
         assert second.find(NETWORK) is None
         assert entries(shared) == []
         second.add(NETWORK, write)
@@ -188,19 +190,18 @@ def test_a_store_that_cannot_be_written(store, tmp_path):
 def test_pruning_keeps_what_a_bundle_uses(tmp_path, shared):
     bundle = Store(tmp_path / "a", shared)
     with bundle.locked():
-        bundle.add(NETWORK, write)
-        bundle.add(ENGINE, write)
-        bundle.add(KERNELS, write)
+        for artifact in ARTIFACTS:
+            bundle.add(artifact, write)
         (shared.root / "networks" / "mine").mkdir()
         assert shared.prune() == 0
         bundle.remove_unused(Unused)
         (shared.root / "engines" / ".partial-killed").mkdir()
         (shared.root / "engines" / ".partial-file").touch()
         assert entries(shared) == ["mine", "some_network-0123456789abcdef"]
-        assert shared.prune() > 3 * len(b"graphweights")
+        assert shared.prune() > len(ARTIFACTS) * len(b"graphlowered")
         assert entries(shared) == ["mine"]
         assert entries(shared, "engines") == [".partial-file"]
-        assert entries(shared, "kernels") == []
+        assert entries(shared, "kernels") == entries(shared, "weights") == []
 
 
 def test_two_builds_may_publish_the_same(tmp_path, shared):

@@ -30,11 +30,15 @@ NOT_NEEDED = {"torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transf
 @dataclass(frozen=True)
 class Graph:
     path: Path
+    weights_root: Path
     spec: NetworkSpec
 
 
 def _write_graph(folder: Path, batch: int | Dim, last: str = "MatMul") -> Graph:
-    """A convolution, a normalisation and an attention of one head, in fp16 behind fp32 edges, with external weights."""
+    """A convolution, a normalisation and an attention of one head, in fp16 behind fp32 edges.
+
+    The weights lie as in a bundle: in a file of another folder, and the graph names it relative to that one's parent.
+    """
     shape = (batch, WIDTH, GRID, GRID)
     spec = NetworkSpec("small", (TensorSpec("x", "float32", shape),), (TensorSpec("y", "float32", shape),))
     onnx_shape = [d.name if isinstance(d, Dim) else d for d in shape]
@@ -65,13 +69,17 @@ def _write_graph(folder: Path, batch: int | Dim, last: str = "MatMul") -> Graph:
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
-    return Graph(folder / "model.onnx", spec)
+    weights_root, location = folder / "weights", "small-0/weights.safetensors"
+    (weights_root / "small-0").mkdir(parents=True)
+    onnx.save(model, weights_root / "model.onnx", save_as_external_data=True, location=location, size_threshold=0)
+    (folder / "networks").mkdir()
+    (weights_root / "model.onnx").rename(folder / "networks" / "model.onnx")
+    return Graph(folder / "networks" / "model.onnx", weights_root, spec)
 
 
 def _run(bindings, graph: Graph, folder: Path, *timing_cache: Path) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
-    arguments = (BUILD_ONE, bindings.module, graph.path, folder, *timing_cache)
+    arguments = (BUILD_ONE, bindings.module, graph.path, graph.weights_root, folder, *timing_cache)
     return bindings.run(*arguments, stdin=json.dumps(graph.spec.to_json()))
 
 

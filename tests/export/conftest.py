@@ -1,10 +1,15 @@
-"""The synthetic checkpoint that most of the export's tests read."""
+"""The synthetic checkpoint that most of the export's tests read, and exports of a few bytes."""
 
+import numpy as np
+import onnx_ir
 import pytest
 
-from export.checkpoints import CheckpointRequest, load_checkpoint
+from export import bundling, network_weights
+from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint
 from export.checkpoints.model import Checkpoint
 from export.geometry import geometry_of
+from export.network_weights import WeightGroup
+from export.safetensors_writer import StoredTensor
 from moma_rt.specs import Geometry
 
 
@@ -16,3 +21,46 @@ def tiny_checkpoint() -> Checkpoint:
 @pytest.fixture(scope="session")
 def tiny_geometry(tiny_checkpoint) -> Geometry:
     return geometry_of(tiny_checkpoint)
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Replaces each group of weights by one tensor under the group's own key; the list of the groups written."""
+    done = []
+
+    def groups(network, checkpoint, geometry, precision):
+        names = ["unet", network.name] if "unet" in NETWORK_ROLES[network.name] else [network.name]
+
+        def group(name):
+            def read():
+                done.append(name)
+                return np.frombuffer(name.encode(), np.int8)
+
+            tensors = (StoredTensor(f"{name}.weight", onnx_ir.DataType.INT8, (len(name),), read),)
+            return WeightGroup(name, network_weights._key(name, network, checkpoint, tensors), tensors)
+
+        return tuple(group(name) for name in names)
+
+    monkeypatch.setattr(bundling, "weight_groups", groups)
+    return done
+
+
+@pytest.fixture
+def exports(monkeypatch, written):
+    """Replaces tracing by writing the hashes of a network's sources; the list of what was exported."""
+    done = []
+
+    def sources(name, checkpoint):
+        return {c.role: c.sha256 for c in checkpoint.components if c.role in NETWORK_ROLES[name]}
+
+    def export(request, folder):
+        assert all(path.is_file() for path in request.weights.files), "constants may be folded of them"
+        name = request.network.name
+        (folder / "model.onnx").write_text(f"{name} {sources(name, request.checkpoint)} {request.weights.locations}")
+        (folder / "lowered.onnx").write_text(f"{name} lowered")
+        done.append(name)
+
+    monkeypatch.setattr(bundling, "export_network", export)
+    # There is nothing large to free, and a collection looks at everything that pytest holds.
+    monkeypatch.setattr("gc.collect", lambda: 0)
+    return done

@@ -1,0 +1,49 @@
+"""Bundles whose networks and weights are a few bytes, for tests of what a build makes, keeps and leaves behind."""
+
+from pathlib import Path
+
+from export.bundling import ExportPlan, build_bundle
+from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint, roles_for
+from moma_rt.bundle import Bundle
+
+SMALL = ("text_encoder", "context_projector")
+
+
+def checkpoint_of(names, **changes):
+    roles = roles_for(names)
+    # As the command line does: the language model's sizes need the vision encoder's config.
+    return load_checkpoint(
+        CheckpointRequest("tiny", roles=roles | {"vision"} if "language" in roles else roles, **changes)
+    )
+
+
+def build(out, names=SMALL, checkpoint=None, report=lambda *_: None, shared=None, **plan):
+    return build_bundle(checkpoint or checkpoint_of(names), ExportPlan(tuple(names), **plan), out, report, shared)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def folders(root: Path, kind: str = "networks") -> dict[str, tuple[str, int]]:
+    """Network or group of weights → the name and the inode of its folder."""
+    places = (root / kind).iterdir()
+    return {p.name.rsplit("-", 1)[0]: (p.name, p.stat().st_ino) for p in places}
+
+
+def verify(root: Path) -> Bundle:
+    """A bundle whose every file has its hash, and in whose folder nothing else lies."""
+    bundle = Bundle.open(root)
+    bundle.verified(bundle.manifest.files)
+    records = {f"{folder}/record.json" for entry in bundle.manifest.networks.values() for folder in entry.folders}
+    assert set(contents(root)) == set(bundle.manifest.files) | records | {"manifest.json", ".lock"}
+    assert set(folders(root)) == {name for name, entry in bundle.manifest.networks.items() if entry.graphs}
+    used = set().union(*(NETWORK_ROLES[name] for name in bundle.manifest.networks))
+    assert {source.role for source in bundle.manifest.sources} == used
+    return bundle
+
+
+def overwrite(path, content):
+    """In place, as a hand or a disk does: files are not writable, and other bundles may link them."""
+    path.chmod(0o644)
+    path.write_bytes(content)
