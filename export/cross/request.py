@@ -36,7 +36,9 @@ def to_json(request: PackageRequest) -> dict[str, Any]:
 
 def from_json(data: dict[str, Any]) -> PackageRequest:
     """The request; its checkpoint has no weights."""
-    parts = {name: Component(**data["parts"][name], load=_nothing) if name in data["parts"] else None for name in _PARTS}
+    parts = {
+        name: Component(**data["parts"][name], load=_nothing) if name in data["parts"] else None for name in _PARTS
+    }
     checkpoint = Checkpoint(
         base=data["base"],
         image_size=data["image_size"],

@@ -1,8 +1,8 @@
 """How kernels are chosen where none can be measured, and what of PyTorch that leans on.
 
-Products and convolutions are those of cuBLAS and cuDNN. Of a kernel that inductor generates with several block sizes,
-the one with eight rows a block is taken if it is a reduction that has one, else the first, which is inductor's own choice
-where it may not measure.
+Products and convolutions are those of cuBLAS and cuDNN. Where inductor generates a kernel with several block sizes, the
+one with eight rows a block is taken of a reduction that has it, else the first, which is what inductor takes where it is
+told not to measure.
 """
 
 import importlib

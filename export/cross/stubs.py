@@ -1,4 +1,4 @@
-"""The driver and the CUDA runtime of a device that is not there, compiled here, and a process's environment with them."""
+"""The driver and the CUDA runtime of a device that is not there, and the environment of a process that finds them."""
 
 import os
 import platform
@@ -60,7 +60,7 @@ class Toolchain:
             if _cuda_major(home) == major and all((home / "include" / name).is_file() for name in _HEADERS):
                 return cls(str(found["cc"]), str(found["g++"]), home)
         raise InputError(
-            f"{what}: no CUDA headers of version {major}: set CUDA_HOME to a CUDA toolkit (the folder whose include has "
+            f"{what}: no CUDA headers of version {major}: set CUDA_HOME to a CUDA toolkit (whose include has "
             f"{' and '.join(_HEADERS)}), or pip install 'nvidia-cuda-crt~={major}.0' 'nvidia-cuda-cccl~={major}.0'"
         )
 

@@ -1,7 +1,7 @@
 """`python -m export.cross.worker JOB RESULT`: what runs on the stubbed driver, in a process of its own.
 
-JOB is a JSON file: {"compile": request, "folder": path} or {"constants": path of a package}. RESULT becomes one: {"done":
-...} or {"error": one line}.
+JOB is a JSON file: {"compile": request, "folder": path} or {"constants": path of a package}. RESULT becomes one:
+{"done": ...} or {"error": one line}.
 """
 
 import ctypes
