@@ -123,9 +123,11 @@ def _build(options: argparse.Namespace) -> int:
     precisions = _precisions(options, _usual_precision(targets, later))
     if packages:
         # Before a checkpoint is read. Only here, because PyTorch's compiler takes seconds to import.
-        from export.inductor_export import build_packages, check_precisions
+        from export.inductor_export import build_packages, check_precisions, check_target
 
         check_precisions(names, precisions)
+        for target in packages:
+            check_target(target)
     checkpoint = checkpoint_of(options, names)
     out = options.out if options.out is not None else Path("bundles") / checkpoint.base
     shared = shared_store(options, out)

@@ -58,18 +58,12 @@ def check_precisions(names: tuple[str, ...], precisions: Precisions) -> None:
             )
 
 
-def build_packages(
-    checkpoint: Checkpoint, names: tuple[str, ...], target: EngineTarget, store: Store, report: Report
-) -> Bundle:
-    """Compile the named networks of the bundle in `store`, which were exported from `checkpoint`.
-
-    Args:
-        report: called with a network's name and what is being done for it.
+def check_target(target: EngineTarget) -> None:
+    """Refuse a target whose packages cannot be compiled on this machine.
 
     Raises:
-        InputError: PyTorch cannot use this machine's GPU, or something is missing that compiling for another takes; or
-            the folder cannot be written.
-        BundleError: no bundle, or a network that inductor cannot compile.
+        InputError: PyTorch is too old or cannot use this machine's GPU, or something is missing that compiling for
+            another takes.
     """
     (capability,) = target.capabilities
     version = library_version(target.flavour)
@@ -79,6 +73,22 @@ def build_packages(
         check_cross(capability)
     elif capability != CPU_CAPABILITY and not torch.cuda.is_available():
         raise InputError(f"{target}: PyTorch {version} cannot use this GPU: install one for its CUDA version")
+
+
+def build_packages(
+    checkpoint: Checkpoint, names: tuple[str, ...], target: EngineTarget, store: Store, report: Report
+) -> Bundle:
+    """Compile the named networks of the bundle in `store`, which were exported from `checkpoint`.
+
+    Args:
+        report: called with a network's name and what is being done for it.
+
+    Raises:
+        InputError: as of `check_target`, or the folder cannot be written.
+        BundleError: no bundle, or a network that inductor cannot compile.
+    """
+    check_target(target)
+    version = library_version(target.flavour)
     with store.locked(), _cache(store.root / ENGINES_FOLDER):
         bundle = Bundle.open(store.root)
         packager = _Packager(checkpoint, bundle, target, version, store, report)

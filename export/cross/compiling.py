@@ -120,5 +120,8 @@ def _why(done: "subprocess.CompletedProcess[str]") -> str:
         )
     if done.returncode < 0:
         return f"the process that compiled it was ended by {signal.Signals(-done.returncode).name}"
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return f"PyTorch {torch.__version__} cannot compile it: {one_line(lines[-1])}"
+    lines = done.stderr.strip().splitlines()
+    # The lines of a traceback are indented; what was raised follows them.
+    indented = [number for number, line in enumerate(lines) if line.startswith(" ")]
+    said = " ".join(lines[indented[-1] + 1 if indented else 0 :]) or f"exit code {done.returncode}"
+    return f"PyTorch {torch.__version__} cannot compile it: {one_line(said)}"

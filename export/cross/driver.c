@@ -3,6 +3,7 @@
  * Triton loads every kernel that it compiles, and an AOTInductor package its own; both are told that this went well.
  */
 #include <cuda.h>
+#include <stdio.h>
 
 #include "device.h"
 
@@ -14,6 +15,10 @@ CUresult cuGetErrorString(CUresult error, const char **text) { *text = "a stub o
 
 CUresult cuDeviceGetCount(int *count) { *count = 1; return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = 0; return CUDA_SUCCESS; }
+CUresult cuDeviceGetName(char *name, int size, CUdevice device) {
+    snprintf(name, size, "%s", DEVICE_NAME);
+    return CUDA_SUCCESS;
+}
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
     switch (attribute) {
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = DEVICE_CAPABILITY / 10; break;

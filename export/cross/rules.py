@@ -1,8 +1,8 @@
 """How kernels are chosen where none can be measured, and what of PyTorch that leans on.
 
-Products and convolutions are those of cuBLAS and cuDNN. Where inductor generates a kernel with several block sizes, the
-one with eight rows a block is taken of a reduction that has it, else the first, which is what inductor takes where it is
-told not to measure.
+Products and convolutions are those of cuBLAS and cuDNN. Where inductor generates a kernel with several block sizes, a
+reduction gets eight rows a block if that is among them; everything else gets the first of them, which inductor itself
+takes where it is told not to measure.
 """
 
 import importlib

@@ -120,8 +120,8 @@ def check_host(facts: DeviceFacts, what: str) -> None:
         raise InputError(f"{what}: packages are compiled for another machine's GPU on Linux only")
     if platform.machine() not in facts.machines:
         raise InputError(
-            f"{what}: hosts of such a device have a {' or '.join(facts.machines)} CPU, and this is a "
-            f"{platform.machine()}: build on one of them"
+            f"{what}: hosts of such a device are {' or '.join(facts.machines)}, and this one is {platform.machine()}: "
+            "build on one of them"
         )
 
 
