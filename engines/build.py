@@ -296,7 +296,8 @@ def add_engine_options(p: argparse.ArgumentParser, default: str) -> None:
         metavar="TARGETS",
         help="separated by commas: cpu (the ONNX files, nothing to build); sm75, sm86, sm89, sm120, sm121, or rtx for "
         "all but the first (TensorRT-RTX, on any machine); local, or sm80, sm87, sm90, ... (TensorRT, on such a "
-        "device); inductor (PyTorch, for this machine's GPU or else its CPU, with export.build); default: %(default)s",
+        "device); inductor (PyTorch, for this machine's GPU or else its CPU), inductor:sm80, inductor:sm90, ... (for "
+        "such a GPU, on any machine), both with export.build; default: %(default)s",
     )
     p.add_argument(
         "--store",

@@ -2,9 +2,11 @@
 
 TensorRT-RTX compiles for GeForce and RTX devices on any machine. TensorRT measures its kernels, and so builds only on
 the device itself: a bundle for an A100, an H100 or a Jetson is exported anywhere and finished there. PyTorch's inductor
-compiles for the machine it runs on, its GPU or else its CPU.
+compiles for the machine it runs on, its GPU or else its CPU, and measures its kernels there; for a GPU that is named it
+compiles on any machine, without measuring where there is none.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from moma_rt.device import local_device
@@ -18,7 +20,14 @@ RTX_TARGETS = (86, 89, 120, 121)
 # Datacenter and Jetson devices, for whose capabilities there is only TensorRT itself.
 TENSORRT_CAPABILITIES = (80, 87, 90, 100, 103, 110)
 _TENSORRT = tuple(f"sm{c}" for c in TENSORRT_CAPABILITIES)
-KNOWN = (CPU, RTX, LOCAL, INDUCTOR, *(f"sm{c}" for c in sorted((*RTX_CAPABILITIES, *TENSORRT_CAPABILITIES))))
+# Those for which Triton has kernels of ours, as `kernels.launch` lists them.
+INDUCTOR_CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
+_CROSS = f"{INDUCTOR}:sm"
+KNOWN = (
+    *(CPU, RTX, LOCAL, INDUCTOR),
+    *(f"sm{c}" for c in sorted((*RTX_CAPABILITIES, *TENSORRT_CAPABILITIES))),
+    *(f"{_CROSS}{c}" for c in INDUCTOR_CAPABILITIES),
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class EngineTarget:
     """Devices that one engine a network is built for.
 
     `measured`: kernels are to be chosen by measuring them on this machine; False: an engine will do whose kernels were
-    chosen by rule, on a machine without such a device.
+    chosen by rule, on a machine without such a device (`inductor:sm90`).
     """
 
     flavour: Flavour
@@ -90,6 +99,9 @@ def resolve(names: tuple[str, ...], machine: Machine) -> tuple[EngineTarget, ...
         elif name == INDUCTOR:
             capability = (machine.device or CPU_DEVICE).capability
             targets.append(_installed(EngineTarget(Flavour.INDUCTOR, (capability,)), machine))
+        elif name.startswith(_CROSS):
+            capability = int(name.removeprefix(_CROSS))
+            targets.append(_installed(EngineTarget(Flavour.INDUCTOR, (capability,), measured=False), machine))
         elif name != CPU:
             capability = int(name.removeprefix("sm"))
             if capability in RTX_CAPABILITIES:
@@ -98,7 +110,9 @@ def resolve(names: tuple[str, ...], machine: Machine) -> tuple[EngineTarget, ...
                 targets.append(_on_device(capability, machine))
     if rtx:
         targets.insert(0, _installed(EngineTarget(Flavour.TENSORRT_RTX, tuple(sorted(rtx))), machine))
-    return tuple(dict.fromkeys(targets))
+    # What is measured will do where nothing has to be.
+    superseded = {dataclasses.replace(target, measured=False) for target in targets if target.measured}
+    return tuple(dict.fromkeys(target for target in targets if target not in superseded))
 
 
 def elsewhere(names: tuple[str, ...], machine: Machine) -> tuple[str, ...]:

@@ -36,6 +36,8 @@ examples:
       for an A100, from any machine: its engines are built there, with python -m engines.build BUNDLE
   python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --target inductor
       for this machine's GPU, with PyTorch and without TensorRT
+  python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --target inductor:sm90
+      the same for an H100, on a machine without a GPU (with PyTorch's build for CUDA)
   python -m export.build --base sd15 --weights random --only denoiser,vae_decoder
       the real geometry with random weights: to measure latency without any weights
 """
@@ -121,9 +123,11 @@ def _build(options: argparse.Namespace) -> int:
     precisions = _precisions(options, _usual_precision(targets, later))
     if packages:
         # Before a checkpoint is read. Only here, because PyTorch's compiler takes seconds to import.
-        from export.inductor_export import build_packages, check_precisions
+        from export.inductor_export import build_packages, check_precisions, check_target
 
         check_precisions(names, precisions)
+        for target in packages:
+            check_target(target)
     checkpoint = checkpoint_of(options, names)
     out = options.out if options.out is not None else Path("bundles") / checkpoint.base
     shared = shared_store(options, out)

@@ -1,6 +1,7 @@
 """A bundle's networks to packages of PyTorch's inductor, which hold code alone and read the bundle's weights.
 
-They are compiled for the machine that this runs on: its GPU, with the operators' Triton kernels inside, or its CPU.
+They are compiled for the machine that this runs on: its GPU, with the operators' Triton kernels inside, or its CPU; or
+for a GPU that is not here, see `export.cross`.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from engines.entries import with_engine
 from engines.store import ENGINES_FOLDER, PARTIAL_PREFIX, Artifact, Notes, Store, Stored
 from engines.targets import EngineTarget
 from export.checkpoints.model import Checkpoint
+from export.cross.compiling import check_cross, cross_compile
 from export.keys import network_key
 from export.networks import NETWORKS, Precisions
 from export.packages import PACKAGE_NAME, PackageOptions, PackageRequest, quiet, write_package
@@ -56,6 +58,23 @@ def check_precisions(names: tuple[str, ...], precisions: Precisions) -> None:
             )
 
 
+def check_target(target: EngineTarget) -> None:
+    """Refuse a target whose packages cannot be compiled on this machine.
+
+    Raises:
+        InputError: PyTorch is too old or cannot use this machine's GPU, or something is missing that compiling for
+            another takes.
+    """
+    (capability,) = target.capabilities
+    version = library_version(target.flavour)
+    if version_tuple(version) < _SINCE:
+        raise InputError(f"{target}: PyTorch {version} is too old for packages: install 2.10 or newer")
+    if not _is_here(target):
+        check_cross(capability)
+    elif capability != CPU_CAPABILITY and not torch.cuda.is_available():
+        raise InputError(f"{target}: PyTorch {version} cannot use this GPU: install one for its CUDA version")
+
+
 def build_packages(
     checkpoint: Checkpoint, names: tuple[str, ...], target: EngineTarget, store: Store, report: Report
 ) -> Bundle:
@@ -65,15 +84,11 @@ def build_packages(
         report: called with a network's name and what is being done for it.
 
     Raises:
-        InputError: PyTorch cannot use this machine's GPU, or the folder cannot be written.
+        InputError: as of `check_target`, or the folder cannot be written.
         BundleError: no bundle, or a network that inductor cannot compile.
     """
-    (capability,) = target.capabilities
+    check_target(target)
     version = library_version(target.flavour)
-    if version_tuple(version) < _SINCE:
-        raise InputError(f"{target}: PyTorch {version} is too old for packages: install 2.10 or newer")
-    if capability != CPU_CAPABILITY and not torch.cuda.is_available():
-        raise InputError(f"{target}: PyTorch {version} cannot use this GPU: install one for its CUDA version")
     with store.locked(), _cache(store.root / ENGINES_FOLDER):
         bundle = Bundle.open(store.root)
         packager = _Packager(checkpoint, bundle, target, version, store, report)
@@ -120,16 +135,18 @@ class _Packager:
             stored = self.store.find(Artifact(ENGINES_FOLDER, entry.spec.name, key))
             if stored is not None:
                 return key, stored
-        return key, None
+        return self._key(entry, _is_here(self.target)), None
 
     def _write(self, entry: NetworkEntry, folder: Path) -> Notes:
         self.report(entry.spec.name, "compiling")
         geometry, network = self.bundle.manifest.geometry, NETWORKS[entry.spec.name]
-        write_package(
-            PackageRequest(self.checkpoint, network, geometry, entry.precision, self.target.capabilities[0]), folder
+        (capability,), is_here = self.target.capabilities, _is_here(self.target)
+        compile_package = write_package if is_here else cross_compile
+        compile_package(
+            PackageRequest(self.checkpoint, network, geometry, entry.precision, capability, is_here), folder
         )
         self.report(entry.spec.name, "hashing")
-        return {"measured": self.target.measured}
+        return {"measured": is_here}
 
     def _engine(self, entry: NetworkEntry, key: str, stored: Stored) -> EngineEntry:
         return EngineEntry(
@@ -154,19 +171,29 @@ class _Packager:
         """
         (capability,) = self.target.capabilities
         on_gpu = capability != CPU_CAPABILITY
-        code = [sha256_file(Path(__file__).with_name("packages.py"))]
+        here = Path(__file__).parent
+        files = [here / "packages.py"]
+        if not is_measured:
+            files += sorted(path for path in (here / "cross").iterdir() if path.suffix in (".py", ".c", ".h"))
         identity = {
             "network": entry.structure,
             "library": [self.target.flavour.value, self.version],
             "kernels": importlib.metadata.version("triton") if on_gpu and is_installed("triton") else None,
             "capability": capability,
             "instructions": None if on_gpu else cpu_instructions(),
-            "options": dataclasses.asdict(PackageOptions.of(entry.spec.name, capability)),
+            "options": dataclasses.asdict(PackageOptions.of(entry.spec.name, capability, is_measured)),
             "notes": tensors_note(entry.spec),
-            "measured": is_measured,
-            "code": code,
+            "code": [sha256_file(path) for path in files],
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _is_here(target: EngineTarget) -> bool:
+    """Whether this machine has the device, so that kernels are measured on it."""
+    (capability,) = target.capabilities
+    return target.measured or (
+        torch.cuda.is_available() and torch.cuda.get_device_capability() == divmod(capability, 10)
+    )
 
 
 @contextlib.contextmanager

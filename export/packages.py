@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._inductor import aoti_compile_and_package
 
 from export.checkpoints.model import Checkpoint
+from export.cross.rules import SETTINGS
 from export.networks import Network
 from export.tracing import tracing_arguments
 from moma_rt.backends.inductor import TENSORS_NOTE, tensors_note
@@ -39,6 +40,7 @@ PACKAGE_NAME = "engine.pt2"
 class PackageOptions:
     """How packages are compiled.
 
+    is_measured: where a kernel may be chosen, what this machine's device says; False: by the rules of `export.cross`.
     max_autotune: measure several kernels of each product and of what is fused, and take the fastest.
     channels_last: convolutions' weights are stored with their channels last, as tensor cores read them.
     wrapper_level: of the C++ compiler, for the code that calls the kernels.
@@ -47,15 +49,16 @@ class PackageOptions:
     max_autotune: bool
     channels_last: bool
     wrapper_level: str
+    is_measured: bool = True
 
     @classmethod
-    def of(cls, network: str, capability: int) -> "PackageOptions":
+    def of(cls, network: str, capability: int, is_measured: bool = True) -> "PackageOptions":
         """What pays: on a CPU, where nothing is served, that compiling is quick; on a GPU, care with what every picture
         is made with, and not with what runs once a subject or a prompt.
         """
         on_gpu = capability != CPU_CAPABILITY
         with_care = on_gpu and network in PICTURES
-        return cls(with_care, on_gpu, "O1" if with_care else "O0")
+        return cls(with_care, on_gpu, "O1" if with_care else "O0", is_measured)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -75,6 +78,7 @@ class PackageOptions:
             "aot_inductor.package_constants_in_so": False,
             "always_keep_tensor_constants": True,
             "joint_graph_constant_folding": False,
+            **({} if self.is_measured else SETTINGS),
         }
 
 
@@ -87,11 +91,12 @@ class PackageRequest:
     geometry: Geometry
     precision: Precision
     capability: int
+    is_measured: bool = True
 
     @property
     def options(self) -> PackageOptions:
         """How it is compiled."""
-        return PackageOptions.of(self.network.name, self.capability)
+        return PackageOptions.of(self.network.name, self.capability, self.is_measured)
 
     def structure(self) -> nn.Module:
         """The module on the meta device, convolutions' weights laid out as the package wants them."""

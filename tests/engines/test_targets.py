@@ -31,6 +31,11 @@ def targets(text, device=None, installed=BOTH):
         ("inductor", None, {INDUCTOR}, [(INDUCTOR, (0,))]),
         ("inductor", H100, {INDUCTOR}, [(INDUCTOR, (90,))]),
         ("inductor,local,sm86,cpu", H100, BOTH, [(RTX, (86,)), (FULL, (90,)), (INDUCTOR, (90,))]),
+        ("inductor:sm90", None, {INDUCTOR}, [(INDUCTOR, (90,), False)]),
+        ("inductor:sm90, Inductor:SM80", H100, {INDUCTOR}, [(INDUCTOR, (80,), False), (INDUCTOR, (90,), False)]),
+        ("inductor:sm89,inductor", None, {INDUCTOR}, [(INDUCTOR, (0,)), (INDUCTOR, (89,), False)]),
+        # What is measured here will do.
+        ("inductor,inductor:sm90,inductor:sm89", H100, BOTH, [(INDUCTOR, (90,)), (INDUCTOR, (89,), False)]),
     ],
 )
 def test_what_targets_stand_for(text, device, installed, expected):
@@ -39,10 +44,10 @@ def test_what_targets_stand_for(text, device, installed, expected):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_known_target_is_built_or_explained(name):
-    capability = int(name[2:]) if name.startswith("sm") else 87
+    capability = int(name.rpartition("sm")[2]) if "sm" in name else 87
     assert targets(name, Device("a GPU", capability)) or name == "cpu"
     if name != "cpu":
-        with pytest.raises(InputError, match=f"{name}|not installed"):
+        with pytest.raises(InputError, match=f"{name}|{name.replace(':', ' ')}|not installed"):
             targets(name, installed=frozenset())
 
 
@@ -64,6 +69,9 @@ def test_every_known_target_is_built_or_explained(name):
         ("sm90", H100, {RTX}, "pip install tensorrt"),
         ("sm86", None, (), "pip install tensorrt-rtx"),
         ("inductor", None, (), "inductor cpu: the Python package torch is not installed; pip install torch"),
+        ("inductor:sm90", None, (), "inductor sm90: the Python package torch is not installed; pip install torch"),
+        ("inductor:sm75", None, BOTH, "no target inductor:sm75; there are: cpu, rtx,"),
+        ("inductor:", None, BOTH, "no target inductor:; there are: cpu, rtx,"),
     ],
 )
 def test_what_cannot_be_built_here(text, device, installed, said):
