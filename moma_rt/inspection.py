@@ -48,11 +48,7 @@ def describe_bundle(bundle: Bundle, budget: int | None = None) -> str:
         f"base        {manifest.base}",
         f"made by     {manifest.created_by}",
         f"size        {spelled_bytes(sum(f.size for f in manifest.files.values()))} in {len(manifest.files)} files",
-        *(
-            [f"packed for  {manifest.packed_for}, without {'; '.join(manifest.left_out)}"]
-            if manifest.packed_for
-            else []
-        ),
+        *_packed(manifest),
         f"pictures    {geometry.image_size} x {geometry.image_size}",
         f"injection   {len(geometry.self_attention)} self-attention layers on {grids}",
     ]
