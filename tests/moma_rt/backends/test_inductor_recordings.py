@@ -134,3 +134,13 @@ def test_on_a_gpu_what_cannot_be_recorded_is_not():
     assert backend.record(lambda: backend.download(buffer)) is None
     backend.upload(buffer, np.ones(3, np.float32))
     assert (backend.download(buffer) == 1).all()
+
+
+def test_convolutions_are_measured_before_anything_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    InductorBackend(None)
+    assert not torch.backends.cudnn.benchmark, "a CPU has none"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    InductorBackend(Device("H100", 90))
+    assert torch.backends.cudnn.benchmark

@@ -1,0 +1,61 @@
+"""Weights of inductor's packages on the host; with real packages, see tests/export/test_packages.py."""
+
+import gc
+import json
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+
+from moma_rt.backends.package_weights import CONSTANTS_MEMBER, WEIGHTS_MEMBER, LoadedWeights
+from moma_rt.errors import BundleError
+
+NAMES = {"unet_conv_weight": "unet.conv.weight", "unet_bias": "unet.bias"}
+TENSORS = {"unet.conv.weight": torch.arange(72.0).reshape(2, 4, 3, 3), "unet.bias": torch.ones(2)}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A package's notes, for both layouts of convolutions, and a weights file."""
+    kinds = {name: ["float32", list(tensor.shape)] for name, tensor in TENSORS.items()}
+    for layout in (False, True):
+        with zipfile.ZipFile(tmp_path / f"{layout}.pt2", "w") as archive:
+            archive.writestr(WEIGHTS_MEMBER, json.dumps({"channels_last": layout, "tensors": kinds}))
+            archive.writestr(CONSTANTS_MEMBER, save({"lifted_tensor_0": torch.tensor(7)}))
+    save_file(TENSORS, tmp_path / "weights.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_convolutions_are_laid_out_as_the_package_wants_them(files, channels_last):
+    loaded = LoadedWeights(torch.device("cpu"))
+    found = loaded.of(files / f"{channels_last}.pt2", NAMES, [files / "weights.safetensors"])
+    conv = found["unet_conv_weight"]
+    assert torch.equal(conv, TENSORS["unet.conv.weight"])
+    assert conv.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    assert torch.equal(found["unet_bias"], TENSORS["unet.bias"])
+
+
+def test_two_networks_hold_one_copy_until_the_last_is_gone(files):
+    loaded, weights = LoadedWeights(torch.device("cpu")), [files / "weights.safetensors"]
+    first, second = (loaded.of(files / "False.pt2", NAMES, weights) for _ in range(2))
+    assert all(first[name] is second[name] for name in NAMES)
+    other = loaded.of(files / "True.pt2", NAMES, weights)
+    assert other["unet_conv_weight"] is not first["unet_conv_weight"], "another layout is another copy"
+    del first, other
+    gc.collect()
+    assert len(loaded._loaded) == len(NAMES)
+    del second
+    gc.collect()
+    assert len(loaded._loaded) == 0
+
+
+def test_tensors_of_the_code_come_with_it(files):
+    names = {**NAMES, "constant": "lifted_tensor_0"}
+    found = LoadedWeights(torch.device("cpu")).of(files / "False.pt2", names, [files / "weights.safetensors"])
+    assert found["constant"] == 7
+    with pytest.raises(BundleError, match=r"asks for 1 weights .*: unet\.gone; build the bundle again"):
+        LoadedWeights(torch.device("cpu")).of(
+            files / "False.pt2", {**names, "gone": "unet.gone"}, [files / "weights.safetensors"]
+        )
