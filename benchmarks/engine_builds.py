@@ -98,7 +98,7 @@ def verified(root: Path) -> dict[str, Any]:
                 "activation_bytes": engine.activation_bytes,
             }
             for engine in bundle.manifest.engines
-        ]
+        ],
     }
 
 

@@ -74,7 +74,9 @@ def export(out: Path) -> dict[str, Any]:
 
 def file_bytes(manifest: Manifest) -> dict[str, int]:
     """The bytes of a bundle's files by what they are: those of all graphs, and those of each group of weights."""
-    sizes = {"graphs": sum(manifest.files[graph].size for entry in manifest.networks.values() for graph in entry.graphs)}
+    sizes = {
+        "graphs": sum(manifest.files[graph].size for entry in manifest.networks.values() for graph in entry.graphs)
+    }
     for file in sorted({file for entry in manifest.networks.values() for file in entry.weights}):
         group, _, _ = PurePosixPath(file).parent.name.rpartition("-")
         sizes[f"weights of {group}"] = manifest.files[file].size

@@ -55,7 +55,7 @@ class LoadedWeights:
         if missing:
             shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
             raise BundleError(
-                f"{package} asks for {len(missing)} weights that {_spelled(files)} does not have: {shown}; "
+                f"{package} asks for {len(missing)} weights that are not in {_spelled(files)}: {shown}; "
                 "build the bundle again"
             )
         return {code: found[name] for code, name in names.items()}
@@ -109,4 +109,4 @@ def _kind(kind: tuple[str, tuple[int, ...]]) -> str:
 
 
 def _spelled(files: Sequence[Path]) -> str:
-    return " and ".join(str(file) for file in files) or "no files"
+    return " or ".join(str(file) for file in files) or "the bundle"

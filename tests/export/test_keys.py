@@ -36,7 +36,9 @@ def test_two_seeds_have_one_structure(tiny_checkpoint, other_seed, tiny_geometry
 
 
 def test_every_network_has_a_structure_of_its_own(tiny_checkpoint, tiny_geometry):
-    found = {structure_key(tiny_checkpoint.components, n.spec(tiny_geometry), Precision.FP32) for n in NETWORKS.values()}
+    found = {
+        structure_key(tiny_checkpoint.components, n.spec(tiny_geometry), Precision.FP32) for n in NETWORKS.values()
+    }
     assert len(found) == len(NETWORKS)
 
 
