@@ -18,7 +18,7 @@ from export.networks import NETWORKS
 from export.packages import PackageOptions
 from export.sample_inputs import sample_inputs, usual_sizes
 from moma_rt.backends.inductor import InductorBackend
-from moma_rt.backends.package_weights import CONSTANTS_MEMBER, WEIGHTS_MEMBER
+from moma_rt.backends.package_weights import CONSTANTS_MEMBER, WEIGHTS_MEMBER, LoadedWeights
 from moma_rt.bundle import Bundle
 from moma_rt.errors import BundleError
 
@@ -104,7 +104,7 @@ def test_two_bases_share_the_code_of_both_parts_of_the_unet(on_a_cpu, place):
     check_two_bases_share_their_code(first, second, alone, WITH_UNET)
     backend = InductorBackend(None)
     networks = [backend.load(first.network(n).spec, packages(first)[n], weights_of(first, n)) for n in packages(first)]
-    held = [{tensor.data_ptr(): tensor.nbytes for tensor in network.weights.values()} for network in networks]
+    held = [{w.tensor.data_ptr(): w.tensor.nbytes for w in network.weights.values()} for network in networks]
     shared = sum(held[0][address] for address in held[0].keys() & held[1].keys())
     (unet,) = {first.path(file) for n in packages(first) for file in first.network(n).weights if "/unet-" in file}
     # What the subject encoder does not compute, after the last self-attention, is the denoiser's alone.
@@ -214,15 +214,40 @@ def test_weights_that_nothing_asks_for_are_not_loaded(on_a_cpu, first):
         assert len(network.weights) == len(list(content.keys()))
 
 
-def test_weights_are_gone_with_the_last_network_that_reads_them(on_a_cpu, first):
+def in_memory(content: torch.Tensor) -> torch.Tensor:
+    """As a device's weights are, where the CPU's are pages of their file."""
+    return content.clone()
+
+
+def test_memory_is_freed_with_the_last_network_that_reads_it(on_a_cpu, first, monkeypatch):
+    """Though PyTorch keeps the tensors themselves."""
+    new = LoadedWeights._new
+    monkeypatch.setattr(LoadedWeights, "_new", lambda self, tensor, last: new(self, in_memory(tensor), last))
     backend, spec = InductorBackend(None), first.network(NAME).spec
-    networks = [backend.load(spec, packages(first)[NAME], weights_of(first, NAME)) for _ in range(2)]
-    assert len({tuple(sorted(t.data_ptr() for t in network.weights.values())) for network in networks}) == 1
-    assert len(backend._weights._loaded) == len(networks[0].weights)
-    networks.pop()
-    assert len(backend._weights._loaded) == len(networks[0].weights)
-    networks.pop()
-    assert len(backend._weights._loaded) == 0
+
+    def network():
+        return backend.load(spec, packages(first)[NAME], weights_of(first, NAME))
+
+    networks = [network(), network()]
+    tensors = [weight.tensor for weight in networks[0].weights.values()]
+    assert [w.tensor.data_ptr() for w in networks[1].weights.values()] == [t.data_ptr() for t in tensors], "held once"
+    sizes = [tensor.nbytes for tensor in tensors]
+    for left in (True, False):
+        networks.pop()
+        assert [tensor.untyped_storage().nbytes() for tensor in tensors] == (sizes if left else [0] * len(sizes))
+    again = network()
+    assert all(weight.tensor.untyped_storage().nbytes() for weight in again.weights.values()), "read anew"
+
+
+def test_a_mapped_file_is_mapped_once(on_a_cpu, first):
+    """However often a network is loaded in its turn."""
+    backend, spec = InductorBackend(None), first.network(NAME).spec
+    maps = []
+    for _ in range(4):
+        network = backend.load(spec, packages(first)[NAME], weights_of(first, NAME))
+        maps.append(sorted(weight.tensor.data_ptr() for weight in network.weights.values()))
+        del network
+    assert maps[0] == maps[1] == maps[2] == maps[3]
 
 
 def test_a_bundle_with_a_changed_byte_of_weights_is_not_run(on_a_cpu, first, tmp_path, capsys):
