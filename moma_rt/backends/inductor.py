@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moma_rt.backends.base import ROOM_ADVICE, Array, Buffer, K, Size, check_tensors, fitting, uncollected
-from moma_rt.backends.package_weights import NOT_A_PACKAGE, LoadedWeights, no_package
+from moma_rt.backends.package_weights import NOT_A_PACKAGE, LoadedWeights, Weight, no_package
 from moma_rt.engines import Device
 from moma_rt.errors import BundleError, MomaError, OutOfMemory, os_error_line
 from moma_rt.messages import one_line
@@ -118,7 +118,7 @@ class TorchNetwork:
     spec: NetworkSpec
     runner: Any
     queue: _Queue
-    weights: Mapping[str, torch.Tensor]
+    weights: Mapping[str, Weight]
 
     def bind(self, buffers: Mapping[str, Buffer]) -> TorchBound:
         inputs = tuple(_own(buffers[tensor.name]).tensor for tensor in self.spec.inputs)
@@ -175,14 +175,14 @@ class InductorBackend:
         try:
             with self._queue.working(f"{path}: PyTorch {torch.__version__} cannot load it"), _unpacked(path) as code:
                 runner = self._runner(str(code))
-                tensors = self._weights.of(path, runner.get_constant_names_to_original_fqns(), weights)
+                read = self._weights.of(path, runner.get_constant_names_to_original_fqns(), weights)
                 # They are not copied: the code reads them where they are.
-                runner.update_constant_buffer(tensors, False, True, True)
+                runner.update_constant_buffer({name: weight.tensor for name, weight in read.items()}, False, True, True)
         except OutOfMemory:
             raise
         except MomaError as error:
             raise BundleError(str(error)) from None
-        return TorchNetwork(spec, runner, self._queue, tensors)
+        return TorchNetwork(spec, runner, self._queue, read)
 
     def _runner(self, code: str) -> Any:
         """PyTorch's own loader of packages is not used: it unpacks them to /tmp, and leaves that there where loading

@@ -29,15 +29,34 @@ class Wanted:
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 
 
+class Weight:
+    """A tensor on a device, whose memory is freed with the last network that holds this.
+
+    The tensor itself outlives them: of one that code reads in place, PyTorch keeps a reference for ever (pull request
+    194480 of its repository, later than 2.13). Only its memory can be given back.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        weakref.finalize(self, _free, tensor.untyped_storage()).atexit = False
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether it lies in pages of its file, which the system takes back where memory runs short."""
+        return not self.tensor.untyped_storage().resizable()
+
+
 class LoadedWeights:
-    """Weights on a device, which live as long as a network that reads them."""
+    """Weights on a device, which live as long as a network that reads them; those of mapped files always."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._loaded: weakref.WeakValueDictionary[tuple[Path, str, bool], torch.Tensor] = weakref.WeakValueDictionary()
+        self._loaded: weakref.WeakValueDictionary[tuple[Path, str, bool], Weight] = weakref.WeakValueDictionary()
+        # Their mapping stays whatever is done: it is used again, so that loading in turn makes no new ones.
+        self._mapped: list[Weight] = []
 
-    def of(self, package: Path, names: Mapping[str, str], files: Sequence[Path]) -> dict[str, torch.Tensor]:
-        """The tensors that a package's code asks for, by its own names for them.
+    def of(self, package: Path, names: Mapping[str, str], files: Sequence[Path]) -> dict[str, Weight]:
+        """The weights that a package's code asks for, by its own names for them.
 
         Args:
             names: the module's name of each tensor, by the code's own.
@@ -47,7 +66,7 @@ class LoadedWeights:
             BundleError: the files lack one of them, or have it in another dtype or shape.
         """
         wanted, own = _read(package)
-        found = {name: tensor.to(self._device) for name, tensor in own.items()}
+        found = {name: Weight(tensor.to(self._device, copy=True)) for name, tensor in own.items()}
         asked = set(names.values())
         for file in files:
             found |= self._from_file(package, file, wanted, asked)
@@ -55,32 +74,41 @@ class LoadedWeights:
         if missing:
             shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
             raise BundleError(
-                f"{package} asks for {len(missing)} weights that {_spelled(files)} does not have: {shown}; "
+                f"{package} asks for {len(missing)} weights that are not in {_spelled(files)}: {shown}; "
                 "build the bundle again"
             )
         return {code: found[name] for code, name in names.items()}
 
-    def _from_file(self, package: Path, file: Path, wanted: Wanted, asked: set[str]) -> dict[str, torch.Tensor]:
+    def _from_file(self, package: Path, file: Path, wanted: Wanted, asked: set[str]) -> dict[str, Weight]:
         found = {}
         try:
             with safe_open(file, framework="pt", device=str(self._device)) as content:
                 for name in asked.intersection(content.keys()):
                     key = (file, name, wanted.channels_last)
-                    tensor = self._loaded.get(key)
-                    if tensor is None:
-                        tensor = content.get_tensor(name)
-                        if wanted.channels_last and tensor.dim() == 4:
-                            tensor = tensor.contiguous(memory_format=torch.channels_last)
-                    kind = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+                    weight = self._loaded.get(key) or self._new(content.get_tensor(name), wanted.channels_last)
+                    kind = (str(weight.tensor.dtype).removeprefix("torch."), tuple(weight.tensor.shape))
                     if wanted.tensors.get(name, kind) != kind:
                         raise BundleError(
                             f"{package} was compiled for {name} {_kind(wanted.tensors[name])}, and {file} has it as "
                             f"{_kind(kind)}: the weights are those of another geometry or precision"
                         )
-                    self._loaded[key] = found[name] = tensor
+                    self._loaded[key] = found[name] = weight
         except (OSError, SafetensorError) as error:
             raise BundleError(f"{file} cannot be read as weights: {one_line(error)}") from None
         return found
+
+    def _new(self, tensor: torch.Tensor, channels_last: bool) -> Weight:
+        if channels_last and tensor.dim() == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        weight = Weight(tensor)
+        if weight.is_mapped:
+            self._mapped.append(weight)
+        return weight
+
+
+def _free(storage: torch.UntypedStorage) -> None:
+    if storage.resizable():
+        storage.resize_(0)
 
 
 def _read(package: Path) -> tuple[Wanted, dict[str, torch.Tensor]]:
@@ -109,4 +137,4 @@ def _kind(kind: tuple[str, tuple[int, ...]]) -> str:
 
 
 def _spelled(files: Sequence[Path]) -> str:
-    return " and ".join(str(file) for file in files) or "no files"
+    return " or ".join(str(file) for file in files) or "the bundle"

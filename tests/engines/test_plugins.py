@@ -175,7 +175,7 @@ class Parser:
     def __init__(self, network, log):
         pass
 
-    def parse_from_file(self, path):
+    def parse(self, graph, path):
         seen.append(known())
         return False
 

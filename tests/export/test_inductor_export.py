@@ -1,6 +1,8 @@
 """A bundle's packages of inductor: what is kept, compiled again, refused and left behind; and compiled ones, run."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import zipfile
 
@@ -15,8 +17,9 @@ from export.build import main
 from export.bundling import ExportPlan, build_bundle
 from export.checkpoints import CheckpointRequest, load_checkpoint, roles_for
 from export.compare import outputs_of, runs, worst
-from export.inductor_export import InductorOptions, build_packages
+from export.inductor_export import build_packages
 from export.networks import NETWORKS
+from export.packages import PackageOptions
 from export.sample_inputs import sample_inputs, usual_sizes
 from moma_rt.bundle import Bundle, read_manifest
 from moma_rt.device import local_device
@@ -31,27 +34,22 @@ CPU = EngineTarget(Flavour.INDUCTOR, (0,))
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Replaces tracing and compiling; the list of what was compiled. No two packages are the same bytes."""
+    """Replaces compiling; the list of what was compiled. No two packages are the same bytes."""
     done = []
 
-    def export(checkpoint, network, geometry, precision, folder):
-        for name in ("model.onnx", "lowered.onnx", "model.onnx.data"):
-            (folder / name).write_text(f"{name} of {network.name}")
-
-    def write(checkpoint, entry, geometry, capability, folder):
-        done.append(entry.spec.name)
+    def write(request, folder):
+        done.append(request.network.name)
         (folder / "engine.pt2").write_text(f"package {len(done)}")
 
-    monkeypatch.setattr("export.bundling.export_network", export)
     monkeypatch.setattr(inductor_export, "write_package", write)
     return done
 
 
-def build(root, seed=0, target=CPU):
+def build(root, seed=0, target=CPU, plan=ExportPlan(NAMES, graphs=False)):  # noqa: B008
     """Export and compile; the engines, and what was said of them."""
     said, shared = [], SharedStore(root.parent / "store")
     checkpoint = load_checkpoint(CheckpointRequest("tiny", roles=roles_for(NAMES), seed=seed))
-    build_bundle(checkpoint, ExportPlan(NAMES), root, lambda *_: None, shared)
+    build_bundle(checkpoint, plan, root, lambda *_: None, shared)
     bundle = build_packages(checkpoint, NAMES, target, Store(root, shared), lambda *line: said.append(" ".join(line)))
     ends = [line.split(" in ")[0] for line in said if line.split()[1] in ("kept", "built")]
     return bundle.manifest.engines, ends
@@ -66,7 +64,8 @@ def test_engines_are_in_the_manifest(tmp_path, compiled):
     assert [engine.network for engine in engines] == list(NAMES)
     for engine in engines:
         assert (engine.flavour, engine.version, engine.capabilities) == (Flavour.INDUCTOR, torch.__version__, (0,))
-        assert engine.source == bundle.network(engine.network).key
+        assert engine.source == bundle.network(engine.network).structure
+        assert engine.measured
         assert engine.file == f"engines/{engine.network}-{engine.key[:16]}/engine.pt2"
         assert EngineEntry.from_json(json.loads(json.dumps(engine.to_json()))) == engine
     assert f"engines     inductor {torch.__version__} for cpu" in describe_bundle(bundle)
@@ -86,12 +85,40 @@ def test_what_is_there_is_kept_and_shared(tmp_path, compiled):
     assert len({path.stat().st_ino for path in files}) == len(NAMES)
 
 
-def test_other_weights_are_other_engines_and_the_old_ones_go(tmp_path, compiled):
+def test_another_base_of_one_geometry_compiles_nothing(tmp_path, compiled):
     first, _ = build(tmp_path / "a")
+    second, said = build(tmp_path / "b", seed=1)
+    assert compiled == list(NAMES)
+    assert said == [f"{name} kept for inductor cpu: another bundle had it" for name in NAMES]
+    assert second == first
+    bundles = [Bundle.open(tmp_path / name) for name in "ab"]
+    for engine in first:
+        assert bundles[0].path(engine.file).samefile(bundles[1].path(engine.file))
+        entries = [bundle.network(engine.network) for bundle in bundles]
+        assert entries[0].structure == entries[1].structure
+        assert entries[0].weights != entries[1].weights
+
+
+def test_other_weights_in_a_bundle_leave_its_engines(tmp_path, compiled):
+    """What refitting is for TensorRT."""
+    first, _ = build(tmp_path / "a")
+    before = {path.name for path in (tmp_path / "a" / "weights").iterdir()}
     second, said = build(tmp_path / "a", seed=1)
-    assert said == [f"{name} built for inductor cpu" for name in NAMES]
-    assert {e.key for e in first}.isdisjoint(e.key for e in second)
-    assert not any((tmp_path / "a" / engine.file).exists() for engine in first)
+    assert (second, said) == (first, [f"{name} kept for inductor cpu" for name in NAMES])
+    assert compiled == list(NAMES)
+    assert before.isdisjoint(path.name for path in (tmp_path / "a" / "weights").iterdir())
+
+
+def test_code_carried_alone_is_completed_by_the_same_build(tmp_path, compiled):
+    """Of a bundle without its weights, and with no store beside it, nothing is compiled again."""
+    first, _ = build(tmp_path / "a")
+    before = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    carried = tmp_path / "elsewhere" / "a"
+    shutil.copytree(tmp_path / "a", carried, ignore=shutil.ignore_patterns("weights"))
+    again, said = build(carried)
+    assert (again, said) == (first, [f"{name} kept for inductor cpu" for name in NAMES])
+    assert compiled == list(NAMES)
+    assert {p.relative_to(carried): p.read_bytes() for p in carried.rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -100,9 +127,10 @@ def test_other_weights_are_other_engines_and_the_old_ones_go(tmp_path, compiled)
         lambda patch: patch.setattr(inductor_export, "library_version", lambda _: "2.99"),
         lambda patch: patch.setattr(inductor_export, "cpu_instructions", lambda: "AVX9000"),
         lambda patch: patch.setattr(inductor_export, "sha256_file", lambda _: "other code"),
-        lambda patch: patch.setattr(InductorOptions, "of", lambda *_: InductorOptions(False, False, "O3")),
+        lambda patch: patch.setattr(PackageOptions, "of", lambda *_: PackageOptions(False, False, "O3")),
+        lambda patch: patch.setattr("export.keys._code_hash", lambda: "other code"),
     ],
-    ids=["version", "instructions", "code", "options"],
+    ids=["version", "instructions", "compiling code", "options", "networks' code"],
 )
 def test_what_a_key_names(tmp_path, compiled, monkeypatch, change):
     first, _ = build(tmp_path / "a")
@@ -137,11 +165,11 @@ def test_damaged_and_lost_packages_are_compiled_again(tmp_path, compiled):
 def test_an_interrupted_build_leaves_the_bundle_as_it_was_and_goes_on(tmp_path, compiled, monkeypatch):
     root, write = tmp_path / "a", inductor_export.write_package
 
-    def interrupted(checkpoint, entry, geometry, capability, folder):
+    def interrupted(request, folder):
         (folder / "engine.pt2").write_text("half a pack")
-        if entry.spec.name == NAMES[1]:
+        if request.network.name == NAMES[1]:
             raise KeyboardInterrupt
-        write(checkpoint, entry, geometry, capability, folder)
+        write(request, folder)
 
     with monkeypatch.context() as patch:
         patch.setattr(inductor_export, "write_package", interrupted)
@@ -178,7 +206,7 @@ def test_what_cannot_be_compiled_is_one_line(tmp_path, monkeypatch, capsys, erro
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(inductor_export, "aoti_compile_and_package", fail)
+    monkeypatch.setattr("export.packages.aoti_compile_and_package", fail)
     command = ["--base", "tiny", "--only", "context_projector", "--target", "inductor", "--out", str(tmp_path / "a")]
     assert main(command) == 2
     found = capsys.readouterr().err.splitlines()[1:]
@@ -198,19 +226,20 @@ def test_a_gpu_that_pytorch_cannot_use(tmp_path, compiled, monkeypatch):
     assert compiled == []
 
 
-def test_a_cpu_is_compiled_for_in_a_hurry_and_a_gpu_with_care():
-    assert InductorOptions.of("denoiser", 0) == InductorOptions(False, channels_last=False, wrapper_level="O0")
-    assert InductorOptions.of("denoiser", 90) == InductorOptions(True, channels_last=True, wrapper_level="O1")
-    assert InductorOptions.of("denoiser", 90).settings["max_autotune"] is True
-
-
-def test_only_what_every_picture_is_made_with_is_compiled_with_care():
-    assert [name for name in NETWORKS if InductorOptions.of(name, 90).max_autotune] == ["denoiser", "vae_decoder"]
-    assert InductorOptions.of("subject_encoder", 90) == InductorOptions(False, channels_last=True, wrapper_level="O0")
-
-
-def test_every_setting_is_one_of_inductors():
-    assert set(InductorOptions.of("denoiser", 90).settings) <= set(torch._inductor.config.get_config_copy())
+def test_what_was_not_measured_will_do_where_it_is_not_asked_for(tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    here = EngineTarget(Flavour.INDUCTOR, (90,))
+    anywhere = dataclasses.replace(here, measured=False)
+    by_rule, _ = build(tmp_path / "a", target=anywhere)
+    assert [engine.measured for engine in by_rule] == [False, False]
+    measured, said = build(tmp_path / "a", target=here)
+    assert said == [f"{name} built for inductor sm90" for name in NAMES]
+    assert [engine.measured for engine in measured] == [True, True]
+    kept, said = build(tmp_path / "a", target=anywhere)
+    assert (kept, said) == (measured, [f"{name} kept for inductor sm90" for name in NAMES]), (
+        "what was measured is better"
+    )
+    assert compiled == [*NAMES, *NAMES]
 
 
 def test_a_pytorch_that_is_too_old(tmp_path, compiled, monkeypatch):
@@ -222,13 +251,19 @@ def test_a_pytorch_that_is_too_old(tmp_path, compiled, monkeypatch):
     assert compiled == []
 
 
+def outputs(bundle, backend, file, inputs):
+    """Of a graph or a package of a bundle's network, with the bundle's weights."""
+    entry = next(e for n, e in bundle.manifest.networks.items() if file.split("/")[1].startswith(f"{n}-"))
+    return outputs_of(backend, entry.spec, bundle.path(file), tuple(map(bundle.path, entry.weights)), inputs)
+
+
 def assert_as_onnxruntime(bundle, name, **sizes):
     """What a network's package computes is what its graph does, within 1e-4, and of a picture within a level."""
     entry = bundle.network(name)
     (engine,) = (e for e in bundle.manifest.engines if e.network == name)
     inputs = sample_inputs(entry.spec, bundle.manifest.geometry, {**usual_sizes(entry.spec), **sizes})
-    found = outputs_of("inductor", entry, bundle.path(engine.file), inputs)
-    for tensor, wanted in outputs_of("onnxruntime", entry, bundle.path(entry.onnx), inputs).items():
+    found = outputs(bundle, "inductor", engine.file, inputs)
+    for tensor, wanted in outputs(bundle, "onnxruntime", entry.onnx, inputs).items():
         assert found[tensor].dtype == wanted.dtype
         tolerance = 1 if wanted.dtype == np.uint8 else 1e-4
         np.testing.assert_allclose(found[tensor].astype(float), wanted.astype(float), rtol=0, atol=tolerance)
@@ -253,7 +288,7 @@ def test_this_cpus_engines_are_compared(on_a_cpu, small_bundles):
 
 @pytest.mark.slow
 def test_every_network_of_a_whole_bundle(on_a_cpu, tmp_path):
-    assert main(["--base", "tiny", "--target", "inductor", "--out", str(tmp_path / "whole")]) == 0
+    assert main(["--base", "tiny", "--target", "cpu,inductor", "--out", str(tmp_path / "whole")]) == 0
     bundle = Bundle.open(tmp_path / "whole")
     assert [engine.network for engine in bundle.manifest.engines] == list(NETWORKS)
     for name in NETWORKS:
@@ -272,8 +307,8 @@ def test_compiled_for_this_gpu(small_gpu_bundle, halves):
         assert (engine.capabilities, entry.precision) == ((local_device().capability,), Precision.FP16)
         sizes = {**usual_sizes(entry.spec), "batch": 2, "guided_batch": 2 * halves}
         inputs = sample_inputs(entry.spec, bundle.manifest.geometry, sizes)
-        expected = outputs_of("onnxruntime", entry, bundle.path(entry.onnx), inputs)
-        assert worst(outputs_of("inductor", entry, bundle.path(engine.file), inputs), expected).relative < 2e-2
+        expected = outputs(bundle, "onnxruntime", entry.onnx, inputs)
+        assert worst(outputs(bundle, "inductor", engine.file, inputs), expected).relative < 2e-2
 
 
 @pytest.mark.gpu
