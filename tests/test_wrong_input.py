@@ -165,7 +165,7 @@ CASES = {
     "weights outside of the bundle": (
         lambda: edit_networks("bundle", weights=["../photo.png"]),
         GENERATE,
-        "unsafe manifest: '../photo.png'",
+        "unsafe manifest: path '../photo.png' leaves its folder",
     ),
     "weights that are a number": (lambda: edit_networks("bundle", weights=3), GENERATE, "manifest.json is malformed"),
     "a bundle without graphs": (

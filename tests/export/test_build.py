@@ -282,6 +282,7 @@ def test_precisions(monkeypatch, tiny_bundle, arguments, networks, language):
     monkeypatch.setattr("engines.targets.local_device", lambda: None)
     monkeypatch.setattr(bundling, "build_bundle", build)
     monkeypatch.setattr("export.build.build_engines", lambda *_: Bundle.open(tiny_bundle))
+    monkeypatch.setattr("export.inductor_export.check_target", lambda target: None)
     monkeypatch.setattr("export.inductor_export.build_packages", lambda *_: Bundle.open(tiny_bundle))
     assert main(["--base", "tiny", *arguments.split()]) == 0
     found = plans[0].precisions
@@ -316,6 +317,7 @@ def test_what_runs_no_onnx_gets_none(monkeypatch, tiny_bundle, arguments, device
     monkeypatch.setattr("engines.targets.local_device", lambda: None if device is None else Device("a GPU", device))
     monkeypatch.setattr(bundling, "build_bundle", build)
     monkeypatch.setattr("export.build.build_engines", lambda *_: Bundle.open(tiny_bundle))
+    monkeypatch.setattr("export.inductor_export.check_target", lambda target: None)
     monkeypatch.setattr("export.inductor_export.build_packages", lambda *_: Bundle.open(tiny_bundle))
     assert main(["--base", "tiny", *arguments.split()]) == 0
     assert plans[0].graphs == graphs
@@ -361,6 +363,7 @@ def test_for_which_devices_kernels_are_compiled(monkeypatch, tiny_bundle, capsys
     monkeypatch.setattr("engines.targets.local_device", lambda: None if device is None else Device("a GPU", device))
     monkeypatch.setattr(bundling, "build_bundle", build)
     monkeypatch.setattr("export.build.build_engines", build_engines)
+    monkeypatch.setattr("export.inductor_export.check_target", lambda target: None)
     monkeypatch.setattr("export.inductor_export.build_packages", lambda *_: Bundle.open(tiny_bundle))
     assert main(["--base", "tiny", *arguments.split(), "--out", "some/bundle"]) == 0
     assert plans[0].kernels == kernels
