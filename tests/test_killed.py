@@ -19,6 +19,7 @@ from moma_rt.bundle import Bundle, FileEntry
 from moma_rt.files import sha256_file
 
 NAMES = ("context_projector", "text_encoder")
+KINDS = ("networks", "weights", "engines", "kernels")
 MOMENTS = 10
 # SIGVTALRM is never handled here: its default ends a process as abruptly as SIGKILL does. It is set for a time that
 # passes only while this process computes.
@@ -71,7 +72,7 @@ class Build:
 def incomplete(root: Path) -> list[str]:
     """What lies under a final name, in a bundle or a store, and is not what its record or its manifest says."""
     wrong = []
-    for folder in (path for kind in ("networks", "engines", "kernels") for path in root.glob(f"{kind}/*")):
+    for folder in (path for kind in KINDS for path in root.glob(f"{kind}/*")):
         if folder.name.startswith(".partial-"):
             continue
         record = folder / "record.json"
@@ -146,19 +147,24 @@ def test_killed_at_random_moments(tmp_path, build):
 
 def test_killed_as_it_announces_a_stage(tmp_path, build):
     """Whatever it does next is cut off somewhere, and what it had finished is kept."""
-    root = tmp_path / "bundle"
-    for finished, network in enumerate(NAMES):
-        killed = build(root, until=f"{network}:tracing")
-        assert killed.code == -signal.SIGKILL
-        assert not (root / "manifest.json").exists()
-        complete = [p for p in (root / "networks").iterdir() if not p.name.startswith(".partial-")]
-        assert all((p / "record.json").is_file() for p in complete)
-        assert len(complete) == finished
+    root, finished = tmp_path / "bundle", {"networks": 0, "weights": 0}
+    for network in NAMES:
+        for stage, kind in ((f"writing the weights of {network}", None), ("tracing", "weights")):
+            killed = build(root, until=f"{network}:{stage}")
+            assert killed.code == -signal.SIGKILL
+            assert not (root / "manifest.json").exists()
+            finished |= {} if kind is None else {kind: finished[kind] + 1}
+            assert incomplete(root) == []
+            complete = {kind: [p for p in (root / kind).iterdir() if p.name[0] != "."] for kind in finished}
+            assert {kind: len(places) for kind, places in complete.items()} == finished
+        # Its graph is finished as the next network begins, or as nothing is left to do.
+        finished["networks"] += 1
     # From here on it may be quicker than the signal: then the bundle is whole already.
-    build(root, until=f"{NAMES[-1]}:hashing")
+    build(root, until=f"{NAMES[-1]}:tracing")
     assert incomplete(root) == []
     last = build(root)
     assert last.code == 0
     assert f"{NAMES[0]}:kept" in last.said
+    assert not [line for line in last.said if "writing" in line]
     assert incomplete(root) == []
     assert set(Bundle.open(root).manifest.networks) == set(NAMES)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from moma_rt.bundle import FORMAT_VERSION
+
 BASE = "hub/SG161222/Realistic_Vision_V4.0_noVAE"
 UNET = f"{BASE}/unet/config.json"
 UNET_WEIGHTS = f"{BASE}/unet/diffusion_pytorch_model.safetensors"
@@ -64,10 +66,25 @@ def edit_sources(bundle: str) -> None:
     edit(f"{bundle}/manifest.json", base="other", sources=data["sources"])
 
 
-def alter(bundle: str, network: str) -> None:
-    (path,) = Path(bundle).glob(f"networks/{network}-*/model.onnx.data")
+def alter(bundle: str, group: str) -> None:
+    (path,) = Path(bundle).glob(f"weights/{group}-*/weights.safetensors")
     content = path.read_bytes()
-    replace(str(path), bytes([content[0] ^ 1]) + content[1:])
+    replace(str(path), content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def edit_networks(bundle: str, **values: object) -> None:
+    """What the manifest says of every network."""
+    data = json.loads(Path(bundle, "manifest.json").read_text())
+    networks = {name: {**entry, **values} for name, entry in data["networks"].items()}
+    files = dict(data["files"])
+    for file in values["weights"] if isinstance(values.get("weights"), list) else []:
+        files[file] = {"sha256": "0" * 64, "size": Path(bundle, file).stat().st_size}
+    edit(f"{bundle}/manifest.json", networks=networks, files=files)
+
+
+def weights_of(group: str) -> str:
+    (path,) = Path("bundle").glob(f"weights/{group}-*/weights.safetensors")
+    return str(path)
 
 
 class Attack:
@@ -136,12 +153,35 @@ CASES = {
     "strength above 2": (nothing, [*GENERATE, "--strength", "2.01"], "strength is 2.01: it must be between 0 and 2"),
     "strength below 0": (nothing, [*GENERATE, "--strength=-0.1"], "strength is -0.1: it must be between 0 and 2"),
     "steps 0": (nothing, changed(GENERATE, "1", "0"), "steps must be 1 to 999, not 0"),
-    "altered bundle": (lambda: alter("bundle", "denoiser"), GENERATE, "model.onnx.data was altered: its SHA-256 is"),
-    "altered bundle, enrolling": (lambda: alter("bundle", "vae_encoder"), ENROLL, "model.onnx.data was altered"),
-    "newer bundle": (
-        lambda: edit("bundle/manifest.json", format_version=4),
+    "altered bundle": (
+        lambda: alter("bundle", "denoiser"),
         GENERATE,
-        "has bundle format 4; this moma-rt reads format 3: upgrade it",
+        "weights.safetensors was altered: its SHA-256 is",
+    ),
+    "altered UNet": (lambda: alter("bundle", "unet"), GENERATE, "weights.safetensors was altered: its SHA-256 is"),
+    "altered bundle, enrolling": (lambda: alter("bundle", "vae_encoder"), ENROLL, "weights.safetensors was altered"),
+    "missing weights": (lambda: Path(weights_of("unet")).unlink(), GENERATE, "is missing; build the bundle again"),
+    "truncated weights": (lambda: truncate(weights_of("unet")), GENERATE, "bytes, the manifest says"),
+    "weights outside of the bundle": (
+        lambda: edit_networks("bundle", weights=["../photo.png"]),
+        GENERATE,
+        "unsafe manifest: path '../photo.png' leaves its folder",
+    ),
+    "weights that are a number": (lambda: edit_networks("bundle", weights=3), GENERATE, "manifest.json is malformed"),
+    "a bundle without graphs": (
+        lambda: edit_networks("bundle", onnx=None, lowered=None),
+        GENERATE,
+        "the bundle has neither ONNX graphs nor engines",
+    ),
+    "newer bundle": (
+        lambda: edit("bundle/manifest.json", format_version=FORMAT_VERSION + 1),
+        GENERATE,
+        f"has bundle format {FORMAT_VERSION + 1}; this moma-rt reads format {FORMAT_VERSION}: upgrade it",
+    ),
+    "older bundle": (
+        lambda: edit("bundle/manifest.json", format_version=FORMAT_VERSION - 1),
+        GENERATE,
+        f"has bundle format {FORMAT_VERSION - 1}; this moma-rt reads format {FORMAT_VERSION}: build the bundle again",
     ),
     "subject of another base": (lambda: edit_sources("bundle"), GENERATE, "base 'other'"),
 }

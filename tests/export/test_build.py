@@ -218,11 +218,16 @@ def test_a_second_base_takes_what_does_not_depend_on_it(tmp_path, capsys):
     assert said == {"text_encoder": "built", "vae_decoder": "kept"}
     first, second = (Bundle.open(tmp_path / name) for name in ("first", "second"))
     for name, same in (("vae_decoder", True), ("text_encoder", False)):
-        paths = [bundle.path(f"{bundle.network(name).onnx}.data") for bundle in (first, second)]
-        assert paths[0].samefile(paths[1]) == same
+        entries = [(bundle, bundle.network(name)) for bundle in (first, second)]
+        for file in ("onnx", "weights"):
+            paths = [bundle.path("".join(getattr(entry, file))) for bundle, entry in entries]
+            assert paths[0].samefile(paths[1]) == same
     shared = tmp_path / "elsewhere"
     assert main([*names, "--out", str(tmp_path / "third"), "--store", str(shared)]) == 0
-    assert len(list((shared / "networks").iterdir())) == 2
+    assert {kind: len(list((shared / kind).iterdir())) for kind in ("networks", "weights")} == {
+        "networks": 2,
+        "weights": 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -277,11 +282,45 @@ def test_precisions(monkeypatch, tiny_bundle, arguments, networks, language):
     monkeypatch.setattr("engines.targets.local_device", lambda: None)
     monkeypatch.setattr(bundling, "build_bundle", build)
     monkeypatch.setattr("export.build.build_engines", lambda *_: Bundle.open(tiny_bundle))
+    monkeypatch.setattr("export.inductor_export.check_target", lambda target: None)
     monkeypatch.setattr("export.inductor_export.build_packages", lambda *_: Bundle.open(tiny_bundle))
     assert main(["--base", "tiny", *arguments.split()]) == 0
     found = plans[0].precisions
     assert (found.networks.value, found.language.value) == (networks, language)
     assert found.of("context_projector").value == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device", "graphs"),
+    [
+        ("", None, True),
+        ("--target cpu", None, True),
+        ("--target inductor", None, False),
+        ("--target cpu,inductor", None, True),
+        ("--target inductor", 90, False),
+        ("--target inductor,sm86", None, True),
+        ("--target inductor,sm80", 90, True),
+        ("--target inductor,local", 90, True),
+        ("--target rtx", None, True),
+        ("--target sm90", None, True),
+    ],
+)
+def test_what_runs_no_onnx_gets_none(monkeypatch, tiny_bundle, arguments, device, graphs):
+    """An engine of TensorRT that is built elsewhere later is built of a graph too."""
+    plans = []
+
+    def build(checkpoint, plan, out, report, shared):
+        plans.append(plan)
+        return Bundle.open(tiny_bundle)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("engines.targets.local_device", lambda: None if device is None else Device("a GPU", device))
+    monkeypatch.setattr(bundling, "build_bundle", build)
+    monkeypatch.setattr("export.build.build_engines", lambda *_: Bundle.open(tiny_bundle))
+    monkeypatch.setattr("export.inductor_export.check_target", lambda target: None)
+    monkeypatch.setattr("export.inductor_export.build_packages", lambda *_: Bundle.open(tiny_bundle))
+    assert main(["--base", "tiny", *arguments.split()]) == 0
+    assert plans[0].graphs == graphs
 
 
 EVERYWHERE = (80, 86, 87, 89, 90, 100, 120)
@@ -324,6 +363,7 @@ def test_for_which_devices_kernels_are_compiled(monkeypatch, tiny_bundle, capsys
     monkeypatch.setattr("engines.targets.local_device", lambda: None if device is None else Device("a GPU", device))
     monkeypatch.setattr(bundling, "build_bundle", build)
     monkeypatch.setattr("export.build.build_engines", build_engines)
+    monkeypatch.setattr("export.inductor_export.check_target", lambda target: None)
     monkeypatch.setattr("export.inductor_export.build_packages", lambda *_: Bundle.open(tiny_bundle))
     assert main(["--base", "tiny", *arguments.split(), "--out", "some/bundle"]) == 0
     assert plans[0].kernels == kernels

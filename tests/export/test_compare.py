@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
+from safetensors.torch import load_file
 
 from export import compare
 from export.compare import Difference, difference, main, worst
+from export.safetensors_writer import places
 from moma_rt.bundle import Bundle, FileEntry, read_manifest, write_manifest
 from moma_rt.engines import Device
 from moma_rt.errors import MomaWarning
@@ -110,18 +111,17 @@ def wrong_bundle(tiny_bundle, tmp_path) -> Path:
     """The tiny bundle with one weight of the context projector changed, and hashes that say so."""
     root = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     manifest = read_manifest(root)
-    entry = manifest.networks["context_projector"]
-    path = root / entry.onnx
-    model = onnx.load(path)
-    weight = max(model.graph.initializer, key=lambda tensor: np.prod(tensor.dims))
-    values = onnx.numpy_helper.to_array(weight).copy()
-    values.flat[0] += 1.0
-    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
-    data = root / f"{entry.onnx}.data"
-    for file in (path, data):
-        file.chmod(0o644)
-    onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=1024)
-    hashes = {name: FileEntry(sha256_file(root / name), (root / name).stat().st_size) for name in entry.all_files}
+    (file,) = manifest.networks["context_projector"].weights
+    tensors = {name: tensor.clone() for name, tensor in load_file(root / file).items()}
+    places_before = places(root / file)
+    weight = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[weight].view(-1)[0] += 1.0
+    (root / file).chmod(0o644)
+    with (root / file).open("r+b") as stream:
+        # In its place, since the graphs name places.
+        stream.seek(places_before[weight].offset)
+        stream.write(tensors[weight].numpy().tobytes())
+    hashes = {file: FileEntry(sha256_file(root / file), (root / file).stat().st_size)}
     write_manifest(root, dataclasses.replace(manifest, files={**manifest.files, **hashes}))
     return root
 
@@ -145,10 +145,13 @@ def test_engines_of_this_device_are_compared(tiny_bundle, monkeypatch, capsys):
     monkeypatch.setattr(compare, "local_device", lambda: Device("H100", 90))
     monkeypatch.setattr(compare, "is_installed", lambda name: True)
     monkeypatch.setattr(compare, "library_version", lambda flavour: "11.4.0")
-    monkeypatch.setattr(compare, "outputs_of", lambda backend, entry, path, inputs: (backend, path))
+    monkeypatch.setattr(compare, "outputs_of", lambda backend, spec, path, weights, inputs: (backend, path, weights))
     found = list(compare.runs(bundle, entry, {"embedding": np.ones((1, 1024), np.float32)}))
-    path = bundle.path(entry.onnx)
-    assert found == [("onnxruntime", ("onnxruntime", path)), ("tensorrt 11.4.0 on H100", ("tensorrt", path))]
+    path, weights = bundle.path(entry.onnx), tuple(map(bundle.path, entry.weights))
+    assert found == [
+        ("onnxruntime", ("onnxruntime", path, weights)),
+        ("tensorrt 11.4.0 on H100", ("tensorrt", path, ())),
+    ]
     # A CPU is a device too, and of it as well only its own engines are compared.
     monkeypatch.setattr(compare, "local_device", lambda: None)
     assert len(list(compare.runs(bundle, entry, {"embedding": np.ones((1, 1024), np.float32)}))) == 1

@@ -31,11 +31,13 @@ def specs(tiny_bundle) -> dict[str, NetworkSpec]:
 
 @pytest.fixture(scope="module")
 def folders(tiny_bundle, tmp_path_factory) -> dict[str, Path]:
-    """A copy of each network's folder, lowered, for nothing may change the bundle."""
+    """A copy of each network's graph, lowered, beside its weights, where ONNX's own tools and ONNX Runtime look."""
     bundle, root = Bundle.open(tiny_bundle), tmp_path_factory.mktemp("lowered")
     for name, entry in bundle.manifest.networks.items():
-        shutil.copytree(bundle.path(entry.onnx).parent, root / name)
-        (root / name / LOWERED).unlink(missing_ok=True)
+        (root / name).mkdir()
+        shutil.copy(bundle.path(entry.onnx), root / name)
+        for file in entry.weights:
+            shutil.copytree(bundle.path(file).parent, root / name / Path(file).parent.name)
         write_lowered(root / name / FULL, root / name / LOWERED)
     return {name: root / name for name in bundle.manifest.networks}
 

@@ -3,25 +3,35 @@
 import collections
 import functools
 import getpass
+import json
+import os
 import shutil
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import pytest
 import torch
+from onnx import TensorProto
 
+from export.checkpoints import CheckpointRequest, load_checkpoint, roles_for
+from export.geometry import geometry_of
+from export.network_weights import ExternalWeights, WeightGroup, weight_groups
 from export.networks import NETWORKS
+from export.onnx_export import ExportRequest, export_network
 from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
 from moma_rt.bundle import Bundle
 from moma_rt.networks import Networks
 from moma_rt.schedules import schedule
-from moma_rt.specs import Dim
+from moma_rt.specs import Dim, Precision
 from moma_rt.stages import Stages
 
 DTYPES = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32, "uint8": onnx.TensorProto.UINT8}
 OPERATORS = {"InjectedSelfAttention", "ContextCrossAttention"}
+# Bytes of a tensor that must lie outside of a graph; of a tiny network's graph, those of its tensors, and of all of it.
+LARGE, INLINE, GRAPH = 4096, 1 << 16, 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +54,10 @@ def test_the_bundle_has_every_network(bundle, tiny_geometry):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_graph_has_the_specs_tensors(graphs, tmp_path, tiny_geometry, name):
     path, model = graphs[name]
-    # A copy: a bundle's files are links into its store too, and onnx's own loader refuses files of several names.
-    onnx.checker.check_model(Path(shutil.copytree(path.parent, tmp_path / name)) / path.name)
+    # A copy: a bundle's files are links into its store too, and onnx's own loader refuses files of several names. It
+    # also looks for weights beside the graph alone.
+    beside = Path(shutil.copytree(path.parents[2] / "weights", tmp_path / name))
+    onnx.checker.check_model(shutil.copy(path, beside))
     spec = NETWORKS[name].spec(tiny_geometry)
     assert model.graph.name == name
     for values, tensors in ((model.graph.input, spec.inputs), (model.graph.output, spec.outputs)):
@@ -88,8 +100,78 @@ def test_nothing_of_the_machine_is_in_the_file(graphs, repository, name):
     assert not model.metadata_props
     assert all(not node.doc_string and not node.metadata_props for node in model.graph.node)
     assert getpass.getuser() not in model.producer_name
-    weights = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
-    assert weights <= {"model.onnx.data"}, "weights must be beside the graph"
+
+
+def references(graph: onnx.GraphProto) -> dict[str, dict[str, str]]:
+    """Of each tensor that lies outside of a graph, where it does."""
+    outside = (tensor for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL)
+    return {tensor.name: {entry.key: entry.value for entry in tensor.external_data} for tensor in outside}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("file", ["onnx", "lowered"])
+def test_references_are_to_the_modules_own_tensors(bundle, modules, name, file):
+    entry, state = bundle.network(name), modules(name).state_dict()
+    graph = onnx.load(bundle.path(getattr(entry, file)), load_external_data=False).graph
+    contents = {weights.removeprefix("weights/"): bundle.path(weights).read_bytes() for weights in entry.weights}
+    found, dims = references(graph), {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    assert found
+    for tensor, reference in found.items():
+        assert reference.keys() == {"location", "offset", "length"}
+        begin, length = int(reference["offset"]), int(reference["length"])
+        assert dims[tensor] == tuple(state[tensor].shape)
+        content = contents[reference["location"]][begin : begin + length]
+        assert content == state[tensor].numpy().tobytes(), tensor
+    # Every file serves, and whatever is of some size is in one.
+    assert {reference["location"] for reference in found.values()} == contents.keys()
+    assert all(name in found for name, tensor in state.items() if tensor.nbytes >= LARGE and name in dims)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("file", ["onnx", "lowered"])
+def test_no_weight_is_in_a_graph(bundle, modules, name, file):
+    """But what was computed of weights, such as the part of an embedding that is looked up in every run."""
+    path = bundle.path(getattr(bundle.network(name), file))
+    graph = onnx.load(path, load_external_data=False).graph
+    inline = {t.name: t for t in graph.initializer if t.data_location != TensorProto.EXTERNAL}
+    assert not inline.keys() & modules(name).state_dict().keys()
+    sizes = {tensor: onnx.numpy_helper.to_array(proto).nbytes for tensor, proto in inline.items()}
+    print(f"{name} {file}: {path.stat().st_size} bytes, of which tensors {sum(sizes.values())}")
+    assert sum(sizes.values()) < INLINE, sizes
+    assert path.stat().st_size < GRAPH
+
+
+def without_content(group: WeightGroup, root: Path) -> None:
+    """A group's file with zeros that take no room, as large as it would be."""
+    path = root / group.location
+    path.parent.mkdir(parents=True)
+    header, end = {}, 0
+    for tensor in group.tensors:
+        header[tensor.name] = {**tensor.described, "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text_encoder", "vae_encoder", "vae_decoder", "denoiser", "subject_encoder"])
+def test_graphs_at_full_size_are_small(tmp_path, name):
+    """Nothing of SD1.5's 1.7 GB is in a graph, and tracing needs none of it in memory."""
+    checkpoint = load_checkpoint(CheckpointRequest("sd15", weights="random", roles=roles_for([name])))
+    geometry, network = geometry_of(checkpoint), NETWORKS[name]
+    groups = weight_groups(network, checkpoint, geometry, Precision.FP16)
+    for group in groups:
+        without_content(group, tmp_path / "weights")
+    external = ExternalWeights(tmp_path / "weights", tuple(group.location for group in groups))
+    export_network(ExportRequest(checkpoint, network, geometry, Precision.FP16, external), tmp_path)
+    for file in ("model.onnx", "lowered.onnx"):
+        graph = onnx.load(tmp_path / file, load_external_data=False).graph
+        inline = [t for t in graph.initializer if t.data_location != TensorProto.EXTERNAL]
+        size = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in inline)
+        print(f"{name} {file}: {(tmp_path / file).stat().st_size} bytes, of which tensors {size}")
+        assert size < 1 << 20
+        assert (tmp_path / file).stat().st_size < 4 << 20
 
 
 def sizes_of_case(batch: int, guided: int, reference: int) -> dict[str, int]:
