@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import deserialize
 
 from export.cross.devices import DEVICES, DeviceFacts
 from export.cross.request import to_json
 from export.cross.rules import check
 from export.cross.stubs import Toolchain, build_stubs, check_host
 from export.packages import PACKAGE_NAME, PackageRequest
-from moma_rt.backends.package_weights import CONSTANTS_MEMBER, WEIGHTS_MEMBER
+from moma_rt.backends.package_weights import WEIGHTS_MEMBER
 from moma_rt.engines import spelled
 from moma_rt.errors import BundleError, InputError
 from moma_rt.libraries import is_installed
@@ -72,20 +71,19 @@ def cross_compile(request: PackageRequest, folder: Path) -> None:
         asked = _run({"constants": str(package.resolve())}, environment, name)
     if chosen == 0:
         raise BundleError(f"{name}: PyTorch {torch.__version__} compiled kernels that were not chosen by rule")
-    unknown = sorted(set(asked) - _known(package))
+    # A tensor that the module made itself was made on a device that computes nothing.
+    unknown = sorted(set(asked) - _weights(package))
     if unknown:
         raise BundleError(
-            f"{name}: its code asks for {len(unknown)} tensors that are neither the network's weights nor its own: "
-            f"{', '.join(unknown[:_SHOWN])}"
+            f"{name}: its code asks for {len(unknown)} tensors that are not weights of the network, such as "
+            f"{', '.join(unknown[:_SHOWN])}: it can be compiled on the device itself, with --target inductor"
         )
 
 
-def _known(package: Path) -> set[str]:
-    """The names of the tensors that a package's code may ask for."""
+def _weights(package: Path) -> set[str]:
+    """The names of a network's weights, as its package notes them."""
     with zipfile.ZipFile(package) as archive:
-        weights = json.loads(archive.read(WEIGHTS_MEMBER))["tensors"]
-        own = deserialize(archive.read(CONSTANTS_MEMBER))
-    return {*weights, *(name for name, _ in own)}
+        return set(json.loads(archive.read(WEIGHTS_MEMBER))["tensors"])
 
 
 def _run(job: dict[str, Any], environment: dict[str, str], name: str) -> Any:

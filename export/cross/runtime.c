@@ -1,6 +1,7 @@
 /* What PyTorch calls of the CUDA runtime, for a device that is not there: preloaded, so that it comes before libcudart.
  *
- * Memory is the host's, copied and filled as asked; kernels are not run.
+ * Memory is the host's, copied and filled as asked; kernels are not run. What is not here ends in libcudart's own, which
+ * fails over the stub of the driver: so does cudaEventElapsedTime, by which kernels would be measured.
  */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
@@ -95,7 +96,10 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) { *priorit
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) { return cudaSuccess; }
 cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) { return cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { *event = SOME(cudaEvent_t); return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
+    *event = SOME(cudaEvent_t);
+    return cudaSuccess;
+}
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return cudaSuccess; }
 cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return cudaSuccess; }
@@ -106,13 +110,16 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const v
     attributes->maxThreadsPerBlock = DEVICE_THREADS_PER_BLOCK;
     return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void *function, enum cudaFuncAttribute attribute, int value) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void *function, enum cudaFuncAttribute attribute, int value) {
+    return cudaSuccess;
+}
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     int *count, const void *function, int threads, size_t shared, unsigned flags) {
     *count = 1;
     return cudaSuccess;
 }
-cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t s) {
+cudaError_t cudaLaunchKernel(
+    const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
     return cudaSuccess;
 }
 cudaError_t __cudaLaunchKernel() { return cudaSuccess; }

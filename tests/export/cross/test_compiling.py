@@ -16,12 +16,14 @@ import torch
 
 from export.build import main
 from export.cross import compiling
-from export.cross.compiling import check_cross
+from export.cross.compiling import check_cross, cross_compile
 from export.cross.devices import DEVICES
 from export.cross.stubs import build_stubs
 from export.networks import NETWORKS
+from export.packages import PackageRequest
 from moma_rt.bundle import Bundle
 from moma_rt.errors import BundleError, InputError
+from moma_rt.specs import Precision
 
 COMMAND = ["--base", "tiny", "--target", "inductor:sm90"]
 PICTURES = "text_encoder,context_projector,vae_decoder"
@@ -92,6 +94,36 @@ def test_how_a_process_ends(monkeypatch, tmp_path, code, said):
         compiling._run({}, {"PYTHONPATH": str(tmp_path)}, "a network")
     assert str(caught.value).startswith("a network: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def pretended(monkeypatch, tiny_checkpoint, tiny_geometry, tmp_path):
+    """Compiles nothing: a function of what the two processes find."""
+    monkeypatch.setattr(compiling, "check_cross", lambda capability: (None, None))
+    monkeypatch.setattr(compiling, "build_stubs", lambda *_: {})
+    request = PackageRequest(tiny_checkpoint, NETWORKS["denoiser"], tiny_geometry, Precision.FP16, 90, False)
+
+    def compile_package(chosen, asked):
+        with zipfile.ZipFile(tmp_path / "engine.pt2", "w") as package:
+            package.writestr("moma/weights.json", json.dumps({"tensors": {"unet.a": [], "unet.b": []}}))
+        monkeypatch.setattr(compiling, "_run", lambda job, *_: chosen if "compile" in job else asked)
+        cross_compile(request, tmp_path)
+
+    return compile_package
+
+
+def test_code_that_asks_for_weights_alone(pretended):
+    pretended(3, ["unet.b"])
+
+
+def test_code_that_asks_for_something_else(pretended):
+    with pytest.raises(BundleError, match=r"^denoiser: its code asks for 1 tensors that are not weights of the .* lif"):
+        pretended(3, ["unet.a", "lifted_0"])
+
+
+def test_kernels_that_nobody_chose(pretended):
+    with pytest.raises(BundleError, match="^denoiser: PyTorch .* compiled kernels that were not chosen by rule$"):
+        pretended(0, ["unet.a"])
 
 
 def test_a_worker_that_pytorch_fails_says_so_in_its_result(tmp_path):
