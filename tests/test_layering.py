@@ -21,7 +21,7 @@ FORBIDDEN = {
     "export": PACKAGES - {"export", "engines", "kernels", "moma_rt"},
 }
 # The inductor backend exists to run torch; nothing imports it unless it is asked for.
-TORCH_ALLOWED = {"moma_rt/backends/inductor.py"}
+TORCH_ALLOWED = {"moma_rt/backends/inductor.py", "moma_rt/backends/package_weights.py"}
 
 
 def imported(source: str) -> set[tuple[int, str]]:
