@@ -25,13 +25,24 @@ from moma_rt.bundle import Bundle
 from moma_rt.errors import MomaError
 from moma_rt.lru import Lru
 from moma_rt.selection import Host, choose
+from moma_rt.specs import Precision
 from moma_rt.stages import LOADING
 from moma_rt.subject import Subject
 
 RUNTIME = "moma-rt"
 # Those that make MoMA's picture come first.
 ORIGINALS = ("eager", "compiled")
-BASELINES = (*ORIGINALS, "plain")
+# How each baseline runs the UNet of its steps, as `benchmarks.original` names it.
+EXECUTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "eager": "eager",
+        "compiled": "compiled",
+        "plain": "eager",
+        "plain_compiled": "compiled",
+        "plain_graph": "graph",
+    }
+)
+BASELINES = tuple(EXECUTIONS)
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,8 @@ class Settings:
         threads: of the CPU, on both sides; None leaves the choice to the libraries.
         embedding: float32 [1024] in place of the language model's; None where the language model runs.
         weights: the options that say what the bundle was made of, as `export.compare` has them.
+        baseline_precision: of the baselines; None: the bundle's.
+        channels_last: whether the baselines' convolutions have their channels last in memory.
     """
 
     bundle: Path
@@ -70,6 +83,8 @@ class Settings:
     weights: argparse.Namespace
     subject: Path | None = None
     threads: int | None = None
+    baseline_precision: Precision | None = None
+    channels_last: bool = False
     strength: float = 1.0
 
     @property
@@ -163,9 +178,8 @@ def baseline(name: str, settings: Settings) -> Contender:
         torch.set_num_threads(settings.threads)
     bundle = Bundle.open(settings.bundle)
     checkpoint = same_checkpoint(settings.weights, bundle, tuple(bundle.manifest.networks))
-    if name == "plain":
-        return PlainDiffusion(checkpoint, settings)
-    return Original(checkpoint, settings, compiled=name == "compiled")
+    kind = Original if name in ORIGINALS else PlainDiffusion
+    return kind(checkpoint, settings, EXECUTIONS[name])
 
 
 CONTENDERS: Mapping[str, Callable[[Settings], Contender]] = MappingProxyType(

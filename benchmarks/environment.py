@@ -34,11 +34,13 @@ _PACKAGES = (
 )
 # A copy of the sources without their history: whoever made it says of which commit it is.
 _COMMIT_VARIABLE = "MOMA_RT_COMMIT"
+# A folder that results go to in place of benchmarks/results.
+RESULTS_VARIABLE = "MOMA_RT_RESULTS"
 
 
 def environment(command: str) -> dict[str, Any]:
     """Hardware, versions and commit of this run, and the command that repeats it; "gpu" where there is one."""
-    gpu = _gpu()
+    gpu = gpu_facts()
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -78,9 +80,14 @@ def percentiles(samples: Sequence[float], which: Sequence[int] = (20, 50, 80)) -
     return {f"p{p}": round(float(np.percentile(samples, p)), 4) for p in which}
 
 
-def write_results(name: str, results: dict[str, Any]) -> Path:
-    """Write benchmarks/results/<name>.json."""
-    path = Path(__file__).parent / "results" / f"{name}.json"
+def write_results(name: str, results: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write <name>.json, complete or not at all.
+
+    folder: by default the one that MOMA_RT_RESULTS names, else benchmarks/results.
+    """
+    if folder is None:
+        folder = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).parent / "results")
+    path = folder / f"{name}.json"
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return path
@@ -101,8 +108,8 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _gpu() -> dict[str, Any] | None:
-    """The first GPU, by its driver; None where there is none."""
+def gpu_facts() -> dict[str, Any] | None:
+    """Name, driver, compute capability and memory of the first GPU, by its driver; None where there is none."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None

@@ -30,7 +30,7 @@ from benchmarks.attention_cases import (
     in_summary,
 )
 from benchmarks.environment import environment, percentiles, write_results
-from benchmarks.gpu import GpuTimer, Peaks, Timer, gpu_name, measured_peaks
+from benchmarks.gpu.timer import GpuTimer, Peaks, Timer, gpu_name, measured_peaks
 
 DEVICE = "cuda"
 SAMPLES = 60

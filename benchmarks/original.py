@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, CLIPTextConfig, CLIPVisionConfig, LlamaConfig
 
+from benchmarks.captured_unet import CapturedUnet
 from benchmarks.contenders import Answer, Request, Settings
 from benchmarks.original_attention import GenerationStep, ReferencePass, next_foreground, set_processors
 from export.checkpoints.architectures import llama_config
@@ -25,6 +26,7 @@ from moma_rt.bundle import LANGUAGE_TOKENIZER, TEXT_TOKENIZER, Bundle
 from moma_rt.images import VISION_SIZE, PreparedImages, load_mask, load_photo, prepare
 from moma_rt.noise import Stream, draw
 from moma_rt.prompts import LanguageTokenizer, TextTokenizer, text_prompt
+from moma_rt.specs import Precision
 from moma_rt.stages import Stages
 
 _BETAS = MappingProxyType({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
@@ -38,29 +40,40 @@ _SCHEDULERS: Mapping[str, Callable[[], Any]] = MappingProxyType(
 _INJECTION_BELOW = 950
 # The original slices the last four tokens off the reference pass's text, as if they were context tokens.
 _REFERENCE_TEXT_TOKENS = 73
-_COMPILE_MODE = "max-autotune"
+# One that records CUDA graphs; "max-autotune" would measure convolutions for minutes and gains little on these.
+_COMPILE_MODE = "reduce-overhead"
+_DTYPES = MappingProxyType(
+    {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+)
 
 
 class PlainDiffusion:
     """Stable Diffusion without MoMA, as diffusers runs it: text encoder, UNet steps, VAE decoder.
 
-    compiled: whether the UNet of the steps and the decoder are compiled.
+    execution: of the UNet of the steps: "eager", "compiled" as the decoder is then, or "graph" for a CUDA graph of it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, compiled: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, execution: str = "eager") -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.settings, self.compiled = settings, compiled
+        # As what it is compared with has.
+        torch.backends.cudnn.benchmark = True
+        self.settings, self.compiled = settings, execution == "compiled"
         bundle = Bundle.open(settings.bundle)
+        self.dtype = _DTYPES[settings.baseline_precision or bundle.network("denoiser").precision]
         self.geometry = bundle.manifest.geometry
         self.text_tokenizer = TextTokenizer(bundle.path(TEXT_TOKENIZER), self.geometry.text_tokens)
         self.text_encoder = self._transformer(CLIPTextConfig(**checkpoint.text_encoder.config), checkpoint.text_encoder)
         self.vae = self._diffuser(AutoencoderKL, checkpoint.vae)
         self.unet = self._diffuser(UNet2DConditionModel, checkpoint.unet)
+        if settings.channels_last:
+            for model in (self.unet, self.vae):
+                model.to(memory_format=torch.channels_last)
         self.step, self.decode = self.unet, self.vae.decode
-        if compiled:
+        if self.compiled:
             self.step = torch.compile(self.unet, mode=_COMPILE_MODE)
             self.decode = torch.compile(self.vae.decode, mode=_COMPILE_MODE)
+        elif execution == "graph":
+            self.step = CapturedUnet(self.unet)
 
     @torch.inference_mode()
     def answer(self, request: Request) -> Answer:
@@ -153,8 +166,8 @@ class PlainDiffusion:
 class Original(PlainDiffusion):
     """MoMA: photo, mask and prompt to a picture. A subject that was seen before is computed again."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, compiled: bool = False) -> None:
-        super().__init__(checkpoint, settings, compiled)
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, execution: str = "eager") -> None:
+        super().__init__(checkpoint, settings, execution)
         assert checkpoint.adapters is not None
         self.adapters = self._weights(checkpoint.adapters)
         set_processors(self.unet, self.adapters)
@@ -197,15 +210,19 @@ class Original(PlainDiffusion):
         """The final latents [1,4,h,w] and the final foreground mask [1,1,H,W]."""
         context_gmc, text_gtc, reference = conditions
         object_mask = torch.from_numpy(images.mask_hw[None, None]).to(self.device, self.dtype)
-        foreground = torch.ones_like(object_mask, dtype=torch.float32)
+        # Not like the mask: its strides are others than those of the masks of later steps.
+        foreground = torch.ones(object_mask.shape, dtype=torch.float32, device=self.device)
         subject_tokens = self._subject_tokens(request)
-        for timestep, number in zip(scheduler.timesteps, scheduler.timesteps.tolist(), strict=True):
+        injects = (scheduler.timesteps < _INJECTION_BELOW).to(self.dtype)
+        # A compiler makes a graph for each value of what is no tensor.
+        flags = injects.clone().split(1) if self.compiled else [bool(flag) for flag in injects.tolist()]
+        for timestep, flag in zip(scheduler.timesteps, flags, strict=True):
             step = GenerationStep(
                 reference=reference,
                 object_mask=object_mask,
                 foreground=foreground,
                 strength=self.settings.strength,
-                injects=number < _INJECTION_BELOW,
+                injects=flag,
                 context_gmc=context_gmc,
                 subject_tokens=subject_tokens,
             )

@@ -30,7 +30,8 @@ class GenerationStep:
         object_mask: [1, 1, H, W] of the photo, above 0 on the subject.
         foreground: [1, 1, H, W] of the new picture, in 0..1.
         strength: of the injection.
-        injects: False where the step is so early that nothing is injected.
+        injects: False where the step is so early that nothing is injected; or a tensor of 0 or 1, a factor of what is
+            injected, so that one graph of a compiler is every step's.
         context_gmc: [G, M, C], the context tokens.
         subject_tokens: int64 [I], where the subject stands in the prompt.
         saliency: filled by the cross-attention layers, one [G, S] each.
@@ -40,7 +41,7 @@ class GenerationStep:
     object_mask: Tensor
     foreground: Tensor
     strength: float
-    injects: bool
+    injects: bool | Tensor
     context_gmc: Tensor
     subject_tokens: Tensor
     saliency: list[Tensor] = field(default_factory=list)
@@ -74,7 +75,7 @@ class SelfAttention(nn.Module):
         if isinstance(step, ReferencePass):
             step.keys[self.layer] = linear(k_gsc, self.to_k_ip)
             step.values[self.layer] = linear(v_gsc, self.to_v_ip)
-        elif step.injects:
+        elif isinstance(step.injects, Tensor) or step.injects:
             side = round(hidden_states.shape[1] ** 0.5)
             k, v = (
                 _split(reference[self.layer].expand(len(q), -1, -1), attn.heads)
@@ -84,7 +85,7 @@ class SelfAttention(nn.Module):
             mask = torch.zeros_like(outside, dtype=q.dtype).masked_fill(outside, torch.finfo(q.dtype).min)
             injected_gsc = _join(scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :]))
             gate = _on_grid(step.foreground, side)[..., None].to(q.dtype)
-            out_gsc = out_gsc + step.strength * self.scale_learnable * injected_gsc * gate
+            out_gsc = out_gsc + step.injects * step.strength * self.scale_learnable * injected_gsc * gate
         return attn.to_out[0](out_gsc)
 
 

@@ -28,7 +28,7 @@ from benchmarks.attention_cases import (
     Level,
     SelfCase,
 )
-from benchmarks.gpu import Timer
+from benchmarks.gpu.timer import Timer
 from kernels.launch import (
     PORTABLE_SHARED_BYTES,
     AttentionShape,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.attention_cases import Case, CrossCase, Level, SelfCase
-from benchmarks.gpu import Peaks, Timing
+from benchmarks.gpu.timer import Peaks, Timing
 
 TINY = Level(4, 16, 3)
 

@@ -11,7 +11,7 @@ import triton
 
 from benchmarks import tuning
 from benchmarks.attention_cases import HEADS, SD15_LEVELS
-from benchmarks.gpu import Timing
+from benchmarks.gpu.timer import Timing
 from benchmarks.tuning import Attempt, Compiled, Device, candidates, compile_all, compile_attempt, entries, tuned
 from kernels.launch import (
     PORTABLE_SHARED_BYTES,

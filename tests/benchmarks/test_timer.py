@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.attention_cases import Work
-from benchmarks.gpu import GpuTimer, Peaks, Timing, measured_peaks
+from benchmarks.gpu.timer import GpuTimer, Peaks, Timing, measured_peaks
 
 
 def test_the_floor_is_the_larger_of_operations_and_bytes():

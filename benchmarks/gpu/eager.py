@@ -1,0 +1,80 @@
+"""The denoiser that a bundle was exported from, in eager PyTorch on plain operators: what its package should compute."""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import kernels.dispatch
+from export.build import add_checkpoint_options
+from export.checkpoints.model import Checkpoint, Component, StateDict
+from export.compare import same_checkpoint
+from export.networks import NETWORKS
+from moma_rt.backends.base import Array
+from moma_rt.bundle import Bundle
+from moma_rt.specs import Geometry, Precision
+
+
+def checkpoint_of_bundle(bundle: Bundle, names: tuple[str, ...]) -> Checkpoint:
+    """The checkpoint of random weights that some of a bundle's networks were made of. Weights are made once and kept.
+
+    Raises:
+        CheckpointError: it was made of other weights.
+    """
+    parser = argparse.ArgumentParser()
+    add_checkpoint_options(parser, base_required=False)
+    return with_weights_kept(same_checkpoint(parser.parse_args([]), bundle, names))
+
+
+def with_weights_kept(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose components load their weights once. Who takes them must not write into them."""
+
+    def kept(component: Component) -> Component:
+        load = functools.cache(component.load)
+
+        def copied(names: Iterable[str] | None = None) -> StateDict:
+            return dict(load() if names is None else load(tuple(names)))
+
+        return dataclasses.replace(component, load=copied)
+
+    found = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
+    return dataclasses.replace(
+        checkpoint, **{name: kept(value) for name, value in found.items() if isinstance(value, Component)}
+    )
+
+
+class EagerDenoiser:
+    """One step in one precision. In fp32 nothing is rounded to TF32, and no fused kernel runs."""
+
+    def __init__(self, checkpoint: Checkpoint, geometry: Geometry, precision: Precision, device: str) -> None:
+        self._network, self._geometry = NETWORKS["denoiser"], geometry
+        self._spec = self._network.spec(geometry, precision)
+        module = self._network.module(checkpoint, self._geometry, precision)
+        # Placeholders that no forward reads cannot be moved.
+        for part in module.modules():
+            for name, buffer in list(part.named_buffers(recurse=False)):
+                if buffer.is_meta:
+                    delattr(part, name)
+        self._module, self._device = module.to(device), device
+
+    def outputs(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """The outputs for these inputs, by name."""
+        flat = tuple(torch.from_numpy(inputs[t.name].astype(t.dtype)).to(self._device) for t in self._spec.inputs)
+        with torch.inference_mode(), plain_operators():
+            outputs: Any = self._module(*self._network.arguments(flat, self._geometry))
+        return {t.name: o.float().cpu().numpy() for t, o in zip(self._spec.outputs, outputs, strict=True)}
+
+
+@contextmanager
+def plain_operators() -> Iterator[None]:
+    """Operators run their definition instead of a Triton kernel, and fp32 is fp32."""
+    had_triton, tf32 = kernels.dispatch.HAS_TRITON, torch.backends.cudnn.allow_tf32
+    kernels.dispatch.HAS_TRITON = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        kernels.dispatch.HAS_TRITON, torch.backends.cudnn.allow_tf32 = had_triton, tf32

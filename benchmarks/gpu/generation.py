@@ -1,0 +1,103 @@
+"""A bundle's denoiser and decoder on the runtime's own objects, with random inputs: for the steps of a lease."""
+
+import time
+from collections.abc import Callable
+
+from benchmarks.full_size import step_sizes
+from benchmarks.gpu.step import StepOptions
+from export.sample_inputs import sample_inputs
+from moma_rt import backends
+from moma_rt.backends.base import Array, Backend
+from moma_rt.buffers import CONDITIONS, STATE, GenerationBuffers
+from moma_rt.bundle import Bundle
+from moma_rt.errors import MomaError
+from moma_rt.footprint import PICTURES
+from moma_rt.limits import GRAPH_MEMORY
+from moma_rt.networks import Networks, run_once
+from moma_rt.selection import Choice, Host, choose
+from moma_rt.stages import Stages
+
+# What makes pictures of a context embedding.
+NETWORKS = ("text_encoder", "context_projector", *PICTURES)
+
+
+def first_usable(options: StepOptions) -> tuple[Bundle, Choice]:
+    """The first of the step's bundles that makes pictures of an embedding on its backend, and what that loads.
+
+    Raises:
+        MomaError: none does; it says what is wrong with the last one.
+    """
+    problem = MomaError("no bundle was given: --bundle DIR")
+    for folder in options.bundles:
+        try:
+            bundle = Bundle.open(folder)
+            for name in NETWORKS:
+                bundle.network(name)
+            return bundle, choose(options.backend, bundle.manifest, Host())
+        except MomaError as error:
+            problem = error
+    raise problem
+
+
+class Generation:
+    """One picture's steps and decoding: batch 1, 40 % of the reference inside the mask, as benchmarks.full_size."""
+
+    def __init__(self, bundle: Bundle, choice: Choice) -> None:
+        self.bundle = bundle
+        self.backend: Backend = backends.create(choice.backend)
+        networks = Networks(bundle, self.backend, choice.engines)
+        start = time.perf_counter()
+        self.denoiser, self.decoder = networks.together(PICTURES, Stages())
+        self.load_seconds = round(time.perf_counter() - start, 2)
+
+    def inputs(self, halves: int) -> dict[str, Array]:
+        """The denoiser's inputs in the middle of a generation, by name."""
+        geometry = self.bundle.manifest.geometry
+        sizes = {**step_sizes(geometry), "guided_batch": halves}
+        return sample_inputs(self.denoiser.spec, geometry, sizes)
+
+    def outputs(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """What one step makes of them."""
+        return run_once(self.backend, self.denoiser, inputs)
+
+    def buffers(self, halves: int, rows: Array) -> GenerationBuffers:
+        """Buffers whose steps follow the schedule `rows`, float32 [steps,64], ready to run."""
+        sizes = step_sizes(self.bundle.manifest.geometry)
+        made = GenerationBuffers(self.backend, self.denoiser, self.decoder, sizes, (halves,), GRAPH_MEMORY)
+        inputs = self.inputs(halves)
+        made.schedule(rows, None)
+        for name, array in inputs.items():
+            if name in CONDITIONS:
+                made.condition(name, array[:, None])
+            elif name not in (*STATE, "schedule_row", "noise"):
+                made.upload(name, array)
+        made.begin(inputs["latents"])
+        return made
+
+    def captured(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """What replays a CUDA graph of `enqueue`, which ran before; itself where the backend captures nothing.
+
+        Raises:
+            MomaError: a GPU's backend cannot capture it.
+        """
+        recording = self.backend.record(enqueue)
+        if recording is not None:
+            return recording.replay
+        if self.backend.records:
+            raise MomaError(f"{self.backend.name} cannot capture this in a CUDA graph")
+        return enqueue
+
+    def milliseconds(self, run: Callable[[], None], samples: int, at_once: int = 1) -> list[float]:
+        """How long each of `samples` runs takes, by the host's clock until the device is done.
+
+        at_once: runs that are enqueued without waiting in between; a sample is their mean.
+        """
+        taken = []
+        for _ in range(1 + samples):
+            self.backend.synchronize()
+            start = time.perf_counter()
+            for _ in range(at_once):
+                run()
+            self.backend.synchronize()
+            taken.append(1000 * (time.perf_counter() - start) / at_once)
+        return taken[1:]

@@ -1,0 +1,147 @@
+"""Step 1: what was carried becomes a bundle that runs: `python -m benchmarks.gpu.prepare --bundle DIR ...`.
+
+Wheels that the machine lacks are installed into a folder outside the sources; a bundle that was carried without weights
+is unpacked, and export.build writes its random weights and keeps its engines; and a subject of random keys and values is
+saved, so that pictures can be made by networks that enroll nobody.
+"""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.environment import write_results
+from moma_rt.bundle import MANIFEST_NAME, Bundle
+from moma_rt.errors import MomaError, print_output, run_command
+from moma_rt.specs import Geometry
+from moma_rt.subject import Origin, Subject
+
+PROGRAM = "benchmarks.gpu.prepare"
+# In the folder of what was carried: a tar of a folder `bundle`, without weights.
+CARRIED_BUNDLE = "bundle.tar.xz"
+SUBJECT_NAME = "coffee cup"
+# The share of reference tokens inside the mask.
+_SHARE = 0.4
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the step; returns the exit code."""
+    p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}")
+    p.add_argument("--carried", type=Path, required=True, metavar="DIR", help="with wheels and the bundle, if any")
+    p.add_argument("--packages", type=Path, required=True, metavar="DIR", help="where wheels are installed")
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR")
+    p.add_argument("--subject", type=Path, required=True, metavar="FILE", help="that is written")
+    p.add_argument("build", nargs="+", help="after --: the options of export.build that make the bundle")
+    options = p.parse_args(arguments)
+    return run_command(PROGRAM, lambda: _prepare(options))
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, run: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        run()
+        seconds[name] = round(time.perf_counter() - start, 1)
+        write_results("prepare", {"complete": name == "subject", "seconds": seconds})
+
+    timed("wheels", lambda: install(sorted(options.carried.glob("*.whl")), options.packages))
+    timed("unpacking", lambda: unpack(options.carried / CARRIED_BUNDLE, options.bundle))
+    timed("weights", lambda: build([*options.build, "--out", str(options.bundle)]))
+    bundle = Bundle.open(options.bundle)
+    timed("subject", lambda: random_subject(bundle).save(options.subject))
+    size = sum(file.size for file in bundle.manifest.files.values())
+    said = ", ".join(f"{name} {taken:.0f} s" for name, taken in seconds.items())
+    print_output(f"{len(bundle.manifest.engines)} engines, {size / 1e6:,.0f} MB: {said}")
+    return 0
+
+
+def install(wheels: Sequence[Path], folder: Path) -> None:
+    """Install the wheels of packages that cannot be imported, without what they depend on.
+
+    Raises:
+        MomaError: pip cannot.
+    """
+    missing = [wheel for wheel in wheels if importlib.util.find_spec(wheel.name.split("-")[0]) is None]
+    if not missing:
+        return
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    run([*command, "--target", str(folder), *map(str, missing)])
+
+
+def unpack(archive: Path, bundle: Path) -> None:
+    """Unpack the bundle that was carried to its place, unless there is one or none was carried.
+
+    Raises:
+        MomaError: it is no archive with a folder `bundle`.
+    """
+    if (bundle / MANIFEST_NAME).exists() or not archive.exists():
+        return
+    folder = bundle.parent / f".partial-{bundle.name}"
+    try:
+        with tarfile.open(archive) as files:
+            files.extractall(folder, filter="data")
+        (folder / "bundle").replace(bundle)
+    except (tarfile.TarError, OSError) as error:
+        raise MomaError(f"{archive} cannot be unpacked as a bundle: {error}") from None
+
+
+def build(options: Sequence[str]) -> None:
+    """Run export.build.
+
+    Raises:
+        MomaError: it failed; what it says is printed.
+    """
+    run([sys.executable, "-m", "export.build", *options])
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a command whose output is this process's.
+
+    Raises:
+        MomaError: it did not end with 0.
+    """
+    done = subprocess.run(command, check=False, env=dict(os.environ))
+    if done.returncode:
+        raise MomaError(f"{' '.join(command[1:4])} ended with {done.returncode}")
+
+
+def random_subject(bundle: Bundle) -> Subject:
+    """A subject of the bundle's weights with random keys and values: it makes pictures of nothing, as fast as any."""
+    geometry = bundle.manifest.geometry
+    random = np.random.default_rng(0)
+    counts = {grid: max(1, round(_SHARE * grid * grid)) for grid in geometry.grids}
+
+    def values(channels: int, grid: int) -> np.ndarray:
+        return random.standard_normal((counts[grid], channels), np.float32)
+
+    def by_layer() -> dict[str, np.ndarray]:
+        return {layer.name: values(layer.channels, layer.grid) for layer in geometry.self_attention}
+
+    return Subject(
+        name=SUBJECT_NAME,
+        reference_k=by_layer(),
+        reference_v=by_layer(),
+        object_mask={grid: np.ones(count, np.float32) for grid, count in counts.items()},
+        photo=np.zeros((64, 64, 3), np.uint8),
+        mask=_mask(geometry),
+        prefix=None,
+        origin=Origin.of(bundle),
+    )
+
+
+def _mask(geometry: Geometry) -> np.ndarray:
+    mask = np.zeros((geometry.image_size, geometry.image_size), np.bool_)
+    mask[: max(1, round(_SHARE * geometry.image_size))] = True
+    return mask
+
+
+if __name__ == "__main__":
+    sys.exit(main())
