@@ -30,6 +30,10 @@ from moma_rt.stages import LOADING
 from moma_rt.subject import Subject
 
 RUNTIME = "moma-rt"
+# What the subject of assets/coffee.jpg is called.
+SUBJECT = "coffee cup"
+# In place of a request.
+_TELL_PEAK = "peak"
 # Those that make MoMA's picture come first.
 ORIGINALS = ("eager", "compiled")
 # How each baseline runs the UNet of its steps, as `benchmarks.original` names it.
@@ -68,6 +72,7 @@ class Settings:
     Attributes:
         backend: of the runtime.
         subject: file of the subject that all requests are of; None where the runtime enrolls them.
+        subject_name: what the warm requests' prompts call their subject.
         threads: of the CPU, on both sides; None leaves the choice to the libraries.
         embedding: float32 [1024] in place of the language model's; None where the language model runs.
         weights: the options that say what the bundle was made of, as `export.compare` has them.
@@ -82,6 +87,7 @@ class Settings:
     embedding: np.ndarray | None
     weights: argparse.Namespace
     subject: Path | None = None
+    subject_name: str = SUBJECT
     threads: int | None = None
     baseline_precision: Precision | None = None
     channels_last: bool = False
@@ -219,12 +225,16 @@ class ContenderProcess:
         before, used = self._device_mib_before, device_mib_used()
         return None if before is None or used is None else (used - before) * 2**20 / 1e9
 
-    def end(self) -> float:
-        """End the process; the peak of its memory in GB."""
-        self._pipe.send(None)
+    def peak_gb(self) -> float:
+        """The peak of its memory so far, in GB."""
+        self._pipe.send(_TELL_PEAK)
         peak: float = self._receive()
-        self._process.join()
         return peak
+
+    def end(self) -> None:
+        """End the process."""
+        self._pipe.send(None)
+        self._process.join()
 
     def _receive(self) -> Any:
         try:
@@ -237,7 +247,7 @@ class ContenderProcess:
 
 
 def serve(name: str, settings: Settings, pipe: Connection) -> None:
-    """A contender's process: says that it is ready, answers until there is no further request, tells its memory."""
+    """A contender's process: says that it is ready, then answers requests and tells its memory until it gets None."""
     # OpenMP's threads, those of PyTorch, would spin while they wait: they take the cores from whoever's turn it is, and
     # where something else runs they make a baseline several times slower than it is. ONNX Runtime's stop as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -245,8 +255,7 @@ def serve(name: str, settings: Settings, pipe: Connection) -> None:
         contender = CONTENDERS[name](settings)
         pipe.send((True, None))
         while (request := pipe.recv()) is not None:
-            pipe.send((True, contender.answer(request)))
-        pipe.send((True, peak_gb()))
+            pipe.send((True, peak_gb() if request == _TELL_PEAK else contender.answer(request)))
     except MomaError as error:
         pipe.send((False, str(error)))
     except (EOFError, BrokenPipeError):

@@ -8,7 +8,7 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +80,14 @@ def percentiles(samples: Sequence[float], which: Sequence[int] = (20, 50, 80)) -
     return {f"p{p}": round(float(np.percentile(samples, p)), 4) for p in which}
 
 
-def write_results(name: str, results: dict[str, Any], folder: Path | None = None) -> Path:
-    """Write <name>.json, complete or not at all.
+def results_path(name: str) -> Path:
+    """Where <name>.json is written: in the folder that MOMA_RT_RESULTS names, else in benchmarks/results."""
+    return Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).parent / "results") / f"{name}.json"
 
-    folder: by default the one that MOMA_RT_RESULTS names, else benchmarks/results.
-    """
-    if folder is None:
-        folder = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).parent / "results")
-    path = folder / f"{name}.json"
+
+def write_results(name: str, results: Mapping[str, Any], folder: Path | None = None) -> Path:
+    """Write <name>.json, complete or not at all, to `folder`, by default that of `results_path`."""
+    path = results_path(name) if folder is None else folder / f"{name}.json"
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return path

@@ -2,15 +2,16 @@
 
     python -m benchmarks.kernels [--out NAME] [--dtype float16|bfloat16] [--quick] [--minutes N] [--tune]
 
-Every result is checked before it is timed; one that is wrong ends the run. Writes benchmarks/results/NAME.json. What
-the columns are measured against stands in attention_baselines.py, what counts as work in attention_cases.py.
+Every result is checked before it is timed; one that is wrong ends the run. Writes benchmarks/results/NAME.json, anew
+after every case; what has to be compiled comes after all other baselines of all cases. What the columns are measured
+against stands in attention_baselines.py, what counts as work in attention_cases.py.
 """
 
 import argparse
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -66,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Imported here because it needs Triton, which is not everywhere.
         from benchmarks.tuning import print_tuning, this_device, tuned
 
-        results["tuning"] = tuned(timer, dtype, this_device())
+        def keep_tuning(found: list[dict[str, Any]]) -> None:
+            write_results(name, {**results, "tuning": found})
+
+        results["tuning"] = tuned(timer, dtype, this_device(), keep=keep_tuning)
         path = write_results(name, results)
         print_tuning(results["tuning"])
         print(path)
@@ -76,7 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"peaks: {results['peaks']}")
     cases = [case for case in all_cases() if in_summary(case) or not options.quick]
     deadline = float("inf") if options.minutes is None else started + 60 * options.minutes
-    results["cases"] = measured(cases, bench, deadline)
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        write_results(name, {**results, "cases": found})
+
+    results["cases"] = measured(cases, bench, deadline, keep)
     results["cases_left_out"] = len(cases) - len(results["cases"])
     results["summary"] = summary(results["cases"])
     path = write_results(name, results)
@@ -109,20 +117,34 @@ def command_line(options: argparse.Namespace) -> str:
     return " ".join(["python -m benchmarks.kernels", f"--dtype {options.dtype}", *values, *flags])
 
 
-def measured(cases: Iterable[Case], bench: Bench, deadline: float) -> list[dict[str, Any]]:
-    """Each case's results, printed as they come, until time.monotonic() is past `deadline`."""
-    found = []
+def measured(
+    cases: Sequence[Case], bench: Bench, deadline: float, keep: Callable[[list[dict[str, Any]]], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Each case's results, printed as they come, until time.monotonic() is past `deadline`.
+
+    Those of the compiled baselines, which may take minutes, come after all others.
+
+    keep: called with the results so far whenever some were added.
+    """
+    found: list[dict[str, Any]] = []
     print(f"{'case':<52}{'floor':>8}" + "".join(f"{name:>21}" for name in ("moma", *EAGER, *COMPILED, "flex_compiled")))
     for case in cases:
         if time.monotonic() > deadline:
             break
         found.append(measure(case, bench))
         print(line(found[-1]), flush=True)
+        keep(found)
+    for case, result in zip(cases, found, strict=False):
+        if time.monotonic() > deadline:
+            break
+        result["measured"] |= measure_compiled(case, bench)
+        print(line(result), flush=True)
+        keep(found)
     return found
 
 
 def measure(case: Case, bench: Bench) -> dict[str, Any]:
-    """One case: this project's operator and every baseline.
+    """One case: this project's operator and every baseline that is not compiled.
 
     Raises:
         SystemExit: the operator's error is over twice that of PyTorch in the same precision.
@@ -132,7 +154,7 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
     errors, allowed = worst_errors(case.moma(inputs), wanted), allowed_errors(case, inputs, wanted)
     if not is_within(errors, allowed):
         raise SystemExit(f"benchmarks.kernels: error: {described(case)}: off by {errors}; {allowed} is allowed")
-    contenders = [Baseline("moma", case.moma), *baselines(case)]
+    contenders = [Baseline("moma", case.moma), *(one for one in baselines(case) if not one.is_compiled)]
     return {
         **described(case),
         "operations": case.work().operations,
@@ -141,6 +163,13 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
         "allowed_errors": allowed,
         "measured": {contender.name: _measured(contender, case, inputs, wanted, bench) for contender in contenders},
     }
+
+
+def measure_compiled(case: Case, bench: Bench) -> dict[str, Any]:
+    """The compiled baselines of a case, as `measure` has the others in "measured"."""
+    inputs = case.inputs(bench.dtype, bench.device)
+    wanted = case.definition(tuple(tensor.float() for tensor in inputs))
+    return {one.name: _measured(one, case, inputs, wanted, bench) for one in baselines(case) if one.is_compiled}
 
 
 def _measured(

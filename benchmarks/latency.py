@@ -9,17 +9,21 @@ Requests of the runtime:
                           Its steps are enqueued one by one, while those of the others are replayed from a recording:
                           the two pictures are compared, and how long a replay takes the host is told.
 
-Baselines make the same picture as the warm request, of the same weights and noises, in PyTorch (float32 on a CPU,
-bfloat16 on a GPU):
+Baselines make the same picture as the warm request, of the same weights and noises, in PyTorch, in the bundle's
+precision unless another one is given:
 
-    eager       the original's algorithm, which computes everything anew for every picture
-    compiled    the same, with the UNet of the steps and the decoder compiled (max-autotune)
-    plain       Stable Diffusion alone, without a photo
+    eager           the original's algorithm, which computes everything anew for every picture
+    compiled        the same, with the UNet of the steps and the decoder compiled (reduce-overhead)
+    plain           Stable Diffusion alone, without a photo
+    plain_compiled  the same, compiled likewise
+    plain_graph     the same, with the UNet in a CUDA graph
 
 All contenders are loaded at once, in a process each, and take turns request by request, so that what else the machine
-does falls on all of them alike. Where that is too much memory, name fewer baselines, or leave the cold request out:
-then the subject is enrolled by a process that ends, and the networks for it are not held. A bundle of random weights
-is compared as it is; for others the options that it was built with say where the weights are, as for export.compare.
+does falls on all of them alike; results are written after every turn. Where that is too much memory, name fewer
+baselines, or leave the cold request out: then the subject is enrolled by a process that ends, and the networks for it
+are not held. With --subject none is enrolled, and the bundle needs no networks for that; baselines still read their own
+photo. A bundle of random weights is compared as it is; for others the options that it was built with say where the
+weights are, as for export.compare.
 """
 
 import argparse
@@ -32,18 +36,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.agreement import agreement, replays
 from benchmarks.contenders import (
     BASELINES,
     RUNTIME,
+    SUBJECT,
     Answer,
     ContenderProcess,
-    Request,
     Settings,
 )
-from benchmarks.environment import bundle_facts, environment, percentiles, repeatable, write_results
+from benchmarks.environment import bundle_facts, environment, repeatable, results_path, write_results
+from benchmarks.latency_requests import random_embedding, requests
+from benchmarks.latency_summary import Samples, summary, table
 from benchmarks.memory import device_mib_used
 from engines.targets import listed
 from export.build import add_checkpoint_options
@@ -53,9 +57,12 @@ from moma_rt.errors import InputError, MomaError, print_output, run_command
 from moma_rt.schedules import schedule
 from moma_rt.selection import Host, choose
 from moma_rt.specs import Precision
+from moma_rt.subject import Subject
 
 PROGRAM = "benchmarks.latency"
 KINDS = ("cold", "warm", "warm_cached_prompt", "warm_watched")
+CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
+_USUAL_BASELINES = ("eager", "compiled", "plain")
 # Those that the baselines have as well.
 SCHEDULERS = ("ddim", "lcm")
 # Below it the baseline is not the same algorithm, and no comparison means anything.
@@ -63,11 +70,6 @@ LEAST_AGREEMENT_DB = 30.0
 # Of a replayed picture from the one whose steps were enqueued one by one, in steps of 1/255.
 MOST_REPLAY_DIFFERENCE = 2
 
-_ASSETS = Path(__file__).resolve().parent.parent / "assets"
-_SUBJECT = "coffee cup"
-# More than the runtime keeps the texts of.
-_COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "grey", "pink")
-_MATERIALS = ("glass", "paper", "metal", "wooden", "plastic", "stone", "clay", "tin", "bone")
 # On a GPU the first request records or compiles, and PyTorch records a function when it runs for the second time.
 _WARM_UPS, _WARM_UPS_ON_GPU = 1, 3
 
@@ -83,9 +85,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=5, help="samples of each, after the warm-up (default: 5)")
     p.add_argument(
         "--baselines",
-        default=",".join(BASELINES),
+        default=",".join(_USUAL_BASELINES),
         metavar="NAMES",
-        help=f"separated by commas, or none (default: {','.join(BASELINES)})",
+        help=f"separated by commas, or none (default: {','.join(_USUAL_BASELINES)}; all: {','.join(BASELINES)})",
+    )
+    p.add_argument(
+        "--baseline-precision",
+        choices=[precision.value for precision in Precision if not precision.is_weight_only],
+        help="(default: the bundle's)",
+    )
+    p.add_argument(
+        "--memory-format",
+        choices=(CHANNELS_FIRST, CHANNELS_LAST),
+        help=f"of the baselines' convolutions (default: {CHANNELS_LAST} on a GPU, where it is the faster one)",
+    )
+    p.add_argument(
+        "--subject", type=Path, metavar="FILE", help="enrolled before, by moma-rt enroll; then there is no cold request"
     )
     p.add_argument(
         "--requests", metavar="KINDS", help=f"separated by commas; warm is always among them (all: {','.join(KINDS)})"
@@ -119,73 +134,115 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
     if options.repeats < 1:
         raise InputError(f"--repeats {options.repeats}: at least 1 is needed")
     names = () if options.baselines == "none" else listed("--baselines", "baseline", options.baselines, BASELINES)
-    kinds = _kinds(options.requests)
+    kinds = _kinds(options.requests, options.subject)
     schedule(options.scheduler, options.steps, 1.0)
     backends.check(options.backend, options.threads)
     bundle = Bundle.open(options.bundle)
     backend = choose(options.backend, bundle.manifest, Host()).backend
+    settings = _settings(options, bundle, backend)
+    # Before the minutes of measuring: the commit is that of the code that is loaded now.
+    where = environment(repeatable(PROGRAM, given))
+
+    def keep(samples: Mapping[str, Samples]) -> dict[str, Any]:
+        results = {
+            "environment": where,
+            "bundle": bundle_facts(bundle),
+            "settings": _described(settings, bundle, len(samples[RUNTIME].answers["warm"])),
+            "backend": backend,
+            **summary(samples),
+            "replay": replays(samples[RUNTIME].answers, options.steps),
+            "agreement": _agreement(samples, options, bundle.network("denoiser").precision),
+        }
+        write_results(options.out, results)
+        return results
+
+    with tempfile.TemporaryDirectory() as folder:
+        if settings.subject is None and "cold" not in kinds:
+            settings = dataclasses.replace(settings, subject=enrolled(settings, Path(folder) / "cup.subject"))
+        is_over = _is_over(start, options.minutes)
+        results = keep(measure(settings, kinds, names, options.repeats, is_over, keep))
+    print_output(f"{table(results)}\n{results_path(options.out)}")
+    return _check_replays(results["replay"])
+
+
+def _settings(options: argparse.Namespace, bundle: Bundle, backend: str) -> Settings:
+    """What all requests share.
+
+    Raises:
+        SubjectError: a subject that cannot be read, or does not fit the bundle.
+    """
     has_language_model = options.context_embedding is None and bundle.has("vision_encoder", "language_model")
-    settings = Settings(
+    name = SUBJECT
+    if options.subject is not None:
+        subject = Subject.load(options.subject)
+        subject.check(bundle)
+        name = subject.name
+    on_gpu = device_mib_used() is not None
+    return Settings(
         bundle=options.bundle,
         backend=backend,
         steps=options.steps,
         scheduler=options.scheduler,
         embedding=None if has_language_model else random_embedding(bundle.manifest.geometry.embedding_width),
         weights=options,
+        subject=options.subject,
+        subject_name=name,
         threads=options.threads,
+        baseline_precision=None if options.baseline_precision is None else Precision(options.baseline_precision),
+        channels_last=on_gpu if options.memory_format is None else options.memory_format == CHANNELS_LAST,
     )
-    precision = bundle.network("denoiser").precision
-    # Before the minutes of measuring: the commit is that of the code that is loaded now.
-    where = environment(repeatable(PROGRAM, given))
-    with tempfile.TemporaryDirectory() as folder:
-        if "cold" not in kinds:
-            settings = dataclasses.replace(settings, subject=enrolled(settings, Path(folder) / "cup.subject"))
-        samples = measure(settings, kinds, names, options.repeats, _is_over(start, options.minutes))
-    # Other schedulers draw noise of their own at every step.
-    warm = {name: of_contender.answers["warm"] for name, of_contender in samples.items()}
-    found = agreement(warm) if options.scheduler == "ddim" else None
-    if precision is Precision.FP32 and device_mib_used() is None:
-        _check_agreement(found)
-    results = {
-        "environment": where,
-        "bundle": bundle_facts(bundle),
-        "settings": {
-            "steps": settings.steps,
-            "scheduler": settings.scheduler,
-            "guidance_scale": settings.guidance_scale,
-            "repeats": len(samples[RUNTIME].answers["warm"]),
-            "threads": settings.threads,
-            "language_model": settings.has_language_model,
-        },
-        "backend": backend,
-        **summary(samples),
-        "replay": replays(samples[RUNTIME].answers, options.steps),
-        "agreement": found,
+
+
+def _described(settings: Settings, bundle: Bundle, repeats: int) -> dict[str, Any]:
+    precision = settings.baseline_precision or bundle.network("denoiser").precision
+    return {
+        "steps": settings.steps,
+        "scheduler": settings.scheduler,
+        "guidance_scale": settings.guidance_scale,
+        "repeats": repeats,
+        "threads": settings.threads,
+        "language_model": settings.has_language_model,
+        "baseline_precision": precision.value,
+        "baseline_memory_format": CHANNELS_LAST if settings.channels_last else CHANNELS_FIRST,
     }
-    path = write_results(options.out, results)
-    print_output(f"{table(results)}\n{path}")
-    return _check_replays(results["replay"])
 
 
-def _kinds(asked: str | None) -> tuple[str, ...]:
-    """The kinds of request, in the order of `KINDS`; only on a GPU is anything replayed."""
+def _agreement(
+    samples: Mapping[str, "Samples"], options: argparse.Namespace, precision: Precision
+) -> dict[str, float] | None:
+    """How far the pictures are from the original's; None where they are not to be the same.
+
+    Raises:
+        MomaError: the baseline makes other pictures than the runtime.
+    """
+    # Schedulers other than ddim draw noise of their own at every step, and a saved subject has another photo.
+    if options.scheduler != "ddim" or options.subject is not None:
+        return None
+    found = agreement({name: of_contender.answers["warm"] for name, of_contender in samples.items()})
+    if precision is Precision.FP32 and options.baseline_precision in (None, "fp32") and device_mib_used() is None:
+        _check_agreement(found)
+    return found
+
+
+def _kinds(asked: str | None, subject: Path | None = None) -> tuple[str, ...]:
+    """The kinds of request, in the order of `KINDS`; only on a GPU is anything replayed.
+
+    Raises:
+        InputError: a kind that there is not, or cold ones of a subject that was enrolled before.
+    """
     if asked is None:
-        return KINDS if device_mib_used() is not None else tuple(kind for kind in KINDS if kind != "warm_watched")
+        left_out = {"cold"} if subject is not None else set()
+        if device_mib_used() is None:
+            left_out.add("warm_watched")
+        return tuple(kind for kind in KINDS if kind not in left_out)
+    if subject is not None and "cold" in asked.split(","):
+        raise InputError(f"--requests {asked}: with --subject nothing is enrolled; leave cold out, or --subject")
     chosen = listed("--requests", "request", asked, KINDS)
     return tuple(kind for kind in KINDS if kind in chosen or kind == "warm")
 
 
 def _is_over(start: float, minutes: float | None) -> Callable[[], bool]:
     return lambda: minutes is not None and time.monotonic() - start > 60 * minutes
-
-
-@dataclasses.dataclass
-class Samples:
-    """What one contender was measured at: answers by kind of request, and memory in GB."""
-
-    answers: dict[str, list[Answer]] = dataclasses.field(default_factory=dict)
-    peak_gb: float = 0.0
-    device_gb: float | None = None
 
 
 def enrolled(settings: Settings, out: Path) -> Path:
@@ -200,12 +257,17 @@ def enrolled(settings: Settings, out: Path) -> Path:
 
 
 def measure(
-    settings: Settings, kinds: Sequence[str], baselines: Sequence[str], repeats: int, is_over: Callable[[], bool]
+    settings: Settings,
+    kinds: Sequence[str],
+    baselines: Sequence[str],
+    repeats: int,
+    is_over: Callable[[], bool],
+    keep: Callable[[Mapping[str, Samples]], object] = lambda _: None,
 ) -> dict[str, Samples]:
     """Answers of the runtime to each kind of request, and of the baselines, in turns; a turn has one set of requests.
 
     To a baseline all kinds are the same, so it has the warm request alone. After the first turn none is begun once
-    `is_over` says so.
+    `is_over` says so. `keep` is called with the samples so far after every turn.
     """
     asked = {RUNTIME: kinds} | dict.fromkeys(baselines, ("warm",))
     warm_ups = _WARM_UPS if device_mib_used() is None else _WARM_UPS_ON_GPU
@@ -214,99 +276,25 @@ def measure(
     for name in (RUNTIME, *baselines):
         contenders[name] = ContenderProcess(name, settings)
         for turn in range(warm_ups):
-            take_turn(contenders[name], turn, asked[name])
+            take_turn(contenders[name], turn, asked[name], settings.subject_name)
         samples[name] = Samples(device_gb=contenders[name].device_gb())
     for turn in range(warm_ups, warm_ups + repeats):
         if turn > warm_ups and is_over():
             break
         for name, contender in contenders.items():
-            for kind, answer in take_turn(contender, turn, asked[name]).items():
+            for kind, answer in take_turn(contender, turn, asked[name], settings.subject_name).items():
                 samples[name].answers.setdefault(kind, []).append(answer)
-    for name, contender in contenders.items():
-        samples[name].peak_gb = contender.end()
+            samples[name].peak_gb = contender.peak_gb()
+        keep(samples)
+    for contender in contenders.values():
+        contender.end()
     return samples
 
 
-def take_turn(contender: ContenderProcess, turn: int, kinds: Sequence[str]) -> dict[str, Answer]:
+def take_turn(contender: ContenderProcess, turn: int, kinds: Sequence[str], subject_name: str) -> dict[str, Answer]:
     """An answer to each of some kinds of request."""
-    made = requests(turn)
+    made = requests(turn, subject_name)
     return {kind: contender.answer(made[kind]) for kind in kinds}
-
-
-def requests(turn: int) -> dict[str, Request]:
-    """A request of each kind, in an order in which it is what it is named. Other turns have other texts and seeds."""
-    photo, mask = _ASSETS / "coffee.jpg", _ASSETS / "coffee_mask.png"
-    colour, material = _COLOURS[turn % len(_COLOURS)], _MATERIALS[turn // len(_COLOURS) % len(_MATERIALS)]
-    name, prompt = f"{colour} {material} cup", f"A {_SUBJECT} on a beach, picture number {turn}."
-    return {
-        "cold": Request(photo, mask, name, f"A {name} on a beach, picture number {turn}.", 1 + turn, 3 * turn),
-        "warm": Request(photo, mask, _SUBJECT, prompt, 0, 3 * turn + 1),
-        "warm_cached_prompt": Request(photo, mask, _SUBJECT, prompt, 0, 3 * turn + 2),
-        "warm_watched": Request(photo, mask, _SUBJECT, prompt, 0, 3 * turn + 1, is_watched=True),
-    }
-
-
-def random_embedding(width: int) -> np.ndarray:
-    """Stands for the language model's reading of photo and prompt: float32 [width], the same on every call."""
-    return np.random.default_rng(0).standard_normal(width, dtype=np.float32)
-
-
-def summary(samples: Mapping[str, Samples]) -> dict[str, Any]:
-    """Times in milliseconds, memory in GB, and how many times as long as the runtime each baseline takes."""
-    ours = samples[RUNTIME]
-    baselines = {}
-    for name, theirs in samples.items():
-        if name != RUNTIME:
-            measured = times(theirs.answers["warm"])
-            speedup = {
-                kind: round(measured["total"]["p50"] / times(answers)["total"]["p50"], 2)
-                for kind, answers in ours.answers.items()
-            }
-            baselines[name] = {**_memory(theirs), "request": measured, "runtime_is_faster": speedup}
-    runtime = {**_memory(ours), "requests": {kind: times(answers) for kind, answers in ours.answers.items()}}
-    return {"runtime": runtime, "baselines": baselines}
-
-
-def times(answers: Sequence[Answer]) -> dict[str, Any]:
-    """p20, p50 and p80 in milliseconds, in all and by stage; a stage that an answer did not need took it none."""
-    stages = dict.fromkeys(stage for answer in answers for stage in answer.stages)
-    return {
-        "total": _milliseconds([answer.seconds for answer in answers]),
-        "stages": {stage: _milliseconds([answer.stages.get(stage, 0.0) for answer in answers]) for stage in stages},
-    }
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """The results for a person."""
-    runtime = results["runtime"]
-    rows = [(f"{RUNTIME} {kind}", measured, runtime, None) for kind, measured in runtime["requests"].items()]
-    for name, found in results["baselines"].items():
-        rows.append((name, found["request"], found, found["runtime_is_faster"]))
-    lines = [
-        f"{'ms':<28}{'p20':>10}{'p50':>10}{'p80':>10}   peak GB   times as long as {', '.join(runtime['requests'])}"
-    ]
-    for name, measured, memory, faster in rows:
-        numbers = "".join(f"{measured['total'][p]:10.1f}" for p in ("p20", "p50", "p80"))
-        ratios = "" if faster is None else "   " + ", ".join(f"{ratio:.2f}" for ratio in faster.values())
-        lines.append(f"{name:<28}{numbers}{memory['peak_gb']:10.2f}{ratios}")
-    if results["agreement"] is not None:
-        lines.append(
-            f"the runtime's pictures against the original's: {results['agreement']['psnr_db']} dB PSNR or more"
-        )
-    if (found := results["replay"]) is not None:
-        apart = found["largest_difference"]
-        compared = "" if apart is None else f"; at most {apart}/255 from the picture of steps enqueued one by one"
-        lines.append(f"replays: {found['host_us_per_step']['p50']:.2f} us of the host a step (p50){compared}")
-    return "\n".join(lines)
-
-
-def _memory(samples: Samples) -> dict[str, float]:
-    device = {} if samples.device_gb is None else {"device_gb": round(samples.device_gb, 2)}
-    return {"peak_gb": round(samples.peak_gb, 2), **device}
-
-
-def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
-    return {name: round(value, 2) for name, value in percentiles([1000.0 * s for s in seconds]).items()}
 
 
 def _check_agreement(found: Mapping[str, float] | None) -> None:

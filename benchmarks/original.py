@@ -66,14 +66,18 @@ class PlainDiffusion:
         self.vae = self._diffuser(AutoencoderKL, checkpoint.vae)
         self.unet = self._diffuser(UNet2DConditionModel, checkpoint.unet)
         if settings.channels_last:
-            for model in (self.unet, self.vae):
-                model.to(memory_format=torch.channels_last)
+            self.use_channels_last()
         self.step, self.decode = self.unet, self.vae.decode
         if self.compiled:
             self.step = torch.compile(self.unet, mode=_COMPILE_MODE)
             self.decode = torch.compile(self.vae.decode, mode=_COMPILE_MODE)
         elif execution == "graph":
             self.step = CapturedUnet(self.unet)
+
+    def use_channels_last(self) -> None:
+        """Have the channels of the UNet's and the VAE's convolutions last in memory, as tensor cores read them."""
+        for model in (self.unet, self.vae):
+            model.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def answer(self, request: Request) -> Answer:

@@ -6,7 +6,9 @@ Without PyTorch's cache of memory each tensor is an allocation of its own, and a
 with 1 where a result is not that of the definition on the CPU.
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,14 +23,17 @@ TOLERANCE = 5e-3
 Launch = tuple[str, tuple[Tensor, ...], int]
 
 
-def main() -> int:
-    """Launch on the GPU and compare; returns the exit code: 2 without a GPU."""
-    if gpu_name() is None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Launch on the device and compare; returns the exit code: 2 without a GPU."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.sanitized_launches", description=__doc__.splitlines()[0])
+    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the definition against itself")
+    device = p.parse_args(arguments).device
+    if device == "cuda" and gpu_name() is None:
         print("benchmarks.sanitized_launches: error: needs a CUDA GPU, and PyTorch and Triton for it", file=sys.stderr)
         return 2
     status = 0
     for launch in launches():
-        worst = difference(launch, "cuda")
+        worst = difference(launch, device)
         is_right = worst <= TOLERANCE
         status = status if is_right else 1
         print(f"{launch[0]} {tuple(launch[1][0].shape)}: off by {worst:.2g}{'' if is_right else ', which is wrong'}")

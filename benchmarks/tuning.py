@@ -5,7 +5,7 @@ What is measured is what the product runs: a step of one sample, both guidance h
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from multiprocessing import get_context
@@ -163,10 +163,22 @@ def launched(case: Case, inputs: tuple[Tensor, ...], config: LaunchConfig) -> tu
     return cross.launch(inputs, HEADS, config)
 
 
-def tuned(timer: Timer, dtype: torch.dtype, device: Device) -> list[dict[str, Any]]:
-    """For each entry what is chosen now, what is best, and everything that was tried."""
+def tuned(
+    timer: Timer,
+    dtype: torch.dtype,
+    device: Device,
+    most: int | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """For each entry what is chosen now, what is best, and everything that was tried.
+
+    most: candidates of an entry, spread over all of them; None tries all.
+    keep: called with the results so far after every entry.
+    """
     plan = {
-        entry: tuple(dict.fromkeys((*entry.present(device.capability), *candidates(entry, device.shared_bytes))))
+        entry: tuple(
+            dict.fromkeys((*entry.present(device.capability), *_few(candidates(entry, device.shared_bytes), most)))
+        )
         for entry in entries(device.capability)
     }
     attempts = [
@@ -184,7 +196,14 @@ def tuned(timer: Timer, dtype: torch.dtype, device: Device) -> list[dict[str, An
         outcomes = {config: [compiled[Attempt(case, config, dtype)] for case in cases] for config in configs}
         tried = [_tried(measure, config, outcomes[config]) for config in configs]
         results.append(_chosen(measure, tried, entry.present(device.capability)))
+        keep(results)
     return results
+
+
+def _few(configs: Iterable[LaunchConfig], most: int | None) -> list[LaunchConfig]:
+    """At most so many of them, spread over all."""
+    found = list(configs)
+    return found if most is None else found[:: -(-len(found) // most) or 1]
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,7 @@ def _measure(options: StepOptions) -> int:
         results.add("errors", {"halves": halves, **errors(*outputs, precision)})
     (guided, plain), found = results["times"], results["errors"]
     is_right = all(one["is_right"] for one in found)
-    said = ", ".join(
-        f"{'guided' if one['halves'] == 2 else 'unguided'} {one['package'][_JUDGED]:.1e} (eager {one['eager'][_JUDGED]:.1e})"
-        for one in found
-    )
+    said = ", ".join(f"{one['package'][_JUDGED]:.1e} (eager {one['eager'][_JUDGED]:.1e})" for one in found)
     results.finish(
         f"{steps} guided steps and decoding {guided['generation_ms']['p50']:.1f} ms, a step "
         f"{guided['step_ms']['p50']:.3f} ms; unguided {plain['generation_ms']['p50']:.1f} and "

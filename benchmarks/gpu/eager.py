@@ -1,4 +1,4 @@
-"""The denoiser that a bundle was exported from, in eager PyTorch on plain operators: what its package should compute."""
+"""The denoiser that a bundle was exported from, in eager PyTorch on plain operators: what a package should compute."""
 
 import argparse
 import dataclasses

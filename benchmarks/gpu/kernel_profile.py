@@ -1,4 +1,4 @@
-"""Step 3: where the time of a denoiser step goes, kernel by kernel: `python -m benchmarks.gpu.kernel_profile --bundle DIR`.
+"""Step 3: where the time of a denoiser step goes: `python -m benchmarks.gpu.kernel_profile --bundle DIR`.
 
 Steps are enqueued one by one under torch.profiler. Kernels are summed up by what they do, and the twenty that take the
 longest are named, with the number of launches a step.

@@ -1,8 +1,8 @@
 """Step 1: what was carried becomes a bundle that runs: `python -m benchmarks.gpu.prepare --bundle DIR ...`.
 
-Wheels that the machine lacks are installed into a folder outside the sources; a bundle that was carried without weights
-is unpacked, and export.build writes its random weights and keeps its engines; and a subject of random keys and values is
-saved, so that pictures can be made by networks that enroll nobody.
+Wheels that the machine lacks are installed into a folder outside the sources; a bundle that was carried without
+weights is unpacked, and export.build writes its random weights and keeps its engines; and a subject of random keys and
+values is saved, so that pictures can be made by networks that enroll nobody.
 """
 
 import argparse
@@ -72,7 +72,16 @@ def install(wheels: Sequence[Path], folder: Path) -> None:
     missing = [wheel for wheel in wheels if importlib.util.find_spec(wheel.name.split("-")[0]) is None]
     if not missing:
         return
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--disable-pip-version-check",
+    ]
     run([*command, "--target", str(folder), *map(str, missing)])
 
 
@@ -88,7 +97,7 @@ def unpack(archive: Path, bundle: Path) -> None:
     try:
         with tarfile.open(archive) as files:
             files.extractall(folder, filter="data")
-        (folder / "bundle").replace(bundle)
+        (folder / BUNDLE_FOLDER).replace(bundle)
     except (tarfile.TarError, OSError) as error:
         raise MomaError(f"{archive} cannot be unpacked as a bundle: {error}") from None
 

@@ -24,6 +24,7 @@ class StepOptions:
         bundles: folders of bundles; of several the first that will do is meant.
         rehearse: on a CPU, eager calls in place of CUDA graphs, and as little of everything as shows that it runs.
         end: of the clock `time.monotonic`; no case is started later.
+        part: of the step, where it has several.
     """
 
     program: str
@@ -32,6 +33,7 @@ class StepOptions:
     backend: str
     rehearse: bool
     end: float
+    part: str = ""
 
     @property
     def device(self) -> str:
@@ -42,19 +44,22 @@ class StepOptions:
         return time.monotonic() + needed > self.end
 
 
-def step_options(program: str, arguments: Sequence[str]) -> StepOptions:
-    """Parse the arguments that every step takes."""
+def step_options(program: str, arguments: Sequence[str], parts: Sequence[str] = ()) -> StepOptions:
+    """Parse the arguments that every step takes, and which of `parts` is meant, the first where none is named."""
     p = argparse.ArgumentParser(prog=f"python -m {program}")
     p.add_argument("--bundle", type=Path, action="append", default=[], metavar="DIR")
     p.add_argument("--backend", default="inductor", choices=backends.NAMES, help="of the runtime (default: inductor)")
     p.add_argument("--rehearse", action="store_true", help="run on a CPU, as little as shows that every line runs")
+    if parts:
+        p.add_argument("part", nargs="?", choices=parts, default=parts[0], help="(default: %(default)s)")
     seconds = float(os.environ.get(SECONDS_VARIABLE, "600"))
     p.add_argument("--seconds", type=float, default=seconds, help=f"that there are (default: ${SECONDS_VARIABLE})")
     options = p.parse_args(arguments)
     # What runs when time is up takes a moment to end, and so does the process.
     end = time.monotonic() + options.seconds - GRACE
     given = tuple(str(argument) for argument in arguments)
-    return StepOptions(program, given, tuple(options.bundle), options.backend, options.rehearse, end)
+    part = options.part if parts else ""
+    return StepOptions(program, given, tuple(options.bundle), options.backend, options.rehearse, end, part)
 
 
 class StepResults:

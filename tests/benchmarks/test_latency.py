@@ -10,7 +10,9 @@ import pytest
 
 from benchmarks import latency
 from benchmarks.contenders import RUNTIME, Answer, ContenderProcess, Settings
-from benchmarks.latency import KINDS, Samples, main, measure, requests, summary, table, times
+from benchmarks.latency import KINDS, main, measure
+from benchmarks.latency_requests import requests
+from benchmarks.latency_summary import Samples, summary, table, times
 from benchmarks.report import latency_table
 from moma_rt.errors import MomaError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.contenders import Request, Settings
-from benchmarks.latency import requests
+from benchmarks.latency_requests import requests
 from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.load import CheckpointRequest, load_checkpoint
 from moma_rt.noise import Stream

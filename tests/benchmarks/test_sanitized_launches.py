@@ -23,7 +23,7 @@ def test_the_edges_are_there():
 
 def test_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main() == 2
+    assert main([]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "benchmarks.sanitized_launches: error: needs a CUDA GPU, and PyTorch and Triton for it"
     ]
@@ -40,7 +40,7 @@ def test_a_wrong_result_is_a_failure(found, status, monkeypatch, capsys):
     monkeypatch.setattr(sanitized_launches, "gpu_name", lambda: "a GPU")
     differences = iter([found, 0.0, 0.0])
     monkeypatch.setattr(sanitized_launches, "difference", lambda launch, device: next(differences))
-    assert main() == status
+    assert main([]) == status
     first, *rest = capsys.readouterr().out.splitlines()
     assert first.endswith("wrong") == bool(status)
     assert len(rest) == 2

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# The first call on a GPU machine that is lent for minutes; `python3 -m benchmarks.gpu.lease --help` says the rest.
+#   [REHEARSE=1] bash benchmarks/gpu/lease.sh [STEP]...
+# PYTHON: the interpreter (default: python3).
+cd "$(dirname "$0")/../.." || exit 1
+exec "${PYTHON:-python3}" -m benchmarks.gpu.lease first "$@"

@@ -1,0 +1,58 @@
+"""Step 7: latency of whole requests: `python -m benchmarks.gpu.pictures --bundle DIR --bundle DIR --subject FILE`.
+
+`benchmarks.latency` with 50 steps of ddim and with 4 of lcm, an enrolled subject, and no baselines, on the first of the
+bundles that makes pictures: the one that was measured on this machine, or else the one that was carried.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from benchmarks import latency
+from benchmarks.environment import results_path
+from benchmarks.gpu.generation import first_usable
+from benchmarks.gpu.step import StepOptions, step_options
+from moma_rt.errors import MomaError, print_output, run_command
+
+PROGRAM = "benchmarks.gpu.pictures"
+_SCHEDULES = (("ddim", 50, 10), ("lcm", 4, 10))
+_REHEARSED_SCHEDULES = (("ddim", 1, 1), ("lcm", 1, 1))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the step; returns the exit code."""
+    p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}")
+    p.add_argument("--subject", type=str, required=True, metavar="FILE", help="that was enrolled for these bundles")
+    own, others = p.parse_known_args(arguments)
+    options = step_options(PROGRAM, others)
+    return run_command(PROGRAM, lambda: _measure(options, own.subject))
+
+
+def _measure(options: StepOptions, subject: str) -> int:
+    bundle, _ = first_usable(options)
+    said = []
+    schedules = _REHEARSED_SCHEDULES if options.rehearse else _SCHEDULES
+    for index, (scheduler, steps, repeats) in enumerate(schedules):
+        if options.is_over():
+            said.append(f"{scheduler} left out")
+            continue
+        name = f"latency_{scheduler}"
+        # The schedules that follow have as much.
+        minutes = (options.end - time.monotonic()) / (len(schedules) - index) / 60
+        command = ["--bundle", str(bundle.root), "--backend", options.backend, "--scheduler", scheduler]
+        command += ["--steps", str(steps), "--repeats", str(repeats), "--minutes", f"{minutes:.2f}"]
+        command += ["--baselines", "none", "--context-embedding", "random", "--subject", subject, "--out", name]
+        if code := latency.main([*command, "--requests", "warm" if options.rehearse else "warm,warm_watched"]):
+            raise MomaError(f"benchmarks.latency ended with {code}")
+        times = json.loads(results_path(name).read_text(encoding="utf-8"))["runtime"]["requests"]["warm"]["total"]
+        said.append(
+            f"{steps} steps of {scheduler} p20/p50/p80 {times['p20']:.1f}/{times['p50']:.1f}/{times['p80']:.1f} ms"
+        )
+    print_output(f"{bundle.root.name}: {', '.join(said)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

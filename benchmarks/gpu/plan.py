@@ -1,0 +1,245 @@
+"""The steps of both calls, in their order with their limits, and those that run only when they are named."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from benchmarks.environment import gpu_facts
+from benchmarks.gpu.runner import Group, Step
+from engines.targets import listed
+from moma_rt import backends
+from moma_rt.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES = "text_encoder,denoiser,vae_decoder,context_projector"
+EVERYTHING = f"{PICTURES},vae_encoder,subject_encoder"
+FIRST, SECOND = "first", "second"
+# Seconds from the start to the end of a call.
+CALLS = MappingProxyType({FIRST: 590.0, SECOND: 130.0})
+# cuBLAS alone: measuring inductor's own matrix products beside it takes minutes.
+_GEMM = MappingProxyType({"TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS": "ATEN"})
+_NO_CACHE = MappingProxyType({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where everything lies, and what is measured.
+
+    Attributes:
+        out: of results and logs.
+        work: outside the sources; kept from the first call to the second.
+        carried: what came with the sources: wheels, and a bundle without weights.
+        bundle: that was carried; it is completed here.
+        rehearse: on a CPU, with the tiny geometry.
+        target: of the carried bundle, as export.build's --target.
+    """
+
+    out: Path
+    work: Path
+    carried: Path
+    bundle: Path
+    rehearse: bool
+    backend: str
+    target: str
+    precision: str
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> "Setup":
+        """From environment variables of the same names in capitals; SHIP is `carried`.
+
+        Raises:
+            InputError: one that cannot be used, or there is neither a GPU nor REHEARSE=1.
+        """
+        rehearse = environ.get("REHEARSE", "0")
+        if rehearse not in ("0", "1"):
+            raise InputError(f"REHEARSE={rehearse}: it must be 1, or 0")
+        gpu = None if rehearse == "1" else gpu_facts()
+        if rehearse == "0" and gpu is None:
+            raise InputError("nvidia-smi finds no GPU on this machine; REHEARSE=1 runs every step on the CPU")
+        backend = environ.get("BACKEND", "inductor")
+        if backend not in backends.NAMES:
+            raise InputError(f"BACKEND={backend}; there are: {', '.join(backends.NAMES)}")
+        usual = "cpu,inductor" if gpu is None else f"inductor:sm{gpu['capability'].replace('.', '')}"
+        work = Path(environ.get("WORK", "/var/tmp/moma-rt-lease")).resolve()
+        return cls(
+            out=Path(environ.get("OUT", "build/lease")).resolve(),
+            work=work,
+            carried=Path(environ.get("SHIP", ".ship")).resolve(),
+            bundle=Path(environ.get("BUNDLE", work / "bundle")).resolve(),
+            rehearse=rehearse == "1",
+            backend=backend,
+            target=environ.get("TARGET", usual),
+            precision=environ.get("PRECISION", "fp32" if gpu is None else "fp16"),
+        )
+
+    @property
+    def subject(self) -> Path:
+        """A subject of random keys and values, which the first call writes."""
+        return self.work / "cup.subject"
+
+    @property
+    def measured(self) -> Path:
+        """The bundle that is compiled on this machine."""
+        return self.work / "measured"
+
+    @property
+    def whole(self) -> Path:
+        """The bundle that can enroll as well."""
+        return self.work / "whole"
+
+    @property
+    def packages(self) -> Path:
+        """Where wheels are installed."""
+        return self.work / "packages"
+
+
+def groups(setup: Setup, call: str, names: Sequence[str]) -> list[Group]:
+    """The steps of a call, those of a group at the same time; or the named ones, one after the other.
+
+    Raises:
+        InputError: a name that no step has.
+    """
+    steps = _steps(setup)
+    if not names:
+        return [tuple(steps[name] for name in group) for group in _CALLS[call]]
+    chosen = listed("the steps", "step", ",".join(names), tuple(steps))
+    return [(steps[name],) for name in steps if name in chosen]
+
+
+_CALLS: Mapping[str, Sequence[Sequence[str]]] = MappingProxyType(
+    {
+        FIRST: (
+            ("facts",),
+            # One computes on the GPU, the other on the CPU.
+            ("kernel_tests", "prepare"),
+            ("denoiser",),
+            ("profile",),
+            ("baselines",),
+            ("attention",),
+            ("build",),
+            ("latency",),
+        ),
+        SECOND: (("rtx_probe",), ("latency_again",), ("compiled",)),
+    }
+)
+
+
+def _steps(setup: Setup) -> dict[str, Step]:
+    """Every step by its name, in the order in which they run."""
+    step = _Steps(setup)
+    shared = ("--bundle", setup.bundle)
+    either = ("--bundle", setup.measured, "--bundle", setup.bundle)
+    found = (
+        Step("facts", step.module("facts", shared), 60),
+        Step("kernel_tests", step.pytest("tests/kernels", "--ignore", "tests/kernels/test_ptx_on_gpu.py"), 100, 20),
+        Step("prepare", step.prepare(), 120, 20),
+        Step("denoiser", step.module("denoiser", shared), 90, 20),
+        Step("profile", step.module("kernel_profile", shared), 40, 15),
+        Step("baselines", step.module("baselines", shared), 75, 30),
+        Step("attention", step.module("attention", shared), 80, 30),
+        Step("build", step.build(setup.measured, PICTURES), 240, 150, leaves=70, environment=_GEMM),
+        Step("latency", step.latency(either), 90, 25),
+        # The second call.
+        Step("rtx_probe", step.rtx_probe(), 60, 10),
+        Step("latency_again", step.latency(either), 45, 25),
+        Step("compiled", step.module("baselines", shared, "compiled"), 100, 30),
+        # By name alone.
+        Step("timer_tests", step.pytest("tests/benchmarks/test_timer.py"), 60),
+        Step("ptx", step.pytest("tests/kernels/test_ptx_on_gpu.py"), 240),
+        Step("launches", step.sanitized(), 120),
+        Step("memcheck", step.sanitized("memcheck"), 120, environment=_NO_CACHE),
+        Step("racecheck", step.sanitized("racecheck"), 120, environment=_NO_CACHE),
+        Step("speed", step.python("benchmarks.kernels", "--out", "kernels", "--minutes", "3.5"), 300),
+        Step("tuning", step.python("benchmarks.kernels", "--out", "kernels_tuning", "--tune"), 300),
+        Step("counters", step.module("counters", shared), 240),
+        Step("whole_build", step.build(setup.whole, EVERYTHING), 570, environment=_GEMM),
+        Step("soak", step.soak(), 570, 60),
+        Step("soak_batches", step.soak("--max-batch", "4"), 570, 60),
+        Step("latency_eager", step.compared("eager,plain,plain_graph"), 300, 60),
+        Step("latency_compiled", step.compared("compiled,plain_compiled"), 560, 120),
+    )
+    return {each.name: step.rehearsed(each) for each in found}
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Makes the commands of steps."""
+
+    setup: Setup
+
+    def python(self, module: str, *arguments: object) -> tuple[str, ...]:
+        return (sys.executable, "-m", module, *map(str, arguments))
+
+    def module(self, name: str, bundles: Sequence[object] = (), *arguments: object) -> tuple[str, ...]:
+        rehearse = ("--rehearse",) if self.setup.rehearse else ()
+        backend = ("--backend", self.setup.backend)
+        return self.python(f"benchmarks.gpu.{name}", *arguments, *bundles, *backend, *rehearse)
+
+    def rehearsed(self, step: Step) -> Step:
+        """Nothing is in a hurry in a rehearsal, and a smaller machine may be slow."""
+        if not self.setup.rehearse:
+            return step
+        return Step(step.name, step.command, 10 * step.seconds, environment=step.environment)
+
+    def pytest(self, *arguments: str) -> tuple[str, ...]:
+        workers = min(8, len(os.sched_getaffinity(0)))
+        parallel = ("-n", workers) if importlib.util.find_spec("xdist") and not self.setup.rehearse else ()
+        # Tests that need a GPU are skipped, and still collected, where none is.
+        return self.python("pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *parallel, *arguments)
+
+    def prepare(self) -> tuple[str, ...]:
+        setup = self.setup
+        places = ("--carried", setup.carried, "--packages", setup.packages, "--bundle", setup.bundle)
+        options = (*self._build_options(PICTURES), "--target", setup.target)
+        return self.python("benchmarks.gpu.prepare", *places, "--subject", setup.subject, "--", *options)
+
+    def build(self, out: Path, names: str) -> tuple[str, ...]:
+        # In a rehearsal the network that compiles the fastest.
+        options = self._build_options("context_projector" if self.setup.rehearse else names)
+        return self.python("export.build", *options, "--target", self._local_target(), "--out", out)
+
+    def _local_target(self) -> str:
+        """What export.build --target is for this machine, measured on it."""
+        return {"tensorrt": "local", "tensorrt_rtx": "local", "inductor": "inductor"}.get(self.setup.backend, "cpu")
+
+    def _build_options(self, names: str) -> tuple[str, ...]:
+        base = ("--base", "tiny") if self.setup.rehearse else ("--base", "sd15", "--weights", "random")
+        return (*base, "--precision", self.setup.precision, "--only", names)
+
+    def latency(self, bundles: Sequence[object]) -> tuple[str, ...]:
+        return self.module("pictures", bundles, "--subject", self.setup.subject)
+
+    def compared(self, baselines: str) -> tuple[str, ...]:
+        setup, (steps, repeats) = self.setup, (1, 1) if self.setup.rehearse else (50, 10)
+        # CUDA graphs of PyTorch need a GPU.
+        names = ",".join(name for name in baselines.split(",") if not setup.rehearse or name in ("eager", "plain"))
+        return self.python(
+            *("benchmarks.latency", "--bundle", setup.bundle, "--backend", setup.backend, "--subject", setup.subject),
+            *("--steps", steps, "--repeats", repeats, "--minutes", 4, "--context-embedding", "random"),
+            *("--baselines", names or "none", "--out", f"latency_{baselines.split(',')[0]}"),
+        )
+
+    def soak(self, *options: str) -> tuple[str, ...]:
+        setup = self.setup
+        name = "soak_batches" if options else "soak"
+        whole = setup.bundle if setup.rehearse else setup.whole
+        count = ("--requests", 60 if setup.rehearse else 100, "--distinct", 4 if setup.rehearse else 24)
+        usual = () if options else ("--max-batch", 1)
+        return self.python(
+            *("benchmarks.soak", "--bundle", whole, "--backend", setup.backend, *count, *usual, *options),
+            *("--minutes", 8, "--out", name),
+        )
+
+    def sanitized(self, tool: str = "") -> tuple[str, ...]:
+        command = self.python("benchmarks.sanitized_launches", *(["--device", "cpu"] if self.setup.rehearse else []))
+        if not tool or self.setup.rehearse:
+            return command
+        return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command)
+
+    def rtx_probe(self) -> tuple[str, ...]:
+        setup = self.setup
+        return self.python("benchmarks.gpu.rtx_probe", "--carried", setup.carried, "--work", setup.work / "rtx")
