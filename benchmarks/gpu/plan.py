@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from benchmarks.environment import gpu_facts
+from benchmarks.gpu.carried import PACKAGES, SUBJECT_FILE
 from benchmarks.gpu.runner import Group, Step
 from engines.targets import listed
 from moma_rt import backends
@@ -48,8 +49,8 @@ class Setup:
     precision: str
 
     @classmethod
-    def of(cls, environ: Mapping[str, str]) -> "Setup":
-        """From environment variables of the same names in capitals; SHIP is `carried`.
+    def of(cls, environ: Mapping[str, str], call: str) -> "Setup":
+        """For a call, from environment variables of the same names in capitals; SHIP is `carried`.
 
         Raises:
             InputError: one that cannot be used, or there is neither a GPU nor REHEARSE=1.
@@ -68,7 +69,7 @@ class Setup:
         return cls(
             out=Path(environ.get("OUT", "build/lease")).resolve(),
             work=work,
-            carried=Path(environ.get("SHIP", ".ship")).resolve(),
+            carried=Path(environ.get("SHIP", f".ship/{call}")).resolve(),
             bundle=Path(environ.get("BUNDLE", work / "bundle")).resolve(),
             rehearse=rehearse == "1",
             backend=backend,
@@ -79,7 +80,7 @@ class Setup:
     @property
     def subject(self) -> Path:
         """A subject of random keys and values, which the first call writes."""
-        return self.work / "cup.subject"
+        return self.work / SUBJECT_FILE
 
     @property
     def measured(self) -> Path:
@@ -94,7 +95,7 @@ class Setup:
     @property
     def packages(self) -> Path:
         """Where wheels are installed."""
-        return self.work / "packages"
+        return self.work / PACKAGES
 
 
 def groups(setup: Setup, call: str, names: Sequence[str]) -> list[Group]:
@@ -103,7 +104,7 @@ def groups(setup: Setup, call: str, names: Sequence[str]) -> list[Group]:
     Raises:
         InputError: a name that no step has.
     """
-    steps = _steps(setup)
+    steps = all_steps(setup)
     if not names:
         return [tuple(steps[name] for name in group) for group in _CALLS[call]]
     chosen = listed("the steps", "step", ",".join(names), tuple(steps))
@@ -128,7 +129,7 @@ _CALLS: Mapping[str, Sequence[Sequence[str]]] = MappingProxyType(
 )
 
 
-def _steps(setup: Setup) -> dict[str, Step]:
+def all_steps(setup: Setup) -> dict[str, Step]:
     """Every step by its name, in the order in which they run."""
     step = _Steps(setup)
     shared = ("--bundle", setup.bundle)
@@ -193,9 +194,9 @@ class _Steps:
 
     def prepare(self) -> tuple[str, ...]:
         setup = self.setup
-        places = ("--carried", setup.carried, "--packages", setup.packages, "--bundle", setup.bundle)
+        places = ("--carried", setup.carried, "--work", setup.work, "--bundle", setup.bundle)
         options = (*self._build_options(PICTURES), "--target", setup.target)
-        return self.python("benchmarks.gpu.prepare", *places, "--subject", setup.subject, "--", *options)
+        return self.python("benchmarks.gpu.prepare", *places, "--", *options)
 
     def build(self, out: Path, names: str) -> tuple[str, ...]:
         # In a rehearsal the network that compiles the fastest.
@@ -242,4 +243,4 @@ class _Steps:
 
     def rtx_probe(self) -> tuple[str, ...]:
         setup = self.setup
-        return self.python("benchmarks.gpu.rtx_probe", "--carried", setup.carried, "--work", setup.work / "rtx")
+        return self.python("benchmarks.gpu.rtx_probe", "--carried", setup.carried, "--work", setup.work)

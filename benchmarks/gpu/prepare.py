@@ -8,6 +8,7 @@ values is saved, so that pictures can be made by networks that enroll nobody.
 import argparse
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,16 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.contenders import SUBJECT
 from benchmarks.environment import write_results
+from benchmarks.gpu.carried import BUNDLE_ARCHIVE, BUNDLE_FOLDER, PACKAGES, RTX_PART, SUBJECT_FILE
 from moma_rt.bundle import MANIFEST_NAME, Bundle
 from moma_rt.errors import MomaError, print_output, run_command
 from moma_rt.specs import Geometry
 from moma_rt.subject import Origin, Subject
 
 PROGRAM = "benchmarks.gpu.prepare"
-# In the folder of what was carried: a tar of a folder `bundle`, without weights.
-CARRIED_BUNDLE = "bundle.tar.xz"
-SUBJECT_NAME = "coffee cup"
 # The share of reference tokens inside the mask.
 _SHARE = 0.4
 
@@ -35,9 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the step; returns the exit code."""
     p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}")
     p.add_argument("--carried", type=Path, required=True, metavar="DIR", help="with wheels and the bundle, if any")
-    p.add_argument("--packages", type=Path, required=True, metavar="DIR", help="where wheels are installed")
+    p.add_argument("--work", type=Path, required=True, metavar="DIR", help="that is kept, outside the sources")
     p.add_argument("--bundle", type=Path, required=True, metavar="DIR")
-    p.add_argument("--subject", type=Path, required=True, metavar="FILE", help="that is written")
     p.add_argument("build", nargs="+", help="after --: the options of export.build that make the bundle")
     options = p.parse_args(arguments)
     return run_command(PROGRAM, lambda: _prepare(options))
@@ -52,11 +51,13 @@ def _prepare(options: argparse.Namespace) -> int:
         seconds[name] = round(time.perf_counter() - start, 1)
         write_results("prepare", {"complete": name == "subject", "seconds": seconds})
 
-    timed("wheels", lambda: install(sorted(options.carried.glob("*.whl")), options.packages))
-    timed("unpacking", lambda: unpack(options.carried / CARRIED_BUNDLE, options.bundle))
+    timed("wheels", lambda: install(sorted(options.carried.glob("*.whl")), options.work / PACKAGES))
+    # The second call has no room for all of it.
+    timed("parts", lambda: kept(sorted(options.carried.glob(f"{RTX_PART}*")), options.work))
+    timed("unpacking", lambda: unpack(options.carried / BUNDLE_ARCHIVE, options.bundle))
     timed("weights", lambda: build([*options.build, "--out", str(options.bundle)]))
     bundle = Bundle.open(options.bundle)
-    timed("subject", lambda: random_subject(bundle).save(options.subject))
+    timed("subject", lambda: random_subject(bundle).save(options.work / SUBJECT_FILE))
     size = sum(file.size for file in bundle.manifest.files.values())
     said = ", ".join(f"{name} {taken:.0f} s" for name, taken in seconds.items())
     print_output(f"{len(bundle.manifest.engines)} engines, {size / 1e6:,.0f} MB: {said}")
@@ -83,6 +84,12 @@ def install(wheels: Sequence[Path], folder: Path) -> None:
         "--disable-pip-version-check",
     ]
     run([*command, "--target", str(folder), *map(str, missing)])
+
+
+def kept(parts: Sequence[Path], folder: Path) -> None:
+    """Copy files that a later call needs to where they are kept."""
+    for part in parts:
+        shutil.copyfile(part, folder / part.name)
 
 
 def unpack(archive: Path, bundle: Path) -> None:
@@ -135,7 +142,7 @@ def random_subject(bundle: Bundle) -> Subject:
         return {layer.name: values(layer.channels, layer.grid) for layer in geometry.self_attention}
 
     return Subject(
-        name=SUBJECT_NAME,
+        name=SUBJECT,
         reference_k=by_layer(),
         reference_v=by_layer(),
         object_mask={grid: np.ones(count, np.float32) for grid, count in counts.items()},

@@ -1,10 +1,10 @@
 """Does TensorRT-RTX run on this GPU? `python -m benchmarks.gpu.rtx_probe --carried DIR --work DIR`.
 
-A small fp16 network is built for several devices, run, compared with PyTorch and captured in a CUDA graph. What was built
-for no GPU that there is runs all the same where the library takes it. Without a GPU the engines are built alone.
+A small fp16 network is built for several devices, run, compared with PyTorch and captured in a CUDA graph; which of
+the engines this GPU takes is the result. Without a GPU they are built alone.
 
-TensorRT-RTX comes from `rtx.tar.xz.*` in --carried, parts of one archive that benchmarks.gpu.pack made, or from an
-installed package.
+TensorRT-RTX comes from `rtx.tar.xz.*` in --carried and --work, parts of one archive that benchmarks.gpu.pack made, or
+from an installed package.
 """
 
 import argparse
@@ -21,10 +21,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.environment import environment, write_results
+from benchmarks.gpu.carried import RTX_PART
 from moma_rt.errors import MomaError, print_output, run_command
 
 PROGRAM = "benchmarks.gpu.rtx_probe"
-PART = "rtx.tar.xz."
 MODULE = "tensorrt_rtx"
 _BATCH, _HEADS, _GRID, _WIDTH = 2, 8, 64, 40
 _CHANNELS, _TOKENS = _HEADS * _WIDTH, _GRID * _GRID
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _probe(options: argparse.Namespace) -> int:
     trt = library(options.carried, options.work)
     if trt is None:
-        print_output(f"TensorRT-RTX was not carried: no {PART}* in {options.carried}, and it is not installed")
+        print_output(f"TensorRT-RTX was not carried: no {RTX_PART}* in {options.carried}, and it is not installed")
         return 0
     where = environment(f"python -m {PROGRAM} --carried DIR --work DIR")
     cases: list[dict[str, Any]] = []
@@ -66,9 +66,9 @@ def library(carried: Path, work: Path) -> Any:
     Raises:
         MomaError: the parts are no archive.
     """
-    parts = sorted(path for folder in (work, carried) for path in folder.glob(f"{PART}*"))
+    parts = [path for folder in (work, carried) for path in folder.glob(f"{RTX_PART}*")]
     if parts:
-        site = work / "site"
+        site = work / "rtx"
         if not site.is_dir():
             unpack(parts, site)
         sys.path.insert(0, str(site))
@@ -85,7 +85,7 @@ def unpack(parts: Sequence[Path], site: Path) -> None:
         MomaError: they are no archive, or not all of it.
     """
     site.parent.mkdir(parents=True, exist_ok=True)
-    whole, partial = site.parent / "rtx.tar.xz", site.parent / ".partial-site"
+    whole, partial = site.parent / ".partial-rtx.tar.xz", site.parent / ".partial-rtx"
     with whole.open("wb") as target:
         for part in sorted(parts, key=lambda path: path.name):
             target.write(part.read_bytes())
@@ -95,10 +95,11 @@ def unpack(parts: Sequence[Path], site: Path) -> None:
     except (tarfile.TarError, EOFError, OSError) as error:
         raise MomaError(f"{', '.join(path.name for path in parts)} are not all of an archive: {error}") from None
     partial.replace(site)
+    whole.unlink()
 
 
 def model() -> tuple[onnx.ModelProto, Callable[[torch.Tensor], torch.Tensor]]:
-    """[2,320,64,64] → convolution → self-attention over 4096 tokens, 8 heads of 40; and the same in PyTorch, in fp32."""
+    """[2,320,64,64] → convolution → self-attention over 4096 tokens, 8 heads of 40; and the same in PyTorch in fp32."""
     random = np.random.default_rng(0)
     kernel = (random.standard_normal((_CHANNELS, _CHANNELS, 3, 3)) * 0.02).astype(np.float16)
     weight = (random.standard_normal((_WIDTH, _WIDTH)) * 0.1).astype(np.float16)
