@@ -84,7 +84,8 @@ def variants(part: str, precision: Precision, rehearse: bool) -> Iterator[Varian
         )
         return
     for each in (precision, *others):
-        yield from (Variant(kind, each, "eager", (False, True)) for kind in _KINDS)
+        formats = (True,) if rehearse else (False, True)
+        yield from (Variant(kind, each, "eager", formats) for kind in _KINDS)
         if each is precision:
             yield Variant("plain", each, "eager" if rehearse else "graph", (True,))
 

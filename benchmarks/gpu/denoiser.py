@@ -44,13 +44,13 @@ def _measure(options: StepOptions) -> int:
         results.add("times", times(generation, halves, steps, samples))
     checkpoint = checkpoint_of_bundle(bundle, ("denoiser",))
     precision = bundle.network("denoiser").precision
-    exact, rounded = (
-        EagerDenoiser(checkpoint, bundle.manifest.geometry, p, options.device) for p in (Precision.FP32, precision)
-    )
+    eager = {
+        p: EagerDenoiser(checkpoint, bundle.manifest.geometry, p, options.device) for p in {Precision.FP32, precision}
+    }
     for halves in _GUIDANCE:
         inputs = generation.inputs(halves)
-        outputs = (generation.outputs(inputs), rounded.outputs(inputs), exact.outputs(inputs))
-        results.add("errors", {"halves": halves, **errors(*outputs, precision)})
+        exact, rounded = (eager[p].outputs(inputs) for p in (Precision.FP32, precision))
+        results.add("errors", {"halves": halves, **errors(generation.outputs(inputs), rounded, exact, precision)})
     (guided, plain), found = results["times"], results["errors"]
     is_right = all(one["is_right"] for one in found)
     said = ", ".join(f"{one['package'][_JUDGED]:.1e} (eager {one['eager'][_JUDGED]:.1e})" for one in found)
