@@ -3,7 +3,9 @@
 import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 _STATUS = Path("/proc/self/status")
 
@@ -32,6 +34,23 @@ def device_mib_used() -> float | None:
     done = subprocess.run(query, capture_output=True, text=True, check=False)
     lines = done.stdout.split()
     return float(lines[0]) if done.returncode == 0 and lines and lines[0].isdecimal() else None
+
+
+def device_mib_in_process() -> float | None:
+    """Memory in use on this process's NVIDIA GPU, by whichever process, in MiB; None where it uses none.
+
+    Of the CUDA runtime that is loaded here: microseconds, where `device_mib_used` starts a process that takes a tenth
+    of a second and memory of its own.
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**20
+    runtime: Any = sys.modules.get("cuda.bindings.runtime")
+    if runtime is None:
+        return None
+    failed, free, total = runtime.cudaMemGetInfo()
+    return None if int(failed) else (total - free) / 2**20
 
 
 def _status_bytes(name: str) -> int | None:

@@ -2,12 +2,14 @@
 
 Requests are drawn from a pool: several subjects with different numbers of reference tokens, prompts, strengths, seeds,
 one or two pictures, three schedules, callbacks that let all steps pass or cancel, mistakes, and new enrolments. Before
-the run another process makes each picture of the pool alone. In the run
+the run another process makes each request of the pool alone, and where requests are made together also in batches of
+every size that there will be. In the run
 
-    wrong     is a picture that differs from the one made alone by more than --tolerance, a call that fails and should
-              not, and one that does not fail and should
+    wrong     is a picture that differs by more than --tolerance from each of those, a call that fails and should not,
+              and one that does not fail and should. With --max-batch 1 a picture has to be the same to the bit
     growth    is how much more memory was in use after some request than ever after the first 50: of the GPU, by
-              whichever process, or of this process where the backend runs on the CPU
+              whichever process, or of this process where the backend runs on the CPU. Less than the captured graphs
+              that the runtime keeps may take is none, unless it goes on to the end
 
 Either ends with exit code 1. Without --bundle the tiny bundle is built, which takes about a minute.
 """
@@ -20,23 +22,20 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from benchmarks.environment import bundle_facts, environment, percentiles, repeatable, write_results
-from benchmarks.memory import device_mib_used, resident_mib
-from benchmarks.soak_requests import SUBJECTS, Drawn, Kind, PictureRequest, draw_requests, photo_and_mask, pool
-from benchmarks.soak_run import Answered, Asker, Images, Judge, run
+from benchmarks.memory import device_mib_in_process, device_mib_used, resident_mib
+from benchmarks.soak_references import references, subject_file
+from benchmarks.soak_requests import SUBJECTS, Drawn, Kind, draw_requests, pool
+from benchmarks.soak_run import Answered, Asker, Judge, run
 from moma_rt import backends
 from moma_rt.bundle import Bundle
 from moma_rt.errors import InputError, MomaError, print_output, run_command
-from moma_rt.limits import Limits
+from moma_rt.limits import GRAPH_MEMORY, Limits
 from moma_rt.runtime import Runtime
 from moma_rt.selection import Host, choose
 from moma_rt.specs import Precision
@@ -46,10 +45,15 @@ PROGRAM = "benchmarks.soak"
 # The requests after which memory is to stay as it is.
 SETTLED = 50
 _CPU_BACKEND = "onnxruntime"
-# On a CPU also ONNX Runtime's arena, which grows until the largest batch has been made, and what the C library keeps.
-_GROWTH_MIB, _GROWTH_MIB_ON_CPU = 16.0, 256.0
-# How far rounding takes a picture of a batch from the one made alone, in steps of 1/255: bf16 rounds eight times as
-# coarsely as fp16.
+# On a GPU the captured graphs that the runtime keeps: which of them are there at a time is chance. On a CPU ONNX
+# Runtime's arena, which grows until the largest batch has been made, and what the C library keeps.
+_GROWTH_MIB, _GROWTH_MIB_ON_CPU = GRAPH_MEMORY / 2**20, 256.0
+# Growth in every one of so many parts of a run in a row, by more than so many MiB each, is growth without end.
+_GROWING_PARTS, _GROWING_MIB = 5, 1.0
+# Where memory can only be asked of a process of its own: after every so many requests.
+_SAMPLED_EVERY = 10
+# How far rounding takes a picture of a batch from the same one in a batch of that size with others, in steps of 1/255:
+# bf16 rounds eight times as coarsely as fp16.
 _TOLERANCES = MappingProxyType({Precision.FP32: 1, Precision.FP16: 2, Precision.BF16: 16})
 _SHOWN_WRONG, _KEPT_WRONG = 5, 50
 
@@ -70,13 +74,14 @@ def parser() -> argparse.ArgumentParser:
         "--tolerance",
         type=int,
         metavar="N",
-        help=f"in steps of 1/255 (default: {', '.join(f'{n} in {p.value}' for p, n in _TOLERANCES.items())})",
+        help="in steps of 1/255 (default: 0 with --max-batch 1, else "
+        f"{', '.join(f'{n} in {p.value}' for p, n in _TOLERANCES.items())})",
     )
     p.add_argument(
         "--growth",
         type=float,
         metavar="MIB",
-        help=f"that is allowed (default: {_GROWTH_MIB:g} on a GPU, {_GROWTH_MIB_ON_CPU:g} on a CPU)",
+        help=f"that is allowed (default: {_GROWTH_MIB:.0f} on a GPU, {_GROWTH_MIB_ON_CPU:g} on a CPU)",
     )
     p.add_argument(
         "--minutes",
@@ -106,7 +111,8 @@ def _soak(options: argparse.Namespace, given: Sequence[str]) -> int:
         backend = choose(options.backend, bundle.manifest, Host()).backend
         plan = Plan.of(options, bundle, backend, start)
         requests = pool(options.distinct, bundle.has("vision_encoder", "language_model"), options.seed)
-        judge = Judge(requests, references(bundle.root, backend, requests, folder), plan.tolerance)
+        made = references(bundle.root, backend, requests, folder, plan.batches)
+        judge = Judge(requests, made, plan.tolerance)
         print_output(f"{len(requests)} requests made alone; {time.monotonic() - start:.0f} s since the start")
         apart, one, other = judge.closest_pair()
         results = {
@@ -115,6 +121,7 @@ def _soak(options: argparse.Namespace, given: Sequence[str]) -> int:
             "backend": backend,
             "settings": {**plan.described(), "distinct": options.distinct},
             "closest_pair": {"difference": apart, "of": [one, other]},
+            "together": {"difference": judge.largest_difference(), "allowed": plan.rounding},
             **soak(plan, bundle.root, backend, judge, folder),
         }
     path = write_results(options.out, results)
@@ -145,13 +152,17 @@ def _check_options(options: argparse.Namespace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The run, to a time `end` of the clock. Memory, of the GPU where `on_gpu`, may grow by `growth_mib`."""
+    """The run, to a time `end` of the clock. Memory, of the GPU where `on_gpu`, may grow by `growth_mib`.
+
+    tolerance: of pictures in the run. rounding: of one picture in batches of several sizes, before the run.
+    """
 
     requests: int
     threads: int
     max_batch: int
     seed: int
     tolerance: int
+    rounding: int
     growth_mib: float
     on_gpu: bool
     end: float
@@ -159,7 +170,8 @@ class Plan:
     @classmethod
     def of(cls, options: argparse.Namespace, bundle: Bundle, backend: str, start: float) -> "Plan":
         """What was asked for, and for the rest what suits the bundle and what it runs on."""
-        tolerance = _TOLERANCES[bundle.network("denoiser").precision]
+        rounding = _TOLERANCES[bundle.network("denoiser").precision]
+        tolerance = 0 if options.max_batch == 1 else rounding
         on_gpu = backend != _CPU_BACKEND and device_mib_used() is not None
         growth = _GROWTH_MIB if on_gpu else _GROWTH_MIB_ON_CPU
         return cls(
@@ -168,6 +180,7 @@ class Plan:
             options.max_batch,
             options.seed,
             tolerance if options.tolerance is None else options.tolerance,
+            rounding,
             growth if options.growth is None else options.growth,
             on_gpu,
             float("inf") if options.minutes is None else start + 60 * options.minutes,
@@ -177,12 +190,21 @@ class Plan:
         """All but the time of the clock, which says nothing to others."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "end"}
 
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """In how many pictures at a time requests may be made together, beside 1: on a GPU they are rounded up."""
+        powers = (1 << exponent for exponent in range(1, self.max_batch.bit_length()))
+        return tuple(power for power in powers if self.on_gpu and power <= self.max_batch)
+
     def is_over(self) -> bool:
         return time.monotonic() > self.end
 
-    def used_mib(self) -> float | None:
-        """Memory in use now."""
-        return device_mib_used() if self.on_gpu else resident_mib()
+    def used_mib(self, number: int) -> float | None:
+        """Memory in use after the `number`th request; None where it was not asked for."""
+        if not self.on_gpu:
+            return resident_mib()
+        used = device_mib_in_process()
+        return device_mib_used() if used is None and number % _SAMPLED_EVERY == 0 else used
 
 
 def _tiny_bundle(out: Path) -> Path:
@@ -193,49 +215,15 @@ def _tiny_bundle(out: Path) -> Path:
     return out
 
 
-def references(bundle: Path, backend: str, requests: Sequence[PictureRequest], folder: Path) -> list[Images]:
-    """The pictures of each request, made one at a time by a process that ends; it leaves its subjects in `folder`.
-
-    Raises:
-        MomaError: what went wrong there.
-    """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        try:
-            return process.submit(_made_alone, bundle, backend, requests, folder).result()
-        except BrokenProcessPool:
-            raise MomaError(
-                "the process that makes each request alone was killed; there may be too little memory"
-            ) from None
-
-
-def _made_alone(bundle: Path, backend: str, requests: Sequence[PictureRequest], folder: Path) -> list[Images]:
-    runtime = Runtime.load(bundle, backend)
-    width = runtime.bundle.manifest.geometry.embedding_width
-    subjects = {name: runtime.enroll(*photo_and_mask(name), name) for name in SUBJECTS}
-    for name, subject in subjects.items():
-        subject.save(_subject_file(folder, name))
-    return [
-        [
-            np.asarray(runtime.generate(subjects[one.subject], **one.options(width)).images[0])
-            for one in request.single()
-        ]
-        for request in requests
-    ]
-
-
-def _subject_file(folder: Path, name: str) -> Path:
-    return folder / f"{SUBJECTS.index(name)}.subject"
-
-
 def soak(plan: Plan, bundle: Path, backend: str, judge: Judge, folder: Path) -> dict[str, Any]:
     """Make the run of subjects that lie in `folder`; what became of it."""
     drawn = draw_requests(plan.requests, len(judge.pool), plan.seed)
-    before = plan.used_mib()
+    before = plan.used_mib(0)
     runtime = Runtime.load(bundle, backend, max_batch=plan.max_batch)
-    asker = Asker(runtime, {name: Subject.load(_subject_file(folder, name)) for name in SUBJECTS}, judge)
+    asker = Asker(runtime, {name: Subject.load(subject_file(folder, name)) for name in SUBJECTS}, judge)
 
     def ask(number: int, chosen: Drawn) -> Answered:
-        return dataclasses.replace(asker.ask(number, chosen), used_mib=plan.used_mib())
+        return dataclasses.replace(asker.ask(number, chosen), used_mib=plan.used_mib(number))
 
     start = time.monotonic()
     answers = run(ask, drawn, plan.threads, plan.is_over)
@@ -288,9 +276,24 @@ def verdict(results: Mapping[str, Any]) -> str:
     if closest["difference"] <= 2 * tolerance:
         one, other = closest["of"]
         said.append(f"with a tolerance of {tolerance}, {one} and {other} could be mixed up without being seen")
+    together = results["together"]
+    if together["difference"] > together["allowed"]:
+        said.append(
+            f"a picture that is made with others is {together['difference']}/255 from the one made alone, "
+            f"{together['allowed']} are allowed"
+        )
+    parts = [part for part in results["memory"][f"most_of_each_{SETTLED}"] if part]
+    if still_grows(parts):
+        said.append(f"memory grew in each of the last {_GROWING_PARTS} times {SETTLED} requests, to {parts[-1]:g} MiB")
     if growth > allowed:
         said.append(f"memory grew by {growth:g} MiB after the first {SETTLED} requests, {allowed:g} are allowed")
     return "; ".join(said)
+
+
+def still_grows(parts: Sequence[float]) -> bool:
+    """Whether memory, the most of each part of a run, grew in every one of the last parts."""
+    last = parts[-_GROWING_PARTS - 1 :]
+    return len(last) > _GROWING_PARTS and all(after - before > _GROWING_MIB for before, after in pairwise(last))
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.agreement import difference
+from benchmarks.soak_references import Images, Reference
 from benchmarks.soak_requests import MISTAKES, Drawn, Kind, PictureRequest, photo_and_mask
 from moma_rt.errors import BundleError, Cancelled, InputError
 from moma_rt.runtime import Runtime
 from moma_rt.subject import Subject
 
-# The pictures of a request, uint8 [H,W,RGB] each.
-Images = Sequence[np.ndarray]
 # A cancelled generation ends after this step.
 _LAST_STEP = 2
 _EXPECTED = {Kind.CANCELLED: (Cancelled,), Kind.REFUSED: (InputError, BundleError)}
@@ -42,11 +41,24 @@ class Answered:
 
 @dataclass(frozen=True)
 class Judge:
-    """The pool, and the pictures of its requests, each made alone."""
+    """The pool, and what the pictures of its requests may be, within `tolerance` steps of 1/255.
+
+    With a tolerance of 0 a request's pictures are those that it had when it was asked for alone; else each may also be
+    what it was by itself, or in a batch of others.
+    """
 
     pool: Sequence[PictureRequest]
-    references: Sequence[Images]
+    references: Sequence[Reference]
     tolerance: int
+
+    def largest_difference(self) -> int:
+        """How far a picture of the pool is at most from itself made with others, in steps of 1/255."""
+        return max(
+            difference(picture, other)
+            for reference in self.references
+            for index, picture in enumerate(reference.asked)
+            for other in reference.of(index)
+        )
 
     def closest_pair(self) -> tuple[int, str, str]:
         """How far the two pictures most alike are apart, and which they are.
@@ -63,9 +75,12 @@ class Judge:
     def wrong(self, chosen: int, images: Images) -> tuple[tuple[int, ...], list[str]]:
         """The differences of a request's pictures from those made alone, and a line for each that is wrong."""
         expected = self.references[chosen]
-        if len(images) != len(expected):
-            return (), [f"{len(images)} pictures instead of {len(expected)}"]
-        differences = tuple(difference(*pair) for pair in zip(images, expected, strict=True))
+        if len(images) != len(expected.asked):
+            return (), [f"{len(images)} pictures instead of {len(expected.asked)}"]
+        differences = tuple(
+            min(difference(image, other) for other in self._allowed(expected, index))
+            for index, image in enumerate(images)
+        )
         lines = []
         for index, (image, apart) in enumerate(zip(images, differences, strict=True)):
             if apart > self.tolerance:
@@ -74,9 +89,12 @@ class Judge:
                 lines.append(f"its picture {index + 1} is {apart}/255 from the one made alone{whose}")
         return differences, lines
 
+    def _allowed(self, reference: Reference, index: int) -> list[np.ndarray]:
+        return [reference.asked[index]] if self.tolerance == 0 else reference.of(index)
+
     def _named(self) -> Iterator[tuple[str, np.ndarray]]:
-        for number, images in enumerate(self.references):
-            for index, image in enumerate(images):
+        for number, reference in enumerate(self.references):
+            for index, image in enumerate(reference.asked):
                 yield f"picture {index + 1} of request {number} of the pool", image
 
 

@@ -1,6 +1,7 @@
 """Puts what a GPU machine lacks where it is carried from: `python -m benchmarks.gpu.pack --bundle DIR [--rtx]`.
 
-    .ship/first     diffusers' wheel; the bundle without weights, as bundle.tar.xz; a first part of TensorRT-RTX
+    .ship/first     diffusers' wheel and those that it cannot be imported without; the bundle without weights, as
+                    bundle.tar.xz; a first part of TensorRT-RTX
     .ship/second    the other parts of TensorRT-RTX
 
 A call carries 64 MiB with the sources, so TensorRT-RTX, which takes that much as xz, is divided between two. Says how
@@ -26,9 +27,18 @@ from moma_rt.files import atomic_write
 
 PROGRAM = "benchmarks.gpu.pack"
 MOST_MIB = 64.0
-_DIFFUSERS = "diffusers==0.42.1"
+# diffusers, and what it looks for when it is imported and the machine may lack: pure Python all of them.
+_WHEELS = (
+    "diffusers==0.42.1",
+    "requests==2.34.2",
+    "urllib3==2.8.0",
+    "idna==3.20",
+    "certifi==2026.10.19.post1",
+    "charset-normalizer==3.5.3",
+)
 _RTX = ("tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116")
 # Of the interpreter there.
+_PURE = ("--python-version", "3.12", "--implementation", "py", "--abi", "none", "--platform", "any")
 _FOR = ("--python-version", "3.12", "--implementation", "cp", "--platform", "manylinux_2_28_x86_64")
 _SHIM = "from tensorrt_rtx_bindings import *\nfrom tensorrt_rtx_bindings import __version__\n"
 _PART_BYTES = 15 * 2**20
@@ -45,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     p.add_argument("--bundle", type=Path, metavar="DIR", help="made with --target inductor:smNN (default: none)")
     p.add_argument("--rtx", action="store_true", help="TensorRT-RTX, for the step rtx_probe")
-    p.add_argument("--no-wheel", action="store_true", help="the machine has diffusers")
+    p.add_argument("--no-wheels", action="store_true", help="the machine has diffusers")
     p.add_argument("--out", type=Path, default=ROOT / ".ship", metavar="DIR", help="(default: .ship)")
     options = p.parse_args(arguments)
     return run_command(PROGRAM, lambda: _pack(options))
@@ -59,8 +69,8 @@ def _pack(options: argparse.Namespace) -> int:
             old.unlink()
     if options.bundle is not None:
         pack_bundle(options.bundle, first / BUNDLE_ARCHIVE)
-    if not options.no_wheel:
-        download([_DIFFUSERS], first)
+    if not options.no_wheels:
+        download([*_WHEELS, *_PURE], first)
     if options.rtx:
         for number, part in enumerate(parts_of(rtx_archive(), _PART_BYTES)):
             name = f"{RTX_PART}{number:02d}"

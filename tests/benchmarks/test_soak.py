@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import soak, soak_requests
-from benchmarks.soak import SETTLED, main, memory, summary, table, verdict
+from benchmarks.soak import SETTLED, Plan, main, memory, still_grows, summary, table, verdict
 from benchmarks.soak_requests import Kind
 from benchmarks.soak_run import Answered
 from moma_rt.errors import MomaError
@@ -57,6 +57,7 @@ def results() -> dict:
     return {
         "settings": settings,
         "closest_pair": {"difference": 40, "of": ["this one", "that one"]},
+        "together": {"difference": 1, "allowed": 1},
         **summary([picture(0), picture(1)], 1.0),
         "memory": memory(0.0, [1000.0] * SETTLED + [1016.0]),
     }
@@ -65,11 +66,38 @@ def results() -> dict:
 def test_what_a_run_fails_for(results):
     assert verdict(results) == ""
     assert "GPU memory  1000 MiB after 50, most 1016, end 1016: growth 16, 16 allowed" in table(results)
+    results["together"]["difference"] = 9
+    assert verdict(results) == ("a picture that is made with others is 9/255 from the one made alone, 1 are allowed")
+    results["together"]["difference"] = 0
     results["memory"]["growth"] = 16.1
     assert verdict(results) == "memory grew by 16.1 MiB after the first 50 requests, 16 are allowed"
     results |= {"wrong": 2, "what_is_wrong": ["request 7: it was answered", "request 9: KeyError"]}
     assert verdict(results).startswith("2 wrong: request 7: it was answered; memory grew")
     assert table(results).endswith("\n  request 7: it was answered\n  request 9: KeyError")
+
+
+def test_growth_without_end_is_wrong_however_little_it_is(results):
+    results["memory"]["most_of_each_50"] = [900.0, 1000.0, 1002.0, 1004.0, 1006.0, 1008.0]
+    assert verdict(results) == "memory grew in each of the last 5 times 50 requests, to 1008 MiB"
+    results["memory"]["most_of_each_50"][3] = 1002.0
+    assert verdict(results) == ""
+    assert not still_grows([1.0, 3.0, 5.0, 7.0, 9.0])
+
+
+@pytest.mark.parametrize(
+    ("batch", "on_gpu", "batches"), [(1, True, ()), (4, True, (2, 4)), (6, True, (2, 4)), (4, False, ())]
+)
+def test_batches_are_powers_of_two_where_graphs_are_captured(batch, on_gpu, batches):
+    assert Plan(100, 8, batch, 0, 0, 2, 16.0, on_gpu, 0.0).batches == batches
+
+
+def test_memory_that_needs_a_process_is_asked_for_now_and_then(monkeypatch):
+    plan = Plan(100, 8, 1, 0, 0, 2, 16.0, True, 0.0)
+    monkeypatch.setattr(soak, "device_mib_used", lambda: 7.0)
+    monkeypatch.setattr(soak, "device_mib_in_process", lambda: None)
+    assert [plan.used_mib(number) for number in (0, 1, 9, 10)] == [7.0, None, None, 7.0]
+    monkeypatch.setattr(soak, "device_mib_in_process", lambda: 8.0)
+    assert plan.used_mib(1) == 8.0
 
 
 def test_pictures_that_could_be_mixed_up_prove_nothing(results):

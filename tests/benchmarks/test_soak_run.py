@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from benchmarks.soak_references import Reference
 from benchmarks.soak_requests import MISTAKES, SCHEDULES, SUBJECTS, Drawn, Kind, PictureRequest
 from benchmarks.soak_run import Answered, Asker, Judge, run
 from moma_rt.errors import Cancelled, InputError, MomaError
@@ -19,7 +20,7 @@ def grey(value: int) -> np.ndarray:
 def judge() -> Judge:
     """Of two requests, the second one for two pictures."""
     requests = [PictureRequest(SCHEDULES[0]), PictureRequest(SCHEDULES[0], seed=1000, num_images=2)]
-    return Judge(requests, [[grey(10)], [grey(100), grey(200)]], tolerance=2)
+    return Judge(requests, [Reference([grey(10)]), Reference([grey(100), grey(200)])], tolerance=2)
 
 
 def test_what_is_wrong_is_named(judge):
@@ -29,6 +30,19 @@ def test_what_is_wrong_is_named(judge):
     assert differences == (0, 189)
     assert line.endswith("made alone; it is 1 from picture 1 of request 0 of the pool")
     assert judge.wrong(1, [grey(100)])[1] == ["1 pictures instead of 2"]
+
+
+def test_where_requests_are_made_together_a_picture_may_be_that_of_any_batch():
+    request = PictureRequest(SCHEDULES[0])
+    reference = Reference([grey(100)], [grey(100)], [[grey(103)], [grey(107)]])
+    judge = Judge([request], [reference], tolerance=1)
+    assert judge.largest_difference() == 7
+    assert judge.wrong(0, [grey(108)]) == ((1,), [])
+    assert judge.wrong(0, [grey(105)])[0] == (2,)
+    assert judge.wrong(0, [grey(105)])[1] != []
+    to_the_bit = Judge([request], [reference], tolerance=0)
+    assert to_the_bit.wrong(0, [grey(100)]) == ((0,), [])
+    assert to_the_bit.wrong(0, [grey(103)])[0] == (3,)
 
 
 def test_the_closest_pair(judge):
