@@ -128,7 +128,7 @@ def test_a_mistake_is_one_line(options, said, tmp_path, capsys):
 def test_what_cannot_be_made_alone_is_said(small_bundles, capsys):
     """A bundle that enrolls nobody."""
     _, making = small_bundles
-    assert main(["--bundle", str(making), "--backend", "onnxruntime"]) == 2
+    assert main(["--bundle", str(making), "--backend", "inductor"]) == 2
     assert "encoder" in capsys.readouterr().err
 
 

@@ -1,0 +1,196 @@
+"""The command of a lease: what it refuses and lists, and rehearsals of whole calls on this CPU."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.gpu import lease, plan
+from benchmarks.gpu.lease import main
+from benchmarks.gpu.plan import CALLS, Setup, all_steps, groups
+from moma_rt.errors import InputError
+
+H200 = {"name": "NVIDIA H200", "driver": "580", "capability": "9.0"}
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(plan, "gpu_facts", lambda: H200)
+
+
+@pytest.fixture
+def setup(on_gpu, tmp_path) -> Setup:
+    return Setup.of({"WORK": str(tmp_path)}, "first")
+
+
+def test_the_defaults_are_those_of_the_gpu(setup, tmp_path):
+    assert setup.target == "inductor:sm90"
+    assert (setup.precision, setup.backend, setup.rehearse) == ("fp16", "inductor", False)
+    assert setup.bundle == tmp_path / "bundle"
+    assert setup.carried.parts[-2:] == (".ship", "first")
+
+
+def test_variables_decide(on_gpu, tmp_path):
+    given = {"BACKEND": "tensorrt", "TARGET": "sm90", "PRECISION": "bf16", "BUNDLE": "there", "SHIP": "carried"}
+    setup = Setup.of(given, "second")
+    assert (setup.backend, setup.target, setup.precision) == ("tensorrt", "sm90", "bf16")
+    assert (setup.bundle.name, setup.carried.name) == ("there", "carried")
+    build = all_steps(setup)["build"].command
+    assert build[build.index("--target") + 1] == "local"
+    assert build[build.index("--precision") + 1] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({}, "nvidia-smi finds no GPU on this machine; REHEARSE=1"),
+        ({"REHEARSE": "yes"}, "REHEARSE=yes: it must be 1"),
+        ({"REHEARSE": "1", "BACKEND": "cuda"}, "BACKEND=cuda; there are: auto, onnxruntime"),
+    ],
+)
+def test_what_the_environment_cannot_be(environ, said, monkeypatch):
+    monkeypatch.setattr(plan, "gpu_facts", lambda: None)
+    with pytest.raises(InputError, match=said):
+        Setup.of(environ, "first")
+
+
+def test_the_calls_are_those_of_the_table(setup):
+    assert [[step.name for step in group] for group in groups(setup, "first", ())] == [
+        ["facts"],
+        ["kernel_tests", "prepare"],
+        ["denoiser"],
+        ["profile"],
+        ["baselines"],
+        ["attention"],
+        ["build"],
+        ["latency"],
+    ]
+    assert [step.name for (step,) in groups(setup, "second", ())] == ["rtx_probe", "latency_again", "compiled"]
+    # Even where each takes as long as it may, whole requests are measured at the end.
+    before = [group for group in groups(setup, "first", ()) if group[0].name not in ("build", "latency")]
+    limits = sum(max(step.seconds for step in group) for group in before)
+    steps = all_steps(setup)
+    assert CALLS["first"] - limits > steps["latency"].least
+    assert steps["build"].leaves >= steps["latency"].least
+
+
+def test_a_build_is_measured_without_inductors_own_matrix_products(setup):
+    steps = all_steps(setup)
+    for name in ("build", "whole_build"):
+        assert steps[name].environment["TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS"] == "ATEN"
+    command = steps["build"].command
+    assert command[command.index("--target") + 1] == "inductor"
+    assert command[command.index("--only") + 1] == "text_encoder,denoiser,vae_decoder,context_projector"
+    # What was carried is completed with the options that it was made with.
+    prepare = steps["prepare"].command
+    assert prepare[prepare.index("--") + 1 :][-2:] == ("--target", "inductor:sm90")
+
+
+def test_tools_are_called_where_there_is_a_gpu(setup, tmp_path, monkeypatch):
+    assert all_steps(setup)["memcheck"].command[:3] == ("compute-sanitizer", "--tool", "memcheck")
+    rehearsed = Setup.of({"REHEARSE": "1", "WORK": str(tmp_path)}, "first")
+    assert all_steps(rehearsed)["memcheck"].command[0] == sys.executable
+    assert all_steps(rehearsed)["attention"].command[-1] == "--rehearse"
+    assert not any("--rehearse" in step.command for step in all_steps(setup).values())
+
+
+def test_named_steps_run_alone_in_their_order(setup):
+    assert [step.name for (step,) in groups(setup, "first", ("soak", "facts"))] == ["facts", "soak"]
+    with pytest.raises(InputError, match="no step speeed; there are: facts, kernel_tests"):
+        groups(setup, "first", ("speeed",))
+
+
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    for name, value in {"REHEARSE": "1", "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["first", "quick"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "no step quick" in captured.err
+    assert list(tmp_path.iterdir()) == []
+    assert main(["first", "--list"]) == 0
+    assert "soak_batches" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_time_at_all_is_no_success(tmp_path, monkeypatch, capsys):
+    for name, value in {"REHEARSE": "1", "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(lease.signal, "signal", lambda *_: None)
+    assert main(["first", "--seconds", "0"]) == 1
+    found = json.loads((tmp_path / "out" / "lease.json").read_text())
+    assert {step["status"] for step in found["steps"].values()} == {"skipped"}
+    assert capsys.readouterr().out.splitlines()[-2].startswith("lease: 0 of 9 steps passed")
+
+
+def rehearsed(repository, script, out, *steps, **variables):
+    """Run one of the scripts as a rehearsal; its output, and what is told of each step."""
+    environment = {**os.environ, "REHEARSE": "1", "PYTHON": sys.executable, "OUT": str(out), **variables}
+    done = subprocess.run(
+        ["bash", str(repository / "benchmarks" / "gpu" / script), *steps],
+        env=environment,
+        cwd=out.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    name = {"lease.sh": "lease", "lease_2.sh": "lease_2"}[script]
+    assert done.stderr == ""
+    assert done.returncode == 0, done.stdout
+    return done.stdout, json.loads((out / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def own_bundle(tiny_bundle, tmp_path_factory):
+    """A copy, which a lease may complete."""
+    folder = tmp_path_factory.mktemp("lease") / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+    return folder
+
+
+def test_a_rehearsal_of_the_first_call(repository, own_bundle, tmp_path):
+    """Every step, on ONNX Runtime: packages take minutes to compile."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    variables = {"BACKEND": "onnxruntime", "TARGET": "cpu", "BUNDLE": str(own_bundle), "WORK": str(work)}
+    said, found = rehearsed(repository, "lease.sh", out, **variables)
+    assert found["rehearsal"] is True
+    assert [step["status"] for step in found["steps"].values()] == ["passed"] * 9
+    # One line a step, and one of all.
+    assert len(said.splitlines()) == 10
+    written = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    steps = ("facts", "denoiser", "profile", "baselines", "attention")
+    assert {name: written[name]["complete"] for name in steps} == dict.fromkeys(steps, True)
+    assert all(written[name]["rehearsal"] for name in steps)
+    assert [case["halves"] for case in written["denoiser"]["times"]] == [2, 1]
+    assert all(error["package"]["next_latents"] < 1e-4 for error in written["denoiser"]["errors"])
+    assert {(case["kind"], case["scheduler"]) for case in written["baselines"]["cases"]} == {
+        (kind, scheduler) for kind in ("moma", "plain") for scheduler in ("ddim", "lcm")
+    }
+    assert len(written["attention"]["cases"]) == 3
+    assert written["latency_ddim"]["runtime"]["requests"]["warm"]["total"]["p50"] > 0
+    assert (work / "cup.subject").is_file()
+
+
+@pytest.mark.slow
+def test_a_rehearsal_with_inductors_packages(repository, tmp_path):
+    """Both calls, as they are on a GPU but for the device: packages are compiled, which takes minutes."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    rehearsed(repository, "lease.sh", out, WORK=str(work))
+    assert json.loads((out / "profile.json").read_text())["launches"] > 0
+    said, found = rehearsed(repository, "lease_2.sh", out, WORK=str(work))
+    assert len(said.splitlines()) == 4
+    assert json.loads((out / "baselines_compiled.json").read_text())["complete"]
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_what_belongs_to_no_call(repository, own_bundle, tmp_path):
+    out = tmp_path / "out"
+    variables = {"BACKEND": "onnxruntime", "TARGET": "cpu", "BUNDLE": str(own_bundle), "WORK": str(tmp_path / "work")}
+    rehearsed(repository, "lease.sh", out, "prepare", "profile", **variables)
+    named = ("timer_tests", "ptx", "launches", "memcheck", "counters", "whole_build", "soak", "soak_batches")
+    _, found = rehearsed(repository, "lease.sh", out, *named, "latency_eager", **variables)
+    assert list(found["steps"]) == [*named, "latency_eager"]
+    assert json.loads((out / "soak.json").read_text())["wrong"] == 0

@@ -1,0 +1,194 @@
+"""Steps under a deadline: one that fails, hangs or has no time left stops no other, and what was written stays."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import runner
+from benchmarks.gpu.runner import Lease, Step, run_steps
+
+
+def step(name, code, seconds=30.0, **others):
+    return Step(name, (sys.executable, "-c", code), seconds, **others)
+
+
+def is_running(pid):
+    """Whether it is there, and no corpse that nobody has asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def _written(path):
+    return path.exists() and path.read_text().strip()
+
+
+@pytest.fixture
+def lease(tmp_path):
+    return Lease("lease", tmp_path / "out", 100.0, {"OF_THE_LEASE": "1"}, {"commit": "abc"})
+
+
+def records(lease):
+    return json.loads((lease.out / "lease.json").read_text())["steps"]
+
+
+def test_a_failing_step_does_not_stop_the_next(lease, capsys):
+    steps = [
+        (step("first", "print('one'); print('of interest'); print()"),),
+        (step("second", "import sys; print('went wrong'); sys.exit(3)"),),
+        (step("third", "import os; print(os.environ['OF_THE_LEASE'], os.environ['OWN'])", environment={"OWN": "2"}),),
+    ]
+    assert not run_steps(lease, steps)
+    found = records(lease)
+    assert [(one["status"], one["exit_code"], one["summary"]) for one in found.values()] == [
+        ("passed", 0, "of interest"),
+        ("failed", 3, "went wrong"),
+        ("passed", 0, "1 2"),
+    ]
+    assert json.loads((lease.out / "lease.json").read_text())["commit"] == "abc"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("first         passed (0 s): of interest")
+    assert lines[1].startswith("second        failed (0 s): went wrong")
+    assert lines[2] == "    went wrong"
+    assert lines[-2].startswith("lease: 2 of 3 steps passed in ")
+    assert lines[-1] == "not passed: second failed"
+    assert (lease.out / "first.log").read_text() == "one\nof interest\n\n"
+
+
+def test_all_passed(lease):
+    assert run_steps(lease, [(step("only", "print('fine')"),)])
+
+
+def test_a_program_that_is_not_there_is_a_failure(lease):
+    assert not run_steps(lease, [(Step("gone", ("no-such-program",), 5.0),), (step("next", "print(1)"),)])
+    assert records(lease)["gone"]["summary"] == "no-such-program: No such file or directory"
+    assert records(lease)["next"]["status"] == "passed"
+
+
+def test_a_step_is_killed_at_its_limit_with_all_that_it_started(lease, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE", 0.2)
+    child = f"import time; open({str(tmp_path / 'child')!r}, 'w').write(str(__import__('os').getpid())); time.sleep(60)"
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}]); print('began', flush=True); time.sleep(60)"
+    )
+
+    def clock():
+        """That of a machine on which 20 s have gone since the step's own process was there."""
+        return time.monotonic() + (20.0 if _written(tmp_path / "child") else 0.0)
+
+    assert not run_steps(lease, [(step("hangs", code, 10.0),), (step("next", "print(1)"),)], clock)
+    found = records(lease)
+    assert found["hangs"]["status"] == "timed out"
+    assert found["hangs"]["summary"] == "began"
+    assert found["hangs"]["seconds"] > 10
+    assert found["next"]["status"] == "passed"
+    assert not is_running(int((tmp_path / "child").read_text()))
+
+
+def test_what_has_too_little_time_is_skipped(lease, capsys):
+    """By a clock that runs ten seconds with every look at it."""
+    times = iter(range(0, 10**6, 10))
+    steps = [
+        (step("short", "print(1)", 1000.0, least=5.0),),
+        (step("long", "print(2)", 1000.0, least=90.0),),
+        (step("leaves", "print(3)", 1000.0, least=5.0, leaves=95.0),),
+    ]
+    assert not run_steps(lease, steps, lambda: next(times))
+    found = records(lease)
+    assert found["short"]["status"] == "passed"
+    # What was left when it began, but for the time that ending takes.
+    assert 5.0 < found["short"].get("limit", 84.0) < 90.0
+    assert {found["long"]["status"], found["leaves"]["status"]} == {"skipped"}
+    assert found["long"]["summary"].startswith("needs 90 s, ")
+    assert "skipped: needs 90 s" in capsys.readouterr().out
+
+
+def test_a_step_is_told_what_it_has(lease):
+    code = f"import os; print(os.environ[{runner.SECONDS_VARIABLE!r}])"
+    assert run_steps(lease, [(step("told", code, 12.0),)])
+    assert float(records(lease)["told"]["summary"]) == 12.0
+
+
+def test_steps_of_a_group_run_at_the_same_time(lease, tmp_path):
+    """Each waits for what the other one writes."""
+
+    def waits(own, other):
+        return (
+            f"import pathlib, time; pathlib.Path({str(tmp_path / own)!r}).touch()\n"
+            f"while not pathlib.Path({str(tmp_path / other)!r}).exists(): time.sleep(0.01)\nprint('met')"
+        )
+
+    assert run_steps(lease, [(step("a", waits("a", "b")), step("b", waits("b", "a")))])
+
+
+# Three steps that write a case every few milliseconds, as those of a lease do.
+LEASE = """
+import sys
+from pathlib import Path
+from benchmarks.gpu.runner import Lease, Step, run_steps
+
+CODE = '''
+import sys
+from benchmarks.environment import write_results
+for count in range(1, 31):
+    write_results(sys.argv[1], {"cases": list(range(count)), "filler": "x" * 20000})
+'''
+out = Path(sys.argv[1])
+lease = Lease("lease", out, 100.0, {"MOMA_RT_RESULTS": str(out), "PYTHONPATH": sys.argv[2]})
+run_steps(lease, [(Step(name, (sys.executable, "-c", CODE, name), 30.0),) for name in ("one", "two", "three")])
+"""
+
+
+@pytest.mark.parametrize("moment", range(10))
+def test_a_lease_that_is_killed_leaves_the_results_of_every_finished_step(moment, repository, tmp_path):
+    chosen = random.Random(moment)
+    command = [sys.executable, "-c", LEASE, str(tmp_path), str(repository)]
+    process = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True)
+    # At a moment of the lease's own course, however fast this machine is.
+    finished = chosen.randrange(3)
+    told = [process.stdout.readline() for _ in range(finished)]
+    while not (cases := _cases(tmp_path, ("one", "two", "three")[finished])) or cases < chosen.randrange(1, 25):
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert all("passed" in line for line in told)
+    found = json.loads((tmp_path / "lease.json").read_text())["steps"]
+    passed = [name for name, record in found.items() if record["status"] == "passed"]
+    assert passed[:finished] == ["one", "two", "three"][:finished]
+    for name in passed:
+        assert json.loads((tmp_path / f"{name}.json").read_text())["cases"] == list(range(30))
+    # And what the killed one had written is whole.
+    running = json.loads((tmp_path / f"{('one', 'two', 'three')[finished]}.json").read_text())
+    assert running["cases"] == list(range(len(running["cases"])))
+
+
+def _cases(folder, name):
+    path = folder / f"{name}.json"
+    return len(json.loads(path.read_text())["cases"]) if path.exists() else 0
+
+
+def test_a_lease_that_is_told_to_end_takes_its_steps_with_it(repository, tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; import benchmarks.gpu.lease as lease, signal;"
+        "from benchmarks.gpu.runner import Lease, Step, run_steps; signal.signal(signal.SIGTERM, lease._stop);"
+        f"out = Path({str(tmp_path)!r});"
+        "step = Step('sleeps', (sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'), 50.0);"
+        "run_steps(Lease('lease', out, 100.0, {}), [(step,)])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=repository)
+    log = tmp_path / "sleeps.log"
+    while not _written(log):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert not is_running(int(log.read_text()))
