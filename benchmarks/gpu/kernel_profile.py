@@ -26,11 +26,13 @@ _SHOWN = 20
 # The first that fits a kernel's name says what it does. A Triton kernel of inductor is named after all that was fused
 # into it: a pointwise one after a convolution adds its bias, and is no convolution.
 _GROUPS = (
-    ("attention", r"injected_self_attention|context_cross_attention|flash|fmha|attention"),
-    ("gemm", r"triton_tem|gemm|nvjet|cublas|splitk|addmm|aten::mm|linear"),
+    ("attention", r"injected_self_attention|context_cross_attention|flash|fmha|sdpa|attention"),
+    ("gemm", r"triton_tem"),
     ("norm", r"triton_(red|per)_.*(norm|welford|var_mean)|native_group_norm|native_layer_norm|layer_norm_kernel"),
     ("other", r"^triton_"),
-    ("conv", r"conv|fprop|implicit|winograd|cudnn|nchwtonhwc|nhwctonchw"),
+    # Before products: convolutions are computed as such.
+    ("conv", r"conv|fprop|implicit_gemm|winograd|cudnn|nchwtonhwc|nhwctonchw"),
+    ("gemm", r"gemm|nvjet|cublas|splitk|addmm|aten::b?mm|linear"),
 )
 _OTHER = "other"
 GROUPS = ("conv", "gemm", "attention", "norm", _OTHER)

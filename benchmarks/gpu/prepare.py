@@ -107,6 +107,8 @@ def unpack(archive: Path, bundle: Path) -> None:
         (folder / BUNDLE_FOLDER).replace(bundle)
     except (tarfile.TarError, OSError) as error:
         raise MomaError(f"{archive} cannot be unpacked as a bundle: {error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def build(options: Sequence[str]) -> None:

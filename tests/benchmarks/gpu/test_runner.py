@@ -176,15 +176,20 @@ def _cases(folder, name):
     return len(json.loads(path.read_text())["cases"]) if path.exists() else 0
 
 
+SLEEPING = """
+import signal, sys
+from pathlib import Path
+import benchmarks.gpu.lease
+from benchmarks.gpu.runner import Lease, Step, run_steps
+
+signal.signal(signal.SIGTERM, benchmarks.gpu.lease._stop)
+CODE = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+run_steps(Lease("lease", Path(sys.argv[1]), 100.0, {}), [(Step("sleeps", (sys.executable, "-c", CODE), 50.0),)])
+"""
+
+
 def test_a_lease_that_is_told_to_end_takes_its_steps_with_it(repository, tmp_path):
-    code = (
-        "import os, sys; from pathlib import Path; import benchmarks.gpu.lease as lease, signal;"
-        "from benchmarks.gpu.runner import Lease, Step, run_steps; signal.signal(signal.SIGTERM, lease._stop);"
-        f"out = Path({str(tmp_path)!r});"
-        "step = Step('sleeps', (sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'), 50.0);"
-        "run_steps(Lease('lease', out, 100.0, {}), [(step,)])"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=repository)
+    process = subprocess.Popen([sys.executable, "-c", SLEEPING, str(tmp_path)], cwd=repository)
     log = tmp_path / "sleeps.log"
     while not _written(log):
         assert process.poll() is None

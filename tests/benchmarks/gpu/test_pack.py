@@ -1,0 +1,63 @@
+"""What a call carries: parts that are put together again, and no more than it may."""
+
+import io
+import tarfile
+
+import pytest
+
+from benchmarks.gpu import pack
+from benchmarks.gpu.carried import RTX_PART
+from benchmarks.gpu.pack import main, parts_of, sources_mib
+from benchmarks.gpu.rtx_probe import library, unpack
+from moma_rt.errors import MomaError
+
+
+@pytest.fixture
+def archive():
+    """That of a module, as TensorRT-RTX's is."""
+    packed, text = io.BytesIO(), b"__version__ = '9.9'\n"
+    with tarfile.open(fileobj=packed, mode="w:xz") as target:
+        info = tarfile.TarInfo("./tensorrt_rtx.py")
+        info.size = len(text)
+        target.addfile(info, io.BytesIO(text))
+    return packed.getvalue()
+
+
+def test_parts_are_divided_between_two_calls(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "rtx_archive", lambda: archive)
+    monkeypatch.setattr(pack, "_PART_BYTES", 100)
+    monkeypatch.setattr(pack, "sources_mib", lambda root: 0.0)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "old.whl").touch()
+    assert main(["--rtx", "--no-wheels", "--out", str(tmp_path)]) == 0
+    first, second = ([path.name for path in sorted((tmp_path / call).iterdir())] for call in ("first", "second"))
+    assert first == [f"{RTX_PART}00"]
+    assert second == [f"{RTX_PART}{number:02d}" for number in range(1, -(-len(archive) // 100))]
+    # There, the first is where it was kept.
+    work = tmp_path / "first"
+    monkeypatch.setattr("sys.path", ["-"])
+    monkeypatch.delitem(__import__("sys").modules, "tensorrt_rtx", raising=False)
+    assert library(tmp_path / "second", work).__version__ == "9.9"
+    monkeypatch.delitem(__import__("sys").modules, "tensorrt_rtx")
+    assert sorted(path.name for path in work.iterdir()) == ["rtx", f"{RTX_PART}00"]
+
+
+def test_a_part_that_is_missing_is_said(archive, tmp_path):
+    parts = [tmp_path / f"{RTX_PART}{number:02d}" for number in range(3)]
+    for path, part in zip(parts, parts_of(archive, -(-len(archive) // 3)), strict=True):
+        path.write_bytes(part)
+    with pytest.raises(MomaError, match=r"rtx.tar.xz.00, rtx.tar.xz.02 are not all of an archive"):
+        unpack([parts[2], parts[0]], tmp_path / "rtx")
+    assert not (tmp_path / "rtx").exists()
+
+
+def test_too_much_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pack, "sources_mib", lambda root: 64.5)
+    assert main(["--no-wheels", "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "the first and the second call would carry more than 64 MiB: move tests/goldens" in captured.err
+
+
+def test_the_sources_are_what_git_does_not_ignore(repository):
+    assert 10 < sources_mib(repository) < 40

@@ -1,0 +1,129 @@
+"""What was carried is put in place: wheels, a bundle without weights, a subject."""
+
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+from benchmarks.gpu import prepare
+from benchmarks.gpu.pack import pack_bundle
+from benchmarks.gpu.prepare import install, kept, main, random_subject, unpack
+from moma_rt.bundle import Bundle
+from moma_rt.errors import BundleError, InputError, MomaError
+from moma_rt.runtime import Runtime
+from moma_rt.subject import Subject
+
+
+def make_wheel(folder, name):
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}.py", "VALUE = 7\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: gone\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def test_only_what_is_missing_is_installed(tmp_path):
+    wheels = [make_wheel(tmp_path, "carried_module"), make_wheel(tmp_path, "numpy")]
+    install(wheels, tmp_path / "packages")
+    names = {path.name for path in (tmp_path / "packages").iterdir()}
+    assert "carried_module.py" in names
+    assert "numpy.py" not in names
+    code = "import carried_module; print(carried_module.VALUE)"
+    environment = {"PYTHONPATH": str(tmp_path / "packages")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "7\n"
+
+
+def test_a_wheel_that_is_none_is_an_error(tmp_path):
+    wheel = tmp_path / "carried_module-1.0-py3-none-any.whl"
+    wheel.write_bytes(b"no zip")
+    with pytest.raises(MomaError, match="pip install"):
+        install([wheel], tmp_path / "packages")
+
+
+def test_parts_for_a_later_call_are_kept(tmp_path):
+    (tmp_path / "part").write_bytes(b"x")
+    (tmp_path / "work").mkdir()
+    kept([tmp_path / "part"], tmp_path / "work")
+    assert (tmp_path / "work" / "part").read_bytes() == b"x"
+
+
+@pytest.fixture(scope="module")
+def packed(small_bundles, tmp_path_factory):
+    """A bundle with engines, as it is carried."""
+    archive = tmp_path_factory.mktemp("carried") / "bundle.tar.xz"
+    pack_bundle(small_bundles[1], archive)
+    return archive
+
+
+def test_a_bundle_is_carried_without_weights(packed, small_bundles, tmp_path):
+    unpack(packed, tmp_path / "there" / "bundle")
+    there = tmp_path / "there" / "bundle"
+    whole = small_bundles[1]
+    files = {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
+    found = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
+    assert found == {name for name in files if not name.startswith("weights/")}
+    assert found != files
+    assert packed.stat().st_size < 0.7 * sum((whole / name).stat().st_size for name in files)
+    # What is there is not touched again.
+    (there / "manifest.json").write_text("mine")
+    unpack(packed, there)
+    assert (there / "manifest.json").read_text() == "mine"
+    assert [path.name for path in there.parent.iterdir()] == ["bundle"]
+
+
+def test_nothing_was_carried(tmp_path):
+    unpack(tmp_path / "bundle.tar.xz", tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["no archive", "another folder"])
+def test_an_archive_that_is_no_bundle(content, tmp_path):
+    archive = tmp_path / "bundle.tar.xz"
+    if content == "no archive":
+        archive.write_bytes(b"x" * 100)
+    else:
+        with tarfile.open(archive, "w:xz") as files:
+            files.add(__file__, "other/file")
+    with pytest.raises(MomaError, match="cannot be unpacked as a bundle"):
+        unpack(archive, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_without_engines_is_not_packed(tiny_bundle, tmp_path):
+    with pytest.raises(InputError, match="has no engines: build it with --target inductor:smNN"):
+        pack_bundle(tiny_bundle, tmp_path / "x.tar.xz")
+    with pytest.raises(BundleError):
+        pack_bundle(tmp_path, tmp_path / "x.tar.xz")
+    assert not (tmp_path / "x.tar.xz").exists()
+
+
+def test_a_random_subject_fits_its_bundle(small_bundles, tmp_path, on_a_cpu):
+    bundle = Bundle.open(small_bundles[1])
+    subject = random_subject(bundle)
+    subject.save(tmp_path / "cup.subject")
+    loaded = Subject.load(tmp_path / "cup.subject")
+    loaded.check(bundle)
+    assert all(count == round(0.4 * grid * grid) for grid, count in loaded.token_counts().items())
+    assert loaded.identity == random_subject(bundle).identity
+    width = bundle.manifest.geometry.embedding_width
+    embedding = prepare.np.ones(width, prepare.np.float32)
+    runtime = Runtime.load(small_bundles[1], "inductor")
+    assert runtime.generate(loaded, "A coffee cup.", steps=1, context_embedding=embedding).images
+
+
+def test_each_part_is_timed_and_a_failing_build_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MOMA_RT_RESULTS", str(tmp_path / "out"))
+    (tmp_path / "carried").mkdir()
+    places = ["--carried", tmp_path / "carried", "--work", tmp_path / "work", "--bundle", tmp_path / "bundle"]
+    assert main([*map(str, places), "--", "--base", "nowhere"]) == 2
+    assert "-m export.build --base ended with 2" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    assert list(found["seconds"]) == ["wheels", "parts", "unpacking"]
+    assert found["complete"] is False
