@@ -7,6 +7,7 @@ values is saved, so that pictures can be made by networks that enroll nobody.
 
 import argparse
 import importlib.util
+import lzma
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from benchmarks.environment import write_results
 from benchmarks.gpu.carried import BUNDLE_ARCHIVE, BUNDLE_FOLDER, PACKAGES, RTX_PART, SUBJECT_FILE
 from moma_rt.bundle import MANIFEST_NAME, Bundle
 from moma_rt.errors import MomaError, print_output, run_command
+from moma_rt.messages import one_line
 from moma_rt.specs import Geometry
 from moma_rt.subject import Origin, Subject
 
@@ -102,11 +104,11 @@ def unpack(archive: Path, bundle: Path) -> None:
         return
     folder = bundle.parent / f".partial-{bundle.name}"
     try:
-        with tarfile.open(archive) as files:
+        with tarfile.open(archive, "r:xz") as files:
             files.extractall(folder, filter="data")
         (folder / BUNDLE_FOLDER).replace(bundle)
-    except (tarfile.TarError, OSError) as error:
-        raise MomaError(f"{archive} cannot be unpacked as a bundle: {error}") from None
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
+        raise MomaError(f"{archive} cannot be unpacked as a bundle: {one_line(error)}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -9,6 +9,7 @@ from an installed package.
 
 import argparse
 import importlib
+import lzma
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.environment import environment, write_results
 from benchmarks.gpu.carried import RTX_PART
 from moma_rt.errors import MomaError, print_output, run_command
+from moma_rt.messages import one_line
 
 PROGRAM = "benchmarks.gpu.rtx_probe"
 MODULE = "tensorrt_rtx"
@@ -90,10 +92,11 @@ def unpack(parts: Sequence[Path], site: Path) -> None:
         for part in sorted(parts, key=lambda path: path.name):
             target.write(part.read_bytes())
     try:
-        with tarfile.open(whole) as files:
+        with tarfile.open(whole, "r:xz") as files:
             files.extractall(partial, filter="data")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise MomaError(f"{', '.join(path.name for path in parts)} are not all of an archive: {error}") from None
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
+        names = ", ".join(sorted(path.name for path in parts))
+        raise MomaError(f"{names} are not all of an archive: {one_line(error)}") from None
     partial.replace(site)
     whole.unlink()
 

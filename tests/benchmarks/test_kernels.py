@@ -8,7 +8,18 @@ import torch
 from benchmarks import kernels
 from benchmarks.attention_baselines import MASKED_SELF, Baseline
 from benchmarks.attention_cases import CrossCase, SelfCase
-from benchmarks.kernels import Bench, command_line, default_name, line, main, measure, measured, parser, summary
+from benchmarks.kernels import (
+    Bench,
+    command_line,
+    default_name,
+    line,
+    main,
+    measure,
+    measure_compiled,
+    measured,
+    parser,
+    summary,
+)
 
 NEVER = float("inf")
 
@@ -64,6 +75,8 @@ def test_names_and_commands():
 def test_a_case(tiny_cases, bench, quick_compiler):
     case = tiny_cases[2]
     found = measure(case, bench)
+    assert list(found["measured"]) == ["moma", "sdpa"]
+    found["measured"] |= measure_compiled(case, bench)
     assert list(found["measured"]) == ["moma", *(baseline.name for baseline in MASKED_SELF)]
     work = case.work()
     for result in found["measured"].values():
@@ -90,9 +103,9 @@ def test_what_a_compiler_refuses_is_a_result(tiny_cases, bench, monkeypatch):
         raise NotImplementedError("no power of two\nand a long story")
 
     monkeypatch.setattr("benchmarks.attention_baselines.compiled", refuse)
-    found = measure(tiny_cases[2], bench)["measured"]
+    found = measure_compiled(tiny_cases[2], bench)
     assert found["flex_compiled"] == found["sdpa_compiled"] == {"refused": "NotImplementedError: no power of two"}
-    assert "ms" in found["sdpa"]
+    assert "ms" in measure(tiny_cases[2], bench)["measured"]["sdpa"]
 
 
 def test_what_fails_uncompiled_is_an_error(tiny_cases, bench, monkeypatch):
@@ -122,6 +135,18 @@ def test_a_wrong_result_ends_the_run(which, wrong, tiny_cases, bench, monkeypatc
 def test_no_case_is_started_after_the_deadline(tiny_cases, bench, capsys):
     assert measured(tiny_cases, bench, deadline=0.0) == []
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_what_compiles_comes_last_and_all_is_kept_on_the_way(tiny_cases, bench, monkeypatch):
+    order, kept = [], []
+    monkeypatch.setattr(kernels, "measure", lambda case, _: order.append("eager") or result(case, moma=1.0))
+    monkeypatch.setattr(kernels, "measure_compiled", lambda case, _: order.append("compiled") or {"sdpa_compiled": {}})
+    monkeypatch.setattr(kernels, "line", lambda result: "")
+    found = measured(tiny_cases, bench, NEVER, lambda so_far: kept.append(json.loads(json.dumps(so_far))))
+    assert order == ["eager"] * 3 + ["compiled"] * 3
+    assert [len(one) for one in kept] == [1, 2, 3, 3, 3, 3]
+    assert sum("sdpa_compiled" in one["measured"] for one in kept[3]) == 1
+    assert kept[-1] == found
 
 
 def result(case, **milliseconds):
@@ -184,7 +209,7 @@ def test_tuning_takes_the_place_of_the_measurement(on_cpu, monkeypatch, capsys):
     choice = {"launch": (64, 32, 4, 2), "gain": 1.25}
     tuning = [{"entry": "_CROSS[96]", "is_portable": True, "choices": [choice]}]
     monkeypatch.setattr("benchmarks.tuning.this_device", lambda: "device")
-    monkeypatch.setattr("benchmarks.tuning.tuned", lambda timer, dtype, device: [*tuning] * (device == "device"))
+    monkeypatch.setattr("benchmarks.tuning.tuned", lambda timer, dtype, device, keep: [*tuning] * (device == "device"))
     assert main(["--tune"]) == 0
     assert on_cpu["kernels_nvidia_h200_tuning"]["tuning"][0]["entry"] == "_CROSS[96]"
     first, path = capsys.readouterr().out.splitlines()
@@ -194,8 +219,9 @@ def test_tuning_takes_the_place_of_the_measurement(on_cpu, monkeypatch, capsys):
 
 def test_a_line_has_a_column_for_every_contender(tiny_cases, bench, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.attention_baselines.compiled", lambda function: None)
-    measured([tiny_cases[1]], bench, NEVER)
-    heading, printed = capsys.readouterr().out.splitlines()
+    (found,) = measured([tiny_cases[1]], bench, NEVER)
+    heading, before, printed = capsys.readouterr().out.splitlines()
+    assert printed.startswith(before)
     assert printed.startswith("injected_self 4² x 2 soft packed 40%")
     ends = {name: heading.index(name) + len(name) for name in ("moma", "sdpa", "sdpa_compiled", "floor")}
     assert printed[: ends["floor"]].endswith("0.0046")
@@ -203,5 +229,5 @@ def test_a_line_has_a_column_for_every_contender(tiny_cases, bench, monkeypatch,
     assert printed[: ends["sdpa"]].endswith(" 1.0000")
     assert printed[: ends["sdpa_compiled"]].endswith(" refused")
     # The cross-attention's second composition, and FlexAttention, are not there.
-    assert line(measure(tiny_cases[1], bench)) == printed
+    assert line(found) == printed
     assert len(printed) == ends["sdpa_compiled"]

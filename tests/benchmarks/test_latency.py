@@ -15,6 +15,7 @@ from benchmarks.latency_requests import requests
 from benchmarks.latency_summary import Samples, summary, table, times
 from benchmarks.report import latency_table
 from moma_rt.errors import MomaError
+from moma_rt.runtime import Runtime
 
 
 def answer(seconds: float, grey: int = 100, **stages: float) -> Answer:
@@ -164,8 +165,11 @@ class FakeContender:
     def device_gb(self):
         return None
 
-    def end(self):
+    def peak_gb(self):
         return 1.0
+
+    def end(self):
+        pass
 
 
 def test_no_turn_is_begun_once_it_is_over(monkeypatch, tmp_path):
@@ -180,6 +184,17 @@ def test_no_turn_is_begun_once_it_is_over(monkeypatch, tmp_path):
     assert [len(samples[name].answers["warm"]) for name in (RUNTIME, "eager")] == [3, 3]
     # One turn in any case.
     assert len(measure(settings(tmp_path), ("warm",), (), 9, lambda: True)[RUNTIME].answers["warm"]) == 1
+
+
+def test_what_was_measured_is_kept_after_every_turn(monkeypatch, tmp_path):
+    monkeypatch.setattr(latency, "ContenderProcess", FakeContender)
+    kept = []
+
+    def keep(samples):
+        kept.append([(len(of.answers["warm"]), of.peak_gb) for of in samples.values()])
+
+    measure(settings(tmp_path), ("warm",), ("eager",), 3, lambda: False, keep)
+    assert kept == [[(turn, 1.0)] * 2 for turn in (1, 2, 3)]
 
 
 @pytest.fixture
@@ -204,6 +219,35 @@ def test_without_the_cold_request_nothing_is_enrolled(tiny_bundle, written_here)
     assert "subject_encoder" not in found["runtime"]["requests"]["warm"]["stages"]
     assert found["baselines"] == {}
     assert latency_table(found).count("\n") == 3
+
+
+def test_a_saved_subject_is_used_as_it_is(tiny_bundle, small_bundles, written_here, capsys):
+    """By a name of its own, by a bundle that could enroll nobody; one of another bundle is refused."""
+    photo, mask = (requests(0)["warm"].photo, requests(0)["warm"].mask)
+    runtime = Runtime.load(tiny_bundle, "onnxruntime")
+    runtime.enroll(photo, mask, "red mug").save(written_here / "mug.subject")
+    options = ["--subject", str(written_here / "mug.subject"), "--steps", "1", "--repeats", "1", "--backend"]
+    assert main(["--bundle", str(tiny_bundle), *options, "onnxruntime", "--baselines", "plain", "--out", "mug"]) == 0
+    found = json.loads((written_here / "mug.json").read_text())
+    assert set(found["runtime"]["requests"]) == {"warm", "warm_cached_prompt"}
+    assert "subject_encoder" not in found["runtime"]["requests"]["warm"]["stages"]
+    # A baseline read another photo.
+    assert found["agreement"] is None
+    assert found["settings"]["baseline_precision"] == "fp32"
+    assert found["settings"]["baseline_memory_format"] == "channels_first"
+    capsys.readouterr()
+    for bundle, more, said in (
+        (small_bundles[1], [], "enroll its photo with this bundle"),
+        (tiny_bundle, ["--requests", "cold,warm"], "--requests cold,warm: with --subject nothing is enrolled"),
+    ):
+        backend = "inductor" if bundle is small_bundles[1] else "onnxruntime"
+        assert main(["--bundle", str(bundle), *options, backend, *more]) == 2
+        captured = capsys.readouterr()
+        assert said in captured.err
+        assert captured.err.count("\n") == 1
+    (written_here / "mug.subject").write_bytes(b"x")
+    assert main(["--bundle", str(tiny_bundle), *options, "onnxruntime"]) == 2
+    assert "not a subject file" in capsys.readouterr().err
 
 
 def test_a_small_run(tiny_bundle, written_here, capsys):

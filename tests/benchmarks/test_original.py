@@ -1,19 +1,24 @@
 """The baselines: what is measured as the original is the original, and the plain one is diffusers' own pipeline."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from benchmarks import original
 from benchmarks.contenders import Request, Settings
 from benchmarks.latency_requests import requests
 from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.load import CheckpointRequest, load_checkpoint
+from moma_rt.errors import InputError
 from moma_rt.noise import Stream
 from moma_rt.runtime import Runtime
+from moma_rt.specs import Precision
 from moma_rt.stages import Stages
 
 
@@ -140,13 +145,60 @@ def test_compiled_is_eager_with_its_unet_and_decoder_compiled(tiny, tiny_bundle,
     compiled = []
 
     def traced(function, mode):
-        assert mode == "max-autotune"
+        assert mode == "reduce-overhead"
         compiled.append(function)
         return function
 
     monkeypatch.setattr(torch, "compile", traced)
-    baseline = Original(tiny, settings(tiny_bundle, 1), compiled=True)
+    baseline = Original(tiny, settings(tiny_bundle, 1), "compiled")
     assert compiled == [baseline.unet, baseline.vae.decode]
     assert baseline.step is baseline.unet
     image = baseline.answer(requests(0)["warm"]).image
     np.testing.assert_array_equal(image, Original(tiny, settings(tiny_bundle, 1)).answer(requests(0)["warm"]).image)
+
+
+def test_the_compiled_unet_is_one_graph_for_steps_with_and_without_injection(tiny, tiny_bundle, monkeypatch):
+    """The first of three steps is early enough that nothing is injected."""
+    monkeypatch.setattr(original, "_INJECTION_BELOW", 500)
+    embedding = np.random.default_rng(0).standard_normal(1024, dtype=np.float32)
+    asked = dataclasses.replace(settings(tiny_bundle, 3), embedding=embedding)
+    eager = Original(tiny, asked).answer(requests(0)["warm"])
+    counter, compile = CompileCounter(), torch.compile
+    # A graph for every shape, and an error where there would have to be two.
+    monkeypatch.setattr(torch, "compile", lambda function, mode: compile(function, backend=counter, fullgraph=True))
+    compiled = Original(tiny, asked, "compiled").answer(requests(0)["warm"])
+    torch.compiler.reset()
+    # The UNet's and the decoder's.
+    assert counter.frame_count == 2
+    assert np.abs(compiled.image.astype(int) - eager.image).max() <= 1
+    np.testing.assert_allclose(compiled.foreground_mask, eager.foreground_mask, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Original, PlainDiffusion])
+def test_precision_and_memory_format_are_settings(kind, tiny, tiny_bundle):
+    """And each makes about the picture of the bundle's precision with its channels first."""
+    embedding = np.random.default_rng(0).standard_normal(1024, dtype=np.float32)
+    asked = dataclasses.replace(settings(tiny_bundle, 1), embedding=embedding)
+    exact = kind(tiny, asked)
+    assert exact.dtype == torch.float32
+    other = kind(tiny, dataclasses.replace(asked, baseline_precision=Precision.BF16, channels_last=True))
+    assert {p.dtype for p in other.unet.parameters()} == {torch.bfloat16}
+    assert other.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert other.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not exact.unet.down_blocks[0].resnets[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    found, wanted = (baseline.answer(requests(0)["warm"]).image.astype(float) for baseline in (other, exact))
+    assert np.abs(found - wanted).mean() < 8
+
+
+def test_a_graph_of_the_unet_needs_a_gpu(tiny, tiny_bundle, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="needs a CUDA GPU"):
+        PlainDiffusion(tiny, settings(tiny_bundle, 1), "graph")
+
+
+@pytest.mark.gpu
+def test_a_graph_of_the_unet_makes_the_eager_picture(tiny, tiny_bundle):
+    eager, captured = (PlainDiffusion(tiny, settings(tiny_bundle, 3), how) for how in ("eager", "graph"))
+    for request in (requests(0)["warm"], requests(1)["warm"]):
+        found, wanted = (baseline.answer(request).image.astype(int) for baseline in (captured, eager))
+        assert np.abs(found - wanted).max() <= 2
