@@ -161,7 +161,7 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
             settings = dataclasses.replace(settings, subject=enrolled(settings, Path(folder) / "cup.subject"))
         is_over = _is_over(start, options.minutes)
         results = keep(measure(settings, kinds, names, options.repeats, is_over, keep))
-    print_output(f"{table(results)}\n{results_path(options.out)}")
+    print_output(f"{results_path(options.out)}\n{table(results)}")
     return _check_replays(results["replay"])
 
 

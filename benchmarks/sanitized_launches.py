@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks.sanitized_launches: error: needs a CUDA GPU, and PyTorch and Triton for it", file=sys.stderr)
         return 2
     status = 0
-    for launch in launches():
+    for operator, tensors, heads in launches():
+        # A CPU has the definition alone, of which in half precision a mask without a token asks too much.
+        launch = (operator, tuple(t.float() if device == "cpu" else t for t in tensors), heads)
         worst = difference(launch, device)
         is_right = worst <= TOLERANCE
         status = status if is_right else 1

@@ -125,7 +125,7 @@ def _soak(options: argparse.Namespace, given: Sequence[str]) -> int:
             **soak(plan, bundle.root, backend, judge, folder),
         }
     path = write_results(options.out, results)
-    print_output(f"{table(results)}\n{path}")
+    print_output(f"{path}\n{table(results)}")
     if failed := verdict(results):
         print(f"{PROGRAM}: {failed}", file=sys.stderr)
     return 1 if failed else 0

@@ -61,6 +61,7 @@ def hub(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of the synthetic checkpoint; it takes the better part of a minute, so nothing may change it."""
+    pytest.importorskip("diffusers")
     from export.build import main
 
     root = tmp_path_factory.mktemp("bundles") / "tiny"
@@ -70,6 +71,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _build_small(out: Path, only: str, *options: str) -> Path:
     """A bundle of a synthetic checkpoint whose UNet has few blocks, so that inductor compiles it in half a minute."""
+    pytest.importorskip("diffusers")
     from export.build import main
     from export.checkpoints import presets
 
@@ -121,6 +123,7 @@ def large_goldens() -> Path:
 
 
 def _build_original(hub: Path, out: Path, *options: str) -> Path:
+    pytest.importorskip("diffusers")
     from export.build import main
 
     arguments = ["--base", hub / "SG161222/Realistic_Vision_V4.0_noVAE", "--vae", hub / "stabilityai/sd-vae-ft-mse"]

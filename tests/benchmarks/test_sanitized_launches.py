@@ -29,6 +29,11 @@ def test_needs_a_gpu(monkeypatch, capsys):
     ]
 
 
+def test_a_rehearsal_computes_the_definition(capsys):
+    assert main(["--device", "cpu"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 def test_half_precision_is_within_the_tolerance():
     partial, _, cross = launches()
     assert 0 < difference(partial, "cpu") < TOLERANCE / 4
