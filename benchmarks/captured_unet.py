@@ -1,5 +1,6 @@
 """diffusers' UNet in a CUDA graph."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,17 @@ from moma_rt.errors import InputError
 _WARM_UPS = 3
 
 
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    """A graph, and the tensors that it reads and writes."""
+
+    graph: Any
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+
+
 class CapturedUnet:
-    """Called as the UNet is, always with inputs of the same shapes: captured by the first call, replayed by each.
+    """Called as the UNet is: captured by the first call with inputs of some shapes, replayed by those that follow.
 
     What a call returns is overwritten by the next one. Without attention arguments, which a graph could not be given.
 
@@ -23,9 +33,7 @@ class CapturedUnet:
         if not torch.cuda.is_available():
             raise InputError("a CUDA graph of the UNet needs a CUDA GPU")
         self._unet = unet
-        self._graph: Any = None
-        self._inputs: tuple[Tensor, ...] = ()
-        self._output: Tensor | None = None
+        self._captured: dict[tuple[torch.Size, ...], _Captured] = {}
 
     def __call__(
         self,
@@ -38,27 +46,30 @@ class CapturedUnet:
     ) -> tuple[Tensor]:
         """The noise that the UNet predicts, in a tuple, as it returns it with `return_dict=False`."""
         given = (latents, timestep, encoder_hidden_states)
-        if self._graph is None:
-            self._inputs = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in given)
-            self._capture()
-        for own, tensor in zip(self._inputs, given, strict=True):
+        shapes = tuple(tensor.shape for tensor in given)
+        if shapes not in self._captured:
+            self._captured[shapes] = self._capture(given)
+        captured = self._captured[shapes]
+        for own, tensor in zip(captured.inputs, given, strict=True):
             own.copy_(tensor)
-        self._graph.replay()
-        assert self._output is not None
-        return (self._output,)
+        captured.graph.replay()
+        return (captured.output,)
 
-    def _run(self) -> Tensor:
-        latents, timestep, text = self._inputs
-        output: Tensor = self._unet(latents, timestep, encoder_hidden_states=text, return_dict=False)[0]
-        return output
+    def _capture(self, given: tuple[Tensor, ...]) -> _Captured:
+        inputs = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in given)
+        latents, timestep, text = inputs
 
-    def _capture(self) -> None:
+        def run() -> Tensor:
+            output: Tensor = self._unet(latents, timestep, encoder_hidden_states=text, return_dict=False)[0]
+            return output
+
         stream: Any = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                self._run()
+                run()
         torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._output = self._run()
+        graph: Any = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            output = run()
+        return _Captured(graph, inputs, output)

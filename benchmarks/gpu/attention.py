@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(options: StepOptions) -> int:
     dtype = torch.float16
-    results = StepResults("attention", options, dtype="float16", cases=[], padded=[], tuning=[])
+    results = StepResults("attention", options, dtype="float16", cases=[], wrong=[], padded=[], tuning=[])
     timer: Timer = HostTimer(1) if options.rehearse else GpuTimer(_SAMPLES)
     sizes = {"size": 64, "copied": 2**16} if options.rehearse else {}
     bench = Bench(dtype, options.device, timer, measured_peaks(timer, dtype, options.device, **sizes))
@@ -53,9 +53,15 @@ def _measure(options: StepOptions) -> int:
     for case in cases:
         if options.is_over():
             break
+        try:
+            found = measure(case, bench)
+        except SystemExit as wrong:
+            # The others are worth knowing.
+            results.add("wrong", str(wrong))
+            continue
         measured.append(case)
-        results.add("cases", measure(case, bench))
-        print(line(results["cases"][-1]), flush=True)
+        results.add("cases", found)
+        print(line(found), flush=True)
     results.put(steps=summary(results["cases"]))
     for case in padded_cases(options.rehearse):
         if options.is_over():
@@ -74,8 +80,12 @@ def _measure(options: StepOptions) -> int:
         result["measured"] |= measure_compiled(case, bench)
         compiled += 1
         results.put(steps=summary(results["cases"]))
-    results.finish(said(summary(results["cases"]), len(measured), len(cases), compiled))
-    return 0
+    wrong = len(results["wrong"])
+    said = step_said(summary(results["cases"]))
+    results.finish(
+        f"{len(measured)} of {len(cases)} cases right, {wrong} wrong, {compiled} compiled; {said}", is_right=not wrong
+    )
+    return 1 if wrong else 0
 
 
 def chosen_cases(rehearse: bool) -> list[Case]:
@@ -99,14 +109,13 @@ def padded_cases(rehearse: bool) -> list[Case]:
     ]
 
 
-def said(steps: Sequence[Mapping[str, Any]], measured: int, cases: int, compiled: int) -> str:
-    """One line: a step's attention with packed reference tokens and a soft gate."""
+def step_said(steps: Sequence[Mapping[str, Any]]) -> str:
+    """A step's attention with packed reference tokens and a soft gate."""
     step = next(row for row in steps if (row["form"], row["gate"]) == ("packed", "soft"))
     eager, own = step["eager_ms"], step["moma_ms"]
     return (
-        f"{measured} of {cases} cases right, {compiled} compiled; {step['layers']} layers of a step "
-        f"{own} ms, eager {eager} ms ({step['over_eager']}x), compiled {step['compiled_ms']} ms "
-        f"({step['over_compiled']}x)"
+        f"{step['layers']} layers of a step {own} ms, eager {eager} ms ({step['over_eager']}x), "
+        f"compiled {step['compiled_ms']} ms ({step['over_compiled']}x)"
     )
 
 

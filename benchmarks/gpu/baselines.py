@@ -22,7 +22,7 @@ from benchmarks.environment import bundle_facts, percentiles
 from benchmarks.gpu.eager import checkpoint_of_bundle
 from benchmarks.gpu.generation import NETWORKS, first_usable
 from benchmarks.gpu.step import StepOptions, StepResults, step_options
-from benchmarks.gpu.timer import GpuTimer, HostTimer
+from benchmarks.gpu.timer import GpuTimer, HostTimer, Timer
 from benchmarks.latency_requests import random_embedding, requests
 from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.model import Checkpoint
@@ -95,6 +95,9 @@ def measured(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Pictures of every schedule ("cases") and single guided steps of the UNet ("unet_steps"), as they are measured."""
     schedules = _REHEARSED_SCHEDULES if options.rehearse else _SCHEDULES
+    if options.part == "compiled":
+        # Without guidance the batch is another one, which would be compiled for as long again.
+        schedules = schedules[:1]
     embedding = random_embedding(bundle.manifest.geometry.embedding_width)
     settings = Settings(bundle.root, "none", 1, "ddim", embedding, Namespace(), baseline_precision=variant.precision)
     start = time.perf_counter()
@@ -138,17 +141,30 @@ def pictures(baseline: PlainDiffusion, options: StepOptions) -> dict[str, Any]:
 
 
 def unet_step(baseline: PlainDiffusion, options: StepOptions) -> dict[str, float]:
-    """Milliseconds of the UNet alone on both halves of guidance; on a GPU as a CUDA graph, whatever runs pictures."""
+    """Milliseconds of the UNet alone on both halves of guidance; on a GPU as a CUDA graph, whatever runs pictures.
+
+    What was compiled has graphs of its own.
+    """
     geometry, device, dtype = baseline.geometry, baseline.device, baseline.dtype
-    latents = torch.randn(2, geometry.latent_channels, geometry.latent_size, geometry.latent_size, device=device)
+    latents = torch.randn(1, geometry.latent_channels, geometry.latent_size, geometry.latent_size, device=device)
     text = torch.randn(2, geometry.text_tokens, geometry.text_width, device=device).to(dtype)
     timestep = torch.tensor(500, device=device)
-    latents = latents.to(dtype)
+    # As a picture's latents are given: other strides would be compiled once more.
+    latents = latents.to(dtype).expand(2, -1, -1, -1)
+    unet = baseline.step if baseline.compiled else baseline.unet
 
     def call() -> object:
-        return baseline.unet(latents, timestep, encoder_hidden_states=text, return_dict=False)
+        if baseline.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        return unet(latents, timestep, encoder_hidden_states=text, cross_attention_kwargs=None, return_dict=False)
 
-    timer = HostTimer(1) if options.rehearse else GpuTimer(20)
+    timer: Timer
+    if options.rehearse:
+        timer = HostTimer(1)
+    elif baseline.compiled:
+        timer = HostTimer(20, torch.cuda.synchronize)
+    else:
+        timer = GpuTimer(20)
     with torch.inference_mode():
         return percentiles(timer(call).milliseconds)
 

@@ -53,14 +53,16 @@ def _measure(options: StepOptions) -> int:
         results.add("errors", {"halves": halves, **errors(generation.outputs(inputs), rounded, exact, precision)})
     (guided, plain), found = results["times"], results["errors"]
     is_right = all(one["is_right"] for one in found)
+    is_captured = options.rehearse or all(one["is_captured"] for one in results["times"])
     said = ", ".join(f"{one['package'][_JUDGED]:.1e} (eager {one['eager'][_JUDGED]:.1e})" for one in found)
     results.finish(
         f"{steps} guided steps and decoding {guided['generation_ms']['p50']:.1f} ms, a step "
         f"{guided['step_ms']['p50']:.3f} ms; unguided {plain['generation_ms']['p50']:.1f} and "
-        f"{plain['step_ms']['p50']:.3f} ms; error {said}{'' if is_right else ', WRONG'}",
+        f"{plain['step_ms']['p50']:.3f} ms; error {said}{'' if is_right else ', WRONG'}"
+        f"{'' if is_captured else ', NOT CAPTURED: ' + guided['why_not']}",
         is_right=is_right,
     )
-    return 0 if is_right else 1
+    return 0 if is_right and is_captured else 1
 
 
 def times(generation: Generation, halves: int, steps: int, samples: int) -> dict[str, Any]:
@@ -81,8 +83,13 @@ def times(generation: Generation, halves: int, steps: int, samples: int) -> dict
     # This prepares what the libraries choose when they first run; without graphs the first run does.
     recording = buffers.recording([halves] * steps)
     generation.milliseconds(whole, samples=1)
-    one = generation.captured(lambda: buffers.step(0, halves))
-    of_step = generation.milliseconds(one, samples, at_once=1 if recording is None else 5)
+
+    def enqueue_step() -> None:
+        buffers.step(0, halves)
+
+    of_one = None if recording is None else generation.backend.record(enqueue_step)
+    one = enqueue_step if of_one is None else of_one.replay
+    of_step = generation.milliseconds(one, samples, at_once=1 if of_one is None else 5)
     buffers.begin(latents)
     run = whole if recording is None else lambda: buffers.replay(recording, steps)
     of_generation = []
@@ -96,7 +103,8 @@ def times(generation: Generation, halves: int, steps: int, samples: int) -> dict
     return {
         "halves": halves,
         "steps": steps,
-        "is_captured": recording is not None,
+        "is_captured": recording is not None and of_one is not None,
+        "why_not": "" if recording is not None else generation.why_not_captured(whole),
         "step_ms": percentiles(of_step),
         "generation_ms": percentiles(of_generation),
         "buffers_mib": round(buffers.size / 2**20, 1),

@@ -13,6 +13,7 @@ from moma_rt.bundle import Bundle
 from moma_rt.errors import MomaError
 from moma_rt.footprint import PICTURES
 from moma_rt.limits import GRAPH_MEMORY
+from moma_rt.messages import one_line
 from moma_rt.networks import Networks, run_once
 from moma_rt.selection import Choice, Host, choose
 from moma_rt.stages import Stages
@@ -74,18 +75,20 @@ class Generation:
         made.begin(inputs["latents"])
         return made
 
-    def captured(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """What replays a CUDA graph of `enqueue`, which ran before; itself where the backend captures nothing.
+    def why_not_captured(self, enqueue: Callable[[], None]) -> str:
+        """What PyTorch says when this, which a backend that captures did not, is captured; empty if nothing is said."""
+        # The runtime runs such work without a graph, and keeps the reason to itself.
+        stream = getattr(getattr(self.backend, "_queue", None), "stream", None)
+        if stream is None:
+            return "" if not self.backend.records else f"{self.backend.name} does not say"
+        import torch
 
-        Raises:
-            MomaError: a GPU's backend cannot capture it.
-        """
-        recording = self.backend.record(enqueue)
-        if recording is not None:
-            return recording.replay
-        if self.backend.records:
-            raise MomaError(f"{self.backend.name} cannot capture this in a CUDA graph")
-        return enqueue
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+                enqueue()
+        except (RuntimeError, MomaError) as error:
+            return one_line(error.__context__ or error)
+        return "at the second attempt it was captured"
 
     def milliseconds(self, run: Callable[[], None], samples: int, at_once: int = 1) -> list[float]:
         """How long each of `samples` runs takes, by the host's clock until the device is done.

@@ -5,10 +5,12 @@
     second    130 s: TensorRT-RTX on this GPU, where it was carried; whole requests; compiled baselines
 
 Named steps run alone, in their order; `--list` names all, also those that belong to no call. Every step has its own
-limit, writes its JSON to OUT after every case, and prints one line. Environment variables:
+limit, writes its JSON after every case, and prints one line. Environment variables:
 
-    OUT         folder of results (default: build/lease)
-    WORK        folder outside the sources, kept from one call to the next (default: /var/tmp/moma-rt-lease)
+    OUT         folder that gets two files, what became of each step and an archive of all results and logs
+                (default: build/lease)
+    WORK        folder outside the sources, kept from one call to the next, with each result in WORK/results
+                (default: /var/tmp/moma-rt-lease)
     SHIP        folder of what benchmarks.gpu.pack made to be carried (default: .ship/first, .ship/second)
     BUNDLE      default: WORK/bundle
     BACKEND     of the runtime (default: inductor)
@@ -62,10 +64,10 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _stop)
     usual = _REHEARSAL_SECONDS if setup.rehearse else CALLS[options.call]
     setup.work.mkdir(parents=True, exist_ok=True)
-    setup.out.mkdir(parents=True, exist_ok=True)
     lease = Lease(
         name={"first": "lease", "second": "lease_2"}[options.call],
         out=setup.out,
+        results=setup.results,
         seconds=usual if options.seconds is None else options.seconds,
         environment=_environment(setup),
         facts={"environment": environment(f"python -m {PROGRAM} {' '.join(given)}"), "rehearsal": setup.rehearse},
@@ -79,7 +81,7 @@ def _environment(setup: Setup) -> dict[str, str]:
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "PYTHONUNBUFFERED": "1",
-        RESULTS_VARIABLE: str(setup.out),
+        RESULTS_VARIABLE: str(setup.results),
         **(_ON_FEW_CORES if setup.rehearse else toolchain(setup.work / "lib")),
     }
 

@@ -31,7 +31,7 @@ class Setup:
     """Where everything lies, and what is measured.
 
     Attributes:
-        out: of results and logs.
+        out: of what goes back.
         work: outside the sources; kept from the first call to the second.
         carried: what came with the sources: wheels, and a bundle without weights.
         bundle: that was carried; it is completed here.
@@ -76,6 +76,11 @@ class Setup:
             target=environ.get("TARGET", usual),
             precision=environ.get("PRECISION", "fp32" if gpu is None else "fp16"),
         )
+
+    @property
+    def results(self) -> Path:
+        """Results and logs of every step."""
+        return self.work / "results"
 
     @property
     def subject(self) -> Path:

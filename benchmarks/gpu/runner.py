@@ -1,7 +1,8 @@
 """Runs the steps of a lease, each in a process with a time limit, all of them under one deadline.
 
 A step that fails, or is killed at its limit, does not stop the next one. What became of each step is in one JSON file,
-which is rewritten whenever a step starts or ends.
+which is rewritten whenever a step starts or ends. All results and logs are also in one archive, which is rewritten
+every few seconds: a lent machine gives few files back.
 """
 
 import ctypes
@@ -9,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +19,15 @@ from types import MappingProxyType
 from typing import Any
 
 from benchmarks.environment import write_results
+from moma_rt.files import atomic_write
 
 # Between SIGTERM and SIGKILL, in seconds, and how much earlier than the deadline the last step has to end.
 GRACE = 3.0
 # Tells a step how many seconds it has.
 SECONDS_VARIABLE = "MOMA_RT_SECONDS"
 _POLL = 0.02
+_ARCHIVED_EVERY = 2.0
+_KEPT = (".json", ".log")
 _SUMMARY_CHARACTERS = 300
 _TAIL_LINES = 15
 _PR_SET_PDEATHSIG = 1
@@ -57,8 +62,9 @@ class Lease:
     """Where and how long steps run.
 
     Attributes:
-        name: of the JSON file with what became of each step.
-        out: folder of all results and logs.
+        name: of the JSON file with what became of each step, and of the archive.
+        out: folder of these two.
+        results: folder of the results and logs of the steps.
         seconds: from the start to the end of all of it.
         environment: of every step.
         facts: written into the JSON file as they are.
@@ -66,6 +72,7 @@ class Lease:
 
     name: str
     out: Path
+    results: Path
     seconds: float
     environment: Mapping[str, str]
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -82,22 +89,27 @@ class _Run:
         self._clock = clock
         self._start = clock()
         self._records: dict[str, dict[str, Any]] = {}
+        self._archived = 0.0
 
     @property
     def _left(self) -> float:
         return self._lease.seconds - (self._clock() - self._start)
 
     def all(self, groups: Iterable[Group]) -> bool:
-        self._lease.out.mkdir(parents=True, exist_ok=True)
+        for folder in (self._lease.out, self._lease.results):
+            folder.mkdir(parents=True, exist_ok=True)
         for group in groups:
             running = [started for step in group if (started := self._begun(step)) is not None]
             try:
-                while any(not self._ended(each) for each in running):
+                while not all([self._ended(each) for each in running]):
                     time.sleep(_POLL)
+                    if self._clock() > self._archived + _ARCHIVED_EVERY:
+                        self._archive()
             finally:
                 # Only where this process is told to end.
                 for each in running:
                     each.kill()
+                self._archive()
         passed = [name for name, record in self._records.items() if record["status"] == "passed"]
         others = [f"{name} {record['status']}" for name, record in self._records.items() if name not in passed]
         total = self._clock() - self._start
@@ -130,6 +142,15 @@ class _Run:
             print(running.tail(), flush=True)
         return True
 
+    def _archive(self) -> None:
+        self._archived = self._clock()
+        lease = self._lease
+        with atomic_write(lease.out / f"{lease.name}.tar.gz") as temporary, tarfile.open(temporary, "w:gz") as archive:
+            for path in sorted(lease.results.iterdir()):
+                # Others may be half-written, or gone before they are read.
+                if path.suffix in _KEPT and not path.name.startswith("."):
+                    archive.add(path, path.name)
+
     def _note(self, step: Step, record: Mapping[str, Any], *, is_final: bool = True) -> None:
         self._records[step.name] = {"command": list(step.command), **record}
         write_results(self._lease.name, {**self._lease.facts, "steps": self._records}, self._lease.out)
@@ -148,7 +169,7 @@ class _Running:
         self.seconds = 0.0
         self._clock, self._start, self._limit = clock, clock(), limit
         self._was_told: float | None = None
-        self._log = lease.out / f"{step.name}.log"
+        self._log = lease.results / f"{step.name}.log"
         told = {SECONDS_VARIABLE: f"{limit:.1f}"}
         environment = {**os.environ, **lease.environment, **step.environment, **told}
         with self._log.open("wb") as log:

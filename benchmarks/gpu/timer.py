@@ -72,18 +72,24 @@ class GpuTimer:
 
 
 class HostTimer:
-    """The host's clock around calls on a CPU: in place of `GpuTimer` where a measurement is only rehearsed."""
+    """The host's clock around calls: on a CPU, or of what cannot be captured in a graph once more.
 
-    def __init__(self, samples: int) -> None:
+    synchronize: returns when the device has done what a call enqueued.
+    """
+
+    def __init__(self, samples: int, synchronize: Callable[[], object] = lambda: None) -> None:
         self._samples = samples
+        self._synchronize = synchronize
 
     def __call__(self, call: Callable[[], object]) -> Timing:
         """Time a call."""
         call()
+        self._synchronize()
         taken = []
         for _ in range(self._samples):
             start = time.perf_counter()
             call()
+            self._synchronize()
             taken.append(1000 * (time.perf_counter() - start))
         return Timing(tuple(taken), 0.0)
 

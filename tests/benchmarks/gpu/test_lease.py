@@ -160,7 +160,8 @@ def test_a_rehearsal_of_the_first_call(repository, own_bundle, tmp_path):
     assert [step["status"] for step in found["steps"].values()] == ["passed"] * 9
     # One line a step, and one of all.
     assert len(said.splitlines()) == 10
-    written = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert sorted(path.name for path in out.iterdir()) == ["lease.json", "lease.tar.gz"]
+    written = {path.stem: json.loads(path.read_text()) for path in (work / "results").glob("*.json")}
     steps = ("facts", "denoiser", "profile", "baselines", "attention")
     assert {name: written[name]["complete"] for name in steps} == dict.fromkeys(steps, True)
     assert all(written[name]["rehearsal"] for name in steps)
@@ -180,10 +181,10 @@ def test_a_rehearsal_with_inductors_packages(repository, tmp_path):
     pytest.importorskip("diffusers")
     out, work = tmp_path / "out", tmp_path / "work"
     rehearsed(repository, "lease.sh", out, WORK=str(work))
-    assert json.loads((out / "profile.json").read_text())["launches"] > 0
+    assert json.loads((work / "results" / "profile.json").read_text())["launches"] > 0
     said, found = rehearsed(repository, "lease_2.sh", out, WORK=str(work))
     assert len(said.splitlines()) == 4
-    assert json.loads((out / "baselines_compiled.json").read_text())["complete"]
+    assert json.loads((work / "results" / "baselines_compiled.json").read_text())["complete"]
 
 
 @pytest.mark.slow
@@ -194,4 +195,4 @@ def test_a_rehearsal_of_what_belongs_to_no_call(repository, own_bundle, tmp_path
     named = ("timer_tests", "ptx", "launches", "memcheck", "counters", "whole_build", "soak", "soak_batches")
     _, found = rehearsed(repository, "lease.sh", out, *named, "latency_eager", **variables)
     assert list(found["steps"]) == [*named, "latency_eager"]
-    assert json.loads((out / "soak.json").read_text())["wrong"] == 0
+    assert json.loads((tmp_path / "work" / "results" / "soak.json").read_text())["wrong"] == 0

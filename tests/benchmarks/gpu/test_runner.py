@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def _written(path):
 
 @pytest.fixture
 def lease(tmp_path):
-    return Lease("lease", tmp_path / "out", 100.0, {"OF_THE_LEASE": "1"}, {"commit": "abc"})
+    return Lease("lease", tmp_path / "out", tmp_path / "results", 100.0, {"OF_THE_LEASE": "1"}, {"commit": "abc"})
 
 
 def records(lease):
@@ -59,11 +60,36 @@ def test_a_failing_step_does_not_stop_the_next(lease, capsys):
     assert lines[2] == "    went wrong"
     assert lines[-2].startswith("lease: 2 of 3 steps passed in ")
     assert lines[-1] == "not passed: second failed"
-    assert (lease.out / "first.log").read_text() == "one\nof interest\n\n"
+    assert (lease.results / "first.log").read_text() == "one\nof interest\n\n"
 
 
 def test_all_passed(lease):
-    assert run_steps(lease, [(step("only", "print('fine')"),)])
+    code = "from benchmarks.environment import write_results; write_results('only', {'cases': [1]}); print('fine')"
+    environment = {"MOMA_RT_RESULTS": str(lease.results)}
+    assert run_steps(lease, [(step("only", code, environment=environment),)])
+    # What goes back is few files, with everything in them.
+    assert sorted(path.name for path in lease.out.iterdir()) == ["lease.json", "lease.tar.gz"]
+    with tarfile.open(lease.out / "lease.tar.gz") as archive:
+        assert archive.getnames() == ["only.json", "only.log"]
+        assert json.load(archive.extractfile("only.json")) == {"cases": [1]}
+
+
+def test_a_running_steps_results_are_in_the_archive(lease):
+    """A step that ends when it finds what it wrote there."""
+    code = f"""
+import tarfile
+from pathlib import Path
+from benchmarks.environment import write_results
+write_results("waits", {{"cases": [1]}})
+path = Path({str(lease.out / "lease.tar.gz")!r})
+while not path.exists() or "waits.json" not in tarfile.open(path).getnames():
+    pass
+print("found")
+"""
+    ticks = iter(range(10**9))
+    environment = {"MOMA_RT_RESULTS": str(lease.results)}
+    # A clock by which seconds pass with every tenth look.
+    assert run_steps(lease, [(step("waits", code, 1e9, environment=environment),)], lambda: next(ticks) / 1e3)
 
 
 def test_a_program_that_is_not_there_is_a_failure(lease):
@@ -141,8 +167,8 @@ from benchmarks.environment import write_results
 for count in range(1, 31):
     write_results(sys.argv[1], {"cases": list(range(count)), "filler": "x" * 20000})
 '''
-out = Path(sys.argv[1])
-lease = Lease("lease", out, 100.0, {"MOMA_RT_RESULTS": str(out), "PYTHONPATH": sys.argv[2]})
+out, results = Path(sys.argv[1]), Path(sys.argv[1]) / "results"
+lease = Lease("lease", out, results, 100.0, {"MOMA_RT_RESULTS": str(results), "PYTHONPATH": sys.argv[2]})
 run_steps(lease, [(Step(name, (sys.executable, "-c", CODE, name), 30.0),) for name in ("one", "two", "three")])
 """
 
@@ -165,14 +191,14 @@ def test_a_lease_that_is_killed_leaves_the_results_of_every_finished_step(moment
     passed = [name for name, record in found.items() if record["status"] == "passed"]
     assert passed[:finished] == ["one", "two", "three"][:finished]
     for name in passed:
-        assert json.loads((tmp_path / f"{name}.json").read_text())["cases"] == list(range(30))
+        assert json.loads((tmp_path / "results" / f"{name}.json").read_text())["cases"] == list(range(30))
     # And what the killed one had written is whole.
-    running = json.loads((tmp_path / f"{('one', 'two', 'three')[finished]}.json").read_text())
+    running = json.loads((tmp_path / "results" / f"{('one', 'two', 'three')[finished]}.json").read_text())
     assert running["cases"] == list(range(len(running["cases"])))
 
 
 def _cases(folder, name):
-    path = folder / f"{name}.json"
+    path = folder / "results" / f"{name}.json"
     return len(json.loads(path.read_text())["cases"]) if path.exists() else 0
 
 
@@ -184,13 +210,15 @@ from benchmarks.gpu.runner import Lease, Step, run_steps
 
 signal.signal(signal.SIGTERM, benchmarks.gpu.lease._stop)
 CODE = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-run_steps(Lease("lease", Path(sys.argv[1]), 100.0, {}), [(Step("sleeps", (sys.executable, "-c", CODE), 50.0),)])
+OUT = Path(sys.argv[1])
+STEP = Step("sleeps", (sys.executable, "-c", CODE), 50.0)
+run_steps(Lease("lease", OUT, OUT / "results", 100.0, {}), [(STEP,)])
 """
 
 
 def test_a_lease_that_is_told_to_end_takes_its_steps_with_it(repository, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SLEEPING, str(tmp_path)], cwd=repository)
-    log = tmp_path / "sleeps.log"
+    log = tmp_path / "results" / "sleeps.log"
     while not _written(log):
         assert process.poll() is None
         time.sleep(0.01)
