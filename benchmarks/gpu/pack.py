@@ -44,7 +44,6 @@ _SHIM = "from tensorrt_rtx_bindings import *\nfrom tensorrt_rtx_bindings import 
 _PART_BYTES = 15 * 2**20
 # Of TensorRT-RTX's parts, those that go with the first call.
 _FIRST_PARTS = 1
-# What is as large as a bundle's weights is no code.
 _WEIGHTS = "weights/"
 
 
@@ -102,7 +101,7 @@ def pack_bundle(bundle: Path, out: Path) -> None:
     if not manifest.engines:
         raise InputError(f"{bundle} has no engines: build it with --target inductor:smNN")
     names = [path.relative_to(bundle) for path in sorted(bundle.rglob("*")) if path.is_file()]
-    chosen = [name for name in names if not name.as_posix().startswith(_WEIGHTS)]
+    chosen = [name for name in names if not name.as_posix().startswith((_WEIGHTS, "."))]
     with atomic_write(out) as temporary, lzma.open(temporary, "wb", preset=7) as stream:
         with tarfile.open(fileobj=stream, mode="w", dereference=True) as archive:
             for name in chosen:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.gpu import prepare
 from benchmarks.gpu.pack import pack_bundle
-from benchmarks.gpu.prepare import install, kept, main, random_subject, unpack
+from benchmarks.gpu.prepare import build, install, kept, main, random_subject, unpack
 from moma_rt.bundle import Bundle
 from moma_rt.errors import BundleError, InputError, MomaError
 from moma_rt.runtime import Runtime
@@ -68,7 +68,7 @@ def test_a_bundle_is_carried_without_weights(packed, small_bundles, tmp_path):
     whole = small_bundles[1]
     files = {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
     found = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
-    assert found == {name for name in files if not name.startswith("weights/")}
+    assert found == {name for name in files if not name.startswith(("weights/", "."))}
     assert found != files
     assert packed.stat().st_size < 0.7 * sum((whole / name).stat().st_size for name in files)
     # What is there is not touched again.
@@ -76,6 +76,26 @@ def test_a_bundle_is_carried_without_weights(packed, small_bundles, tmp_path):
     unpack(packed, there)
     assert (there / "manifest.json").read_text() == "mine"
     assert [path.name for path in there.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.slow
+def test_a_carried_bundle_is_completed_and_compiles_nothing(tmp_path):
+    pytest.importorskip("diffusers")
+    options = ["--base", "tiny", "--precision", "fp32", "--only", "context_projector", "--target", "inductor"]
+    here, there = tmp_path / "here" / "bundle", tmp_path / "there" / "bundle"
+    build([*options, "--out", str(here)])
+    pack_bundle(here, tmp_path / "bundle.tar.xz")
+    unpack(tmp_path / "bundle.tar.xz", there)
+    assert not (there / "weights").exists()
+    with pytest.raises(BundleError, match="weights"):
+        Bundle.open(there)
+    (package,) = there.rglob("*.pt2")
+    before = (package.stat().st_mtime_ns, package.read_bytes())
+    build([*options, "--out", str(there)])
+    assert (package.stat().st_mtime_ns, package.read_bytes()) == before
+    whole, completed = Bundle.open(here), Bundle.open(there)
+    assert completed.manifest.files == whole.manifest.files
+    completed.verified(completed.manifest.files)
 
 
 def test_nothing_was_carried(tmp_path):
