@@ -10,7 +10,7 @@ import pytest
 from engines.plugins import KernelShape, attention_shapes, choose
 from engines.store import SharedStore
 from engines.targets import EngineTarget
-from export import attention_kernels, bundling
+from export import attention_kernels
 from export.attention_kernels import DEFAULT_CAPABILITIES, kernel_capabilities, kernels_key
 from export.bundling import ExportPlan, build_bundle
 from export.checkpoints import CheckpointRequest, load_checkpoint, roles_for
@@ -30,8 +30,8 @@ class CompileError(Exception):
 
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """Replaces the compiler and the export of networks; the list of (capabilities, dtypes) that were compiled."""
+def compiled(monkeypatch, exports):
+    """Replaces the compiler, and tracing as `exports` does; the list of (capabilities, dtypes) that were compiled."""
     calls = []
 
     @dataclasses.dataclass(frozen=True)
@@ -48,19 +48,13 @@ def compiled(monkeypatch):
         report("a kernel")
         write_kernels(folder, [KernelShape(**vars(layer)) for layer in layers], dtypes, capability)
 
-    def export(checkpoint, network, geometry, precision, folder):
-        for name in ("model.onnx", "lowered.onnx", "model.onnx.data"):
-            (folder / name).write_text(f"{name} of {network.name} in {precision.value}")
-
     module = ModuleType("kernels.ptx")
     module.AttentionLayer, module.write_kernels, module.CompileError = AttentionLayer, write, CompileError
     monkeypatch.setitem(sys.modules, "kernels.ptx", module)
     monkeypatch.setattr("kernels.launch.CAPABILITIES", (80, 90, 100))
-    monkeypatch.setattr(bundling, "export_network", export)
     monkeypatch.setattr(attention_kernels, "is_installed", lambda name: True)
     version = attention_kernels.importlib.metadata.version
     monkeypatch.setattr("importlib.metadata.version", lambda name: "3.9" if name == "triton" else version(name))
-    monkeypatch.setattr("gc.collect", lambda: 0)
     return calls
 
 
