@@ -75,8 +75,8 @@ def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, repo
     """
     if any(target.flavour is Flavour.INDUCTOR for target in plan.targets):
         raise InputError(
-            f"--target {INDUCTOR}: its engines are compiled of the checkpoints' weights and not of ONNX files: build "
-            f"them with python -m export.build ... --target {INDUCTOR}"
+            f"--target {INDUCTOR}: its engines are compiled of the checkpoints' configurations and not of ONNX files: "
+            f"build them with python -m export.build ... --target {INDUCTOR}"
         )
     versions = {target: library_version(target.flavour) for target in plan.targets}
     for target, version in versions.items():
@@ -174,7 +174,12 @@ class _Builder:
         # With its operators' kernels, the full graph has no `Attention` left: that stands in their functions alone.
         lowered = kernels is None and wants_lowered(self.target.flavour, self.version, network.precision, geometry)
         graph = self.bundle.graph(network.spec.name)
-        return _Work(network, network.lowered or graph if lowered else graph, kernels), why_without
+        if lowered and network.lowered is None:
+            raise BundleError(
+                f"{self.bundle.root} has no graph of {network.spec.name} in the operators that {self.target} needs, "
+                f"{self.bundle.manifest.why_without}"
+            )
+        return _Work(network, network.lowered if lowered and network.lowered else graph, kernels), why_without
 
     def _serves(self, engine: EngineEntry, work: _Work) -> bool:
         return (
@@ -303,7 +308,7 @@ def add_engine_options(p: argparse.ArgumentParser, default: str) -> None:
         "--store",
         type=Path,
         metavar="DIR",
-        help="where finished networks and engines are shared between bundles; default: .store beside the bundle",
+        help="where finished graphs, weights and engines are shared between bundles; default: .store beside the bundle",
     )
     p.add_argument("--refittable", action="store_true", help="engines whose weights can be replaced (TensorRT)")
     p.add_argument(

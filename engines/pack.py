@@ -5,7 +5,7 @@ import dataclasses
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from engines.store import PARTIAL_PREFIX, link_or_copy
@@ -79,6 +79,8 @@ def pack(bundle: Bundle, target: str, out: Path) -> Bundle:
             fsync(out.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{bundle.root} changed while it was packed: {error.filename} is gone; try again") from None
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror or error}") from None
     return Bundle.open(out)
@@ -100,8 +102,9 @@ def packed_manifest(bundle: Bundle, target: str) -> Manifest:
         for network in manifest.networks:
             bundle.graph(network)
     else:
-        engines = tuple(engine for engine in manifest.engines if _is_for(engine, name))
-        if missing := sorted(manifest.networks.keys() - {engine.network for engine in engines}):
+        engines = tuple(_engines_for(name, manifest))
+        together = [_networks_like(engine, engines) for engine in engines]
+        if missing := sorted(manifest.networks.keys() - max(together, key=len, default=set())):
             raise BundleError(
                 f"{bundle.root} has no engine of {', '.join(missing)} for {name}: build them first, or pack for "
                 "another target"
@@ -129,6 +132,22 @@ def packed_manifest(bundle: Bundle, target: str) -> Manifest:
         packed_for=name,
     )
     return dataclasses.replace(packed, left_out=(*manifest.left_out, *_left_out(manifest, packed)))
+
+
+def _engines_for(target: str, manifest: Manifest) -> list[EngineEntry]:
+    """A target's engines, without those whose library and devices some network lacks; if that leaves none, all."""
+    found = [engine for engine in manifest.engines if _is_for(engine, target)]
+    whole = [engine for engine in found if _networks_like(engine, found) == manifest.networks.keys()]
+    return whole or found
+
+
+def _networks_like(engine: EngineEntry, engines: Iterable[EngineEntry]) -> set[str]:
+    """The networks that have an engine of the same library, for all of an engine's devices."""
+    return {
+        other.network
+        for other in engines
+        if all(other.serves(engine.flavour, engine.version, capability) for capability in engine.capabilities)
+    }
 
 
 def _is_for(engine: EngineEntry, target: str) -> bool:

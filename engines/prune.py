@@ -15,7 +15,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}",
-        description="Delete networks, kernels and engines that no bundle links any more. No build may run meanwhile.",
+        description="Delete graphs, weights, kernels and engines that no bundle links any more. No build may run "
+        "meanwhile.",
     )
     p.add_argument("store", type=Path, metavar="STORE", help="such as bundles/.store")
     return p

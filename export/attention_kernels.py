@@ -45,7 +45,7 @@ def kernels_key(network: NetworkEntry, geometry: Geometry, capability: int) -> s
         "shapes": [asdict(shape) for shape in attention_shapes(geometry)],
         "dtype": kernel_dtype(network.precision),
         "capability": capability,
-        "code": _code_hash(),
+        "code": kernels_code_hash(),
         "compiler": importlib.metadata.version(COMPILER) if is_installed(COMPILER) else None,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -118,7 +118,8 @@ class KernelExporter:
         return stored
 
 
-def _code_hash() -> str:
+def kernels_code_hash() -> str:
+    """Names what computes on a device: the kernels' sources and the choice of their launches."""
     root = Path(__file__).resolve().parent.parent / "kernels"
     digest = hashlib.sha256()
     for path in sorted(path for pattern in _CODE for path in root.glob(pattern)):

@@ -146,6 +146,8 @@ class _Exporter:
         made = [group.name for group, (_, is_new) in zip(groups, weights, strict=True) if is_new]
         stored = [group for group, _ in weights]
         external = ExternalWeights(self.store.root / WEIGHTS_FOLDER, tuple(group.location for group in groups))
+        # With the weights that were read to be written.
+        del groups
         request = ExportRequest(self.checkpoint, network, self.geometry, precision, external)
         graphs, is_new = self._graphs(request, Artifact(NETWORKS_FOLDER, network.name, key))
         stored += [] if graphs is None else [graphs]
@@ -243,6 +245,8 @@ def _previous(out: Path, checkpoint: Checkpoint, geometry: Geometry) -> Manifest
         files = {name: file for name, file in manifest.files.items() if _has_size(resolve_inside(out, name), file)}
     except (BundleError, ValueError):
         return nothing
+    if manifest.packed_for:
+        raise InputError(f"--out {out}: a bundle that was packed for {manifest.packed_for}; give another folder")
     language = geometry.language or manifest.geometry.language
     geometry = dataclasses.replace(geometry, language=language)
     if manifest.base != checkpoint.base or dataclasses.replace(manifest.geometry, language=language) != geometry:

@@ -24,6 +24,7 @@ from torch._inductor.utils import fresh_cache
 from engines.entries import with_engine
 from engines.store import ENGINES_FOLDER, PARTIAL_PREFIX, Artifact, Notes, Store, Stored
 from engines.targets import EngineTarget
+from export.attention_kernels import kernels_code_hash
 from export.checkpoints.model import Checkpoint
 from export.cross.compiling import check_cross, cross_compile
 from export.keys import network_key
@@ -37,6 +38,8 @@ from moma_rt.files import sha256_file
 from moma_rt.libraries import is_installed, library_version, version_tuple
 from moma_rt.specs import Precision
 
+# By which a user has inductor measure fewer kinds of matrix products.
+_PRODUCTS = "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS"
 # Of PyTorch: a package's code can be loaded from where the runtime unpacks it.
 _SINCE = (2, 10)
 
@@ -172,13 +175,15 @@ class _Packager:
         (capability,) = self.target.capabilities
         on_gpu = capability != CPU_CAPABILITY
         here = Path(__file__).parent
-        files = [here / "packages.py"]
+        files = [here / "packages.py", here / "host_compiler.py"]
         if not is_measured:
             files += sorted(path for path in (here / "cross").iterdir() if path.suffix in (".py", ".c", ".h"))
         identity = {
             "network": entry.structure,
             "library": [self.target.flavour.value, self.version],
-            "kernels": importlib.metadata.version("triton") if on_gpu and is_installed("triton") else None,
+            "triton": importlib.metadata.version("triton") if on_gpu and is_installed("triton") else None,
+            "kernels": kernels_code_hash() if on_gpu else None,
+            "products": os.environ.get(_PRODUCTS) if is_measured else None,
             "capability": capability,
             "instructions": None if on_gpu else cpu_instructions(),
             "options": dataclasses.asdict(PackageOptions.of(entry.spec.name, capability, is_measured)),

@@ -10,41 +10,60 @@ from export.checkpoints.architectures import full_config
 from export.checkpoints.model import ADAPTERS, NETWORK_ROLES, Component
 from moma_rt.specs import NetworkSpec, Precision
 
-# Of a configuration: where it comes from and how its weights are stored.
-_NO_STRUCTURE = frozenset({"architectures", "dtype", "model_type", "torch_dtype", "transformers_version"})
-# Libraries whose version may change a graph.
-_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+# Of a configuration: where it comes from, how its weights are stored, and what other users of the model read of it.
+_NO_STRUCTURE = frozenset(
+    """
+    architectures bos_token_id dtype eos_token_id force_upcast model_type pad_token_id projection_dim sample_size
+    torch_dtype transformers_version
+    """.split()
+)
+# Libraries whose version may change what a network computes, and those that only write its graph.
+_LIBRARIES, _GRAPH_LIBRARIES = ("torch", "diffusers", "transformers"), ("onnx", "onnx-ir", "onnxscript")
 _OPERATORS = ("injected_self_attention", "context_cross_attention")
-# Sources whose change may change a graph.
+# Sources whose change may change what a network computes, and those that only write its graph. What computes on a
+# device is no part of either.
 _CODE = (
-    *("export/models", "export/checkpoints", "export/geometry.py", "export/networks.py", "export/onnx_export.py"),
-    *("export/lowering.py", "export/network_weights.py", "export/quantize.py", "export/safetensors_writer.py"),
-    *("export/streaming.py", "export/tracing.py"),
-    *("kernels/registration.py", "kernels/operators.py", "moma_rt/schedules.py"),
-    # What computes on a device is no part of a graph.
-    *(f"kernels/{name}/{part}.py" for name in _OPERATORS for part in ("operator", "reference", "onnx_function")),
+    *("export/models", "export/checkpoints", "export/geometry.py", "export/networks.py", "export/streaming.py"),
+    *("export/tracing.py", "moma_rt/schedules.py"),
+    *(f"kernels/{name}/{part}.py" for name in _OPERATORS for part in ("operator", "reference")),
+)
+_GRAPH_CODE = (
+    *("export/onnx_export.py", "export/lowering.py", "export/network_weights.py", "export/quantize.py"),
+    *("export/safetensors_writer.py", "kernels/registration.py", "kernels/operators.py"),
+    *(f"kernels/{name}/onnx_function.py" for name in _OPERATORS),
 )
 
 
 def network_key(components: tuple[Component, ...], spec: NetworkSpec, precision: Precision) -> str:
-    """Names what a network computes: its sources, its tensors, the code that traces it, the libraries it runs on."""
+    """Names a network's graph: its sources, its tensors, the code that traces it, the libraries it runs on."""
     roles = NETWORK_ROLES[spec.name]
-    sources = {c.role: c.sha256 for c in components if c.role in roles}
-    return _hashed({"structure": structure_key(components, spec, precision), "sources": sources})
+    return _hashed(
+        {
+            "structure": structure_key(components, spec, precision),
+            "sources": {c.role: c.sha256 for c in components if c.role in roles},
+            "code": _code_hash(_GRAPH_CODE),
+            "libraries": _versions(_GRAPH_LIBRARIES),
+        }
+    )
 
 
 def structure_key(components: tuple[Component, ...], spec: NetworkSpec, precision: Precision) -> str:
-    """Names what a network computes but for the values of its weights."""
+    """Names what a network computes but for the values of its weights, whatever form it is written in."""
     roles = NETWORK_ROLES[spec.name]
     return _hashed(
         {
             "network": spec.to_json(),
             "precision": precision.value,
             "configs": {c.role: _config(c) for c in components if c.role in roles},
-            "code": _code_hash(),
-            "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+            "code": _code_hash(_CODE),
+            "libraries": _versions(_LIBRARIES),
         }
     )
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Without what tells builds of one version apart, such as +cpu."""
+    return {name: importlib.metadata.version(name).partition("+")[0] for name in names}
 
 
 def _config(component: Component) -> dict[str, Any]:
@@ -59,10 +78,10 @@ def _hashed(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _code_hash() -> str:
+def _code_hash(names: tuple[str, ...]) -> str:
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for name in _CODE:
+    for name in names:
         place = root / name
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

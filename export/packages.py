@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import subprocess
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from torch._inductor import aoti_compile_and_package
 
 from export.checkpoints.model import Checkpoint
 from export.cross.rules import SETTINGS
+from export.host_compiler import PORTABLE_SETTINGS, portable_compiler
 from export.networks import Network
 from export.tracing import tracing_arguments
 from moma_rt.backends.inductor import TENSORS_NOTE, tensors_note
@@ -112,33 +114,37 @@ class PackageRequest:
 
 
 def write_package(request: PackageRequest, folder: Path) -> None:
-    """Compile a network for this machine's device and write `folder/engine.pt2`.
+    """Compile a network for the CPU, or for the GPU that PyTorch sees here, and write `folder/engine.pt2`.
 
     Raises:
         BundleError: inductor cannot compile it; the message is PyTorch's own.
     """
-    device = "cpu" if request.capability == CPU_CAPABILITY else "cuda"
-    module = request.structure().to_empty(device=device)
-    fill_with_noise(module)
-    spec = request.network.spec(request.geometry, request.precision)
-    arguments, shapes = tracing_arguments(request.network, spec, request.geometry, device)
-    path = folder / PACKAGE_NAME
     try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(module, arguments, dynamic_shapes=shapes)
-            tune_for_usual_sizes(program, spec)
-            aoti_compile_and_package(program, package_path=str(path), inductor_configs=request.inductor_configs())
+        with quiet(), torch.no_grad(), tempfile.TemporaryDirectory(prefix="moma-rt-") as place:
+            _compile(request, folder / PACKAGE_NAME, Path(place))
     except (RuntimeError, subprocess.CalledProcessError) as error:  # such as: no C++ compiler, no memory left
         raise BundleError(
             f"{request.network.name}: PyTorch {torch.__version__} cannot compile it: {reason(error)}"
         ) from None
     finally:
-        state = module.state_dict()
-        del module
         gc.collect()
-        if device == "cuda":
+        if request.capability != CPU_CAPABILITY:
             torch.cuda.empty_cache()
-    add_to_package(path, state, program.constants, request.options)
+
+
+def _compile(request: PackageRequest, path: Path, place: Path) -> None:
+    device, configs = "cpu", request.inductor_configs()
+    if request.capability != CPU_CAPABILITY:
+        device = "cuda"
+        configs |= {**PORTABLE_SETTINGS, "cpp.cxx": (None, str(portable_compiler(place)))}
+    module = request.structure().to_empty(device=device)
+    fill_with_noise(module)
+    spec = request.network.spec(request.geometry, request.precision)
+    arguments, shapes = tracing_arguments(request.network, spec, request.geometry, device)
+    program = torch.export.export(module, arguments, dynamic_shapes=shapes)
+    tune_for_usual_sizes(program, spec)
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+    add_to_package(path, module.state_dict(), program.constants, request.options)
 
 
 def add_to_package(

@@ -25,7 +25,7 @@ from moma_rt.specs import Geometry, NetworkSpec, Precision
 
 FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
-# What the graphs' references to weights are relative to.
+# Graphs name weights relative to this folder.
 WEIGHTS_FOLDER = "weights"
 # Beside the files of a network, an engine or kernels, for the next build; a runtime does not read it.
 RECORD_NAME = "record.json"
@@ -155,7 +155,7 @@ class Manifest:
                 str(entry["structure"]),
                 None if entry["onnx"] is None else str(entry["onnx"]),
                 None if entry["lowered"] is None else str(entry["lowered"]),
-                tuple(str(file) for file in entry["weights"]),
+                tuple(str(file) for file in _list(entry["weights"])),
             )
             for name, entry in data["networks"].items()
         }
@@ -174,7 +174,7 @@ class Manifest:
             engines,
             kernels,
             _line(data["packed_for"]),
-            tuple(_line(left_out) for left_out in data["left_out"]),
+            tuple(_line(left_out) for left_out in _list(data["left_out"])),
         )
 
 
@@ -280,6 +280,12 @@ class Bundle:
             if role not in hashes:
                 raise BundleError(f"{self.root} has nothing made of the {role} weights (it has: {', '.join(hashes)})")
         return hashlib.sha256("".join(hashes[role] for role in roles).encode()).hexdigest()
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise ValueError(f"{shown(value)} is not a list")
+    return value
 
 
 def _line(text: object) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -22,29 +22,36 @@ _MOST = 1 << 50
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a network's weights, and of what it computes in at its largest shapes; 0 where that is not known."""
+    """Bytes of a network's weights, and of what it computes in at its largest shapes; 0 where that is not known.
+
+    `shared` are further weights by the file that they lie in: networks that read one file hold it once.
+    """
 
     weights: int
     activations: int
+    shared: Mapping[str, int] = field(default_factory=dict)
 
 
 def footprint(manifest: Manifest, name: str, engine: EngineEntry | None) -> Footprint:
     """What a network needs as an engine, by its builder's count, or as its ONNX graph, by the files' sizes.
 
-    Weights that two networks share count for each of them.
+    Weights files that an engine of inductor reads in place are shared. ONNX Runtime rearranges most of what it maps, so
+    each of its networks counts for itself.
     """
     network = manifest.networks[name]
-    weights = sum(manifest.files[file].size for file in network.weights)
+    weights = {file: manifest.files[file].size for file in network.weights}
     if engine is None:
-        return Footprint(weights + sum(manifest.files[file].size for file in network.graphs[:1]), 0)
+        return Footprint(sum(weights.values()) + sum(manifest.files[file].size for file in network.graphs[:1]), 0)
     size = manifest.files[engine.file].size if engine.weight_bytes is None else engine.weight_bytes
-    return Footprint(size + (weights if engine.flavour.reads_weights else 0), engine.activation_bytes or 0)
+    return Footprint(size, engine.activation_bytes or 0, weights if engine.flavour.reads_weights else {})
 
 
 def together(footprints: Iterable[Footprint]) -> int:
     """Bytes that networks need when all are loaded: they run one after the other, and share what they compute in."""
     found = list(footprints)
-    return sum(f.weights for f in found) + max((f.activations for f in found), default=0)
+    shared = {file: size for footprint in found for file, size in footprint.shared.items()}
+    own = sum(footprint.weights for footprint in found)
+    return own + sum(shared.values()) + max((footprint.activations for footprint in found), default=0)
 
 
 def groups(names: Iterable[str]) -> list[tuple[str, ...]]:

@@ -166,7 +166,8 @@ def _budgets(manifest: Manifest, budget: int) -> list[str]:
         of_kind = kinds.setdefault(kind, {})
         assert of_kind is not None
         of_kind[engine.network] = engine
-    kinds["ONNX files, by their size"] = None
+    if manifest.has_graphs:
+        kinds["ONNX files, by their size"] = None
     lines = []
     for kind, engines in kinds.items():
         lines += ["", f"in {spelled_bytes(budget)}: {kind}", *describe_budget(manifest, engines, budget)]

@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from moma_rt.backends.base import Array, Backend, Buffer, Network
 from moma_rt.bundle import Bundle
 from moma_rt.engines import EngineEntry
-from moma_rt.errors import OutOfMemory
+from moma_rt.errors import BundleError, OutOfMemory, os_error_line
 from moma_rt.footprint import Footprint, footprint, spelled_bytes, together
 from moma_rt.specs import Geometry, NetworkSpec
 from moma_rt.stages import LOADING, Stages
@@ -38,6 +39,7 @@ class Networks:
         self._engines = engines
         self._budget = budget
         self._loaded: dict[str, Network] = {}
+        self._verified: dict[str, tuple[int, int, int]] = {}
         self._on_unload: list[weakref.WeakMethod[Callable[[str], None]]] = []
 
     @property
@@ -77,8 +79,15 @@ class Networks:
         weights = entry.weights if engine is None or engine.flavour.reads_weights else ()
         paths = tuple(map(self.bundle.path, weights))
         with stages.timed(LOADING):
-            self.bundle.verified((code, *weights))
+            self._verify(code, weights)
             return self.with_room(lambda: self.backend.load(entry.spec, self.bundle.path(code), paths))
+
+    def _verify(self, code: str, weights: Collection[str]) -> None:
+        """Hash what is to be loaded; a weights file, which several networks may read, once until it changes."""
+        states = {file: _state(self.bundle.path(file)) for file in weights}
+        changed = [file for file, state in states.items() if self._verified.get(file) != state]
+        self.bundle.verified([code, *changed])
+        self._verified |= states
 
     def _make_room(self, names: tuple[str, ...]) -> None:
         if self._budget is None:
@@ -140,6 +149,15 @@ class Networks:
         network = self.get(name, stages)
         with stages.timed(name):
             return self.with_room(lambda: run_once(self.backend, network, inputs, wanted))
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What changes when a file does."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {os_error_line(error)}; build the bundle again") from None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def run_once(

@@ -12,21 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.cross.devices import DeviceFacts
+from export.host_compiler import portable_compiler
 from moma_rt.errors import BundleError, InputError
 from moma_rt.messages import one_line
 
 _SOURCES = Path(__file__).parent
-_DRIVER, _RUNTIME, _COMPILER = "libcuda.so.1", "libmoma_cudart.so", "g++"
+_DRIVER, _RUNTIME = "libcuda.so.1", "libmoma_cudart.so"
 # What the C++ code of a package includes, and headers of PyTorch's packages lack.
 _HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h", "nv/target")
-# A package is for another machine's CPU: inductor names this one's instructions.
-_WRAPPER = """#!/bin/sh
-for argument do
-    shift
-    [ "$argument" = -march=native ] || set -- "$@" "$argument"
-done
-exec {compiler} "$@"
-"""
 
 
 @dataclass(frozen=True)
@@ -82,10 +75,7 @@ def build_stubs(facts: DeviceFacts, tools: Toolchain, folder: Path) -> dict[str,
             errors = [line for line in done.stderr.splitlines() if "error: " in line]
             raise BundleError(f"{source} cannot be compiled: {one_line(errors[0] if errors else done.stderr)}")
     (folder / "libcuda.so").symlink_to(_DRIVER)
-    compiler = folder / _COMPILER
-    compiler.write_text(_WRAPPER.format(compiler=tools.cxx))
-    compiler.chmod(0o755)
-    return _environment(folder, compiler, tools)
+    return _environment(folder, portable_compiler(folder, tools.cxx), tools)
 
 
 def _environment(folder: Path, compiler: Path, tools: Toolchain) -> dict[str, str]:

@@ -99,7 +99,8 @@ class LoadedWeights:
 
     def _new(self, tensor: torch.Tensor, channels_last: bool) -> Weight:
         if channels_last and tensor.dim() == 4:
-            tensor = tensor.contiguous(memory_format=torch.channels_last)
+            # The strides that the module had, of 1x1 kernels too, whose layout is both at once.
+            tensor = tensor.to(memory_format=torch.channels_last)
         weight = Weight(tensor)
         if weight.is_mapped:
             self._mapped.append(weight)

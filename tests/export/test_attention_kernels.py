@@ -138,7 +138,7 @@ def test_others_are_added(tmp_path, compiled):
 def test_what_would_be_others_today_is_dropped(tmp_path, compiled, monkeypatch, change):
     build(tmp_path, 80, 90)
     if change == "code":
-        monkeypatch.setattr(attention_kernels, "_code_hash", lambda: "other code")
+        monkeypatch.setattr(attention_kernels, "kernels_code_hash", lambda: "other code")
     kernels, said = build(tmp_path, precisions=FP32 if change == "precision" else FP16, off=change == "off")
     assert kernels == {}
     for capability in (80, 90):
@@ -234,7 +234,7 @@ def test_the_key_holds_what_a_kernel_depends_on(tmp_path, compiled, monkeypatch)
     keys = [first, kernels_key(network, geometry, 90), kernels_key(bf16, geometry, 80)]
     keys.append(kernels_key(network, dataclasses.replace(geometry, text_tokens=78), 80))
     with monkeypatch.context() as patch:
-        patch.setattr(attention_kernels, "_code_hash", lambda: "other code")
+        patch.setattr(attention_kernels, "kernels_code_hash", lambda: "other code")
         keys.append(kernels_key(network, geometry, 80))
     with monkeypatch.context() as patch:
         patch.setattr("importlib.metadata.version", lambda name: "4.0")
@@ -247,8 +247,8 @@ def test_the_code_is_that_of_the_kernels(monkeypatch, tmp_path):
         (tmp_path / "kernels" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "kernels" / name).write_text("x")
     monkeypatch.setattr(attention_kernels, "__file__", str(tmp_path / "export" / "attention_kernels.py"))
-    first = attention_kernels._code_hash()
+    first = attention_kernels.kernels_code_hash()
     (tmp_path / "kernels" / "a" / "onnx_function.py").write_text("y")
-    assert attention_kernels._code_hash() == first
+    assert attention_kernels.kernels_code_hash() == first
     (tmp_path / "kernels" / "a" / "triton_kernel.py").write_text("y")
-    assert attention_kernels._code_hash() != first
+    assert attention_kernels.kernels_code_hash() != first

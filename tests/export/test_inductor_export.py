@@ -128,7 +128,7 @@ def test_code_carried_alone_is_completed_by_the_same_build(tmp_path, compiled):
         lambda patch: patch.setattr(inductor_export, "cpu_instructions", lambda: "AVX9000"),
         lambda patch: patch.setattr(inductor_export, "sha256_file", lambda _: "other code"),
         lambda patch: patch.setattr(PackageOptions, "of", lambda *_: PackageOptions(False, False, "O3")),
-        lambda patch: patch.setattr("export.keys._code_hash", lambda: "other code"),
+        lambda patch: patch.setattr("export.keys._code_hash", lambda names: "other code"),
     ],
     ids=["version", "instructions", "compiling code", "options", "networks' code"],
 )

@@ -49,7 +49,8 @@ SAME = [
     # What the class takes where nothing is said.
     ("unet", {"act_fn": "silu", "norm_eps": 1e-5, "freq_shift": 0, "flip_sin_to_cos": True}),
     ("vae", {"_name_or_path": "stabilityai/sd-vae-ft-mse", "_diffusers_version": "0.2.2"}),
-    ("vae", {"act_fn": "silu"}),
+    ("vae", {"act_fn": "silu", "sample_size": 256, "force_upcast": True}),
+    ("text_encoder", {"projection_dim": 768, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}),
     ("text_encoder", {"torch_dtype": "float16", "dtype": "float16"}),
     ("text_encoder", {"transformers_version": "4.21.0", "architectures": ["CLIPTextModel"]}),
     ("text_encoder", {"_name_or_path": "openai/clip-vit-large-patch14", "model_type": "clip_text_model"}),
@@ -107,7 +108,7 @@ def test_precision_code_and_libraries_are_part_of_both(monkeypatch, tiny_checkpo
     assert found(components=changed(tiny_checkpoint, "vae", name="renamed")) == first
     assert found(Precision.BF16) != first, "the same tensors, another arithmetic"
     with monkeypatch.context() as patch:
-        patch.setattr(keys, "_code_hash", lambda: "other code")
+        patch.setattr(keys, "_code_hash", lambda names: "other code")
         assert found() != first
     with monkeypatch.context() as patch:
         patch.setattr("importlib.metadata.version", lambda _: "0")
@@ -126,10 +127,25 @@ KEYS = (network_key, structure_key)
 
 def test_every_source_that_a_graph_is_made_by_is_hashed(repository):
     """A file that is missing from the list would let an old graph pass for a new one's."""
-    for name in keys._CODE:
+    hashed = {*keys._CODE, *keys._GRAPH_CODE}
+    for name in hashed:
         assert (repository / name).exists(), name
     modules = {path.relative_to(repository).as_posix() for path in (repository / "export").glob("*.py")}
     # The command line, what lies beside the networks, and what other keys name.
     others = {"__init__", "attention_kernels", "bases", "build", "bundling", "compare", "inductor_export", "keys"}
-    others |= {"packages", "progress", "sample_inputs", "tokenizers", "torch_runs", "cross_compile"}
-    assert modules - {f"export/{name}.py" for name in others} == {n for n in keys._CODE if n in modules}
+    others |= {"host_compiler", "packages", "progress", "sample_inputs", "tokenizers", "torch_runs"}
+    assert modules - {f"export/{name}.py" for name in others} == {name for name in hashed if name in modules}
+
+
+def test_what_only_writes_a_graph_is_no_part_of_a_structure(monkeypatch, tiny_checkpoint, tiny_geometry):
+    spec = NETWORKS["vae_decoder"].spec(tiny_geometry)
+    version = keys.importlib.metadata.version
+
+    def found():
+        return [key(tiny_checkpoint.components, spec, Precision.FP32) for key in KEYS]
+
+    before = found()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0" if "onnx" in name else version(name))
+    assert [first == second for first, second in zip(before, found(), strict=True)] == [False, True]
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version(name).partition("+")[0] + "+cu130")
+    assert found() == before, "a build of the same version for another device"

@@ -140,7 +140,11 @@ def test_an_engine_needs_what_its_builder_counted(manifest):
     assert footprint(manifest, "denoiser", unknown) == Footprint(1, 0), "its file"
     assert footprint(manifest, "denoiser", None) == Footprint(1000, 0), "the graph and the weights"
     package = dataclasses.replace(unknown, flavour=Flavour.INDUCTOR)
-    assert footprint(manifest, "denoiser", package) == Footprint(1000, 0), "the package and the weights beside it"
+    (weights,) = manifest.networks["denoiser"].weights
+    found = footprint(manifest, "denoiser", package)
+    assert found == Footprint(1, 0, {weights: 999}), "the package and the weights beside it"
+    assert together([found]) == 1000
+    assert together([found, dataclasses.replace(found, activations=7)]) == 1008, "they hold the file once"
 
 
 def test_what_was_used_longest_ago_goes(networks, backend):

@@ -13,8 +13,10 @@ from moma_rt.cli import entry
 from moma_rt.engines import Device, EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError, MomaError, MomaWarning, OutOfMemory
 from moma_rt.files import sha256_file
+from moma_rt.networks import Networks
 from moma_rt.runtime import Runtime
 from moma_rt.schedules import ALL_TIMESTEPS
+from moma_rt.stages import Stages
 from tests.moma_rt.fake_gpu import FakeGpu
 from tests.moma_rt.waiting import wait_until
 
@@ -227,3 +229,23 @@ def test_calls_that_do_not_fit_together_are_made_one_by_one(gpu, bundle, photo, 
     for thread in threads:
         thread.join()
     assert found == [expected] * 4
+
+
+def test_weights_that_networks_share_are_hashed_once_and_again_when_they_change(fakes, tmp_path, backend, monkeypatch):
+    root = fakes.make_bundle(tmp_path / "bundle")
+    shared = "weights/denoiser/weights.safetensors"
+
+    def share(data):
+        data["networks"]["vae_decoder"]["weights"] = [shared]
+
+    fakes.edit_manifest(root, share)
+    hashed = []
+    monkeypatch.setattr("moma_rt.bundle.sha256_file", lambda path: hashed.append(path.parent.name) or sha256_file(path))
+    networks = Networks(Bundle.open(root), backend)
+    networks.together(("denoiser", "vae_decoder"), Stages())
+    assert hashed.count("denoiser") == 2, "the graph and the weights; the decoder reads the weights again"
+    assert backend.weights["vae_decoder"] == (root / shared,)
+    (root / shared).write_text((root / shared).read_text()[::-1])
+    for _ in range(2):
+        with pytest.raises(BundleError, match=f"{shared} was altered"):
+            networks._load("denoiser", Stages())

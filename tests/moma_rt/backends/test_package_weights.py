@@ -11,8 +11,12 @@ from safetensors.torch import save, save_file
 from moma_rt.backends.package_weights import CONSTANTS_MEMBER, WEIGHTS_MEMBER, LoadedWeights
 from moma_rt.errors import BundleError
 
-NAMES = {"unet_conv_weight": "unet.conv.weight", "unet_bias": "unet.bias"}
-TENSORS = {"unet.conv.weight": torch.arange(72.0).reshape(2, 4, 3, 3), "unet.bias": torch.ones(2)}
+TENSORS = {
+    "unet.conv.weight": torch.arange(72.0).reshape(2, 4, 3, 3),
+    "unet.point.weight": torch.arange(8.0).reshape(2, 4, 1, 1),
+    "unet.bias": torch.ones(2),
+}
+NAMES = {name.replace(".", "_"): name for name in TENSORS}
 
 
 @pytest.fixture
@@ -31,10 +35,12 @@ def files(tmp_path):
 def test_convolutions_are_laid_out_as_the_package_wants_them(files, channels_last):
     loaded = LoadedWeights(torch.device("cpu"))
     found = loaded.of(files / f"{channels_last}.pt2", NAMES, [files / "weights.safetensors"])
-    conv = found["unet_conv_weight"].tensor
-    assert torch.equal(conv, TENSORS["unet.conv.weight"])
-    assert conv.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    assert torch.equal(found["unet_bias"].tensor, TENSORS["unet.bias"])
+    for name, side in (("unet_conv_weight", 3), ("unet_point_weight", 1)):
+        module = torch.nn.Conv2d(4, 2, side, device="meta")
+        wanted = module.to(memory_format=torch.channels_last) if channels_last else module
+        assert found[name].tensor.stride() == wanted.weight.stride(), name
+    for code, name in NAMES.items():
+        assert torch.equal(found[code].tensor, TENSORS[name])
 
 
 def test_two_networks_hold_one_copy(files):
