@@ -33,6 +33,11 @@ NO_MEMORY = (
 OPTIONS = {"user_compute_stream", "arena_extend_strategy"}
 
 
+# A file, or what is in one.
+Graph = str | bytes
+WEIGHTS_ROOT = "session.model_external_initializers_file_folder_path"
+
+
 class FakeOnnxRuntime(ModuleType):
     """The module. `failures` are raised by the next run or load, one each."""
 
@@ -74,17 +79,22 @@ class FakeOnnxRuntime(ModuleType):
         if not self.loads_provider:
             print("Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file\nPlease follow")
 
-    def InferenceSession(self, path: str, options: Any, *, providers: Sequence[Any], enable_fallback: int) -> Any:
+    def InferenceSession(
+        self, graph: str | bytes, options: Any, *, providers: Sequence[Any], enable_fallback: int
+    ) -> Any:
         assert enable_fallback == 0, "it would go on on the CPU, and print that"
         if providers == [CPU]:
-            return onnxruntime.InferenceSession(path, options, providers=providers)
+            return onnxruntime.InferenceSession(graph, options, providers=providers)
         ((name, given),) = providers
         assert name == CUDA
         assert given.keys() <= OPTIONS
         assert given["user_compute_stream"] == str(STREAM)
         assert not options.enable_mem_reuse, "memory of shapes is used again too early"
         self.fail()
-        return FakeSession(self, path)
+        # A graph that is given as its bytes has weights elsewhere.
+        return FakeSession(
+            self, graph, options.get_session_config_entry(WEIGHTS_ROOT) if isinstance(graph, bytes) else ""
+        )
 
     def fail(self) -> None:
         if self.failures:
@@ -119,13 +129,17 @@ class Arena:
 class FakeSession:
     """A session of the CUDA provider."""
 
-    def __init__(self, module: FakeOnnxRuntime, path: str) -> None:
+    def __init__(self, module: FakeOnnxRuntime, graph: Graph, weights_root: str) -> None:
         options = onnxruntime.SessionOptions()
+        if weights_root:
+            options.add_session_config_entry(WEIGHTS_ROOT, weights_root)
         options.log_severity_level, options.intra_op_num_threads = 4, 1
-        self.real = onnxruntime.InferenceSession(path, options, providers=[CPU])
+        self.real = onnxruntime.InferenceSession(graph, options, providers=[CPU])
         self.module = module
         self.name = self.real.get_modelmeta().graph_name
-        self.arena = Arena(module.cuda, module.take(Path(path).stat().st_size))
+        self.arena = Arena(
+            module.cuda, module.take(len(graph) if isinstance(graph, bytes) else Path(graph).stat().st_size)
+        )
         weakref.finalize(self, self.arena.end)
 
     def get_providers(self) -> list[str]:

@@ -11,6 +11,8 @@ from moma_rt.backends.inductor import InductorBackend, TorchBound
 from moma_rt.bundle import read_manifest, write_manifest
 from moma_rt.cli import entry
 from moma_rt.errors import BundleError, Cancelled, MomaError, OutOfMemory
+from moma_rt.footprint import footprint
+from moma_rt.footprint import together as needed_together
 from moma_rt.runtime import Runtime
 from tests.moma_rt.together import assert_same, calls_of, check_four_subjects, four_subjects, together
 
@@ -110,16 +112,18 @@ def test_those_that_have_no_room_together_are_made_one_by_one(on_a_cpu, small_bu
 
 def test_packages_are_loaded_in_turn_where_a_budget_says_so(on_a_cpu, small_bundles, subject, monkeypatch):
     manifest = read_manifest(small_bundles[1])
-    size = {engine.network: manifest.files[engine.file].size for engine in manifest.engines}
+    size = {
+        engine.network: needed_together([footprint(manifest, engine.network, engine)]) for engine in manifest.engines
+    }
     budget = size["denoiser"] + size["vae_decoder"] + min(size["text_encoder"], size["context_projector"])
     expected = Runtime.load(small_bundles[1], "inductor").generate(
         subject, PROMPT, steps=1, context_embedding=EMBEDDING
     )
     load, loads = InductorBackend.load, []
 
-    def counted(backend, spec, path):
+    def counted(backend, spec, path, weights):
         loads.append(spec.name)
-        return load(backend, spec, path)
+        return load(backend, spec, path, weights)
 
     monkeypatch.setattr(InductorBackend, "load", counted)
     runtime = Runtime.load(small_bundles[1], "inductor", memory_budget=budget)
