@@ -1,6 +1,7 @@
 """What a call carries: parts that are put together again, and no more than it may."""
 
 import io
+import sys
 import tarfile
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from benchmarks.gpu import pack
 from benchmarks.gpu.carried import RTX_PART
 from benchmarks.gpu.pack import main, parts_of, sources_mib
+from benchmarks.gpu.prepare import kept
 from benchmarks.gpu.rtx_probe import library, unpack
 from moma_rt.errors import MomaError
 
@@ -36,10 +38,23 @@ def test_parts_are_divided_between_two_calls(archive, tmp_path, monkeypatch):
     # There, the first is where it was kept.
     work = tmp_path / "first"
     monkeypatch.setattr("sys.path", ["-"])
-    monkeypatch.delitem(__import__("sys").modules, "tensorrt_rtx", raising=False)
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
     assert library(tmp_path / "second", work).__version__ == "9.9"
-    monkeypatch.delitem(__import__("sys").modules, "tensorrt_rtx")
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx")
     assert sorted(path.name for path in work.iterdir()) == ["rtx", f"{RTX_PART}00"]
+
+
+def test_a_part_that_was_carried_and_kept_counts_once(archive, tmp_path, monkeypatch):
+    work, carried = tmp_path / "work", tmp_path / "carried"
+    for folder in (work, carried):
+        folder.mkdir()
+    for number, part in enumerate(parts_of(archive, 100)):
+        (carried / f"{RTX_PART}{number:02d}").write_bytes(part)
+    kept(sorted(carried.iterdir()), work)
+    monkeypatch.setattr("sys.path", ["-"])
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
+    assert library(carried, work).__version__ == "9.9"
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx")
 
 
 def test_a_part_that_is_missing_is_said(archive, tmp_path):
