@@ -180,7 +180,7 @@ class _Running:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end_with_parent,
             )
 
     @property
@@ -232,6 +232,10 @@ class _Running:
             return
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it is killed: it would hold the GPU."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_parent() -> None:
+    """Have Linux end this process when the one that started it is killed: it would hold the GPU.
+
+    To be called in the new process, as `preexec_fn`.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
