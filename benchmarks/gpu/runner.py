@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.environment import write_results
 from moma_rt.files import atomic_write
+from moma_rt.messages import one_line
 
 # Between SIGTERM and SIGKILL, in seconds, and how much earlier than the deadline the last step has to end.
 GRACE = 3.0
@@ -90,6 +91,7 @@ class _Run:
         self._start = clock()
         self._records: dict[str, dict[str, Any]] = {}
         self._archived = 0.0
+        self._said = ""
 
     @property
     def _left(self) -> float:
@@ -145,15 +147,28 @@ class _Run:
     def _archive(self) -> None:
         self._archived = self._clock()
         lease = self._lease
-        with atomic_write(lease.out / f"{lease.name}.tar.gz") as temporary, tarfile.open(temporary, "w:gz") as archive:
-            for path in sorted(lease.results.iterdir()):
-                # Others may be half-written, or gone before they are read.
-                if path.suffix in _KEPT and not path.name.startswith("."):
-                    archive.add(path, path.name)
+        try:
+            with atomic_write(lease.out / f"{lease.name}.tar.gz") as target, tarfile.open(target, "w:gz") as archive:
+                for path in sorted(lease.results.iterdir()):
+                    # Others may be half-written, or gone before they are read.
+                    if path.suffix in _KEPT and not path.name.startswith("."):
+                        archive.add(path, path.name)
+        except OSError as error:
+            self._not_written(error)
+
+    def _not_written(self, error: OSError) -> None:
+        """A full disk does not end the lease; said once, since it is tried again every few seconds."""
+        said = f"{self._lease.name}: {one_line(error)}: not written"
+        if said != self._said:
+            print(said, flush=True)
+        self._said = said
 
     def _note(self, step: Step, record: Mapping[str, Any], *, is_final: bool = True) -> None:
         self._records[step.name] = {"command": list(step.command), **record}
-        write_results(self._lease.name, {**self._lease.facts, "steps": self._records}, self._lease.out)
+        try:
+            write_results(self._lease.name, {**self._lease.facts, "steps": self._records}, self._lease.out)
+        except OSError as error:
+            self._not_written(error)
         if is_final:
             taken = f" ({record['seconds']:.0f} s)" if "seconds" in record else ""
             print(f"{step.name:<14}{record['status']}{taken}: {record['summary']}", flush=True)
