@@ -68,7 +68,9 @@ def _measure(options: StepOptions) -> int:
 def not_captured(cases: Sequence[Mapping[str, Any]]) -> str:
     """Which graphs of which cases were not captured and why; empty where all were."""
     halves = {2: "guided", 1: "unguided"}
-    return "; ".join(f"{halves[case['halves']]} {what}: {why}" for case in cases for what, why in case["why_not"].items())
+    return "; ".join(
+        f"{halves[case['halves']]} {what}: {why}" for case in cases for what, why in case["why_not"].items()
+    )
 
 
 def times(generation: Generation, halves: int, steps: int, samples: int) -> dict[str, Any]:

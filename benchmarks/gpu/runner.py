@@ -7,6 +7,7 @@ every few seconds: a lent machine gives few files back.
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Lease:
         seconds: from the start to the end of all of it.
         environment: of every step.
         facts: written into the JSON file as they are.
+        places: what the JSON file has in place of this machine's paths, by these.
     """
 
     name: str
@@ -77,6 +79,13 @@ class Lease:
     seconds: float
     environment: Mapping[str, str]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def shown(self, text: str) -> str:
+        """The text without this machine's paths."""
+        for path in sorted(self.places, key=len, reverse=True):
+            text = re.sub(rf"{re.escape(path)}(?![\w.-])", lambda _, path=path: self.places[path], text)
+        return text
 
 
 def run_steps(lease: Lease, groups: Iterable[Group], clock: Callable[[], float] = time.monotonic) -> bool:
@@ -164,7 +173,8 @@ class _Run:
         self._said = said
 
     def _note(self, step: Step, record: Mapping[str, Any], *, is_final: bool = True) -> None:
-        self._records[step.name] = {"command": list(step.command), **record}
+        shown = {name: self._lease.shown(value) if isinstance(value, str) else value for name, value in record.items()}
+        self._records[step.name] = {"command": [self._lease.shown(part) for part in step.command], **shown}
         try:
             write_results(self._lease.name, {**self._lease.facts, "steps": self._records}, self._lease.out)
         except OSError as error:
