@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,9 @@ _PACKAGES = (
 _COMMIT_VARIABLE = "MOMA_RT_COMMIT"
 # A folder that results go to in place of benchmarks/results.
 RESULTS_VARIABLE = "MOMA_RT_RESULTS"
+
+# Options that name a place on this machine, and what is shown for it.
+_PLACES = MappingProxyType({"--bundle": "DIR", "--subject": "FILE"})
 
 
 def environment(command: str) -> dict[str, Any]:
@@ -65,13 +69,16 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 
 def repeatable(program: str, given: Sequence[str]) -> str:
-    """The command `python -m PROGRAM` with the arguments given, without this machine's path of the bundle."""
+    """The command `python -m PROGRAM` with the arguments given, without this machine's paths of bundle and subject."""
     shown = list(given)
     for index, argument in enumerate(given):
-        if argument == "--bundle":
-            shown[index + 1] = "DIR"
-        elif argument.startswith("--bundle="):
-            shown[index] = "--bundle=DIR"
+        option, is_joined, _ = argument.partition("=")
+        if option not in _PLACES:
+            continue
+        if is_joined:
+            shown[index] = f"{option}={_PLACES[option]}"
+        elif index + 1 < len(shown):
+            shown[index + 1] = _PLACES[option]
     return shlex.join(["python", "-m", program, *shown])
 
 

@@ -29,14 +29,13 @@ from typing import Any
 
 from benchmarks.environment import bundle_facts, environment, percentiles, repeatable, write_results
 from benchmarks.memory import device_mib_in_process, device_mib_used, resident_mib
-from benchmarks.soak_references import references, subject_file
+from benchmarks.soak_references import load_repeatable, references, subject_file
 from benchmarks.soak_requests import SUBJECTS, Drawn, Kind, draw_requests, pool
 from benchmarks.soak_run import Answered, Asker, Judge, run
 from moma_rt import backends
 from moma_rt.bundle import Bundle
 from moma_rt.errors import InputError, MomaError, print_output, run_command
 from moma_rt.limits import GRAPH_MEMORY, Limits
-from moma_rt.runtime import Runtime
 from moma_rt.selection import Host, choose
 from moma_rt.specs import Precision
 from moma_rt.subject import Subject
@@ -219,7 +218,7 @@ def soak(plan: Plan, bundle: Path, backend: str, judge: Judge, folder: Path) -> 
     """Make the run of subjects that lie in `folder`; what became of it."""
     drawn = draw_requests(plan.requests, len(judge.pool), plan.seed)
     before = plan.used_mib(0)
-    runtime = Runtime.load(bundle, backend, max_batch=plan.max_batch)
+    runtime = load_repeatable(bundle, backend, max_batch=plan.max_batch)
     asker = Asker(runtime, {name: Subject.load(subject_file(folder, name)) for name in SUBJECTS}, judge)
 
     def ask(number: int, chosen: Drawn) -> Answered:

@@ -59,10 +59,22 @@ def subject_file(folder: Path, name: str) -> Path:
     return folder / f"{SUBJECTS.index(name)}.subject"
 
 
+def load_repeatable(bundle: Path, backend: str, **limits: int) -> Runtime:
+    """A runtime whose pictures are, to the bit, those of another process that loads one this way."""
+    runtime = Runtime.load(bundle, backend, **limits)
+    if backend == "inductor":
+        import torch
+
+        # On a GPU it has cuDNN measure which convolutions are the fastest: two processes may choose others, which round
+        # otherwise. No network is loaded yet, so all are chosen by rule now; the soak may be a little slower for it.
+        torch.backends.cudnn.benchmark = False
+    return runtime
+
+
 def _made_alone(
     bundle: Path, backend: str, requests: Sequence[PictureRequest], folder: Path, batches: Sequence[int]
 ) -> list[Reference]:
-    runtime = Runtime.load(bundle, backend)
+    runtime = load_repeatable(bundle, backend)
     width = runtime.bundle.manifest.geometry.embedding_width
     subjects = {name: runtime.enroll(*photo_and_mask(name), name) for name in SUBJECTS}
     for name, subject in subjects.items():

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.environment import RESULTS_VARIABLE, environment
-from benchmarks.gpu.plan import CALLS, ROOT, Setup, all_steps, groups
+from benchmarks.gpu.plan import CALLS, FIRST, ROOT, Setup, all_steps, groups
 from benchmarks.gpu.runner import Lease, run_steps
 from benchmarks.gpu.toolchain import toolchain
 from moma_rt.errors import print_output, run_command
@@ -46,16 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("call", choices=CALLS)
+    p.add_argument("call", nargs="?", choices=CALLS, help="(with --list: either)")
     p.add_argument("steps", nargs="*", metavar="STEP", help="(default: those of the call)")
     p.add_argument("--seconds", type=float, metavar="N", help="of all of it (default: those of the call)")
     p.add_argument("--list", action="store_true", help="print every step and its command, and run nothing")
     options = p.parse_args(given)
+    if options.call is None and not options.list:
+        p.error(f"which call is it: {' or '.join(CALLS)}?")
     return run_command(PROGRAM, lambda: _run(options, given))
 
 
 def _run(options: argparse.Namespace, given: Sequence[str]) -> int:
-    setup = Setup.of(os.environ, options.call)
+    setup = Setup.of(os.environ, options.call or FIRST, needs_gpu=not options.list)
     if options.list:
         print_output("\n".join(f"{name:<18}{' '.join(step.command)}" for name, step in all_steps(setup).items()))
         return 0
@@ -71,6 +73,7 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> int:
         seconds=usual if options.seconds is None else options.seconds,
         environment=_environment(setup),
         facts={"environment": environment(f"python -m {PROGRAM} {' '.join(given)}"), "rehearsal": setup.rehearse},
+        places=setup.places,
     )
     return 0 if run_steps(lease, chosen) else 1
 

@@ -17,12 +17,12 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from benchmarks.gpu.carried import BUNDLE_ARCHIVE, BUNDLE_FOLDER, RTX_PART
 from benchmarks.gpu.plan import FIRST, ROOT, SECOND
-from moma_rt.bundle import read_manifest
-from moma_rt.errors import InputError, MomaError, print_output, run_command
+from moma_rt.bundle import MANIFEST_NAME, RECORD_NAME, Bundle, read_manifest
+from moma_rt.errors import BundleError, InputError, MomaError, print_output, run_command
 from moma_rt.files import atomic_write
 
 PROGRAM = "benchmarks.gpu.pack"
@@ -91,21 +91,26 @@ def _pack(options: argparse.Namespace) -> int:
 
 
 def pack_bundle(bundle: Path, out: Path) -> None:
-    """Write a bundle's files but for its weights as a .tar.xz.
+    """Write the files that a bundle's manifest names but for the weights, and their records, as a .tar.xz.
 
     Raises:
-        BundleError: it is no bundle.
+        BundleError: it is no bundle, or one of these files is missing.
         InputError: it has no engines, so that nothing of it could run there.
     """
     manifest = read_manifest(bundle)
     if not manifest.engines:
         raise InputError(f"{bundle} has no engines: build it with --target inductor:smNN")
-    names = [path.relative_to(bundle) for path in sorted(bundle.rglob("*")) if path.is_file()]
-    chosen = [name for name in names if not name.as_posix().startswith((_WEIGHTS, "."))]
+    opened = Bundle(bundle, manifest)
+    named = [name for name in manifest.files if not name.startswith(_WEIGHTS)]
+    if missing := [name for name in named if not opened.path(name).is_file()]:
+        raise BundleError(f"{bundle}: {missing[0]} is missing; build the bundle again")
+    # Without its record a build keeps no folder. Other files are those of builds that were stopped.
+    records = {f"{PurePosixPath(name).parent}/{RECORD_NAME}" for name in named}
+    chosen = sorted([MANIFEST_NAME, *named, *(name for name in records if (bundle / name).is_file())])
     with atomic_write(out) as temporary, lzma.open(temporary, "wb", preset=7) as stream:
         with tarfile.open(fileobj=stream, mode="w", dereference=True) as archive:
             for name in chosen:
-                archive.add(bundle / name, f"{BUNDLE_FOLDER}/{name.as_posix()}")
+                archive.add(bundle / name, f"{BUNDLE_FOLDER}/{name}")
 
 
 def rtx_archive() -> bytes:

@@ -49,8 +49,10 @@ class Setup:
     precision: str
 
     @classmethod
-    def of(cls, environ: Mapping[str, str], call: str) -> "Setup":
+    def of(cls, environ: Mapping[str, str], call: str, *, needs_gpu: bool = True) -> "Setup":
         """For a call, from environment variables of the same names in capitals; SHIP is `carried`.
+
+        needs_gpu: False where nothing is run.
 
         Raises:
             InputError: one that cannot be used, or there is neither a GPU nor REHEARSE=1.
@@ -59,12 +61,13 @@ class Setup:
         if rehearse not in ("0", "1"):
             raise InputError(f"REHEARSE={rehearse}: it must be 1, or 0")
         gpu = None if rehearse == "1" else gpu_facts()
-        if rehearse == "0" and gpu is None:
+        if needs_gpu and rehearse == "0" and gpu is None:
             raise InputError("nvidia-smi finds no GPU on this machine; REHEARSE=1 runs every step on the CPU")
         backend = environ.get("BACKEND", "inductor")
         if backend not in backends.NAMES:
             raise InputError(f"BACKEND={backend}; there are: {', '.join(backends.NAMES)}")
-        usual = "cpu,inductor" if gpu is None else f"inductor:sm{gpu['capability'].replace('.', '')}"
+        capability = "NN" if gpu is None else gpu["capability"].replace(".", "")
+        usual = "cpu,inductor" if rehearse == "1" else f"inductor:sm{capability}"
         work = Path(environ.get("WORK", "/var/tmp/moma-rt-lease")).resolve()
         return cls(
             out=Path(environ.get("OUT", "build/lease")).resolve(),
@@ -74,8 +77,17 @@ class Setup:
             rehearse=rehearse == "1",
             backend=backend,
             target=environ.get("TARGET", usual),
-            precision=environ.get("PRECISION", "fp32" if gpu is None else "fp16"),
+            precision=environ.get("PRECISION", "fp32" if rehearse == "1" else "fp16"),
         )
+
+    @property
+    def places(self) -> dict[str, str]:
+        """What records have in place of this machine's paths: the variables that name them."""
+        variables = {self.out: "$OUT", self.work: "$WORK", self.carried: "$SHIP"}
+        # The default is inside WORK.
+        bundle = {} if self.bundle.is_relative_to(self.work) else {self.bundle: "$BUNDLE"}
+        named = {str(path): name for path, name in (variables | bundle).items()}
+        return {str(ROOT): ".", **named, sys.executable: "python3"}
 
     @property
     def results(self) -> Path:

@@ -22,8 +22,12 @@ import numpy as np
 from benchmarks.contenders import SUBJECT
 from benchmarks.environment import write_results
 from benchmarks.gpu.carried import BUNDLE_ARCHIVE, BUNDLE_FOLDER, PACKAGES, RTX_PART, SUBJECT_FILE
-from moma_rt.bundle import MANIFEST_NAME, Bundle
-from moma_rt.errors import MomaError, print_output, run_command
+from benchmarks.gpu.runner import end_with_parent
+from engines.store import ENGINES_FOLDER, KERNELS_FOLDER, LOCK_NAME, NETWORKS_FOLDER, PARTIAL_PREFIX
+from moma_rt.bundle import MANIFEST_NAME, WEIGHTS_FOLDER, Bundle, Manifest, read_manifest
+from moma_rt.engines import Flavour
+from moma_rt.errors import InputError, MomaError, print_output, run_command
+from moma_rt.libraries import library_version
 from moma_rt.messages import one_line
 from moma_rt.specs import Geometry
 from moma_rt.subject import Origin, Subject
@@ -31,6 +35,8 @@ from moma_rt.subject import Origin, Subject
 PROGRAM = "benchmarks.gpu.prepare"
 # The share of reference tokens inside the mask.
 _SHARE = 0.4
+# What a build that was stopped may have left.
+_OF_A_BUILD = (NETWORKS_FOLDER, WEIGHTS_FOLDER, ENGINES_FOLDER, KERNELS_FOLDER, "tokenizers", LOCK_NAME)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +62,10 @@ def _prepare(options: argparse.Namespace) -> int:
     timed("wheels", lambda: install(sorted(options.carried.glob("*.whl")), options.work / PACKAGES))
     # The second call has no room for all of it.
     timed("parts", lambda: kept(sorted(options.carried.glob(f"{RTX_PART}*")), options.work))
-    timed("unpacking", lambda: unpack(options.carried / BUNDLE_ARCHIVE, options.bundle))
+    archive = options.carried / BUNDLE_ARCHIVE
+    timed("unpacking", lambda: unpack(archive, options.bundle))
+    if archive.exists():
+        check_engines(read_manifest(options.bundle))
     timed("weights", lambda: build([*options.build, "--out", str(options.bundle)]))
     bundle = Bundle.open(options.bundle)
     timed("subject", lambda: random_subject(bundle).save(options.work / SUBJECT_FILE))
@@ -97,20 +106,58 @@ def kept(parts: Sequence[Path], folder: Path) -> None:
 def unpack(archive: Path, bundle: Path) -> None:
     """Unpack the bundle that was carried to its place, unless there is one or none was carried.
 
+    What a build that was stopped left there is replaced.
+
     Raises:
-        MomaError: it is no archive with a folder `bundle`.
+        MomaError: it is no archive with a folder `bundle`, or something else is in its place.
     """
     if (bundle / MANIFEST_NAME).exists() or not archive.exists():
         return
-    folder = bundle.parent / f".partial-{bundle.name}"
+    if others := sorted(path.name for path in _entries(bundle) if not _is_of_a_build(path.name)):
+        raise MomaError(f"{bundle} is in the way, and no bundle: it has {others[0]}; move it, or give another BUNDLE")
+    folder = bundle.parent / f"{PARTIAL_PREFIX}{bundle.name}"
     try:
+        shutil.rmtree(folder, ignore_errors=True)
         with tarfile.open(archive, "r:xz") as files:
             files.extractall(folder, filter="data")
+        if not (folder / BUNDLE_FOLDER).is_dir():
+            raise tarfile.TarError(f"it has no folder {BUNDLE_FOLDER}")
+        if bundle.is_dir():
+            shutil.rmtree(bundle)
         (folder / BUNDLE_FOLDER).replace(bundle)
     except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
         raise MomaError(f"{archive} cannot be unpacked as a bundle: {one_line(error)}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_of_a_build(name: str) -> bool:
+    return name in _OF_A_BUILD or name.startswith(PARTIAL_PREFIX)
+
+
+def check_engines(manifest: Manifest) -> None:
+    """Refuse a carried bundle whose engines a build here would drop: compiling takes all the time that there is.
+
+    Raises:
+        MomaError: another version of the library made every one of them.
+    """
+    here = {flavour: _version_here(flavour) for flavour in {engine.flavour for engine in manifest.engines}}
+    if any(engine.version == here[engine.flavour] for engine in manifest.engines):
+        return
+    made = sorted({(engine.flavour.value, engine.version, here[engine.flavour]) for engine in manifest.engines})
+    said = ", ".join(f"those of {name} by version {version}, and here is {found}" for name, version, found in made)
+    raise MomaError(f"the carried bundle's engines cannot be kept: {said or 'it has none'}; build it with what is here")
+
+
+def _version_here(flavour: Flavour) -> str:
+    try:
+        return library_version(flavour)
+    except InputError:
+        return "none"
 
 
 def build(options: Sequence[str]) -> None:
@@ -128,7 +175,7 @@ def run(command: Sequence[str]) -> None:
     Raises:
         MomaError: it did not end with 0.
     """
-    done = subprocess.run(command, check=False, env=dict(os.environ))
+    done = subprocess.run(command, check=False, env=dict(os.environ), preexec_fn=end_with_parent)
     if done.returncode:
         raise MomaError(f"{' '.join(command[1:4])} ended with {done.returncode}")
 

@@ -68,7 +68,8 @@ def library(carried: Path, work: Path) -> Any:
     Raises:
         MomaError: the parts are no archive.
     """
-    parts = [path for folder in (work, carried) for path in folder.glob(f"{RTX_PART}*")]
+    # Where both folders are one call's, a part is in both: carried, and kept for the next call.
+    parts = list({path.name: path for folder in (work, carried) for path in folder.glob(f"{RTX_PART}*")}.values())
     if parts:
         site = work / "rtx"
         if not site.is_dir():

@@ -7,6 +7,7 @@ every few seconds: a lent machine gives few files back.
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 from benchmarks.environment import write_results
 from moma_rt.files import atomic_write
+from moma_rt.messages import one_line
 
 # Between SIGTERM and SIGKILL, in seconds, and how much earlier than the deadline the last step has to end.
 GRACE = 3.0
@@ -68,6 +70,7 @@ class Lease:
         seconds: from the start to the end of all of it.
         environment: of every step.
         facts: written into the JSON file as they are.
+        places: what the JSON file has in place of this machine's paths, by these.
     """
 
     name: str
@@ -76,6 +79,13 @@ class Lease:
     seconds: float
     environment: Mapping[str, str]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def shown(self, text: str) -> str:
+        """The text without this machine's paths."""
+        for path in sorted(self.places, key=len, reverse=True):
+            text = re.sub(rf"{re.escape(path)}(?![\w.-])", lambda _, path=path: self.places[path], text)
+        return text
 
 
 def run_steps(lease: Lease, groups: Iterable[Group], clock: Callable[[], float] = time.monotonic) -> bool:
@@ -90,6 +100,7 @@ class _Run:
         self._start = clock()
         self._records: dict[str, dict[str, Any]] = {}
         self._archived = 0.0
+        self._said = ""
 
     @property
     def _left(self) -> float:
@@ -145,15 +156,29 @@ class _Run:
     def _archive(self) -> None:
         self._archived = self._clock()
         lease = self._lease
-        with atomic_write(lease.out / f"{lease.name}.tar.gz") as temporary, tarfile.open(temporary, "w:gz") as archive:
-            for path in sorted(lease.results.iterdir()):
-                # Others may be half-written, or gone before they are read.
-                if path.suffix in _KEPT and not path.name.startswith("."):
-                    archive.add(path, path.name)
+        try:
+            with atomic_write(lease.out / f"{lease.name}.tar.gz") as target, tarfile.open(target, "w:gz") as archive:
+                for path in sorted(lease.results.iterdir()):
+                    # Others may be half-written, or gone before they are read.
+                    if path.suffix in _KEPT and not path.name.startswith("."):
+                        archive.add(path, path.name)
+        except OSError as error:
+            self._not_written(error)
+
+    def _not_written(self, error: OSError) -> None:
+        """A full disk does not end the lease; said once, since it is tried again every few seconds."""
+        said = f"{self._lease.name}: {one_line(error)}: not written"
+        if said != self._said:
+            print(said, flush=True)
+        self._said = said
 
     def _note(self, step: Step, record: Mapping[str, Any], *, is_final: bool = True) -> None:
-        self._records[step.name] = {"command": list(step.command), **record}
-        write_results(self._lease.name, {**self._lease.facts, "steps": self._records}, self._lease.out)
+        shown = {name: self._lease.shown(value) if isinstance(value, str) else value for name, value in record.items()}
+        self._records[step.name] = {"command": [self._lease.shown(part) for part in step.command], **shown}
+        try:
+            write_results(self._lease.name, {**self._lease.facts, "steps": self._records}, self._lease.out)
+        except OSError as error:
+            self._not_written(error)
         if is_final:
             taken = f" ({record['seconds']:.0f} s)" if "seconds" in record else ""
             print(f"{step.name:<14}{record['status']}{taken}: {record['summary']}", flush=True)
@@ -180,7 +205,7 @@ class _Running:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end_with_parent,
             )
 
     @property
@@ -232,6 +257,10 @@ class _Running:
             return
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it is killed: it would hold the GPU."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_parent() -> None:
+    """Have Linux end this process when the one that started it is killed: it would hold the GPU.
+
+    To be called in the new process, as `preexec_fn`.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

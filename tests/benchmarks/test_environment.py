@@ -62,6 +62,11 @@ def test_the_command_says_nothing_of_where_the_bundle_was(given):
     assert shown.endswith("--out 'x y'")
 
 
+def test_nor_of_where_the_subject_was():
+    assert repeatable("x", ["--subject", "/a/b"]) == "python -m x --subject FILE"
+    assert repeatable("x", ["--subject=/a/b", "--steps", "4"]) == "python -m x --subject=FILE --steps 4"
+
+
 def test_percentiles():
     assert percentiles(np.arange(11) / 7) == {"p20": 0.2857, "p50": 0.7143, "p80": 1.1429}
     assert percentiles([1.0, 2.0, 3.0], (50, 99)) == {"p50": 2.0, "p99": 2.98}

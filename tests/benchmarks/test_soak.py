@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks import soak, soak_requests
+from benchmarks import soak, soak_references, soak_requests
 from benchmarks.soak import SETTLED, Plan, main, memory, still_grows, summary, table, verdict
+from benchmarks.soak_references import load_repeatable
 from benchmarks.soak_requests import Kind
 from benchmarks.soak_run import Answered
 from moma_rt.errors import MomaError
@@ -130,6 +132,20 @@ def test_what_cannot_be_made_alone_is_said(small_bundles, capsys):
     _, making = small_bundles
     assert main(["--bundle", str(making), "--backend", "inductor"]) == 2
     assert "encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("backend", "measures"), [("inductor", False), ("onnxruntime", True)])
+def test_two_processes_choose_the_same_convolutions(backend, measures, monkeypatch):
+    """With inductor, whose backend has cuDNN measure them on a GPU when it is created."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+    def load(bundle, name, **limits):
+        torch.backends.cudnn.benchmark = True
+        return bundle, name, limits
+
+    monkeypatch.setattr(soak_references.Runtime, "load", load)
+    assert load_repeatable("there", backend, max_batch=2) == ("there", backend, {"max_batch": 2})
+    assert torch.backends.cudnn.benchmark is measures
 
 
 @pytest.fixture

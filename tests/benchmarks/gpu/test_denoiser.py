@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.gpu.denoiser import errors, relative_errors
+from benchmarks.gpu.denoiser import errors, not_captured, relative_errors
 from moma_rt.specs import Precision
 
 
@@ -40,3 +40,9 @@ def test_a_package_may_be_twice_as_far_off_as_eager(package, eager, precision, i
 def test_a_threshold_in_the_mask_decides_nothing():
     """A pixel at its edge falls on either side of it for the smallest rounding."""
     assert errors(outputs(1.0, 0.0), outputs(1.0), outputs(1.0), Precision.FP16)["is_right"]
+
+
+def test_every_graph_that_was_not_captured_is_named():
+    cases = [{"halves": 2, "why_not": {"step": "one"}}, {"halves": 1, "why_not": {"generation": "two", "step": ""}}]
+    assert not_captured(cases) == "guided step: one; unguided generation: two; unguided step: "
+    assert not_captured([{"halves": 2, "why_not": {}}, {"halves": 1, "why_not": {}}]) == ""

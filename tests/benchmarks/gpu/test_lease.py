@@ -116,6 +116,19 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("given", [["--list"], ["second", "--list"]])
+def test_steps_are_listed_where_there_is_no_gpu(given, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "gpu_facts", lambda: None)
+    monkeypatch.delenv("REHEARSE", raising=False)
+    assert main(given) == 0
+    listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert {"facts", "rtx_probe", "soak_batches", "latency_compiled"} <= listed.keys()
+    assert listed["prepare"].endswith("--target inductor:smNN")
+    assert main(["first"]) == 2
+    with pytest.raises(SystemExit):
+        main([])
+
+
 def test_no_time_at_all_is_no_success(tmp_path, monkeypatch, capsys):
     for name, value in {"REHEARSE": "1", "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")}.items():
         monkeypatch.setenv(name, value)
@@ -123,6 +136,10 @@ def test_no_time_at_all_is_no_success(tmp_path, monkeypatch, capsys):
     assert main(["first", "--seconds", "0"]) == 1
     found = json.loads((tmp_path / "out" / "lease.json").read_text())
     assert {step["status"] for step in found["steps"].values()} == {"skipped"}
+    commands = {name: step["command"] for name, step in found["steps"].items()}
+    assert commands["facts"][:3] == ["python3", "-m", "benchmarks.gpu.facts"]
+    assert "$WORK/cup.subject" in commands["latency"]
+    assert not any(part.startswith("/") for command in commands.values() for part in command)
     assert capsys.readouterr().out.splitlines()[-2].startswith("lease: 0 of 9 steps passed")
 
 

@@ -1,15 +1,18 @@
 """What a call carries: parts that are put together again, and no more than it may."""
 
 import io
+import sys
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.gpu import pack
 from benchmarks.gpu.carried import RTX_PART
-from benchmarks.gpu.pack import main, parts_of, sources_mib
+from benchmarks.gpu.pack import main, pack_bundle, parts_of, sources_mib
+from benchmarks.gpu.prepare import kept
 from benchmarks.gpu.rtx_probe import library, unpack
-from moma_rt.errors import MomaError
+from moma_rt.errors import BundleError, MomaError
 
 
 @pytest.fixture
@@ -36,10 +39,23 @@ def test_parts_are_divided_between_two_calls(archive, tmp_path, monkeypatch):
     # There, the first is where it was kept.
     work = tmp_path / "first"
     monkeypatch.setattr("sys.path", ["-"])
-    monkeypatch.delitem(__import__("sys").modules, "tensorrt_rtx", raising=False)
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
     assert library(tmp_path / "second", work).__version__ == "9.9"
-    monkeypatch.delitem(__import__("sys").modules, "tensorrt_rtx")
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx")
     assert sorted(path.name for path in work.iterdir()) == ["rtx", f"{RTX_PART}00"]
+
+
+def test_a_part_that_was_carried_and_kept_counts_once(archive, tmp_path, monkeypatch):
+    work, carried = tmp_path / "work", tmp_path / "carried"
+    for folder in (work, carried):
+        folder.mkdir()
+    for number, part in enumerate(parts_of(archive, 100)):
+        (carried / f"{RTX_PART}{number:02d}").write_bytes(part)
+    kept(sorted(carried.iterdir()), work)
+    monkeypatch.setattr("sys.path", ["-"])
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
+    assert library(carried, work).__version__ == "9.9"
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx")
 
 
 def test_a_part_that_is_missing_is_said(archive, tmp_path):
@@ -49,6 +65,39 @@ def test_a_part_that_is_missing_is_said(archive, tmp_path):
     with pytest.raises(MomaError, match=r"rtx.tar.xz.00, rtx.tar.xz.02 are not all of an archive"):
         unpack([parts[2], parts[0]], tmp_path / "rtx")
     assert not (tmp_path / "rtx").exists()
+
+
+@pytest.fixture
+def bundle(tmp_path, monkeypatch):
+    """A folder with the files of a manifest, and those that builds which were stopped left there."""
+    named = ("engines/denoiser-1/engine.pt2", "tokenizers/text.json", "weights/unet-1/weights.safetensors")
+    left = ("engines/.partial-x/engine.pt2", "engines/denoiser-0/engine.pt2", "engines/denoiser-0/record.json", "core")
+    records = ("engines/denoiser-1/record.json", "weights/unet-1/record.json")
+    for name in (*named, *left, *records, "manifest.json"):
+        path = tmp_path / "bundle" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    manifest = SimpleNamespace(engines=("one",), files=dict.fromkeys(named))
+    monkeypatch.setattr(pack, "read_manifest", lambda folder: manifest)
+    return tmp_path / "bundle"
+
+
+def test_a_bundle_is_carried_as_far_as_its_manifest_names_it(bundle, tmp_path):
+    pack_bundle(bundle, tmp_path / "bundle.tar.xz")
+    with tarfile.open(tmp_path / "bundle.tar.xz") as files:
+        assert files.getnames() == [
+            "bundle/engines/denoiser-1/engine.pt2",
+            "bundle/engines/denoiser-1/record.json",
+            "bundle/manifest.json",
+            "bundle/tokenizers/text.json",
+        ]
+
+
+def test_a_bundle_that_lacks_a_file_is_not_packed(bundle, tmp_path):
+    (bundle / "tokenizers" / "text.json").unlink()
+    with pytest.raises(BundleError, match=r"bundle: tokenizers/text.json is missing; build the bundle again"):
+        pack_bundle(bundle, tmp_path / "bundle.tar.xz")
+    assert not (tmp_path / "bundle.tar.xz").exists()
 
 
 def test_too_much_is_refused(tmp_path, monkeypatch, capsys):

@@ -1,17 +1,21 @@
 """What was carried is put in place: wheels, a bundle without weights, a subject."""
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.gpu import prepare
 from benchmarks.gpu.pack import pack_bundle
-from benchmarks.gpu.prepare import build, install, kept, main, random_subject, unpack
+from benchmarks.gpu.prepare import build, check_engines, install, kept, main, random_subject, unpack
 from moma_rt.bundle import Bundle
+from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError, InputError, MomaError
 from moma_rt.runtime import Runtime
 from moma_rt.subject import Subject
@@ -114,6 +118,63 @@ def test_an_archive_that_is_no_bundle(content, tmp_path):
     with pytest.raises(MomaError, match="cannot be unpacked as a bundle"):
         unpack(archive, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.fixture
+def carried(tmp_path):
+    """An archive of a folder with a manifest."""
+    (tmp_path / "manifest.json").write_text("carried")
+    with tarfile.open(tmp_path / "bundle.tar.xz", "w:xz") as files:
+        files.add(tmp_path / "manifest.json", "bundle/manifest.json")
+    return tmp_path / "bundle.tar.xz"
+
+
+def test_what_a_stopped_build_left_is_replaced(carried, tmp_path):
+    there = tmp_path / "work" / "bundle"
+    for name in ("networks/.partial-1/x", "engines/denoiser-1/engine.pt2", ".lock", "../.partial-bundle/bundle/stale"):
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).touch()
+    unpack(carried, there)
+    assert [path.name for path in there.iterdir()] == ["manifest.json"]
+    assert [path.name for path in there.parent.iterdir()] == ["bundle"]
+
+
+def test_what_is_no_bundle_is_not_replaced(carried, tmp_path):
+    there = tmp_path / "work" / "bundle"
+    (there / "networks").mkdir(parents=True)
+    (there / "thesis.txt").write_text("mine")
+    with pytest.raises(MomaError, match=r"bundle is in the way, and no bundle: it has thesis.txt; move it"):
+        unpack(carried, there)
+    assert (there / "thesis.txt").read_text() == "mine"
+
+
+def engine(version, flavour=Flavour.INDUCTOR):
+    return SimpleNamespace(flavour=flavour, version=version)
+
+
+def test_engines_of_another_version_are_refused_at_once():
+    check_engines(SimpleNamespace(engines=[engine("1.0"), engine(torch.__version__)]))
+    said = rf"those of inductor by version 1\.0, and here is {re.escape(torch.__version__)}; build it with"
+    with pytest.raises(MomaError, match=said):
+        check_engines(SimpleNamespace(engines=[engine("1.0"), engine("1.0")]))
+
+
+PARENT = """
+import sys
+from benchmarks.gpu.prepare import run
+run([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60); print('left')"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is Linux's kernel that ends it")
+def test_what_it_started_ends_with_it(repository):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=repository, stdout=subprocess.PIPE, text=True)
+    assert int(parent.stdout.readline()) != parent.pid
+    parent.kill()
+    # The pipe is closed when the last process that has it ended: that this comes to an end is what is tested.
+    assert parent.stdout.read() == ""
+    parent.wait()
+    parent.stdout.close()
 
 
 def test_a_bundle_without_engines_is_not_packed(tiny_bundle, tmp_path):

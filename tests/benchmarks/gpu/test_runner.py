@@ -1,7 +1,9 @@
 """Steps under a deadline: one that fails, hangs or has no time left stops no other, and what was written stays."""
 
 import dataclasses
+import errno
 import json
+import os
 import random
 import signal
 import subprocess
@@ -92,6 +94,19 @@ print("found")
     # A clock by which a second passes with every look.
     unhurried = dataclasses.replace(lease, seconds=1e9)
     assert run_steps(unhurried, [(step("waits", code, 1e9, environment=environment),)], lambda: float(next(ticks)))
+
+
+def test_a_full_disk_does_not_end_the_lease(lease, monkeypatch, capsys):
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(runner, "atomic_write", full)
+    assert run_steps(lease, [(step("first", "print(1)"),), (step("second", "print(2)"),)])
+    assert [record["status"] for record in records(lease).values()] == ["passed", "passed"]
+    monkeypatch.setattr("benchmarks.environment.atomic_write", full)
+    assert run_steps(lease, [(step("third", "print(3)"),)])
+    told = [line for line in capsys.readouterr().out.splitlines() if "No space left" in line]
+    assert sorted({line.rpartition("/")[2].split("'")[0] for line in told}) == ["lease.json", "lease.tar.gz"]
 
 
 def test_a_program_that_is_not_there_is_a_failure(lease):
