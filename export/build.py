@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}",
-        description="Export MoMA's networks to ONNX and write a bundle. Networks that are finished are kept, so an "
+        description="Write a bundle of MoMA's networks: weights, ONNX graphs, and engines. What is finished is kept, so an "
         "interrupted build continues where it stopped.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
