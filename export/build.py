@@ -47,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}",
-        description="Write a bundle of MoMA's networks: weights, ONNX graphs, and engines. What is finished is kept, so an "
-        "interrupted build continues where it stopped.",
+        description="Write a bundle of MoMA's networks: weights, ONNX graphs, and engines. What is finished is kept, "
+        "so an interrupted build continues where it stopped.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
