@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import platform
 import shutil
 import tempfile
 import zipfile
@@ -22,7 +23,7 @@ from moma_rt.specs import NetworkSpec
 
 # What the packager notes of a package: the build's own note, and those of inductor.
 TENSORS_NOTE = "MOMA_TENSORS"
-_DEVICE_NOTE, _ISA_NOTE = "AOTI_DEVICE_KEY", "AOTI_CPU_ISA"
+_DEVICE_NOTE, _MACHINE_NOTE, _ISA_NOTE = "AOTI_DEVICE_KEY", "AOTI_MACHINE", "AOTI_CPU_ISA"
 _NOTES_SUFFIX, _CODE_SUFFIX = "_metadata.json", ".so"
 # How PyTorch says that memory ran out where the error is of no class of its own.
 _NO_MEMORY = ("out of memory", "can't allocate memory")
@@ -200,6 +201,9 @@ class InductorBackend:
         kind = self._queue.device.type
         if notes.get(_DEVICE_NOTE) != kind:
             raise BundleError(f"{path} was compiled for {notes.get(_DEVICE_NOTE)}, and this backend runs on {kind}")
+        machine = notes.get(_MACHINE_NOTE, platform.machine())
+        if machine != platform.machine():
+            raise BundleError(f"{path} was compiled for hosts of {machine}, and this one is {platform.machine()}")
         # Such as "AVX512 AVX512_VNNI"; the first one is what the others add to. A GPU's package computes nothing on the
         # CPU but sizes.
         needed = notes.get(_ISA_NOTE, "").split()[:1] if self.is_host else []

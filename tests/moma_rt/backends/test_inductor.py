@@ -187,6 +187,7 @@ def test_a_full_disk_is_named(backend, step_package, temporary, monkeypatch):
         ({"AOTI_DEVICE_KEY": "cuda"}, "was compiled for cuda, and this backend runs on cpu"),
         ({"AOTI_DEVICE_KEY": None}, "was compiled for None, and this backend runs on cpu"),
         ({"AOTI_CPU_ISA": "AVX9000 X"}, r"was compiled for a CPU with AVX9000, and PyTorch uses \w+ on this one"),
+        ({"AOTI_MACHINE": "riscv64"}, r"was compiled for hosts of riscv64, and this one is \w+"),
         ({TENSORS_NOTE: None}, "does not say what its inputs and outputs are; build it again"),
         ({TENSORS_NOTE: "[]"}, "does not say what its inputs and outputs are; build it again"),
         (
