@@ -82,7 +82,7 @@ def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, repo
     for target, version in versions.items():
         check_options(target.flavour, version, plan.options)
     store = Store(root, shared)
-    read_manifest(root)
+    refuse_packed(read_manifest(root), root)
     with store.locked():
         # Again: what was read before may be of the build that held the lock.
         before = read_manifest(root)
@@ -98,6 +98,16 @@ def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, repo
         write_manifest(root, manifest)
         store.remove_unused(manifest)
     return Bundle.open(root)
+
+
+def refuse_packed(manifest: Manifest, root: Path) -> None:
+    """Refuse to build into a bundle of which something was left out.
+
+    Raises:
+        InputError: it was packed for a target.
+    """
+    if manifest.packed_for:
+        raise InputError(f"{root} was packed for {manifest.packed_for}: build in the whole bundle, and pack that again")
 
 
 def wants_lowered(flavour: Flavour, version: str, precision: Precision, geometry: Geometry) -> bool:
@@ -173,13 +183,11 @@ class _Builder:
         geometry = self.bundle.manifest.geometry
         # With its operators' kernels, the full graph has no `Attention` left: that stands in their functions alone.
         lowered = kernels is None and wants_lowered(self.target.flavour, self.version, network.precision, geometry)
-        graph = self.bundle.graph(network.spec.name)
-        if lowered and network.lowered is None:
-            raise BundleError(
-                f"{self.bundle.root} has no graph of {network.spec.name} in the operators that {self.target} needs, "
-                f"{self.bundle.manifest.why_without}"
-            )
-        return _Work(network, network.lowered if lowered and network.lowered else graph, kernels), why_without
+        graph = network.lowered if lowered else network.onnx
+        if graph is None:
+            why = self.bundle.manifest.why_without
+            raise BundleError(f"{self.bundle.root} has no graph of {network.spec.name} for {self.target}, {why}")
+        return _Work(network, graph, kernels), why_without
 
     def _serves(self, engine: EngineEntry, work: _Work) -> bool:
         return (

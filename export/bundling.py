@@ -12,6 +12,7 @@ from types import MappingProxyType
 from tokenizers import Tokenizer
 
 import moma_rt
+from engines.build import refuse_packed
 from engines.plugins import NETWORK as WITH_KERNELS
 from engines.store import NETWORKS_FOLDER, PARTIAL_PREFIX, Artifact, Notes, SharedStore, Store, Stored
 from export import tokenizers
@@ -75,6 +76,8 @@ def build_bundle(
         CheckpointError: a tokenizer or weights that turn out to be unusable.
     """
     geometry, store = geometry_of(checkpoint), Store(out, shared)
+    with contextlib.suppress(BundleError):  # none, or one that is written anew
+        refuse_packed(read_manifest(out), out)
     # Before the minutes of work: what can be wrong with the tokenizers shows here.
     made_tokenizers = _tokenizers(checkpoint)
     with _disk_errors(out), store.locked():
@@ -245,8 +248,6 @@ def _previous(out: Path, checkpoint: Checkpoint, geometry: Geometry) -> Manifest
         files = {name: file for name, file in manifest.files.items() if _has_size(resolve_inside(out, name), file)}
     except (BundleError, ValueError):
         return nothing
-    if manifest.packed_for:
-        raise InputError(f"--out {out}: a bundle that was packed for {manifest.packed_for}; give another folder")
     language = geometry.language or manifest.geometry.language
     geometry = dataclasses.replace(geometry, language=language)
     if manifest.base != checkpoint.base or dataclasses.replace(manifest.geometry, language=language) != geometry:

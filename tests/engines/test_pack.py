@@ -1,10 +1,13 @@
 """Bundles of what one backend reads: what is in them, what they say of the rest, and what is refused."""
 
+import dataclasses
 import os
 
 import pytest
 
+from engines.build import EnginePlan, build_engines, refuse_packed
 from engines.pack import main, pack
+from engines.targets import EngineTarget
 from moma_rt.bundle import (
     LANGUAGE_TOKENIZER,
     TEXT_TOKENIZER,
@@ -17,7 +20,7 @@ from moma_rt.bundle import (
     write_manifest,
 )
 from moma_rt.engines import Device, EngineEntry, Flavour, KernelsEntry, Library, select
-from moma_rt.errors import BundleError
+from moma_rt.errors import BundleError, InputError
 from moma_rt.files import sha256_file
 from moma_rt.inspection import describe_bundle
 from moma_rt.selection import choose
@@ -162,6 +165,24 @@ def test_a_target_that_it_cannot_be_packed_for(bundle, tmp_path, capsys, target,
     assert says in error
     assert error.count("\n") == 1
     assert not (tmp_path / "packed").exists()
+
+
+def test_nothing_is_built_into_a_packed_bundle(bundle, tmp_path):
+    pack(bundle, "cpu", tmp_path / "packed")
+    before = contents(tmp_path / "packed")
+    target = EngineTarget(Flavour.TENSORRT_RTX, (86,))
+    with pytest.raises(InputError, match="was packed for cpu: build in the whole bundle, and pack that again"):
+        build_engines(tmp_path / "packed", EnginePlan((target,)), None, lambda *_: None)
+    with pytest.raises(InputError, match="was packed for cpu"):
+        refuse_packed(read_manifest(tmp_path / "packed"), tmp_path / "packed")
+    assert contents(tmp_path / "packed") == before
+
+
+def test_engines_that_no_library_has_for_every_network(bundle, tmp_path):
+    engines = [e for e in bundle.manifest.engines if (e.network, e.flavour) != ("denoiser", Flavour.TENSORRT)]
+    write_manifest(bundle.root, dataclasses.replace(bundle.manifest, engines=tuple(engines)))
+    with pytest.raises(BundleError, match="has no engine of denoiser for sm90: build them first"):
+        pack(Bundle.open(bundle.root), "sm90", tmp_path / "packed")
 
 
 def test_an_altered_file_is_not_packed(bundle, tmp_path, capsys):

@@ -228,3 +228,14 @@ def test_an_unusable_tokenizer_shows_before_any_work(tmp_path, monkeypatch, expo
         build(tmp_path / "bundle")
     assert exports == []
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_packed_bundle_is_not_built_into(tmp_path, exports):
+    root = tmp_path / "bundle"
+    build(root)
+    manifest = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps({**manifest, "packed_for": "sm86"}))
+    before = contents(root)
+    with pytest.raises(InputError, match="was packed for sm86: build in the whole bundle"):
+        build(root)
+    assert contents(root) == before
