@@ -175,7 +175,7 @@ def test_a_network_without_a_graph_is_not_compiled(tmp_path, compiled):
     write_manifest(tmp_path, dataclasses.replace(manifest, networks=entries, files=files))
     with pytest.raises(
         BundleError,
-        match="no graph of text_encoder for tensorrt_rtx .*, since it was built for inductor alone: build it w",
+        match="no graph of text_encoder for tensorrt_rtx .*, since it was built for inductor alone",
     ):
         build(tmp_path)
     assert compiled == []
