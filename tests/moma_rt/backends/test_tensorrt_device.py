@@ -44,7 +44,7 @@ def build_here(folder, spec):
     if not usable:
         pytest.skip(f"{installed[0].value} builds no engines for {device.name}")
     graph = save_graph(folder / "model.onnx", spec)
-    build_engine(EngineRequest(usable[0], (device.capability,), graph, spec), folder, lambda _: None)
+    build_engine(EngineRequest(usable[0], (device.capability,), graph, folder, spec), folder, lambda _: None)
     backend = TensorRtBackend(usable[0])
     return backend, backend.load(spec, folder / ENGINE_NAME)
 
