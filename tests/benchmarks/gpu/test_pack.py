@@ -26,7 +26,18 @@ def archive():
     return packed.getvalue()
 
 
-def test_parts_are_divided_between_two_calls(archive, tmp_path, monkeypatch):
+@pytest.fixture
+def not_installed(monkeypatch):
+    """No TensorRT-RTX but what is unpacked; that goes again, and what was imported before comes back."""
+    monkeypatch.setattr("sys.path", ["-"])
+    before = sys.modules.pop("tensorrt_rtx", None)
+    yield
+    sys.modules.pop("tensorrt_rtx", None)
+    if before is not None:
+        sys.modules["tensorrt_rtx"] = before
+
+
+def test_parts_are_divided_between_two_calls(archive, not_installed, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "rtx_archive", lambda: archive)
     monkeypatch.setattr(pack, "_PART_BYTES", 100)
     monkeypatch.setattr(pack, "sources_mib", lambda root: 0.0)
@@ -38,24 +49,18 @@ def test_parts_are_divided_between_two_calls(archive, tmp_path, monkeypatch):
     assert second == [f"{RTX_PART}{number:02d}" for number in range(1, -(-len(archive) // 100))]
     # There, the first is where it was kept.
     work = tmp_path / "first"
-    monkeypatch.setattr("sys.path", ["-"])
-    monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
     assert library(tmp_path / "second", work).__version__ == "9.9"
-    monkeypatch.delitem(sys.modules, "tensorrt_rtx")
     assert sorted(path.name for path in work.iterdir()) == ["rtx", f"{RTX_PART}00"]
 
 
-def test_a_part_that_was_carried_and_kept_counts_once(archive, tmp_path, monkeypatch):
+def test_a_part_that_was_carried_and_kept_counts_once(archive, not_installed, tmp_path):
     work, carried = tmp_path / "work", tmp_path / "carried"
     for folder in (work, carried):
         folder.mkdir()
     for number, part in enumerate(parts_of(archive, 100)):
         (carried / f"{RTX_PART}{number:02d}").write_bytes(part)
     kept(sorted(carried.iterdir()), work)
-    monkeypatch.setattr("sys.path", ["-"])
-    monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
     assert library(carried, work).__version__ == "9.9"
-    monkeypatch.delitem(sys.modules, "tensorrt_rtx")
 
 
 def test_a_part_that_is_missing_is_said(archive, tmp_path):
