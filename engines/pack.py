@@ -79,9 +79,10 @@ def pack(bundle: Bundle, target: str, out: Path) -> Bundle:
             fsync(out.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{bundle.root} changed while it was packed: {error.filename} is gone; try again") from None
     except OSError as error:
+        gone = [name for name in manifest.files if not bundle.path(name).is_file()]
+        if gone:
+            raise InputError(f"{bundle.root} changed while it was packed: {gone[0]} is gone; try again") from None
         raise InputError(f"--out {out}: cannot be written: {error.strerror or error}") from None
     return Bundle.open(out)
 

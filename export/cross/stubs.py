@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.cross.devices import DeviceFacts
-from export.host_compiler import portable_compiler
 from moma_rt.errors import BundleError, InputError
 from moma_rt.messages import one_line
 
@@ -75,10 +74,10 @@ def build_stubs(facts: DeviceFacts, tools: Toolchain, folder: Path) -> dict[str,
             errors = [line for line in done.stderr.splitlines() if "error: " in line]
             raise BundleError(f"{source} cannot be compiled: {one_line(errors[0] if errors else done.stderr)}")
     (folder / "libcuda.so").symlink_to(_DRIVER)
-    return _environment(folder, portable_compiler(folder, tools.cxx), tools)
+    return _environment(folder, tools)
 
 
-def _environment(folder: Path, compiler: Path, tools: Toolchain) -> dict[str, str]:
+def _environment(folder: Path, tools: Toolchain) -> dict[str, str]:
     root = _SOURCES.parent.parent
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "NVIDIA_"))},
@@ -88,7 +87,7 @@ def _environment(folder: Path, compiler: Path, tools: Toolchain) -> dict[str, st
         "LIBRARY_PATH": _before(folder, "LIBRARY_PATH"),
         "TRITON_LIBCUDA_PATH": str(folder),
         "CUDA_HOME": str(tools.cuda_home),
-        "CXX": str(compiler),
+        "CXX": tools.cxx,
         # No instructions of this CPU.
         "ATEN_CPU_CAPABILITY": "default",
         # Compilers in other processes would not choose by rule.

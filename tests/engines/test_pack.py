@@ -192,6 +192,22 @@ def test_an_altered_file_is_not_packed(bundle, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
 
 
+def test_a_folder_that_cannot_be_written(bundle, capsys):
+    assert main([str(bundle.root), "--target", "cpu", "--out", "/proc/packed"]) == 2
+    assert "--out /proc/packed: cannot be written: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_bundle_that_changes_meanwhile(bundle, tmp_path, monkeypatch, capsys):
+    def lose(source, target):
+        source.unlink()
+        raise FileNotFoundError(2, "No such file or directory", str(source))
+
+    monkeypatch.setattr("engines.pack.link_or_copy", lose)
+    assert main([str(bundle.root), "--target", "cpu", "--out", str(tmp_path / "packed")]) == 2
+    assert f"{bundle.root} changed while it was packed: " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+
+
 def test_a_folder_with_something_in_it(bundle, tmp_path, capsys):
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "mine").write_text("")

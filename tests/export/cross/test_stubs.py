@@ -9,6 +9,7 @@ import pytest
 from export.cross import stubs
 from export.cross.devices import DEVICES
 from export.cross.stubs import Toolchain, build_stubs, check_host
+from export.host_compiler import portable_compiler
 from moma_rt.errors import BundleError, InputError
 
 ASK = """
@@ -49,8 +50,10 @@ def test_nothing_of_this_machine_is_in_the_environment(tmp_path, triton_tools, m
     assert environment["CUDA_HOME"] == str(triton_tools.cuda_home)
 
 
-def test_packages_have_no_instructions_of_this_cpu(tmp_path, triton_tools):
-    compiler = build_stubs(DEVICES[90], triton_tools, tmp_path)["CXX"]
+def test_packages_have_no_instructions_of_this_cpu(tmp_path, triton_tools, monkeypatch):
+    (tmp_path / "stubs").mkdir()
+    monkeypatch.setenv("CXX", build_stubs(DEVICES[90], triton_tools, tmp_path / "stubs")["CXX"])
+    compiler = portable_compiler(tmp_path)
 
     def macros(*command):
         done = subprocess.run([*command, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, check=True)
