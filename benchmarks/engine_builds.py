@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.environment import environment, write_results
 from benchmarks.full_size import file_bytes
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 
 TARGETS = "sm86,sm89,sm120"
 WITHOUT_LANGUAGE = ("--skip", "language_model,vision_encoder", "--target", TARGETS)

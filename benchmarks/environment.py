@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import moma_rt
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.files import atomic_write
 
 _PACKAGES = (

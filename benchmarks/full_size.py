@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.environment import environment, percentiles, write_results
 from export.sample_inputs import sample_inputs
-from moma_rt.bundle import Bundle, Manifest
+from moma_rt.bundle.manifest import Bundle, Manifest
 from moma_rt.specs import Geometry
 
 NETWORKS = "denoiser,subject_encoder,vae_encoder,vae_decoder,text_encoder"

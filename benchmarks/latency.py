@@ -52,7 +52,7 @@ from benchmarks.memory import device_mib_used
 from engines.targets import listed
 from export.build import add_checkpoint_options
 from moma_rt import backends
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import InputError, MomaError, print_output, run_command
 from moma_rt.schedules import schedule
 from moma_rt.selection import Host, choose

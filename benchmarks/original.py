@@ -22,7 +22,7 @@ from benchmarks.contenders import Answer, Request, Settings
 from benchmarks.original_attention import GenerationStep, ReferencePass, next_foreground, set_processors
 from export.checkpoints.architectures import llama_config
 from export.checkpoints.model import Checkpoint, Component
-from moma_rt.bundle import LANGUAGE_TOKENIZER, TEXT_TOKENIZER, Bundle
+from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER, Bundle
 from moma_rt.images import VISION_SIZE, PreparedImages, load_mask, load_photo, prepare
 from moma_rt.noise import Stream, draw
 from moma_rt.prompts import LanguageTokenizer, TextTokenizer, text_prompt

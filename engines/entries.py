@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from engines.store import Stored
-from moma_rt.bundle import Bundle, Manifest
+from moma_rt.bundle.manifest import Bundle, Manifest
 from moma_rt.engines import EngineEntry
 
 

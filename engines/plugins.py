@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from moma_rt.bundle import Bundle, NetworkEntry
+from moma_rt.bundle.manifest import Bundle, NetworkEntry
 from moma_rt.engines import Flavour, KernelsEntry, spelled
 from moma_rt.errors import BundleError
 from moma_rt.files import sha256_file

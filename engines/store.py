@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moma_rt.bundle import MANIFEST_NAME, RECORD_NAME, TEXT_TOKENIZER, WEIGHTS_FOLDER, FileEntry, Manifest
+from moma_rt.bundle.manifest import MANIFEST_NAME, RECORD_NAME, TEXT_TOKENIZER, WEIGHTS_FOLDER, FileEntry, Manifest
 from moma_rt.errors import InputError
 from moma_rt.files import fsync, sha256_file
 

@@ -23,7 +23,7 @@ from export.keys import network_key, structure_key
 from export.network_weights import WEIGHTS_NAME, ExternalWeights, WeightGroup, weight_groups
 from export.networks import NETWORKS, Network, Precisions
 from export.onnx_export import LOWERED_NAME, MODEL_NAME, ExportRequest, export_network
-from moma_rt.bundle import (
+from moma_rt.bundle.manifest import (
     LANGUAGE_TOKENIZER,
     MANIFEST_NAME,
     TEXT_TOKENIZER,

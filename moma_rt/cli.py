@@ -320,7 +320,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], bundle: Path) -> None:
     """Refuse what cannot be written, and what would overwrite an input, another output or a part of the bundle."""
-    from moma_rt.bundle import MANIFEST_NAME
+    from moma_rt.bundle.manifest import MANIFEST_NAME
 
     # Not Path.resolve: before Python 3.13 it raises RuntimeError for links in a circle.
     inside = Path(os.path.realpath(bundle)) if os.path.isfile(bundle / MANIFEST_NAME) else None

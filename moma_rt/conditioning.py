@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moma_rt.backends.base import Array, Buffer
-from moma_rt.bundle import LANGUAGE_TOKENIZER, TEXT_TOKENIZER
+from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER
 from moma_rt.errors import BundleError, SubjectError
 from moma_rt.lru import Lru
 from moma_rt.networks import Networks

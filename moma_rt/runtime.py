@@ -9,7 +9,7 @@ import numpy as np
 
 from moma_rt import backends
 from moma_rt.backends.base import Array, Backend
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.conditioning import Conditioner
 from moma_rt.engines import EngineEntry
 from moma_rt.enrollment import ReferenceNoise, compact, reference_pass

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moma_rt.backends import AUTO, ONNXRUNTIME, ONNXRUNTIME_CUDA
-from moma_rt.bundle import Manifest
+from moma_rt.bundle.manifest import Manifest
 from moma_rt.device import local_device
 from moma_rt.engines import CPU_CAPABILITY, CPU_DEVICE, Device, EngineEntry, Flavour, Library, select
 from moma_rt.errors import BundleError, InputError, MomaError

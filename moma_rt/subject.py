@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moma_rt.backends.base import Array
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import InputError, SubjectError
 from moma_rt.files import atomic_write
 from moma_rt.messages import first_line, shown

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from moma_rt.bundle import Bundle, FileEntry
+from moma_rt.bundle.manifest import Bundle, FileEntry
 from moma_rt.files import sha256_file
 
 NAMES = ("context_projector", "text_encoder")

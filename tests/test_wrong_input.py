@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from moma_rt.bundle import FORMAT_VERSION
+from moma_rt.bundle.manifest import FORMAT_VERSION
 
 BASE = "hub/SG161222/Realistic_Vision_V4.0_noVAE"
 UNET = f"{BASE}/unet/config.json"

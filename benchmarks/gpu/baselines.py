@@ -26,7 +26,7 @@ from benchmarks.gpu.timer import GpuTimer, HostTimer, Timer
 from benchmarks.latency_requests import random_embedding, requests
 from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.model import Checkpoint
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import run_command
 from moma_rt.specs import Precision
 

@@ -15,7 +15,7 @@ from export.checkpoints.model import Checkpoint, Component, StateDict
 from export.compare import same_checkpoint
 from export.networks import NETWORKS
 from moma_rt.backends.base import Array
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.specs import Geometry, Precision
 
 

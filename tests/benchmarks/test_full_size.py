@@ -1,7 +1,7 @@
 """What the export at full size reports of its files, seen on the tiny bundle."""
 
 from benchmarks.full_size import file_bytes
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 
 
 def test_shared_weights_are_counted_once(tiny_bundle):

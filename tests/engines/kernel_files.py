@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.plugins import FORMAT_VERSION, KernelShape, attention_shapes
-from moma_rt.bundle import FileEntry, Manifest, NetworkEntry, read_manifest, write_manifest
+from moma_rt.bundle.manifest import FileEntry, Manifest, NetworkEntry, read_manifest, write_manifest
 from moma_rt.engines import KernelsEntry
 from moma_rt.files import sha256_file
 from moma_rt.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec

@@ -10,7 +10,7 @@ import pytest
 
 from engines import plugins
 from engines.plugins import KernelShape, attention_shapes, choose, read_kernels
-from moma_rt.bundle import Bundle, Manifest, NetworkEntry, read_manifest, write_manifest
+from moma_rt.bundle.manifest import Bundle, Manifest, NetworkEntry, read_manifest, write_manifest
 from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError
 from moma_rt.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer

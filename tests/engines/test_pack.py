@@ -8,7 +8,7 @@ import pytest
 from engines.build import EnginePlan, build_engines, refuse_packed
 from engines.pack import main, pack
 from engines.targets import EngineTarget
-from moma_rt.bundle import (
+from moma_rt.bundle.manifest import (
     LANGUAGE_TOKENIZER,
     TEXT_TOKENIZER,
     Bundle,

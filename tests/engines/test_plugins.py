@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engines.plugins import CONTEXT, INJECTED, KernelShape, attention_shapes
-from moma_rt.bundle import Manifest, write_manifest
+from moma_rt.bundle.manifest import Manifest, write_manifest
 from moma_rt.specs import Geometry, SelfAttentionLayer
 from tests.engines.kernel_files import add_kernels, make_bundle, record
 

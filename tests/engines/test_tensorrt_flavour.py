@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.tensorrt import ENGINE_NAME
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.engines import RTX_CAPABILITIES, Flavour
 from moma_rt.specs import Dim, NetworkSpec, TensorSpec
 

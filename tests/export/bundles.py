@@ -4,7 +4,7 @@ from pathlib import Path
 
 from export.bundling import ExportPlan, build_bundle
 from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint, roles_for
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 
 SMALL = ("text_encoder", "context_projector")
 

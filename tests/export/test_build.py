@@ -14,7 +14,7 @@ from export.build import main, parser
 from export.checkpoints import NETWORK_ROLES, roles_for
 from export.networks import NETWORKS
 from export.progress import Progress
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.engines import Device
 
 

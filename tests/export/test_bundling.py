@@ -8,7 +8,7 @@ import pytest
 from engines.store import SharedStore, Store
 from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint
 from export.networks import NETWORKS
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import InputError
 from tests.export.bundles import SMALL, build, checkpoint_of, contents, folders, verify
 

@@ -11,7 +11,7 @@ from engines.store import SharedStore
 from export import bundling
 from export.network_weights import WeightGroup
 from export.networks import NETWORKS
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import CheckpointError, InputError
 from tests.export.bundles import SMALL, build, checkpoint_of, contents, folders, overwrite, verify
 

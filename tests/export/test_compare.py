@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from export import compare
 from export.compare import Difference, difference, main, worst
 from export.safetensors_writer import places
-from moma_rt.bundle import Bundle, FileEntry, read_manifest, write_manifest
+from moma_rt.bundle.manifest import Bundle, FileEntry, read_manifest, write_manifest
 from moma_rt.engines import Device
 from moma_rt.errors import MomaWarning
 from moma_rt.files import sha256_file

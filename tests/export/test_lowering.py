@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from export.lowering import DOCUMENTED, OPSETS, LoweringError, write_lowered
 from export.networks import NETWORKS
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.specs import NetworkSpec
 
 FULL, LOWERED = "model.onnx", "lowered.onnx"

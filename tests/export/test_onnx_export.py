@@ -22,7 +22,7 @@ from export.network_weights import ExternalWeights, WeightGroup, weight_groups
 from export.networks import NETWORKS
 from export.onnx_export import ExportRequest, export_network
 from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.networks import Networks
 from moma_rt.schedules import schedule
 from moma_rt.specs import Dim, Precision

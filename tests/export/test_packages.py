@@ -19,7 +19,7 @@ from export.packages import PackageOptions
 from export.sample_inputs import sample_inputs, usual_sizes
 from moma_rt.backends.inductor import InductorBackend
 from moma_rt.backends.package_weights import CONSTANTS_MEMBER, WEIGHTS_MEMBER, LoadedWeights
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import BundleError
 
 QUICK = "vae_encoder,context_projector"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from moma_rt.bundle import (
+from moma_rt.bundle.manifest import (
     LANGUAGE_TOKENIZER,
     TEXT_TOKENIZER,
     Bundle,

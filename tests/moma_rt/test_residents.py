@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moma_rt.backends.tensorrt import TensorRtBackend
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import InputError, MomaError
 from moma_rt.residents import Residents
 from moma_rt.runtime import Runtime

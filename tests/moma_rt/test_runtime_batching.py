@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from moma_rt.bundle import Bundle, read_manifest
+from moma_rt.bundle.manifest import Bundle, read_manifest
 from moma_rt.errors import Cancelled, InputError, MomaError
 from moma_rt.limits import Limits
 from moma_rt.runtime import Runtime

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
-from moma_rt.bundle import Bundle, FileEntry, read_manifest, write_manifest
+from moma_rt.bundle.manifest import Bundle, FileEntry, read_manifest, write_manifest
 from moma_rt.cli import entry
 from moma_rt.engines import Device, EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError, MomaError, MomaWarning, OutOfMemory
@@ -240,7 +240,9 @@ def test_weights_that_networks_share_are_hashed_once_and_again_when_they_change(
 
     fakes.edit_manifest(root, share)
     hashed = []
-    monkeypatch.setattr("moma_rt.bundle.sha256_file", lambda path: hashed.append(path.parent.name) or sha256_file(path))
+    monkeypatch.setattr(
+        "moma_rt.bundle.manifest.sha256_file", lambda path: hashed.append(path.parent.name) or sha256_file(path)
+    )
     networks = Networks(Bundle.open(root), backend)
     networks.together(("denoiser", "vae_decoder"), Stages())
     assert hashed.count("denoiser") == 2, "the graph and the weights; the decoder reads the weights again"

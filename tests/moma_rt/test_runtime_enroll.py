@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.enrollment import compact
 from moma_rt.errors import InputError, MomaWarning
 from moma_rt.noise import Stream, draw

@@ -7,7 +7,7 @@ import gc
 import numpy as np
 import pytest
 
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import MomaError, OutOfMemory
 from moma_rt.runtime import Runtime
 from tests.moma_rt.fake_cuda import NULL_GRAPH, CudaError, FakeCuda

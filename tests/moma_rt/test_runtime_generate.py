@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import BundleError, Cancelled, InputError, MomaError, MomaWarning
 from moma_rt.noise import Stream, draw
 from moma_rt.runtime import Runtime

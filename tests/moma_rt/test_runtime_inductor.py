@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moma_rt.backends.inductor import InductorBackend, TorchBound
-from moma_rt.bundle import read_manifest, write_manifest
+from moma_rt.bundle.manifest import read_manifest, write_manifest
 from moma_rt.cli import entry
 from moma_rt.errors import BundleError, Cancelled, MomaError, OutOfMemory
 from moma_rt.footprint import footprint

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moma_rt.backends.tensorrt import TensorRtBackend
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import Cancelled, MomaError
 from moma_rt.runtime import Runtime
 from tests.moma_rt.fake_cuda import CudaError

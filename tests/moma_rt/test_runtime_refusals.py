@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import BundleError, InputError, SubjectError
 from moma_rt.runtime import Runtime
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import BundleError
 from moma_rt.specs import MAX_SIZE, Dim, Geometry, NetworkSpec, TensorSpec
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.conditioning import Conditioner
 from moma_rt.networks import Networks
 from moma_rt.noise import Stream, draw

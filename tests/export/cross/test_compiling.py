@@ -21,7 +21,7 @@ from export.cross.devices import DEVICES
 from export.cross.stubs import build_stubs
 from export.networks import NETWORKS
 from export.packages import PackageRequest
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import BundleError, InputError
 from moma_rt.specs import Precision
 
@@ -139,7 +139,7 @@ def test_a_worker_that_pytorch_fails_says_so_in_its_result(tmp_path):
 LOAD = """
 import sys
 from moma_rt.backends.inductor import InductorBackend
-from moma_rt.bundle import Bundle
+from moma_rt.bundle.manifest import Bundle
 from moma_rt.engines import Device
 bundle = Bundle.open(sys.argv[1])
 backend = InductorBackend(Device("a stub", int(sys.argv[2])))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moma_rt.bundle import (
+from moma_rt.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     Bundle,
