@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.environment import environment, percentiles, write_results
 from export.sample_inputs import sample_inputs
 from moma_rt.bundle.manifest import Bundle, Manifest
-from moma_rt.specs import Geometry
+from moma_rt.bundle.specs import Geometry
 
 NETWORKS = "denoiser,subject_encoder,vae_encoder,vae_decoder,text_encoder"
 # The share of reference tokens inside the object mask.

@@ -23,10 +23,10 @@ from benchmarks.original_attention import GenerationStep, ReferencePass, next_fo
 from export.checkpoints.architectures import llama_config
 from export.checkpoints.model import Checkpoint, Component
 from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER, Bundle
+from moma_rt.bundle.specs import Precision
 from moma_rt.images import VISION_SIZE, PreparedImages, load_mask, load_photo, prepare
 from moma_rt.noise import Stream, draw
 from moma_rt.prompts import LanguageTokenizer, TextTokenizer, text_prompt
-from moma_rt.specs import Precision
 from moma_rt.stages import Stages
 
 _BETAS = MappingProxyType({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})

@@ -13,9 +13,9 @@ from engines.store import KERNELS_FOLDER, Artifact, Store, Stored
 from engines.targets import EngineTarget
 from kernels.launch import DEFAULT_CAPABILITIES
 from moma_rt.bundle.manifest import NetworkEntry
+from moma_rt.bundle.specs import Geometry, Precision
 from moma_rt.engines import Flavour, KernelsEntry, spelled
 from moma_rt.libraries import is_installed
-from moma_rt.specs import Geometry, Precision
 
 COMPILER = "triton"
 # Sources whose change may change a kernel, in the package `kernels`.

@@ -36,10 +36,10 @@ from moma_rt.bundle.manifest import (
     read_manifest,
     write_manifest,
 )
+from moma_rt.bundle.specs import Geometry
 from moma_rt.engines import spelled
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import resolve_inside, sha256_file
-from moma_rt.specs import Geometry
 
 _TOKENIZER_ROLES = MappingProxyType({TEXT_TOKENIZER: TEXT_ENCODER, LANGUAGE_TOKENIZER: LANGUAGE})
 

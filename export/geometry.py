@@ -5,8 +5,8 @@ from typing import Any
 from export.checkpoints.adapters import CONTEXT_TOKENS, EMBEDDING_WIDTH
 from export.checkpoints.architectures import LATENT_CHANNELS, TEXT_TOKENS, attention_layers
 from export.checkpoints.model import Checkpoint, Component
+from moma_rt.bundle.specs import Geometry, LanguageGeometry, SelfAttentionLayer
 from moma_rt.errors import CheckpointError
-from moma_rt.specs import Geometry, LanguageGeometry, SelfAttentionLayer
 
 
 def geometry_of(checkpoint: Checkpoint) -> Geometry:

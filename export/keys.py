@@ -8,7 +8,7 @@ from typing import Any
 
 from export.checkpoints.architectures import full_config
 from export.checkpoints.model import ADAPTERS, NETWORK_ROLES, Component
-from moma_rt.specs import NetworkSpec, Precision
+from moma_rt.bundle.specs import NetworkSpec, Precision
 
 # Of a configuration: where it comes from, how its weights are stored, and what other users of the model read of it.
 _NO_STRUCTURE = frozenset(

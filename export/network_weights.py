@@ -23,7 +23,7 @@ from export.networks import Network
 from export.quantize import BLOCK, Quantized, packed_int4, quantize
 from export.safetensors_writer import Place, StoredTensor, as_bytes, places, write_safetensors
 from export.streaming import Projection, WeightSource
-from moma_rt.specs import Geometry, Precision
+from moma_rt.bundle.specs import Geometry, Precision
 
 WEIGHTS_NAME = "weights.safetensors"
 # Raise it when the same sources and tensors would give other bytes.

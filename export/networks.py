@@ -23,9 +23,9 @@ from export.models.unet import Denoiser, SubjectEncoder, load_unet
 from export.models.vae import VaeDecoder, VaeEncoder, load_vae
 from export.models.vision import VisionEncoder
 from export.streaming import WeightSource, use_projections
+from moma_rt.bundle.specs import Dim, Geometry, NetworkSpec, Precision, TensorSpec
 from moma_rt.errors import CheckpointError, InputError
 from moma_rt.schedules import ROW_LENGTH
-from moma_rt.specs import Dim, Geometry, NetworkSpec, Precision, TensorSpec
 
 MAX_BATCH = 4
 MAX_LANGUAGE_TOKENS = 2048

@@ -16,7 +16,7 @@ from export.streaming import quantize_weights
 from export.tracing import tracing_arguments
 from kernels.operators import onnx_operators
 from kernels.registration import DOMAIN, DOMAIN_VERSION, STANDARD_OPSET, OnnxOperator, register_schema
-from moma_rt.specs import Dim, Geometry, NetworkSpec, Precision
+from moma_rt.bundle.specs import Dim, Geometry, NetworkSpec, Precision
 
 MODEL_NAME = "model.onnx"
 LOWERED_NAME = "lowered.onnx"

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moma_rt.bundle.specs import Precision
 from moma_rt.errors import CheckpointError
-from moma_rt.specs import Precision
 
 # Inputs that share a scale in INT4: TensorRT takes 64 and 128, and 64 halves the error of the larger outliers' block.
 BLOCK = 64

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from export.quantize import BLOCK
-from moma_rt.specs import Precision
+from moma_rt.bundle.specs import Precision
 
 # Of DequantizeLinear: the axis of the scales, for matrices [K, N].
 _PER_COLUMN, _PER_BLOCK = 1, 0

@@ -12,7 +12,7 @@ from export.networks import Network
 from export.quantize import dequantize, quantize
 from export.streaming import WeightSource
 from moma_rt.backends.base import Array
-from moma_rt.specs import Geometry, Precision
+from moma_rt.bundle.specs import Geometry, Precision
 
 Arrays = dict[str, Array]
 

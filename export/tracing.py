@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from export.networks import Network
-from moma_rt.specs import Dim, Geometry, NetworkSpec, TensorSpec
+from moma_rt.bundle.specs import Dim, Geometry, NetworkSpec, TensorSpec
 
 
 def tracing_arguments(

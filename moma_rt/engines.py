@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from moma_rt.bundle.specs import check_fields
 from moma_rt.errors import BundleError
 from moma_rt.messages import shown
-from moma_rt.specs import check_fields
 
 # The capabilities that TensorRT-RTX compiles for on any machine; the others need TensorRT on such a device.
 RTX_CAPABILITIES = (75, 86, 89, 120, 121)

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moma_rt.backends.base import Array
+from moma_rt.bundle.specs import Geometry
 from moma_rt.messages import warn
 from moma_rt.networks import Networks
-from moma_rt.specs import Geometry
 from moma_rt.stages import Stages
 
 

@@ -17,11 +17,11 @@ from safetensors.numpy import save_file
 
 from moma_rt.backends.base import Array
 from moma_rt.bundle.manifest import Bundle
+from moma_rt.bundle.specs import Geometry
 from moma_rt.errors import InputError, SubjectError
 from moma_rt.files import atomic_write
 from moma_rt.messages import first_line, shown
 from moma_rt.prompts import check_subject_name
-from moma_rt.specs import Geometry
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "moma_subject"

@@ -32,7 +32,7 @@ from engines.targets import Machine, resolve
 from export.bundling import ExportPlan, build_bundle
 from export.checkpoints import CheckpointRequest, load_checkpoint, roles_for
 from export.networks import Precisions
-from moma_rt.specs import Precision
+from moma_rt.bundle.specs import Precision
 
 names, targets = json.loads(sys.argv[1])
 checkpoint = load_checkpoint(CheckpointRequest("tiny", roles=roles_for(names)))

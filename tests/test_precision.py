@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moma_rt.bundle.specs import Precision
 from moma_rt.runtime import Runtime
-from moma_rt.specs import Precision
 
 SETS = ["compact", pytest.param("large", marks=pytest.mark.slow)]
 CASES = ["context", "texture"]

@@ -27,8 +27,8 @@ from benchmarks.latency_requests import random_embedding, requests
 from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.model import Checkpoint
 from moma_rt.bundle.manifest import Bundle
+from moma_rt.bundle.specs import Precision
 from moma_rt.errors import run_command
-from moma_rt.specs import Precision
 
 PROGRAM = "benchmarks.gpu.baselines"
 PARTS = ("eager", "compiled")

@@ -16,9 +16,9 @@ from benchmarks.gpu.eager import EagerDenoiser, checkpoint_of_bundle
 from benchmarks.gpu.generation import Generation, first_usable
 from benchmarks.gpu.step import StepOptions, StepResults, step_options
 from moma_rt.backends.base import Array
+from moma_rt.bundle.specs import Precision
 from moma_rt.errors import MomaError, run_command
 from moma_rt.schedules import schedule
-from moma_rt.specs import Precision
 
 PROGRAM = "benchmarks.gpu.denoiser"
 Arrays = Mapping[str, Array]

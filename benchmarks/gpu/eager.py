@@ -16,7 +16,7 @@ from export.compare import same_checkpoint
 from export.networks import NETWORKS
 from moma_rt.backends.base import Array
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.specs import Geometry, Precision
+from moma_rt.bundle.specs import Geometry, Precision
 
 
 def checkpoint_of_bundle(bundle: Bundle, names: tuple[str, ...]) -> Checkpoint:

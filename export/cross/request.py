@@ -8,7 +8,7 @@ from torch import Tensor
 from export.checkpoints.model import Checkpoint, Component
 from export.networks import NETWORKS
 from export.packages import PackageRequest
-from moma_rt.specs import Geometry, Precision
+from moma_rt.bundle.specs import Geometry, Precision
 
 _PARTS = ("unet", "vae", "text_encoder", "adapters", "language", "vision")
 

@@ -13,8 +13,8 @@ from export.models.attention import (
     set_reference_processors,
 )
 from export.models.edges import at_edge
+from moma_rt.bundle.specs import Geometry
 from moma_rt.schedules import Column, reference_noising
-from moma_rt.specs import Geometry
 
 # Saliencies at most this high are no foreground (the original's constant).
 FOREGROUND_THRESHOLD = 0.2

@@ -14,8 +14,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError
-from moma_rt.specs import NetworkSpec
 
 # Networks have tensors of several dtypes; their names in a NetworkSpec say which.
 Array = NDArray[Any]

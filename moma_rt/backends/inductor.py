@@ -16,10 +16,10 @@ import torch
 
 from moma_rt.backends.base import ROOM_ADVICE, Array, Buffer, K, Size, check_tensors, fitting, uncollected
 from moma_rt.backends.package_weights import NOT_A_PACKAGE, LoadedWeights, Weight, no_package
+from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.engines import Device
 from moma_rt.errors import BundleError, MomaError, OutOfMemory, os_error_line
 from moma_rt.messages import one_line
-from moma_rt.specs import NetworkSpec
 
 # What the packager notes of a package: the build's own note, and those of inductor.
 TENSORS_NOTE = "MOMA_TENSORS"

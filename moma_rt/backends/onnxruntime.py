@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime as ort
 
 from moma_rt.backends.base import ROOM_ADVICE, Array, Buffer, K, Size, check_tensors, fitting
+from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError, OutOfMemory, os_error_line
 from moma_rt.messages import first_line
-from moma_rt.specs import NetworkSpec
 
 LOG_FATAL = 4
 _WEIGHTS_ROOT = "session.model_external_initializers_file_folder_path"

@@ -15,10 +15,10 @@ from benchmarks.contenders import Request, Settings
 from benchmarks.latency_requests import requests
 from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.load import CheckpointRequest, load_checkpoint
+from moma_rt.bundle.specs import Precision
 from moma_rt.errors import InputError
 from moma_rt.noise import Stream
 from moma_rt.runtime import Runtime
-from moma_rt.specs import Precision
 from moma_rt.stages import Stages
 
 

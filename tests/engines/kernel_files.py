@@ -8,9 +8,9 @@ from typing import Any
 
 from engines.plugins import FORMAT_VERSION, KernelShape, attention_shapes
 from moma_rt.bundle.manifest import FileEntry, Manifest, NetworkEntry, read_manifest, write_manifest
+from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec
 from moma_rt.engines import KernelsEntry
 from moma_rt.files import sha256_file
-from moma_rt.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec
 
 DTYPES = ("float16", "bfloat16")
 # Heads of 8: narrower than what TensorRT has a fused attention for, so that it wants the lowered graph without kernels.

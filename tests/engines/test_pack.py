@@ -19,12 +19,12 @@ from moma_rt.bundle.manifest import (
     read_manifest,
     write_manifest,
 )
+from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer
 from moma_rt.engines import Device, EngineEntry, Flavour, KernelsEntry, Library, select
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import sha256_file
 from moma_rt.inspection import describe_bundle
 from moma_rt.selection import choose
-from moma_rt.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer
 
 GEOMETRY = Geometry(64, 4, 8, 77, 6, 4, 16, (SelfAttentionLayer("mid_block", 8, 4, 2),), None)
 NAMES = ("denoiser", "subject_encoder")

@@ -7,7 +7,7 @@ import pytest
 
 from engines.plugins import CONTEXT, INJECTED, KernelShape, attention_shapes
 from moma_rt.bundle.manifest import Manifest, write_manifest
-from moma_rt.specs import Geometry, SelfAttentionLayer
+from moma_rt.bundle.specs import Geometry, SelfAttentionLayer
 from tests.engines.kernel_files import add_kernels, make_bundle, record
 
 DRIVE = Path(__file__).parent / "drive_plugins.py"
@@ -154,7 +154,7 @@ from engines.plugins import NetworkKernels
 from engines.tensorrt import EngineRequest, build_engine, refit_engine
 from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError
-from moma_rt.specs import NetworkSpec
+from moma_rt.bundle.specs import NetworkSpec
 
 seen, flags = [], []
 

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.tensorrt import ENGINE_NAME
 from moma_rt.bundle.manifest import Bundle
+from moma_rt.bundle.specs import Dim, NetworkSpec, TensorSpec
 from moma_rt.engines import RTX_CAPABILITIES, Flavour
-from moma_rt.specs import Dim, NetworkSpec, TensorSpec
 
 pytestmark = pytest.mark.tensorrt
 

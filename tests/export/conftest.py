@@ -10,7 +10,7 @@ from export.checkpoints.model import Checkpoint
 from export.geometry import geometry_of
 from export.network_weights import WeightGroup
 from export.safetensors_writer import StoredTensor
-from moma_rt.specs import Geometry
+from moma_rt.bundle.specs import Geometry
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from export.bundling import ExportPlan, build_bundle
 from export.checkpoints import CheckpointRequest, load_checkpoint, roles_for
 from export.networks import NETWORKS, Precisions
 from moma_rt.bundle.manifest import Bundle
+from moma_rt.bundle.specs import Precision
 from moma_rt.engines import Flavour
-from moma_rt.specs import Precision
 from tests.engines.kernel_files import write_kernels
 
 NAMES = ("text_encoder", "denoiser")

@@ -7,8 +7,8 @@ from diffusers import UNet2DConditionModel
 from export.checkpoints import CheckpointRequest, load_checkpoint
 from export.checkpoints.presets import SD15, TINY
 from export.geometry import geometry_of, self_attention_layers
+from moma_rt.bundle.specs import Geometry, LanguageGeometry
 from moma_rt.errors import CheckpointError
-from moma_rt.specs import Geometry, LanguageGeometry
 
 
 @pytest.mark.parametrize(("preset", "size"), [(TINY, 32), (SD15, 64)], ids=["tiny", "sd15"])

@@ -22,11 +22,11 @@ from export.networks import NETWORKS
 from export.packages import PackageOptions
 from export.sample_inputs import sample_inputs, usual_sizes
 from moma_rt.bundle.manifest import Bundle, read_manifest
+from moma_rt.bundle.specs import Precision
 from moma_rt.device import local_device
 from moma_rt.engines import EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError
 from moma_rt.inspection import describe_bundle
-from moma_rt.specs import Precision
 
 NAMES = ("text_encoder", "context_projector")
 CPU = EngineTarget(Flavour.INDUCTOR, (0,))

@@ -8,7 +8,7 @@ from export import keys
 from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint
 from export.keys import network_key, structure_key
 from export.networks import NETWORKS
-from moma_rt.specs import Precision
+from moma_rt.bundle.specs import Precision
 
 
 def changed(checkpoint, role, config=None, **fields):

@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from export.lowering import DOCUMENTED, OPSETS, LoweringError, write_lowered
 from export.networks import NETWORKS
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.specs import NetworkSpec
+from moma_rt.bundle.specs import NetworkSpec
 
 FULL, LOWERED = "model.onnx", "lowered.onnx"
 # Of the dynamic dimensions, in two runs of every network; `reference` bounds those of every grid.

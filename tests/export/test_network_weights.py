@@ -16,7 +16,7 @@ from export.network_weights import WeightGroup, weight_groups
 from export.networks import NETWORKS, Precisions
 from export.quantize import packed_int4, quantize
 from export.streaming import Projection
-from moma_rt.specs import Precision
+from moma_rt.bundle.specs import Precision
 
 WITH_UNET = ("subject_encoder", "denoiser")
 OTHERS = tuple(name for name in NETWORKS if name not in WITH_UNET)

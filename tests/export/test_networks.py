@@ -9,8 +9,8 @@ from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint
 from export.geometry import geometry_of
 from export.networks import MAX_BATCH, MAX_LANGUAGE_TOKENS, NETWORKS, denoiser_arguments
 from export.tracing import example_inputs
+from moma_rt.bundle.specs import Dim, NetworkSpec, TensorSpec
 from moma_rt.errors import CheckpointError
-from moma_rt.specs import Dim, NetworkSpec, TensorSpec
 
 B, G = "batch 1..4", "guided_batch 1..8"
 SEQUENCE = "sequence 1..2048"

@@ -8,8 +8,8 @@ import torch
 
 from export import quantize as module
 from export.quantize import BLOCK, dequantize, packed_int4, quantize
+from moma_rt.bundle.specs import Precision
 from moma_rt.errors import CheckpointError
-from moma_rt.specs import Precision
 
 INT8, INT4 = Precision.INT8, Precision.INT4
 BOTH = pytest.mark.parametrize("precision", [INT8, INT4], ids=lambda p: p.value)

@@ -6,7 +6,7 @@ import torch
 from export.networks import NETWORKS
 from export.packages import PackageRequest, quiet, tune_for_usual_sizes
 from export.tracing import tracing_arguments
-from moma_rt.specs import Precision
+from moma_rt.bundle.specs import Precision
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "language_model", "vae_decoder"])

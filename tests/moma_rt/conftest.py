@@ -23,9 +23,9 @@ from moma_rt.bundle.manifest import (
     Source,
     write_manifest,
 )
+from moma_rt.bundle.specs import NetworkSpec, Precision
 from moma_rt.files import sha256_file
 from moma_rt.runtime import Runtime
-from moma_rt.specs import NetworkSpec, Precision
 from moma_rt.subject import Subject
 from tests.moma_rt.fake_networks import FUNCTIONS, GEOMETRY, LANGUAGE, LAYERS, MAX_BATCH, SPECS, Arrays
 

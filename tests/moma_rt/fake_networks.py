@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moma_rt.schedules import Column
-from moma_rt.specs import (
+from moma_rt.bundle.specs import (
     Dim,
     Geometry,
     LanguageGeometry,
@@ -16,6 +15,7 @@ from moma_rt.specs import (
     SelfAttentionLayer,
     TensorSpec,
 )
+from moma_rt.schedules import Column
 
 SIZE, LATENT, TEXT_WIDTH, EMBEDDING = 64, 8, 6, 16
 MAX_BATCH = 4

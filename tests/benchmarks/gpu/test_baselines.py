@@ -1,7 +1,7 @@
 """Which baselines are measured, and their one line."""
 
 from benchmarks.gpu.baselines import Variant, summary, variants
-from moma_rt.specs import Precision
+from moma_rt.bundle.specs import Precision
 
 
 def test_both_precisions_and_formats_that_of_the_bundle_first():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.denoiser import errors, not_captured, relative_errors
-from moma_rt.specs import Precision
+from moma_rt.bundle.specs import Precision
 
 
 def outputs(latents, mask=1.0):

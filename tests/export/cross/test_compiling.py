@@ -22,8 +22,8 @@ from export.cross.stubs import build_stubs
 from export.networks import NETWORKS
 from export.packages import PackageRequest
 from moma_rt.bundle.manifest import Bundle
+from moma_rt.bundle.specs import Precision
 from moma_rt.errors import BundleError, InputError
-from moma_rt.specs import Precision
 
 COMMAND = ["--base", "tiny", "--target", "inductor:sm90"]
 PICTURES = "text_encoder,context_projector,vae_decoder"

@@ -6,7 +6,7 @@ import pytest
 from export.cross.request import from_json, to_json
 from export.networks import NETWORKS
 from export.packages import PackageRequest
-from moma_rt.specs import Precision
+from moma_rt.bundle.specs import Precision
 
 
 @pytest.mark.parametrize("name", NETWORKS)

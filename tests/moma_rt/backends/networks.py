@@ -7,7 +7,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from moma_rt.backends.base import Backend, Buffer, Network
-from moma_rt.specs import Dim, NetworkSpec, TensorSpec
+from moma_rt.bundle.specs import Dim, NetworkSpec, TensorSpec
 
 BATCH = Dim("batch", 1, 2, 1 << 20)
 STEP = NetworkSpec(

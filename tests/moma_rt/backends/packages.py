@@ -10,7 +10,7 @@ from torch._inductor.utils import fresh_cache
 
 from export.packages import PackageOptions, add_to_package
 from moma_rt.backends.inductor import TENSORS_NOTE, tensors_note
-from moma_rt.specs import NetworkSpec
+from moma_rt.bundle.specs import NetworkSpec
 from tests.moma_rt.backends.networks import STEP
 
 ROWS, OLD, NEW = (torch.export.Dim(name, max=most) for name, most in (("rows", 1 << 20), ("old", 9), ("new", 9)))

@@ -9,8 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moma_rt import backends
 from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
+from moma_rt.bundle.specs import NetworkSpec, TensorSpec
 from moma_rt.errors import BundleError, InputError
-from moma_rt.specs import NetworkSpec, TensorSpec
 from tests.moma_rt.backends.networks import (
     PAST,
     STEP,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moma_rt import backends
+from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError, InputError, MomaError, OutOfMemory
-from moma_rt.specs import NetworkSpec
 from tests.moma_rt.backends.networks import PAST, STEP, allocate, save_graph
 from tests.moma_rt.fake_cuda import CudaError, FakeCuda
 from tests.moma_rt.fake_onnxruntime import FakeOnnxRuntime

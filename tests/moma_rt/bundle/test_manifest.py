@@ -18,10 +18,10 @@ from moma_rt.bundle.manifest import (
     Source,
     write_manifest,
 )
+from moma_rt.bundle.specs import Dim, Geometry, LanguageGeometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec
 from moma_rt.engines import EngineEntry, Flavour, KernelsEntry
 from moma_rt.errors import BundleError
 from moma_rt.files import sha256_file
-from moma_rt.specs import Dim, Geometry, LanguageGeometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec
 
 ONNX = "networks/text_encoder-k1/model.onnx"
 LOWERED = "networks/text_encoder-k1/lowered.onnx"

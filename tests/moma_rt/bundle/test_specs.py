@@ -6,8 +6,8 @@ import json
 import pytest
 
 from moma_rt.bundle.manifest import Bundle
+from moma_rt.bundle.specs import MAX_SIZE, Dim, Geometry, NetworkSpec, TensorSpec
 from moma_rt.errors import BundleError
-from moma_rt.specs import MAX_SIZE, Dim, Geometry, NetworkSpec, TensorSpec
 
 HUGE = MAX_SIZE + 1
 NO_SIZE = [0, -1, HUGE, True, 1.0, "8", None, [8], 10**30]
