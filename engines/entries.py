@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from engines.store import Stored
+from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.manifest import Bundle, Manifest
-from moma_rt.engines import EngineEntry
 
 
 def without_lost_engines(root: Path, manifest: Manifest) -> Manifest:

@@ -10,8 +10,8 @@ from engines.build import EnginePlan, add_engine_options, build_engines, engine_
 from engines.plugins import NETWORK as WITH_KERNELS
 from engines.store import Store
 from engines.targets import CPU, EngineTarget, Machine, elsewhere, listed, parse_targets, resolve
+from moma_rt.bundle.engines import CPU_CAPABILITY, Flavour
 from moma_rt.bundle.specs import Precision
-from moma_rt.engines import CPU_CAPABILITY, Flavour
 from moma_rt.errors import InputError, run_command
 
 if TYPE_CHECKING:

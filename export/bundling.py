@@ -23,6 +23,7 @@ from export.keys import network_key, structure_key
 from export.network_weights import WEIGHTS_NAME, ExternalWeights, WeightGroup, weight_groups
 from export.networks import NETWORKS, Network, Precisions
 from export.onnx_export import LOWERED_NAME, MODEL_NAME, ExportRequest, export_network
+from moma_rt.bundle.engines import spelled
 from moma_rt.bundle.manifest import (
     LANGUAGE_TOKENIZER,
     MANIFEST_NAME,
@@ -37,7 +38,6 @@ from moma_rt.bundle.manifest import (
     write_manifest,
 )
 from moma_rt.bundle.specs import Geometry
-from moma_rt.engines import spelled
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import resolve_inside, sha256_file
 

@@ -3,7 +3,7 @@
 import ctypes
 import sys
 
-from moma_rt.engines import Device
+from moma_rt.bundle.engines import Device
 
 _DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1",)
 # CUdevice_attribute of the driver API.

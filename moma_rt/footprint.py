@@ -7,8 +7,8 @@ from types import MappingProxyType
 
 import numpy as np
 
+from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.manifest import Manifest
-from moma_rt.engines import EngineEntry
 from moma_rt.errors import InputError
 from moma_rt.messages import shown
 

@@ -10,7 +10,7 @@ import re
 from types import ModuleType
 from typing import Any
 
-from moma_rt.engines import Flavour
+from moma_rt.bundle.engines import Flavour
 from moma_rt.errors import InputError
 from moma_rt.messages import one_line
 

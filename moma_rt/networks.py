@@ -9,9 +9,9 @@ from typing import TypeVar
 import numpy as np
 
 from moma_rt.backends.base import Array, Backend, Buffer, Network
+from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Geometry, NetworkSpec
-from moma_rt.engines import EngineEntry
 from moma_rt.errors import BundleError, OutOfMemory, os_error_line
 from moma_rt.footprint import Footprint, footprint, spelled_bytes, together
 from moma_rt.stages import LOADING, Stages

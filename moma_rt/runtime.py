@@ -9,9 +9,9 @@ import numpy as np
 
 from moma_rt import backends
 from moma_rt.backends.base import Array, Backend
+from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.conditioning import Conditioner
-from moma_rt.engines import EngineEntry
 from moma_rt.enrollment import ReferenceNoise, compact, reference_pass
 from moma_rt.errors import InputError, MomaError
 from moma_rt.generation import Result, Settings, check_array

@@ -16,8 +16,8 @@ import torch
 
 from moma_rt.backends.base import ROOM_ADVICE, Array, Buffer, K, Size, check_tensors, fitting, uncollected
 from moma_rt.backends.package_weights import NOT_A_PACKAGE, LoadedWeights, Weight, no_package
+from moma_rt.bundle.engines import Device
 from moma_rt.bundle.specs import NetworkSpec
-from moma_rt.engines import Device
 from moma_rt.errors import BundleError, MomaError, OutOfMemory, os_error_line
 from moma_rt.messages import one_line
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moma_rt.engines import Flavour
+from moma_rt.bundle.engines import Flavour
 from moma_rt.files import atomic_write
 
 

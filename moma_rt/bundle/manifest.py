@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moma_rt.bundle.engines import EngineEntry, KernelsEntry
 from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision
-from moma_rt.engines import EngineEntry, KernelsEntry
 from moma_rt.errors import BundleError
 from moma_rt.files import atomic_write, resolve_inside, sha256_file
 from moma_rt.messages import shown

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from engines.tensorrt import EngineOptions, EngineRequest, build_engine
+from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.specs import NetworkSpec
-from moma_rt.engines import Flavour
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from engines.plugins import FORMAT_VERSION, KernelShape, attention_shapes
+from moma_rt.bundle.engines import KernelsEntry
 from moma_rt.bundle.manifest import FileEntry, Manifest, NetworkEntry, read_manifest, write_manifest
 from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec
-from moma_rt.engines import KernelsEntry
 from moma_rt.files import sha256_file
 
 DTYPES = ("float16", "bfloat16")

@@ -14,9 +14,9 @@ from engines.build import EnginePlan, build_engines, main, wants_lowered
 from engines.store import SharedStore
 from engines.targets import EngineTarget
 from engines.tensorrt import ENGINE_NAME, LAYERS_NAME, EngineFacts, EngineOptions
+from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.manifest import Bundle, FileEntry, Manifest, NetworkEntry, Source, read_manifest, write_manifest
 from moma_rt.bundle.specs import Dim, Geometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec
-from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import sha256_file
 

@@ -12,8 +12,8 @@ from engines.build import EnginePlan, build_engines, main
 from engines.store import SharedStore
 from engines.targets import EngineTarget
 from engines.tensorrt import ENGINE_NAME, EngineFacts, EngineOptions
+from moma_rt.bundle.engines import Device, Flavour
 from moma_rt.bundle.manifest import Bundle, read_manifest, write_manifest
-from moma_rt.engines import Device, Flavour
 from moma_rt.inspection import describe_bundle
 from tests.engines.kernel_files import NAMES, add_kernels, make_bundle
 

@@ -10,9 +10,9 @@ import pytest
 
 from engines import plugins
 from engines.plugins import KernelShape, attention_shapes, choose, read_kernels
+from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.manifest import Bundle, Manifest, NetworkEntry, read_manifest, write_manifest
 from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer
-from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError
 from tests.engines.kernel_files import add_kernels, record
 

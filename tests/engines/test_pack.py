@@ -8,6 +8,7 @@ import pytest
 from engines.build import EnginePlan, build_engines, refuse_packed
 from engines.pack import main, pack
 from engines.targets import EngineTarget
+from moma_rt.bundle.engines import Device, EngineEntry, Flavour, KernelsEntry, Library, select
 from moma_rt.bundle.manifest import (
     LANGUAGE_TOKENIZER,
     TEXT_TOKENIZER,
@@ -20,7 +21,6 @@ from moma_rt.bundle.manifest import (
     write_manifest,
 )
 from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer
-from moma_rt.engines import Device, EngineEntry, Flavour, KernelsEntry, Library, select
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import sha256_file
 from moma_rt.inspection import describe_bundle

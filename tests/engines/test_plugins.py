@@ -152,7 +152,7 @@ from types import MappingProxyType
 import tensorrt as trt
 from engines.plugins import NetworkKernels
 from engines.tensorrt import EngineRequest, build_engine, refit_engine
-from moma_rt.engines import Flavour
+from moma_rt.bundle.engines import Flavour
 from moma_rt.errors import BundleError
 from moma_rt.bundle.specs import NetworkSpec
 

@@ -1,7 +1,7 @@
 import pytest
 
 from engines.targets import KNOWN, EngineTarget, Machine, elsewhere, parse_targets, resolve
-from moma_rt.engines import Device, Flavour
+from moma_rt.bundle.engines import Device, Flavour
 from moma_rt.errors import InputError
 
 RTX, FULL, INDUCTOR = Flavour.TENSORRT_RTX, Flavour.TENSORRT, Flavour.INDUCTOR

@@ -13,9 +13,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.tensorrt import ENGINE_NAME
+from moma_rt.bundle.engines import RTX_CAPABILITIES, Flavour
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Dim, NetworkSpec, TensorSpec
-from moma_rt.engines import RTX_CAPABILITIES, Flavour
 
 pytestmark = pytest.mark.tensorrt
 

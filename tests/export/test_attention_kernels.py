@@ -15,9 +15,9 @@ from export.attention_kernels import DEFAULT_CAPABILITIES, kernel_capabilities, 
 from export.bundling import ExportPlan, build_bundle
 from export.checkpoints import CheckpointRequest, load_checkpoint, roles_for
 from export.networks import NETWORKS, Precisions
+from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Precision
-from moma_rt.engines import Flavour
 from tests.engines.kernel_files import write_kernels
 
 NAMES = ("text_encoder", "denoiser")

@@ -14,8 +14,8 @@ from export.build import main, parser
 from export.checkpoints import NETWORK_ROLES, roles_for
 from export.networks import NETWORKS
 from export.progress import Progress
+from moma_rt.bundle.engines import Device
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.engines import Device
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from export import compare
 from export.compare import Difference, difference, main, worst
 from export.safetensors_writer import places
+from moma_rt.bundle.engines import Device
 from moma_rt.bundle.manifest import Bundle, FileEntry, read_manifest, write_manifest
-from moma_rt.engines import Device
 from moma_rt.errors import MomaWarning
 from moma_rt.files import sha256_file
 
@@ -133,7 +133,7 @@ def test_a_wrong_weight_is_seen(wrong_bundle, capsys):
 
 def test_engines_of_this_device_are_compared(tiny_bundle, monkeypatch, capsys):
     """The one that serves the device, through what runs engines; the device and its run are stood in for."""
-    from moma_rt.engines import EngineEntry, Flavour
+    from moma_rt.bundle.engines import EngineEntry, Flavour
 
     bundle = Bundle.open(tiny_bundle)
     entry = bundle.network("context_projector")

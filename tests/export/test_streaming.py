@@ -22,8 +22,8 @@ from export.onnx_export import LOWERED_NAME, MODEL_NAME, ExportRequest, export_n
 from export.quantize import BLOCK, dequantize, quantize
 from export.sample_inputs import sample_inputs
 from moma_rt.backends.base import Array
+from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision
-from moma_rt.engines import Flavour
 
 NETWORK = NETWORKS["language_model"]
 LAYERS, WIDTH, INNER = 2, 128, 192

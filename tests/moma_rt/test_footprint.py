@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from moma_rt.bundle.engines import EngineEntry, Flavour
 from moma_rt.bundle.manifest import Bundle, read_manifest
-from moma_rt.engines import EngineEntry, Flavour
 from moma_rt.errors import InputError, OutOfMemory
 from moma_rt.footprint import (
     Footprint,

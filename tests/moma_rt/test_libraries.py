@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from moma_rt.engines import Flavour
+from moma_rt.bundle.engines import Flavour
 from moma_rt.errors import InputError
 from moma_rt.libraries import (
     has_cuda_provider,

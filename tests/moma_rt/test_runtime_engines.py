@@ -8,9 +8,9 @@ import warnings
 import numpy as np
 import pytest
 
+from moma_rt.bundle.engines import Device, EngineEntry, Flavour
 from moma_rt.bundle.manifest import Bundle, FileEntry, read_manifest, write_manifest
 from moma_rt.cli import entry
-from moma_rt.engines import Device, EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError, MomaError, MomaWarning, OutOfMemory
 from moma_rt.files import sha256_file
 from moma_rt.networks import Networks

@@ -6,7 +6,7 @@ import pytest
 
 from moma_rt import selection
 from moma_rt.backends import NAMES
-from moma_rt.engines import Device, EngineEntry, Flavour
+from moma_rt.bundle.engines import Device, EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError
 from moma_rt.selection import Choice, Host, choose
 

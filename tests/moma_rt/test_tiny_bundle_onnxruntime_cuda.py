@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moma_rt.engines import Device
+from moma_rt.bundle.engines import Device
 from moma_rt.errors import Cancelled, OutOfMemory
 from moma_rt.runtime import Runtime
 from tests.moma_rt.fake_cuda import FakeCuda

@@ -14,8 +14,8 @@ import torch
 from benchmarks.gpu import prepare
 from benchmarks.gpu.pack import pack_bundle
 from benchmarks.gpu.prepare import build, check_engines, install, kept, main, random_subject, unpack
+from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.engines import Flavour
 from moma_rt.errors import BundleError, InputError, MomaError
 from moma_rt.runtime import Runtime
 from moma_rt.subject import Subject

@@ -140,7 +140,7 @@ LOAD = """
 import sys
 from moma_rt.backends.inductor import InductorBackend
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.engines import Device
+from moma_rt.bundle.engines import Device
 bundle = Bundle.open(sys.argv[1])
 backend = InductorBackend(Device("a stub", int(sys.argv[2])))
 for engine in bundle.manifest.engines:

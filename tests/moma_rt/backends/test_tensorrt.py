@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moma_rt.backends.tensorrt import TensorRtBackend
-from moma_rt.engines import Flavour
+from moma_rt.bundle.engines import Flavour
 from tests.moma_rt.backends.networks import PAST, STEP, allocate, buffer_of, check_row_filling, check_two_bindings
 
 

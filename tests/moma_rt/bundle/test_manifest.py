@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moma_rt.bundle.engines import EngineEntry, Flavour, KernelsEntry
 from moma_rt.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -19,7 +20,6 @@ from moma_rt.bundle.manifest import (
     write_manifest,
 )
 from moma_rt.bundle.specs import Dim, Geometry, LanguageGeometry, NetworkSpec, Precision, SelfAttentionLayer, TensorSpec
-from moma_rt.engines import EngineEntry, Flavour, KernelsEntry
 from moma_rt.errors import BundleError
 from moma_rt.files import sha256_file
 

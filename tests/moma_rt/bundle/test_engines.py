@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from moma_rt.engines import CPU_DEVICE, Device, EngineEntry, Flavour, Library, select, spelled
+from moma_rt.bundle.engines import CPU_DEVICE, Device, EngineEntry, Flavour, Library, select, spelled
 from moma_rt.errors import BundleError
 
 RTX = Library(Flavour.TENSORRT_RTX, "1.7.1")
