@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from engines.store import PARTIAL_PREFIX, link_or_copy
 from engines.targets import CPU, INDUCTOR, LOCAL, RTX, RTX_TARGETS, parse_targets
 from moma_rt.bundle.engines import EngineEntry, Flavour, spelled
+from moma_rt.bundle.footprint import spelled_bytes
 from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER, Bundle, Manifest, write_manifest
 from moma_rt.errors import BundleError, InputError, print_output, run_command
 from moma_rt.files import fsync
-from moma_rt.footprint import spelled_bytes
 
 PROGRAM = "engines.pack"
 

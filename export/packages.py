@@ -30,9 +30,9 @@ from export.tracing import tracing_arguments
 from moma_rt.backends.inductor import TENSORS_NOTE, tensors_note
 from moma_rt.backends.package_weights import CONSTANTS_MEMBER, WEIGHTS_MEMBER
 from moma_rt.bundle.engines import CPU_CAPABILITY
+from moma_rt.bundle.footprint import PICTURES
 from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision
 from moma_rt.errors import BundleError
-from moma_rt.footprint import PICTURES
 from moma_rt.messages import one_line
 
 PACKAGE_NAME = "engine.pt2"

@@ -311,7 +311,7 @@ def _gray(mask_hw: "FloatArray") -> "Image.Image":
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from moma_rt.footprint import parse_bytes
+    from moma_rt.bundle.footprint import parse_bytes
     from moma_rt.inspection import describe
 
     print_output(describe(arguments.path, None if arguments.budget is None else parse_bytes(arguments.budget)))

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from moma_rt.bundle.engines import EngineEntry, Flavour, spelled
+from moma_rt.bundle.footprint import describe_budget, spelled_bytes
 from moma_rt.bundle.manifest import Bundle, Manifest, NetworkEntry
 from moma_rt.bundle.specs import TensorSpec
 from moma_rt.errors import InputError
-from moma_rt.footprint import describe_budget, spelled_bytes
 from moma_rt.subject import Subject
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from moma_rt.bundle.footprint import parse_bytes
 from moma_rt.errors import InputError
-from moma_rt.footprint import parse_bytes
 from moma_rt.messages import shown
 
 MAX_IMAGES = 64

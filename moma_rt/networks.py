@@ -10,10 +10,10 @@ import numpy as np
 
 from moma_rt.backends.base import Array, Backend, Buffer, Network
 from moma_rt.bundle.engines import EngineEntry
+from moma_rt.bundle.footprint import Footprint, footprint, spelled_bytes, together
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Geometry, NetworkSpec
 from moma_rt.errors import BundleError, OutOfMemory, os_error_line
-from moma_rt.footprint import Footprint, footprint, spelled_bytes, together
 from moma_rt.stages import LOADING, Stages
 
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from PIL import Image
 
 from moma_rt.backends.base import Array, Network, Recording
 from moma_rt.buffers import GenerationBuffers
+from moma_rt.bundle.footprint import PICTURES
 from moma_rt.errors import Cancelled, OutOfMemory
-from moma_rt.footprint import PICTURES
 from moma_rt.limits import Limits
 from moma_rt.lru import Lru
 from moma_rt.networks import Networks, largest

@@ -17,8 +17,8 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
+from moma_rt.bundle.footprint import PICTURES
 from moma_rt.bundle.specs import NetworkSpec
-from moma_rt.footprint import PICTURES
 from moma_rt.networks import sizes_of
 from tests.moma_rt.fake_cuda import POISON, STREAM, FakeCuda
 from tests.moma_rt.fake_jit import RuntimeCache, RuntimeConfig

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from moma_rt.backends.inductor import InductorBackend, TorchBound
+from moma_rt.bundle.footprint import footprint
+from moma_rt.bundle.footprint import together as needed_together
 from moma_rt.bundle.manifest import read_manifest, write_manifest
 from moma_rt.cli import entry
 from moma_rt.errors import BundleError, Cancelled, MomaError, OutOfMemory
-from moma_rt.footprint import footprint
-from moma_rt.footprint import together as needed_together
 from moma_rt.runtime import Runtime
 from tests.moma_rt.together import assert_same, calls_of, check_four_subjects, four_subjects, together
 

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from moma_rt.bundle.engines import EngineEntry, Flavour
-from moma_rt.bundle.manifest import Bundle, read_manifest
-from moma_rt.errors import InputError, OutOfMemory
-from moma_rt.footprint import (
+from moma_rt.bundle.footprint import (
     Footprint,
     describe_budget,
     footprint,
@@ -17,6 +15,8 @@ from moma_rt.footprint import (
     spelled_bytes,
     together,
 )
+from moma_rt.bundle.manifest import Bundle, read_manifest
+from moma_rt.errors import InputError, OutOfMemory
 from moma_rt.limits import Limits
 from moma_rt.networks import Networks
 from moma_rt.runtime import Runtime
