@@ -269,7 +269,7 @@ def _read_embedding(path: Path) -> "FloatArray":
 def _write_result(arguments: argparse.Namespace, subject: "Subject", result: "Result") -> list[Path]:
     from PIL import Image
 
-    from moma_rt.images import contact_sheet
+    from moma_rt.inputs.images import contact_sheet
 
     masks = [_gray(mask) for mask in result.foreground_masks]
     outputs = _outputs(arguments, len(masks))

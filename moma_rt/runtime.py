@@ -15,7 +15,7 @@ from moma_rt.conditioning import Conditioner
 from moma_rt.enrollment import ReferenceNoise, compact, reference_pass
 from moma_rt.errors import InputError, MomaError
 from moma_rt.generation import Result, Settings, check_array
-from moma_rt.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
+from moma_rt.inputs.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
 from moma_rt.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
 from moma_rt.messages import shown, warn
 from moma_rt.networks import Networks

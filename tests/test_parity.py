@@ -163,7 +163,7 @@ def test_reference_keys_and_values(case):
 
 
 def photo_of(case: Case) -> np.ndarray:
-    from moma_rt.images import load_mask, load_photo, prepare
+    from moma_rt.inputs.images import load_mask, load_photo, prepare
 
     return prepare(load_photo(case.folder / "image.png"), load_mask(case.folder / "mask.png"), 512).photo_chw
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from moma_rt import images
 from moma_rt.errors import InputError
-from moma_rt.images import MAX_PIXELS, contact_sheet, load_mask, load_photo, prepare
+from moma_rt.inputs import images
+from moma_rt.inputs.images import MAX_PIXELS, contact_sheet, load_mask, load_photo, prepare
 
 CASES = ("context", "texture")
 ORIENTATION = 0x0112

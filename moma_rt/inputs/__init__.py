@@ -1,0 +1,1 @@
+"""What a caller gives: photos and masks, prompts, and the noise that seeds stand for."""
