@@ -9,9 +9,9 @@ from moma_rt.backends.base import Array, Buffer
 from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER
 from moma_rt.bundle.specs import LanguageGeometry
 from moma_rt.errors import BundleError, SubjectError
+from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, common_prefix_length
 from moma_rt.lru import Lru
 from moma_rt.networks import Networks
-from moma_rt.prompts import LanguageTokenizer, TextTokenizer, common_prefix_length
 from moma_rt.residents import Residents
 from moma_rt.stages import Stages
 from moma_rt.subject import Origin, Prefix, Subject

@@ -20,8 +20,8 @@ from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Geometry
 from moma_rt.errors import InputError, SubjectError
 from moma_rt.files import atomic_write
+from moma_rt.inputs.tokenizers import check_subject_name
 from moma_rt.messages import first_line, shown
-from moma_rt.prompts import check_subject_name
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "moma_subject"

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moma_rt.inputs.tokenizers import text_prompt
 from moma_rt.networks import Networks
-from moma_rt.prompts import text_prompt
 from moma_rt.runtime import Runtime
 from moma_rt.schedules import ROW_LENGTH, Column, schedule
 from moma_rt.stages import Stages

@@ -140,7 +140,7 @@ class FakeBackend:
 
 
 def _byte_tokenizer(path: Path, special: tuple[str, ...], template: str) -> None:
-    """One token a byte: real enough for every rule of moma_rt.prompts."""
+    """One token a byte: real enough for every rule of moma_rt.inputs.tokenizers."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate((*special, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from export import tokenizers as export_tokenizers
 from moma_rt.errors import BundleError, InputError, MomaWarning
-from moma_rt.prompts import (
+from moma_rt.inputs.tokenizers import (
     MAX_SEQUENCE,
     LanguageTokenizer,
     TextTokenizer,
