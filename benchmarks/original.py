@@ -25,8 +25,8 @@ from export.checkpoints.model import Checkpoint, Component
 from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER, Bundle
 from moma_rt.bundle.specs import Precision
 from moma_rt.inputs.images import VISION_SIZE, PreparedImages, load_mask, load_photo, prepare
+from moma_rt.inputs.noise import Stream, draw
 from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, text_prompt
-from moma_rt.noise import Stream, draw
 from moma_rt.stages import Stages
 
 _BETAS = MappingProxyType({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})

@@ -16,11 +16,11 @@ from moma_rt.enrollment import ReferenceNoise, compact, reference_pass
 from moma_rt.errors import InputError, MomaError
 from moma_rt.generation import Result, Settings, check_array
 from moma_rt.inputs.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
+from moma_rt.inputs.noise import Stream, check_seed, draw
 from moma_rt.inputs.tokenizers import check_prompt, text_prompt
 from moma_rt.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
 from moma_rt.messages import shown, warn
 from moma_rt.networks import Networks
-from moma_rt.noise import Stream, check_seed, draw
 from moma_rt.residents import Residents
 from moma_rt.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedules import ALL_TIMESTEPS

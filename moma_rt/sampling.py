@@ -13,10 +13,10 @@ from moma_rt.backends.base import Array, Network, Recording
 from moma_rt.buffers import GenerationBuffers
 from moma_rt.bundle.footprint import PICTURES
 from moma_rt.errors import Cancelled, OutOfMemory
+from moma_rt.inputs.noise import Stream, draw
 from moma_rt.limits import Limits
 from moma_rt.lru import Lru
 from moma_rt.networks import Networks, largest
-from moma_rt.noise import Stream, draw
 from moma_rt.residents import Residents
 from moma_rt.schedules import Column, guidance_halves
 from moma_rt.stages import Stages

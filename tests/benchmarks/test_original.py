@@ -17,7 +17,7 @@ from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.load import CheckpointRequest, load_checkpoint
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import InputError
-from moma_rt.noise import Stream
+from moma_rt.inputs.noise import Stream
 from moma_rt.runtime import Runtime
 from moma_rt.stages import Stages
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moma_rt.errors import Cancelled
-from moma_rt.noise import Stream, draw
+from moma_rt.inputs.noise import Stream, draw
 from moma_rt.schedules import Column, schedule
 
 # Of the timesteps 801, 601, 401, 201, 1 of five steps, the second and third.

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moma_rt.errors import InputError
-from moma_rt.noise import MAX_SEED, Stream, check_seed, draw
+from moma_rt.inputs.noise import MAX_SEED, Stream, check_seed, draw
 
 LATENTS = (1, 4, 64, 64)
 
