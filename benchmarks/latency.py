@@ -55,7 +55,7 @@ from moma_rt import backends
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import InputError, MomaError, print_output, run_command
-from moma_rt.schedules import schedule
+from moma_rt.schedulers.tables import schedule
 from moma_rt.selection import Host, choose
 from moma_rt.subject import Subject
 

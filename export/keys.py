@@ -24,7 +24,7 @@ _OPERATORS = ("injected_self_attention", "context_cross_attention")
 # device is no part of either.
 _CODE = (
     *("export/models", "export/checkpoints", "export/geometry.py", "export/networks.py", "export/streaming.py"),
-    *("export/tracing.py", "moma_rt/schedules.py"),
+    *("export/tracing.py", "moma_rt/schedulers/tables.py"),
     *(f"kernels/{name}/{part}.py" for name in _OPERATORS for part in ("operator", "reference")),
 )
 _GRAPH_CODE = (

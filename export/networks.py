@@ -25,7 +25,7 @@ from export.models.vision import VisionEncoder
 from export.streaming import WeightSource, use_projections
 from moma_rt.bundle.specs import Dim, Geometry, NetworkSpec, Precision, TensorSpec
 from moma_rt.errors import CheckpointError, InputError
-from moma_rt.schedules import ROW_LENGTH
+from moma_rt.schedulers.tables import ROW_LENGTH
 
 MAX_BATCH = 4
 MAX_LANGUAGE_TOKENS = 2048

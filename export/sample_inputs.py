@@ -4,7 +4,7 @@ import numpy as np
 
 from moma_rt.backends.base import Array
 from moma_rt.bundle.specs import Geometry, NetworkSpec, TensorSpec
-from moma_rt.schedules import Column, schedule
+from moma_rt.schedulers.tables import Column, schedule
 
 _STEPS, _STEP_NUMBER, _GUIDANCE_SCALE = 50, 25, 7.5
 _SUBJECT_TOKENS = [4, 7]

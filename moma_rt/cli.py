@@ -128,7 +128,7 @@ def _add_enroll(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    from moma_rt.schedules import ALL_TIMESTEPS, SCHEDULERS
+    from moma_rt.schedulers.tables import ALL_TIMESTEPS, SCHEDULERS
 
     parser = commands.add_parser(
         "generate",

@@ -11,7 +11,7 @@ from moma_rt.inputs.noise import MAX_SEED, check_seed
 from moma_rt.limits import MAX_IMAGES
 from moma_rt.messages import shown
 from moma_rt.sampling import FloatArray
-from moma_rt.schedules import ALL_TIMESTEPS, guidance_halves, schedule
+from moma_rt.schedulers.tables import ALL_TIMESTEPS, guidance_halves, schedule
 
 MAX_STRENGTH = 2.0
 MAX_GUIDANCE_SCALE = 100.0

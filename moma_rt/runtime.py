@@ -23,7 +23,7 @@ from moma_rt.messages import shown, warn
 from moma_rt.networks import Networks
 from moma_rt.residents import Residents
 from moma_rt.sampling import FloatArray, OnStep, Picture, Sample, Sampler
-from moma_rt.schedules import ALL_TIMESTEPS
+from moma_rt.schedulers.tables import ALL_TIMESTEPS
 from moma_rt.selection import Host, choose
 from moma_rt.stages import Stages
 from moma_rt.subject import Origin, Prefix, Subject
@@ -211,7 +211,7 @@ class Runtime:
             negative_prompt: what the picture should not show.
             seed: of the first picture, 0 to 2**64 - 1; the following ones have the following seeds.
             num_images: 1 to 64; as many as the bundle allows are made together.
-            scheduler: one of `moma_rt.schedules.SCHEDULERS`. "lcm", "tcd" and "ddim_trailing" are for bundles with a
+            scheduler: one of `moma_rt.schedulers.tables.SCHEDULERS`. "lcm", "tcd" and "ddim_trailing" are for bundles with a
                 fused LCM, TCD or Hyper-SD LoRA (`python -m export.build --lora`), 2 to 8 steps and a guidance_scale of
                 1.0. With a single step of theirs, the subject's reference is not injected.
             latents: float32 [num_images,4,h,w], standard normal, instead of drawn from the seeds.

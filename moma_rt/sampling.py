@@ -18,7 +18,7 @@ from moma_rt.limits import Limits
 from moma_rt.lru import Lru
 from moma_rt.networks import Networks, largest
 from moma_rt.residents import Residents
-from moma_rt.schedules import Column, guidance_halves
+from moma_rt.schedulers.tables import Column, guidance_halves
 from moma_rt.stages import Stages
 from moma_rt.subject import Subject
 

@@ -21,7 +21,7 @@ from benchmarks.gpu.kernel_profile import HALVES
 from benchmarks.gpu.step import StepOptions, StepResults, step_options
 from moma_rt.errors import InputError, MomaError, print_output, run_command
 from moma_rt.messages import one_line
-from moma_rt.schedules import schedule
+from moma_rt.schedulers.tables import schedule
 
 PROGRAM = "benchmarks.gpu.counters"
 PARTS = ("measure", "steps")

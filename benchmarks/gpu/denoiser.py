@@ -18,7 +18,7 @@ from benchmarks.gpu.step import StepOptions, StepResults, step_options
 from moma_rt.backends.base import Array
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import MomaError, run_command
-from moma_rt.schedules import schedule
+from moma_rt.schedulers.tables import schedule
 
 PROGRAM = "benchmarks.gpu.denoiser"
 Arrays = Mapping[str, Array]

@@ -18,7 +18,7 @@ from benchmarks.environment import bundle_facts
 from benchmarks.gpu.generation import Generation, first_usable
 from benchmarks.gpu.step import StepOptions, StepResults, step_options
 from moma_rt.errors import MomaError, run_command
-from moma_rt.schedules import schedule
+from moma_rt.schedulers.tables import schedule
 
 PROGRAM = "benchmarks.gpu.kernel_profile"
 HALVES = 2

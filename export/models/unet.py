@@ -14,7 +14,7 @@ from export.models.attention import (
 )
 from export.models.edges import at_edge
 from moma_rt.bundle.specs import Geometry
-from moma_rt.schedules import Column, reference_noising
+from moma_rt.schedulers.tables import Column, reference_noising
 
 # Saliencies at most this high are no foreground (the original's constant).
 FOREGROUND_THRESHOLD = 0.2
@@ -34,7 +34,7 @@ class Denoiser(nn.Module):
     """A whole step: guidance, the UNet with both adapters, the scheduler update and the foreground mask.
 
     Inputs and outputs are those of the denoiser's spec in `export.networks`; the update is the schedule row's linear
-    form, see `moma_rt.schedules`. Whatever the UNet computes in, guidance, the update and the foreground mask are
+    form, see `moma_rt.schedulers.tables`. Whatever the UNet computes in, guidance, the update and the foreground mask are
     float32: they add up over the steps.
     """
 

@@ -15,7 +15,7 @@ from moma_rt.bundle.specs import (
     SelfAttentionLayer,
     TensorSpec,
 )
-from moma_rt.schedules import Column
+from moma_rt.schedulers.tables import Column
 
 SIZE, LATENT, TEXT_WIDTH, EMBEDDING = 64, 8, 6, 16
 MAX_BATCH = 4

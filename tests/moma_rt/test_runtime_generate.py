@@ -11,7 +11,7 @@ from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import BundleError, Cancelled, InputError, MomaError, MomaWarning
 from moma_rt.inputs.noise import Stream, draw
 from moma_rt.runtime import Runtime
-from moma_rt.schedules import Column, schedule
+from moma_rt.schedulers.tables import Column, schedule
 from tests.moma_rt.waiting import wait_until
 
 

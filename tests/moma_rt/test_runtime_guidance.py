@@ -5,7 +5,7 @@ import pytest
 
 from moma_rt.errors import Cancelled
 from moma_rt.inputs.noise import Stream, draw
-from moma_rt.schedules import Column, schedule
+from moma_rt.schedulers.tables import Column, schedule
 
 # Of the timesteps 801, 601, 401, 201, 1 of five steps, the second and third.
 MIXED, GUIDED = (400, 700), [False, True, True, False, False]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moma_rt.errors import InputError
-from moma_rt.schedules import SCHEDULERS, Column, alphas_cumprod, schedule
+from moma_rt.schedulers.tables import SCHEDULERS, Column, alphas_cumprod, schedule
 
 SIZE = 64
 MAX_STEPS = {"ddim": 999, "ddim_trailing": 1000, "dpmpp_2m": 998, "dpmpp_2m_karras": 999, "euler": 999}

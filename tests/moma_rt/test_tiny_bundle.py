@@ -15,7 +15,7 @@ from moma_rt.inputs.tokenizers import text_prompt
 from moma_rt.networks import Networks
 from moma_rt.residents import Residents
 from moma_rt.runtime import Runtime
-from moma_rt.schedules import SCHEDULERS, Column, schedule
+from moma_rt.schedulers.tables import SCHEDULERS, Column, schedule
 from moma_rt.stages import Stages
 from moma_rt.subject import Prefix
 from tests.moma_rt.together import check_four_subjects, four_subjects

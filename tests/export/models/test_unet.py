@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from export.models.unet import Denoiser, foreground, load_unet
-from moma_rt.schedules import Column, schedule
+from moma_rt.schedulers.tables import Column, schedule
 
 SIZE = 8
 SIDES = (8, 4, 2, 1, 2, 4, 8)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moma_rt.errors import InputError
-from moma_rt.schedules import (
+from moma_rt.schedulers.tables import (
     ROW_LENGTH,
     SCHEDULERS,
     Column,

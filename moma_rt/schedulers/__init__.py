@@ -1,0 +1,1 @@
+"""Timestep schedules and solvers, as tables of coefficients that the denoiser network reads."""
