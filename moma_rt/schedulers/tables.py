@@ -6,7 +6,7 @@ A step of any scheduler here is linear in the latents, the predicted noise, a hi
     history' = hx·x + he·eps + hh·history
 
 The denoiser is given the row and never knows which scheduler made it. `Column` names the entries of a row; what the
-coefficients of each scheduler are, and why, is in `moma_rt.solvers`.
+coefficients of each scheduler are, and why, is in `moma_rt.schedulers.solvers`.
 """
 
 import enum
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from moma_rt.errors import InputError
 from moma_rt.messages import shown
-from moma_rt.solvers import (
+from moma_rt.schedulers.solvers import (
     DISTILLED_STEPS,
     TRAINING_STEPS,
     Floats,
