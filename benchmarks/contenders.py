@@ -26,8 +26,8 @@ from moma_rt.bundle.specs import Precision
 from moma_rt.errors import MomaError
 from moma_rt.lru import Lru
 from moma_rt.selection import Host, choose
-from moma_rt.stages import LOADING
 from moma_rt.subject import Subject
+from moma_rt.timing import LOADING
 
 RUNTIME = "moma-rt"
 # What the subject of assets/coffee.jpg is called.

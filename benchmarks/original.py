@@ -27,7 +27,7 @@ from moma_rt.bundle.specs import Precision
 from moma_rt.inputs.images import VISION_SIZE, PreparedImages, load_mask, load_photo, prepare
 from moma_rt.inputs.noise import Stream, draw
 from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, text_prompt
-from moma_rt.stages import Stages
+from moma_rt.timing import Stages
 
 _BETAS = MappingProxyType({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
 _SCHEDULERS: Mapping[str, Callable[[], Any]] = MappingProxyType(

@@ -13,8 +13,8 @@ from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, common_p
 from moma_rt.lru import Lru
 from moma_rt.networks import Networks
 from moma_rt.residents import Residents
-from moma_rt.stages import Stages
 from moma_rt.subject import Origin, Prefix, Subject
+from moma_rt.timing import Stages
 
 _CACHED_TEXTS = 64
 

@@ -10,7 +10,7 @@ from moma_rt.backends.base import Array
 from moma_rt.bundle.specs import Geometry
 from moma_rt.messages import warn
 from moma_rt.networks import Networks
-from moma_rt.stages import Stages
+from moma_rt.timing import Stages
 
 
 @dataclass(frozen=True)

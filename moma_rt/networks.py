@@ -14,7 +14,7 @@ from moma_rt.bundle.footprint import Footprint, footprint, spelled_bytes, togeth
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Geometry, NetworkSpec
 from moma_rt.errors import BundleError, OutOfMemory, os_error_line
-from moma_rt.stages import LOADING, Stages
+from moma_rt.timing import LOADING, Stages
 
 T = TypeVar("T")
 

@@ -25,8 +25,8 @@ from moma_rt.residents import Residents
 from moma_rt.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
 from moma_rt.selection import Host, choose
-from moma_rt.stages import Stages
 from moma_rt.subject import Origin, Prefix, Subject
+from moma_rt.timing import Stages
 from moma_rt.turns import Call, Turns
 
 

@@ -19,8 +19,8 @@ from moma_rt.lru import Lru
 from moma_rt.networks import Networks, largest
 from moma_rt.residents import Residents
 from moma_rt.schedulers.tables import Column, guidance_halves
-from moma_rt.stages import Stages
 from moma_rt.subject import Subject
+from moma_rt.timing import Stages
 
 FloatArray = NDArray[np.float32]
 

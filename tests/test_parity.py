@@ -15,8 +15,8 @@ from moma_rt.inputs.tokenizers import text_prompt
 from moma_rt.networks import Networks
 from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import ROW_LENGTH, Column, schedule
-from moma_rt.stages import Stages
 from moma_rt.subject import Subject
+from moma_rt.timing import Stages
 
 GUIDANCE = 7.5
 SETS = ["compact", pytest.param("large", marks=pytest.mark.slow)]

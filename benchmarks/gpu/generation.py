@@ -16,7 +16,7 @@ from moma_rt.limits import GRAPH_MEMORY
 from moma_rt.messages import one_line
 from moma_rt.networks import Networks, run_once
 from moma_rt.selection import Choice, Host, choose
-from moma_rt.stages import Stages
+from moma_rt.timing import Stages
 
 # What makes pictures of a context embedding.
 NETWORKS = ("text_encoder", "context_projector", *PICTURES)

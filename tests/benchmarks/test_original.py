@@ -19,7 +19,7 @@ from moma_rt.bundle.specs import Precision
 from moma_rt.errors import InputError
 from moma_rt.inputs.noise import Stream
 from moma_rt.runtime import Runtime
-from moma_rt.stages import Stages
+from moma_rt.timing import Stages
 
 
 def settings(bundle: Path, steps: int, scheduler: str = "ddim", strength: float = 1.0) -> Settings:

@@ -26,7 +26,7 @@ from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Dim, Precision
 from moma_rt.networks import Networks
 from moma_rt.schedulers.tables import schedule
-from moma_rt.stages import Stages
+from moma_rt.timing import Stages
 
 DTYPES = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32, "uint8": onnx.TensorProto.UINT8}
 OPERATORS = {"InjectedSelfAttention", "ContextCrossAttention"}

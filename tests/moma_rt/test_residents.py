@@ -11,8 +11,8 @@ from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import InputError, MomaError
 from moma_rt.residents import Residents
 from moma_rt.runtime import Runtime
-from moma_rt.stages import Stages
 from moma_rt.subject import Subject
+from moma_rt.timing import Stages
 from tests.moma_rt.fake_cuda import CudaError
 from tests.moma_rt.test_runtime_engines import bundle, gpu  # noqa: F401
 from tests.moma_rt.test_runtime_room import without_room

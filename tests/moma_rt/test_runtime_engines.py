@@ -16,7 +16,7 @@ from moma_rt.files import sha256_file
 from moma_rt.networks import Networks
 from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
-from moma_rt.stages import Stages
+from moma_rt.timing import Stages
 from tests.moma_rt.fake_gpu import FakeGpu
 from tests.moma_rt.waiting import wait_until
 

@@ -16,8 +16,8 @@ from moma_rt.networks import Networks
 from moma_rt.residents import Residents
 from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import SCHEDULERS, Column, schedule
-from moma_rt.stages import Stages
 from moma_rt.subject import Prefix
+from moma_rt.timing import Stages
 from tests.moma_rt.together import check_four_subjects, four_subjects
 
 PROMPTS = (

@@ -20,7 +20,7 @@ from moma_rt.errors import InputError, OutOfMemory
 from moma_rt.limits import Limits
 from moma_rt.networks import Networks
 from moma_rt.runtime import Runtime
-from moma_rt.stages import Stages
+from moma_rt.timing import Stages
 
 SIZES = {
     "text_encoder": 100,
