@@ -9,8 +9,8 @@ compiles on any machine, without measuring where there is none.
 import dataclasses
 from dataclasses import dataclass
 
+from moma_rt.backends.device import local_device
 from moma_rt.bundle.engines import CPU_DEVICE, RTX_CAPABILITIES, Device, Flavour, spelled
-from moma_rt.device import local_device
 from moma_rt.errors import InputError
 from moma_rt.libraries import is_installed
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moma_rt.backends import AUTO, ONNXRUNTIME, ONNXRUNTIME_CUDA
+from moma_rt.backends.device import local_device
 from moma_rt.bundle.engines import CPU_CAPABILITY, CPU_DEVICE, Device, EngineEntry, Flavour, Library, select
 from moma_rt.bundle.manifest import Manifest
-from moma_rt.device import local_device
 from moma_rt.errors import BundleError, InputError, MomaError
 from moma_rt.libraries import (
     CUDA_MODULE,

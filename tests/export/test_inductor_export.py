@@ -21,10 +21,10 @@ from export.inductor_export import build_packages
 from export.networks import NETWORKS
 from export.packages import PackageOptions
 from export.sample_inputs import sample_inputs, usual_sizes
+from moma_rt.backends.device import local_device
 from moma_rt.bundle.engines import EngineEntry, Flavour
 from moma_rt.bundle.manifest import Bundle, read_manifest
 from moma_rt.bundle.specs import Precision
-from moma_rt.device import local_device
 from moma_rt.errors import BundleError, InputError
 from moma_rt.inspection import describe_bundle
 

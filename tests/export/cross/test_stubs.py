@@ -14,7 +14,7 @@ from moma_rt.errors import BundleError, InputError
 
 ASK = """
 import ctypes, json, sys
-from moma_rt.device import local_device
+from moma_rt.backends.device import local_device
 runtime = ctypes.CDLL(None)
 count = ctypes.c_int()
 assert runtime.cudaGetDeviceCount(ctypes.byref(count)) == 0

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from moma_rt import backends
+from moma_rt.backends.device import local_device
 from moma_rt.backends.inductor import TENSORS_NOTE, InductorBackend
 from moma_rt.bundle.engines import Device
-from moma_rt.device import local_device
 from moma_rt.errors import BundleError, InputError, MomaError, OutOfMemory
 from tests.moma_rt.backends.networks import PAST, STEP, allocate, buffer_of, check_row_filling, check_two_bindings
 from tests.moma_rt.backends.packages import save_package, with_code, with_notes

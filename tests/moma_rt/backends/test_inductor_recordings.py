@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from moma_rt.backends.device import local_device
 from moma_rt.backends.inductor import InductorBackend
 from moma_rt.bundle.engines import Device
-from moma_rt.device import local_device
 from moma_rt.errors import BundleError, MomaError, OutOfMemory
 from tests.moma_rt.backends.networks import STEP, allocate, buffer_of
 from tests.moma_rt.backends.packages import save_package

@@ -9,10 +9,10 @@ import pytest
 
 from moma_rt import backends
 from moma_rt.backends.cuda import Stream
+from moma_rt.backends.device import local_device
 from moma_rt.backends.tensorrt import TensorRtBackend
 from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.specs import NetworkSpec, TensorSpec
-from moma_rt.device import local_device
 from moma_rt.errors import BundleError, InputError, MomaError, OutOfMemory
 from tests.moma_rt.backends.networks import BATCH, PAST, STEP, allocate, buffer_of
 from tests.moma_rt.fake_cuda import CudaError, FakeCuda

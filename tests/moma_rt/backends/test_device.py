@@ -1,7 +1,7 @@
 import pytest
 
+from moma_rt.backends.device import local_device
 from moma_rt.bundle.engines import Device
-from moma_rt.device import local_device
 
 
 def test_without_a_driver_there_is_no_device(monkeypatch):
