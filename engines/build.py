@@ -27,12 +27,12 @@ from engines.tensorrt import (
     check_options,
     refit_engine,
 )
+from moma_rt.backends.libraries import library_version, version_tuple
 from moma_rt.bundle.engines import EngineEntry, Flavour
 from moma_rt.bundle.manifest import WEIGHTS_FOLDER, Bundle, Manifest, NetworkEntry, read_manifest, write_manifest
 from moma_rt.bundle.specs import Geometry, Precision
 from moma_rt.errors import BundleError, InputError, print_output, run_command
 from moma_rt.files import sha256_file
-from moma_rt.libraries import library_version, version_tuple
 
 PROGRAM = "engines.build"
 REFITTED = "refitted"

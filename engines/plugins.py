@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from moma_rt.backends.libraries import is_installed, library, version_tuple
 from moma_rt.bundle.engines import Flavour, KernelsEntry, spelled
 from moma_rt.bundle.manifest import Bundle, NetworkEntry
 from moma_rt.bundle.specs import MAX_SIZE, Geometry, Precision
 from moma_rt.errors import BundleError
 from moma_rt.files import sha256_file
-from moma_rt.libraries import is_installed, library, version_tuple
 from moma_rt.messages import shown
 
 # The one network that has the operators.

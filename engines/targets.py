@@ -10,9 +10,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from moma_rt.backends.device import local_device
+from moma_rt.backends.libraries import is_installed
 from moma_rt.bundle.engines import CPU_DEVICE, RTX_CAPABILITIES, Device, Flavour, spelled
 from moma_rt.errors import InputError
-from moma_rt.libraries import is_installed
 
 CPU, RTX, LOCAL, INDUCTOR = "cpu", "rtx", "local", "inductor"
 # What `rtx` stands for: Ampere and later. Turing is built when it is named (sm75).

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from engines.plugins import NetworkKernels, registered
+from moma_rt.backends.libraries import library, library_log, library_version, version_tuple
 from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import atomic_write
-from moma_rt.libraries import library, library_log, library_version, version_tuple
 from moma_rt.messages import one_line
 
 ENGINE_NAME = "engine.trt"

@@ -12,10 +12,10 @@ from engines.plugins import KERNELS_NAME, attention_shapes, kernel_dtype
 from engines.store import KERNELS_FOLDER, Artifact, Store, Stored
 from engines.targets import EngineTarget
 from kernels.launch import DEFAULT_CAPABILITIES
+from moma_rt.backends.libraries import is_installed
 from moma_rt.bundle.engines import Flavour, KernelsEntry, spelled
 from moma_rt.bundle.manifest import NetworkEntry
 from moma_rt.bundle.specs import Geometry, Precision
-from moma_rt.libraries import is_installed
 
 COMPILER = "triton"
 # Sources whose change may change a kernel, in the package `kernels`.

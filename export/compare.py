@@ -19,11 +19,11 @@ from export.build import add_checkpoint_options, checkpoint_of
 from export.sample_inputs import sample_inputs, usual_sizes
 from moma_rt.backends.base import Array
 from moma_rt.backends.device import local_device
+from moma_rt.backends.libraries import is_installed, library_version
 from moma_rt.bundle.engines import CPU_DEVICE
 from moma_rt.bundle.manifest import Bundle, NetworkEntry
 from moma_rt.bundle.specs import NetworkSpec, Precision
 from moma_rt.errors import CheckpointError, InputError, print_output, run_command
-from moma_rt.libraries import is_installed, library_version
 from moma_rt.messages import warn
 
 if TYPE_CHECKING:

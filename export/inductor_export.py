@@ -31,12 +31,12 @@ from export.keys import network_key
 from export.networks import NETWORKS, Precisions
 from export.packages import PACKAGE_NAME, PackageOptions, PackageRequest, quiet, write_package
 from moma_rt.backends.inductor import cpu_instructions, tensors_note
+from moma_rt.backends.libraries import is_installed, library_version, version_tuple
 from moma_rt.bundle.engines import CPU_CAPABILITY, EngineEntry
 from moma_rt.bundle.manifest import Bundle, Manifest, NetworkEntry, write_manifest
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import sha256_file
-from moma_rt.libraries import is_installed, library_version, version_tuple
 
 # By which a user has inductor measure fewer kinds of matrix products.
 _PRODUCTS = "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS"

@@ -6,10 +6,7 @@ from functools import cached_property
 
 from moma_rt.backends import AUTO, ONNXRUNTIME, ONNXRUNTIME_CUDA
 from moma_rt.backends.device import local_device
-from moma_rt.bundle.engines import CPU_CAPABILITY, CPU_DEVICE, Device, EngineEntry, Flavour, Library, select
-from moma_rt.bundle.manifest import Manifest
-from moma_rt.errors import BundleError, InputError, MomaError
-from moma_rt.libraries import (
+from moma_rt.backends.libraries import (
     CUDA_MODULE,
     CUDA_PIP_NAME,
     check_cuda_provider,
@@ -17,6 +14,9 @@ from moma_rt.libraries import (
     is_installed,
     library_version,
 )
+from moma_rt.bundle.engines import CPU_CAPABILITY, CPU_DEVICE, Device, EngineEntry, Flavour, Library, select
+from moma_rt.bundle.manifest import Manifest
+from moma_rt.errors import BundleError, InputError, MomaError
 
 
 class Host:

@@ -21,10 +21,10 @@ from export.cross.request import to_json
 from export.cross.rules import check
 from export.cross.stubs import Toolchain, build_stubs, check_host
 from export.packages import PACKAGE_NAME, PackageRequest
+from moma_rt.backends.libraries import is_installed
 from moma_rt.backends.package_weights import WEIGHTS_MEMBER
 from moma_rt.bundle.engines import spelled
 from moma_rt.errors import BundleError, InputError
-from moma_rt.libraries import is_installed
 from moma_rt.messages import one_line
 
 _WORKER = "export.cross.worker"

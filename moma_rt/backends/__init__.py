@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from moma_rt.backends.device import local_device
+from moma_rt.backends.libraries import check_cuda_provider, library, onnx_runtime
 from moma_rt.bundle.engines import Flavour
 from moma_rt.errors import InputError
-from moma_rt.libraries import check_cuda_provider, library, onnx_runtime
 
 if TYPE_CHECKING:
     from moma_rt.backends.base import Backend

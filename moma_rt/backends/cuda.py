@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from moma_rt.backends.base import Array, uncollected
+from moma_rt.backends.libraries import CUDA_PIP_NAME, cuda_runtime
 from moma_rt.errors import MomaError, OutOfMemory
-from moma_rt.libraries import CUDA_PIP_NAME, cuda_runtime
 from moma_rt.messages import one_line
 
 # What TensorRT asks of every address, and no more than cudaMalloc promises of all its own.

@@ -16,10 +16,10 @@ import onnxruntime as ort
 from moma_rt.backends.base import Buffer
 from moma_rt.backends.cuda import Stream
 from moma_rt.backends.device_buffers import DeviceBuffer, OnDevice, on_device
+from moma_rt.backends.libraries import CUDA_PROVIDER, CUDA_PROVIDER_INSTALLATION
 from moma_rt.backends.onnxruntime import LOG_FATAL, is_ort_error, open_session, out_of_memory, session_options
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError, InputError, MomaError, OutOfMemory
-from moma_rt.libraries import CUDA_PROVIDER, CUDA_PROVIDER_INSTALLATION
 from moma_rt.messages import one_line
 
 # PCI's number of NVIDIA, by which ONNX Runtime tells memory of its devices from the host's.

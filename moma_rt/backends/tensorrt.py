@@ -12,11 +12,11 @@ from moma_rt.backends.base import Array, Buffer, check_tensors
 from moma_rt.backends.cuda import DeviceMemory, Graph, Stream
 from moma_rt.backends.device_buffers import DeviceBuffer, OnDevice, on_device
 from moma_rt.backends.jit import JustInTime, is_capturable, just_in_time
+from moma_rt.backends.libraries import library, library_log
 from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.footprint import PICTURES
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError, MomaError, OutOfMemory
-from moma_rt.libraries import library, library_log
 
 # How the libraries say it.
 _OUT_OF_MEMORY = re.compile("out ?of ?memory", re.IGNORECASE)

@@ -19,8 +19,8 @@ import numpy as np
 import tensorrt as trt
 
 from engines.plugins import ATTRIBUTES_SINCE, NAMESPACE, read_kernels, registered
+from moma_rt.backends.libraries import version_tuple
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.libraries import version_tuple
 
 Sizes = dict[str, int]
 

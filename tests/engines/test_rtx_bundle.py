@@ -11,11 +11,11 @@ from engines.plugins import CONTEXT, PLUGINS_SINCE, KernelShape, attention_shape
 from engines.tensorrt import EngineRequest, _configure
 from export.build import main
 from export.lowering import DOCUMENTED
+from moma_rt.backends.libraries import library_log
 from moma_rt.bundle.engines import Device, Flavour, Library, select
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import NetworkSpec, Precision
 from moma_rt.inspection import describe_bundle
-from moma_rt.libraries import library_log
 
 pytestmark = pytest.mark.tensorrt
 TARGET = "sm86,sm89,sm120"

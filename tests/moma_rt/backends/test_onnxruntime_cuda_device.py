@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from moma_rt.backends import create
+from moma_rt.backends.libraries import has_cuda_provider
 from moma_rt.errors import OutOfMemory
-from moma_rt.libraries import has_cuda_provider
 from moma_rt.networks import run_once
 from moma_rt.runtime import Runtime
 from tests.moma_rt.backends.networks import STEP, allocate, buffer_of, save_graph

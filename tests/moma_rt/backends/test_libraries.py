@@ -5,9 +5,7 @@ import sys
 
 import pytest
 
-from moma_rt.bundle.engines import Flavour
-from moma_rt.errors import InputError
-from moma_rt.libraries import (
+from moma_rt.backends.libraries import (
     has_cuda_provider,
     is_installed,
     library,
@@ -15,6 +13,8 @@ from moma_rt.libraries import (
     library_version,
     onnx_runtime,
 )
+from moma_rt.bundle.engines import Flavour
+from moma_rt.errors import InputError
 from tests.moma_rt.fake_gpu import FakeGpu
 
 
