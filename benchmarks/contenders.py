@@ -21,11 +21,11 @@ import numpy as np
 from benchmarks.memory import device_mib_used, peak_gb
 from benchmarks.replays import TimedReplays
 from moma_rt import backends
+from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import MomaError
 from moma_rt.lru import Lru
-from moma_rt.selection import Host, choose
 from moma_rt.subject import Subject
 from moma_rt.timing import LOADING
 

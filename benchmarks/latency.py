@@ -52,11 +52,11 @@ from benchmarks.memory import device_mib_used
 from engines.targets import listed
 from export.build import add_checkpoint_options
 from moma_rt import backends
+from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import InputError, MomaError, print_output, run_command
 from moma_rt.schedulers.tables import schedule
-from moma_rt.selection import Host, choose
 from moma_rt.subject import Subject
 
 PROGRAM = "benchmarks.latency"

@@ -33,11 +33,11 @@ from benchmarks.soak_references import load_repeatable, references, subject_file
 from benchmarks.soak_requests import SUBJECTS, Drawn, Kind, draw_requests, pool
 from benchmarks.soak_run import Answered, Asker, Judge, run
 from moma_rt import backends
+from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import InputError, MomaError, print_output, run_command
 from moma_rt.limits import GRAPH_MEMORY, Limits
-from moma_rt.selection import Host, choose
 from moma_rt.subject import Subject
 
 PROGRAM = "benchmarks.soak"

@@ -9,6 +9,7 @@ import numpy as np
 
 from moma_rt import backends
 from moma_rt.backends.base import Array, Backend
+from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.conditioning import Conditioner
@@ -24,7 +25,6 @@ from moma_rt.networks import Networks
 from moma_rt.residents import Residents
 from moma_rt.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
-from moma_rt.selection import Host, choose
 from moma_rt.subject import Origin, Prefix, Subject
 from moma_rt.timing import Stages
 from moma_rt.turns import Call, Turns

@@ -109,7 +109,7 @@ def small_gpu_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine, without the GPU that it may have."""
-    for module in ("engines.targets", "export.compare", "moma_rt.backends", "moma_rt.selection"):
+    for module in ("engines.targets", "export.compare", "moma_rt.backends", "moma_rt.backends.selection"):
         monkeypatch.setattr(f"{module}.local_device", lambda: None)
 
 

@@ -8,6 +8,7 @@ from benchmarks.gpu.step import StepOptions
 from export.sample_inputs import sample_inputs
 from moma_rt import backends
 from moma_rt.backends.base import Array, Backend
+from moma_rt.backends.selection import Choice, Host, choose
 from moma_rt.buffers import CONDITIONS, STATE, GenerationBuffers
 from moma_rt.bundle.footprint import PICTURES
 from moma_rt.bundle.manifest import Bundle
@@ -15,7 +16,6 @@ from moma_rt.errors import MomaError
 from moma_rt.limits import GRAPH_MEMORY
 from moma_rt.messages import one_line
 from moma_rt.networks import Networks, run_once
-from moma_rt.selection import Choice, Host, choose
 from moma_rt.timing import Stages
 
 # What makes pictures of a context embedding.

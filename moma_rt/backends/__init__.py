@@ -33,7 +33,7 @@ def create(name: str, threads: int | None = None) -> "Backend":
     """Create a backend.
 
     Args:
-        name: one of `NAMES`, but not `AUTO`: what that is depends on a bundle (`moma_rt.selection.choose`).
+        name: one of `NAMES`, but not `AUTO`: what that is depends on a bundle (`moma_rt.backends.selection.choose`).
         threads: CPU threads a network may use, 1 to 1024; None leaves the choice to the backend. A GPU uses none.
 
     Raises:

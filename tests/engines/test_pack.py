@@ -8,6 +8,7 @@ import pytest
 from engines.build import EnginePlan, build_engines, refuse_packed
 from engines.pack import main, pack
 from engines.targets import EngineTarget
+from moma_rt.backends.selection import choose
 from moma_rt.bundle.engines import Device, EngineEntry, Flavour, KernelsEntry, Library, select
 from moma_rt.bundle.manifest import (
     LANGUAGE_TOKENIZER,
@@ -24,7 +25,6 @@ from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision, SelfAttention
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import sha256_file
 from moma_rt.inspection import describe_bundle
-from moma_rt.selection import choose
 
 GEOMETRY = Geometry(64, 4, 8, 77, 6, 4, 16, (SelfAttentionLayer("mid_block", 8, 4, 2),), None)
 NAMES = ("denoiser", "subject_encoder")

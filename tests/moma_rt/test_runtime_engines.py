@@ -44,7 +44,7 @@ def add_engines(root, capability):
 def gpu(monkeypatch, fakes):
     networks = {b"engine of " + name.encode(): (spec, fakes.functions[name]) for name, spec in fakes.specs.items()}
     installed = FakeGpu.install(monkeypatch, networks)
-    monkeypatch.setattr("moma_rt.selection.local_device", lambda: H100)
+    monkeypatch.setattr("moma_rt.backends.selection.local_device", lambda: H100)
     yield installed
     assert installed.cuda.wrong == []
 
@@ -175,7 +175,7 @@ def test_engines_for_another_device_are_a_warning(gpu, tmp_path, fakes):
 def test_an_explicit_backend_is_not_replaced(monkeypatch, bundle):
     with pytest.raises(InputError, match="no backend 'abacus'; there are: auto, onnxruntime, onnxruntime_cuda, te"):
         Runtime.load(bundle, "abacus")
-    monkeypatch.setattr("moma_rt.selection.local_device", lambda: None)
+    monkeypatch.setattr("moma_rt.backends.selection.local_device", lambda: None)
     with pytest.raises(InputError, match="backend tensorrt: this machine has no NVIDIA GPU"):
         Runtime.load(bundle, "tensorrt")
 

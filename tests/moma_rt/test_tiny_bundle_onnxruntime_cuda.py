@@ -30,7 +30,7 @@ def gpu(monkeypatch):
     ort = FakeOnnxRuntime.install(monkeypatch, cuda)
     # As the real one does of the language model's.
     ort.on_host.add("token_ids")
-    monkeypatch.setattr("moma_rt.selection.local_device", lambda: Device("H100", 90))
+    monkeypatch.setattr("moma_rt.backends.selection.local_device", lambda: Device("H100", 90))
     yield SimpleNamespace(cuda=cuda, ort=ort)
     assert cuda.wrong == []
 

@@ -26,7 +26,7 @@ def test_a_module_is_installed_or_not():
 
 def test_looking_for_a_library_imports_nothing(repository):
     code = (
-        "import sys; from moma_rt.selection import Host; Host().missing;"
+        "import sys; from moma_rt.backends.selection import Host; Host().missing;"
         "print(sorted({'tensorrt', 'tensorrt_rtx', 'onnxruntime', 'cuda.bindings', 'numpy'} & sys.modules.keys()))"
     )
     found = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=repository)

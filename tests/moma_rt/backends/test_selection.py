@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from moma_rt import selection
-from moma_rt.backends import NAMES
+from moma_rt.backends import NAMES, selection
+from moma_rt.backends.selection import Choice, Host, choose
 from moma_rt.bundle.engines import Device, EngineEntry, Flavour
 from moma_rt.errors import BundleError, InputError
-from moma_rt.selection import Choice, Host, choose
 
 FULL, RTX, INDUCTOR = Flavour.TENSORRT, Flavour.TENSORRT_RTX, Flavour.INDUCTOR
 H100, RTX4090, ORIN = Device("H100", 90), Device("RTX 4090", 89), Device("Orin", 87)
