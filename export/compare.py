@@ -151,7 +151,7 @@ def runs(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Iterator[tuple[
 def outputs_of(backend: str, spec: NetworkSpec, path: Path, weights: Sequence[Path], inputs: Arrays) -> Arrays:
     """The outputs of a network's graph or engine, with the weights that it reads, on one of the runtime's backends."""
     from moma_rt.backends import create
-    from moma_rt.networks import run_once
+    from moma_rt.memory.networks import run_once
 
     created = create(backend)
     return run_once(created, created.load(spec, path, weights), inputs)

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from moma_rt.backends.base import Array
 from moma_rt.bundle.specs import Geometry
+from moma_rt.memory.networks import Networks
 from moma_rt.messages import warn
-from moma_rt.networks import Networks
 from moma_rt.timing import Stages
 
 

@@ -16,7 +16,7 @@ from moma_rt.errors import Cancelled, OutOfMemory
 from moma_rt.inputs.noise import Stream, draw
 from moma_rt.limits import Limits
 from moma_rt.lru import Lru
-from moma_rt.networks import Networks, largest
+from moma_rt.memory.networks import Networks, largest
 from moma_rt.residents import Residents
 from moma_rt.schedulers.tables import Column, guidance_halves
 from moma_rt.subject import Subject

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moma_rt.inputs.tokenizers import text_prompt
-from moma_rt.networks import Networks
+from moma_rt.memory.networks import Networks
 from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import ROW_LENGTH, Column, schedule
 from moma_rt.subject import Subject

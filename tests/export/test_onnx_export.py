@@ -24,7 +24,7 @@ from export.onnx_export import ExportRequest, export_network
 from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Dim, Precision
-from moma_rt.networks import Networks
+from moma_rt.memory.networks import Networks
 from moma_rt.schedulers.tables import schedule
 from moma_rt.timing import Stages
 

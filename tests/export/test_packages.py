@@ -251,7 +251,7 @@ def test_a_mapped_file_is_mapped_once(on_a_cpu, first):
 
 
 def test_a_bundle_with_a_changed_byte_of_weights_is_not_run(on_a_cpu, first, tmp_path, capsys):
-    from moma_rt.networks import Networks
+    from moma_rt.memory.networks import Networks
     from moma_rt.timing import Stages
 
     root = Path(shutil.copytree(first.root, tmp_path / "bundle"))

@@ -19,7 +19,7 @@ import numpy as np
 
 from moma_rt.bundle.footprint import PICTURES
 from moma_rt.bundle.specs import NetworkSpec
-from moma_rt.networks import sizes_of
+from moma_rt.memory.networks import sizes_of
 from tests.moma_rt.fake_cuda import POISON, STREAM, FakeCuda
 from tests.moma_rt.fake_jit import RuntimeCache, RuntimeConfig
 

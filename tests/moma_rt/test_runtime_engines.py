@@ -13,7 +13,7 @@ from moma_rt.bundle.manifest import Bundle, FileEntry, read_manifest, write_mani
 from moma_rt.cli import entry
 from moma_rt.errors import BundleError, InputError, MomaError, MomaWarning, OutOfMemory
 from moma_rt.files import sha256_file
-from moma_rt.networks import Networks
+from moma_rt.memory.networks import Networks
 from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
 from moma_rt.timing import Stages

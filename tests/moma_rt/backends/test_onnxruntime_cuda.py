@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 
 from moma_rt.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
-from moma_rt.networks import run_once
+from moma_rt.memory.networks import run_once
 from tests.moma_rt.backends.networks import (
     PAST,
     STEP,

@@ -6,7 +6,7 @@ import pytest
 from moma_rt.backends import create
 from moma_rt.backends.libraries import has_cuda_provider
 from moma_rt.errors import OutOfMemory
-from moma_rt.networks import run_once
+from moma_rt.memory.networks import run_once
 from moma_rt.runtime import Runtime
 from tests.moma_rt.backends.networks import STEP, allocate, buffer_of, save_graph
 from tests.moma_rt.backends.test_tensorrt_device import CASES, random_inputs

@@ -10,7 +10,7 @@ from moma_rt.backends.device import local_device
 from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
 from moma_rt.backends.tensorrt import TensorRtBackend
 from moma_rt.bundle.engines import RTX_CAPABILITIES, Flavour
-from moma_rt.networks import run_once
+from moma_rt.memory.networks import run_once
 from tests.moma_rt.backends.networks import PAST, STEP, allocate, buffer_of, past, save_graph, step
 
 CASES = [

@@ -1,0 +1,1 @@
+"""What stays loaded: networks, device buffers and cached subjects, within their budgets."""
