@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moma_rt.backends.base import Array, Network, Recording
-from moma_rt.buffers import GenerationBuffers
 from moma_rt.bundle.footprint import PICTURES
 from moma_rt.errors import Cancelled, OutOfMemory
 from moma_rt.inputs.noise import Stream, draw
 from moma_rt.limits import Limits
 from moma_rt.lru import Lru
+from moma_rt.memory.buffers import GenerationBuffers
 from moma_rt.memory.networks import Networks, largest
 from moma_rt.residents import Residents
 from moma_rt.schedulers.tables import Column, guidance_halves

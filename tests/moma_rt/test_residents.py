@@ -255,7 +255,7 @@ def test_an_upload_that_fails_leaves_no_half_subject(gpu, load, enrolled, monkey
     runtime = load()
     runtime.generate(subjects[0], PROMPT, steps=2)
     gpu.cuda.failures["cudaMemcpyAsync"] = CudaError.cudaErrorIllegalAddress
-    monkeypatch.setattr("moma_rt.buffers.GenerationBuffers.schedule", lambda *_: None)
+    monkeypatch.setattr("moma_rt.memory.buffers.GenerationBuffers.schedule", lambda *_: None)
     with pytest.raises(MomaError, match="cudaMemcpyAsync"):
         runtime.generate(subjects[1], PROMPT, steps=2)
     monkeypatch.undo()
