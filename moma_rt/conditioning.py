@@ -12,7 +12,7 @@ from moma_rt.errors import BundleError, SubjectError
 from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, common_prefix_length
 from moma_rt.lru import Lru
 from moma_rt.memory.networks import Networks
-from moma_rt.residents import Residents
+from moma_rt.memory.subject_cache import Residents
 from moma_rt.subject import Origin, Prefix, Subject
 from moma_rt.timing import Stages
 

@@ -21,8 +21,8 @@ from moma_rt.inputs.noise import Stream, check_seed, draw
 from moma_rt.inputs.tokenizers import check_prompt, text_prompt
 from moma_rt.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
 from moma_rt.memory.networks import Networks
+from moma_rt.memory.subject_cache import Residents
 from moma_rt.messages import shown, warn
-from moma_rt.residents import Residents
 from moma_rt.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
 from moma_rt.subject import Origin, Prefix, Subject

@@ -17,7 +17,7 @@ from moma_rt.limits import Limits
 from moma_rt.lru import Lru
 from moma_rt.memory.buffers import GenerationBuffers
 from moma_rt.memory.networks import Networks, largest
-from moma_rt.residents import Residents
+from moma_rt.memory.subject_cache import Residents
 from moma_rt.schedulers.tables import Column, guidance_halves
 from moma_rt.subject import Subject
 from moma_rt.timing import Stages

@@ -9,7 +9,7 @@ import pytest
 from moma_rt.backends.tensorrt import TensorRtBackend
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import InputError, MomaError
-from moma_rt.residents import Residents
+from moma_rt.memory.subject_cache import Residents
 from moma_rt.runtime import Runtime
 from moma_rt.subject import Subject
 from moma_rt.timing import Stages
