@@ -25,7 +25,7 @@ from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import MomaError
-from moma_rt.lru import Lru
+from moma_rt.memory.lru import Lru
 from moma_rt.subject import Subject
 from moma_rt.timing import LOADING
 

@@ -10,7 +10,7 @@ from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER
 from moma_rt.bundle.specs import LanguageGeometry
 from moma_rt.errors import BundleError, SubjectError
 from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, common_prefix_length
-from moma_rt.lru import Lru
+from moma_rt.memory.lru import Lru
 from moma_rt.memory.networks import Networks
 from moma_rt.memory.subject_cache import Residents
 from moma_rt.subject import Origin, Prefix, Subject

@@ -9,7 +9,7 @@ import numpy as np
 from moma_rt.backends.base import Array, Backend, Bound, Buffer, Network, Recording, Size, nbytes
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import OutOfMemory
-from moma_rt.lru import Lru
+from moma_rt.memory.lru import Lru
 
 # What a step reads of itself and hands to the next one; the denoiser's outputs are named next_<name>.
 STATE = ("latents", "history", "foreground_mask")

@@ -7,7 +7,7 @@ from functools import partial
 from moma_rt.backends.base import Array, Buffer, nbytes
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import OutOfMemory
-from moma_rt.lru import Lru
+from moma_rt.memory.lru import Lru
 from moma_rt.memory.networks import Networks
 from moma_rt.subject import Prefix, Subject
 

@@ -1,6 +1,6 @@
 import pytest
 
-from moma_rt.lru import Lru
+from moma_rt.memory.lru import Lru
 
 
 def test_what_was_used_longest_ago_goes_first():
