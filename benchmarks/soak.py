@@ -37,7 +37,7 @@ from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import InputError, MomaError, print_output, run_command
-from moma_rt.limits import GRAPH_MEMORY, Limits
+from moma_rt.memory.limits import GRAPH_MEMORY, Limits
 from moma_rt.subject import Subject
 
 PROGRAM = "benchmarks.soak"

@@ -206,7 +206,7 @@ def _enroll(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from moma_rt.limits import MAX_IMAGES
+    from moma_rt.memory.limits import MAX_IMAGES
     from moma_rt.runtime import Runtime
     from moma_rt.subject import Subject
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from moma_rt.errors import InputError
 from moma_rt.inputs.noise import MAX_SEED, check_seed
-from moma_rt.limits import MAX_IMAGES
+from moma_rt.memory.limits import MAX_IMAGES
 from moma_rt.messages import shown
 from moma_rt.sampling import FloatArray
 from moma_rt.schedulers.tables import ALL_TIMESTEPS, guidance_halves, schedule

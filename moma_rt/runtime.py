@@ -19,7 +19,7 @@ from moma_rt.generation import Result, Settings, check_array
 from moma_rt.inputs.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
 from moma_rt.inputs.noise import Stream, check_seed, draw
 from moma_rt.inputs.tokenizers import check_prompt, text_prompt
-from moma_rt.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
+from moma_rt.memory.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
 from moma_rt.memory.networks import Networks
 from moma_rt.memory.subject_cache import Residents
 from moma_rt.messages import shown, warn

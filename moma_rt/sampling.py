@@ -13,8 +13,8 @@ from moma_rt.backends.base import Array, Network, Recording
 from moma_rt.bundle.footprint import PICTURES
 from moma_rt.errors import Cancelled, OutOfMemory
 from moma_rt.inputs.noise import Stream, draw
-from moma_rt.limits import Limits
 from moma_rt.memory.buffers import GenerationBuffers
+from moma_rt.memory.limits import Limits
 from moma_rt.memory.lru import Lru
 from moma_rt.memory.networks import Networks, largest
 from moma_rt.memory.subject_cache import Residents

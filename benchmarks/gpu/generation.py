@@ -12,8 +12,8 @@ from moma_rt.backends.selection import Choice, Host, choose
 from moma_rt.bundle.footprint import PICTURES
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import MomaError
-from moma_rt.limits import GRAPH_MEMORY
 from moma_rt.memory.buffers import CONDITIONS, STATE, GenerationBuffers
+from moma_rt.memory.limits import GRAPH_MEMORY
 from moma_rt.memory.networks import Networks, run_once
 from moma_rt.messages import one_line
 from moma_rt.timing import Stages

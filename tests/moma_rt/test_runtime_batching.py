@@ -8,7 +8,7 @@ import pytest
 
 from moma_rt.bundle.manifest import Bundle, read_manifest
 from moma_rt.errors import Cancelled, InputError, MomaError
-from moma_rt.limits import Limits
+from moma_rt.memory.limits import Limits
 from moma_rt.runtime import Runtime
 from tests.moma_rt.waiting import wait_until
 

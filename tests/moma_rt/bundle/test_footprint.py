@@ -17,7 +17,7 @@ from moma_rt.bundle.footprint import (
 )
 from moma_rt.bundle.manifest import Bundle, read_manifest
 from moma_rt.errors import InputError, OutOfMemory
-from moma_rt.limits import Limits
+from moma_rt.memory.limits import Limits
 from moma_rt.memory.networks import Networks
 from moma_rt.runtime import Runtime
 from moma_rt.timing import Stages
