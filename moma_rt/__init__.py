@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from moma_rt.errors import BundleError, Cancelled, InputError, MomaError, MomaWarning, OutOfMemory, SubjectError
 
 if TYPE_CHECKING:
-    from moma_rt.generation import Result
+    from moma_rt.pipeline.request import Result
     from moma_rt.runtime import Runtime
     from moma_rt.sampling import StepInfo
     from moma_rt.subject import Subject
@@ -36,7 +36,7 @@ __all__ = [
 
 # Imported on first use, so that `import moma_rt` and `moma-rt --help` do not pay for NumPy and a backend.
 _LAZY = {
-    "Result": "moma_rt.generation",
+    "Result": "moma_rt.pipeline.request",
     "Runtime": "moma_rt.runtime",
     "StepInfo": "moma_rt.sampling",
     "Subject": "moma_rt.subject",

@@ -23,7 +23,7 @@ from moma_rt.files import atomic_write_all
 if TYPE_CHECKING:
     from PIL import Image
 
-    from moma_rt.generation import Result
+    from moma_rt.pipeline.request import Result
     from moma_rt.sampling import FloatArray, StepInfo
     from moma_rt.subject import Subject
 

@@ -15,7 +15,6 @@ from moma_rt.bundle.manifest import Bundle
 from moma_rt.conditioning import Conditioner
 from moma_rt.enrollment import ReferenceNoise, compact, reference_pass
 from moma_rt.errors import InputError, MomaError
-from moma_rt.generation import Result, Settings, check_array
 from moma_rt.inputs.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
 from moma_rt.inputs.noise import Stream, check_seed, draw
 from moma_rt.inputs.tokenizers import check_prompt, text_prompt
@@ -23,6 +22,7 @@ from moma_rt.memory.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
 from moma_rt.memory.networks import Networks
 from moma_rt.memory.subject_cache import Residents
 from moma_rt.messages import shown, warn
+from moma_rt.pipeline.request import Result, Settings, check_array
 from moma_rt.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
 from moma_rt.subject import Origin, Prefix, Subject

@@ -185,7 +185,7 @@ def test_the_same_subject_is_uploaded_once(runtime, backend, subject):
 def test_the_history_of_the_call_before_is_forgotten(runtime, backend, subject, monkeypatch):
     rows = schedule("ddim", 3, 7.5)
     rows[:, Column.HISTORY_EPS] = rows[1:, Column.HISTORY] = 1.0
-    monkeypatch.setattr("moma_rt.generation.schedule", lambda *_: rows)
+    monkeypatch.setattr("moma_rt.pipeline.request.schedule", lambda *_: rows)
     for _ in range(2):
         backend.runs.clear()
         runtime.generate(subject, "A car.", steps=3)
@@ -231,7 +231,7 @@ def test_a_context_embedding_needs_no_language_model(tmp_path, fakes, backend, p
 def test_a_scheduler_that_adds_noise_gets_each_seeds_own(runtime, backend, subject, monkeypatch):
     rows = schedule("ddim", 3, 7.5)
     rows[:, Column.NOISE] = 0.1
-    monkeypatch.setattr("moma_rt.generation.schedule", lambda *_: rows)
+    monkeypatch.setattr("moma_rt.pipeline.request.schedule", lambda *_: rows)
     runtime.generate(subject, "A car.", steps=3, seed=4, num_images=2)
     used = np.stack([inputs["noise"] for inputs in backend.inputs_of("denoiser")])
     for i, seed in enumerate((4, 5)):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moma_rt.generation import Result
+from moma_rt.pipeline.request import Result
 from moma_rt.runtime import Runtime
 from moma_rt.subject import Subject
 from tests.moma_rt.waiting import wait_until
