@@ -22,12 +22,12 @@ from moma_rt.memory.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
 from moma_rt.memory.networks import Networks
 from moma_rt.memory.subject_cache import Residents
 from moma_rt.messages import shown, warn
+from moma_rt.pipeline.batching import Call, Turns
 from moma_rt.pipeline.request import Result, Settings, check_array
 from moma_rt.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
 from moma_rt.subject import Origin, Prefix, Subject
 from moma_rt.timing import Stages
-from moma_rt.turns import Call, Turns
 
 
 @dataclass(frozen=True, eq=False)

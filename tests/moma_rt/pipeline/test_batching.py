@@ -6,7 +6,7 @@ import weakref
 import pytest
 
 from moma_rt.errors import InputError
-from moma_rt.turns import Call, Turns
+from moma_rt.pipeline.batching import Call, Turns
 from tests.moma_rt.waiting import wait_until
 
 
