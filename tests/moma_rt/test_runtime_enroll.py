@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.enrollment import compact
 from moma_rt.errors import InputError, MomaWarning
 from moma_rt.inputs.noise import Stream, draw
+from moma_rt.pipeline.enrollment import compact
 from moma_rt.runtime import Runtime
 from moma_rt.subject import Subject
 
