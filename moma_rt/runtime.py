@@ -12,7 +12,6 @@ from moma_rt.backends.base import Array, Backend
 from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.conditioning import Conditioner
 from moma_rt.errors import InputError, MomaError
 from moma_rt.inputs.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
 from moma_rt.inputs.noise import Stream, check_seed, draw
@@ -22,6 +21,7 @@ from moma_rt.memory.networks import Networks
 from moma_rt.memory.subject_cache import Residents
 from moma_rt.messages import shown, warn
 from moma_rt.pipeline.batching import Call, Turns
+from moma_rt.pipeline.conditioning import Conditioner
 from moma_rt.pipeline.enrollment import ReferenceNoise, compact, reference_pass
 from moma_rt.pipeline.request import Result, Settings, check_array
 from moma_rt.sampling import FloatArray, OnStep, Picture, Sample, Sampler

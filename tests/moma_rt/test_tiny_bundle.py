@@ -9,11 +9,11 @@ import pytest
 
 from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.conditioning import Conditioner
 from moma_rt.inputs.noise import Stream, draw
 from moma_rt.inputs.tokenizers import text_prompt
 from moma_rt.memory.networks import Networks
 from moma_rt.memory.subject_cache import Residents
+from moma_rt.pipeline.conditioning import Conditioner
 from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import SCHEDULERS, Column, schedule
 from moma_rt.subject import Prefix
