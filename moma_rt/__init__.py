@@ -13,8 +13,8 @@ from moma_rt.errors import BundleError, Cancelled, InputError, MomaError, MomaWa
 
 if TYPE_CHECKING:
     from moma_rt.pipeline.request import Result
+    from moma_rt.pipeline.sampling import StepInfo
     from moma_rt.runtime import Runtime
-    from moma_rt.sampling import StepInfo
     from moma_rt.subject import Subject
 
 __version__ = "0.1.0"
@@ -38,7 +38,7 @@ __all__ = [
 _LAZY = {
     "Result": "moma_rt.pipeline.request",
     "Runtime": "moma_rt.runtime",
-    "StepInfo": "moma_rt.sampling",
+    "StepInfo": "moma_rt.pipeline.sampling",
     "Subject": "moma_rt.subject",
 }
 

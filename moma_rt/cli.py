@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from moma_rt.pipeline.request import Result
-    from moma_rt.sampling import FloatArray, StepInfo
+    from moma_rt.pipeline.sampling import FloatArray, StepInfo
     from moma_rt.subject import Subject
 
 PROGRAM = "moma-rt"

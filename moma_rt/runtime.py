@@ -24,7 +24,7 @@ from moma_rt.pipeline.batching import Call, Turns
 from moma_rt.pipeline.conditioning import Conditioner
 from moma_rt.pipeline.enrollment import ReferenceNoise, compact, reference_pass
 from moma_rt.pipeline.request import Result, Settings, check_array
-from moma_rt.sampling import FloatArray, OnStep, Picture, Sample, Sampler
+from moma_rt.pipeline.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
 from moma_rt.subject import Origin, Prefix, Subject
 from moma_rt.timing import Stages

@@ -10,7 +10,7 @@ from moma_rt.errors import InputError
 from moma_rt.inputs.noise import MAX_SEED, check_seed
 from moma_rt.memory.limits import MAX_IMAGES
 from moma_rt.messages import shown
-from moma_rt.sampling import FloatArray
+from moma_rt.pipeline.sampling import FloatArray
 from moma_rt.schedulers.tables import ALL_TIMESTEPS, guidance_halves, schedule
 
 MAX_STRENGTH = 2.0

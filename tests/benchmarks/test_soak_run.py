@@ -9,7 +9,7 @@ from benchmarks.soak_references import Reference
 from benchmarks.soak_requests import MISTAKES, SCHEDULES, SUBJECTS, Drawn, Kind, PictureRequest
 from benchmarks.soak_run import Answered, Asker, Judge, run
 from moma_rt.errors import Cancelled, InputError, MomaError
-from moma_rt.sampling import StepInfo
+from moma_rt.pipeline.sampling import StepInfo
 
 
 def grey(value: int) -> np.ndarray:
