@@ -34,8 +34,8 @@ class Denoiser(nn.Module):
     """A whole step: guidance, the UNet with both adapters, the scheduler update and the foreground mask.
 
     Inputs and outputs are those of the denoiser's spec in `export.networks`; the update is the schedule row's linear
-    form, see `moma_rt.schedulers.tables`. Whatever the UNet computes in, guidance, the update and the foreground mask are
-    float32: they add up over the steps.
+    form, see `moma_rt.schedulers.tables`. Guidance, the update and the foreground mask are float32 whatever the UNet's
+    precision, since their errors would add up over the steps.
     """
 
     def __init__(self, unet: UNet2DConditionModel, adapters: dict[str, Tensor], geometry: Geometry) -> None:

@@ -53,8 +53,8 @@ STUB = "\n".join(
 )
 # TensorRT-RTX has no plugin library; true says that the plugins were registered.
 PLUGIN_STUB = "_Bool initLibNvInferPlugins(void *logger, const char *plugin_namespace) { return 1; }"
-# What moma_rt/backends/device.py asks a driver for, of a GPU of capability 9.0; nobody can compute with it. It also hides a GPU
-# that is there, for which TensorRT-RTX would build something else.
+# What moma_rt/backends/device.py asks the driver for: a GPU of capability 9.0 that cannot compute. It also hides a real
+# GPU, for which TensorRT-RTX would build something else.
 DRIVER_STUB = """
 int cuInit(unsigned flags) { return 0; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
