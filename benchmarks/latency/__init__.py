@@ -1,0 +1,1 @@
+"""Latency of whole requests against what a user of MoMA runs today."""
