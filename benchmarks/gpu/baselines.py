@@ -23,7 +23,7 @@ from benchmarks.gpu.eager import checkpoint_of_bundle
 from benchmarks.gpu.generation import NETWORKS, first_usable
 from benchmarks.gpu.step import StepOptions, StepResults, step_options
 from benchmarks.gpu.timer import GpuTimer, HostTimer, Timer
-from benchmarks.latency_requests import random_embedding, requests
+from benchmarks.latency.requests import random_embedding, requests
 from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.model import Checkpoint
 from moma_rt.bundle.manifest import Bundle

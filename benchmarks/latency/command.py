@@ -46,7 +46,7 @@ from benchmarks.contenders import (
     Settings,
 )
 from benchmarks.environment import bundle_facts, environment, repeatable, results_path, write_results
-from benchmarks.latency_requests import random_embedding, requests
+from benchmarks.latency.requests import random_embedding, requests
 from benchmarks.latency_summary import Samples, summary, table
 from benchmarks.memory import device_mib_used
 from engines.targets import listed

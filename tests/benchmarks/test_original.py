@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from benchmarks import original
 from benchmarks.contenders import Request, Settings
-from benchmarks.latency_requests import requests
+from benchmarks.latency.requests import requests
 from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.load import CheckpointRequest, load_checkpoint
 from moma_rt.bundle.specs import Precision
