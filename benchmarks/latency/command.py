@@ -47,7 +47,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.environment import bundle_facts, environment, repeatable, results_path, write_results
 from benchmarks.latency.requests import random_embedding, requests
-from benchmarks.latency_summary import Samples, summary, table
+from benchmarks.latency.summary import Samples, summary, table
 from benchmarks.memory import device_mib_used
 from engines.targets import listed
 from export.build import add_checkpoint_options

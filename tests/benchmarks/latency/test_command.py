@@ -12,7 +12,7 @@ from benchmarks import latency
 from benchmarks.contenders import RUNTIME, Answer, ContenderProcess, Settings
 from benchmarks.latency.command import KINDS, main, measure
 from benchmarks.latency.requests import requests
-from benchmarks.latency_summary import Samples, summary, table, times
+from benchmarks.latency.summary import Samples, summary, table, times
 from benchmarks.report import latency_table
 from moma_rt.errors import MomaError
 from moma_rt.runtime import Runtime
