@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contenders import ORIGINALS, RUNTIME, Answer
 from benchmarks.environment import percentiles
+from benchmarks.latency.contenders import ORIGINALS, RUNTIME, Answer
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> int:

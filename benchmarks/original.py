@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import AutoModel, CLIPTextConfig, CLIPVisionConfig, LlamaConfig
 
 from benchmarks.captured_unet import CapturedUnet
-from benchmarks.contenders import Answer, Request, Settings
+from benchmarks.latency.contenders import Answer, Request, Settings
 from benchmarks.original_attention import GenerationStep, ReferencePass, next_foreground, set_processors
 from export.checkpoints.architectures import llama_config
 from export.checkpoints.model import Checkpoint, Component

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import Answer, Settings
 from benchmarks.environment import bundle_facts, percentiles
 from benchmarks.gpu.eager import checkpoint_of_bundle
 from benchmarks.gpu.generation import NETWORKS, first_usable
 from benchmarks.gpu.step import StepOptions, StepResults, step_options
 from benchmarks.gpu.timer import GpuTimer, HostTimer, Timer
+from benchmarks.latency.contenders import Answer, Settings
 from benchmarks.latency.requests import random_embedding, requests
 from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.model import Checkpoint

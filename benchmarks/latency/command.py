@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.agreement import agreement, replays
-from benchmarks.contenders import (
+from benchmarks.environment import bundle_facts, environment, repeatable, results_path, write_results
+from benchmarks.latency.contenders import (
     BASELINES,
     RUNTIME,
     SUBJECT,
@@ -45,7 +46,6 @@ from benchmarks.contenders import (
     ContenderProcess,
     Settings,
 )
-from benchmarks.environment import bundle_facts, environment, repeatable, results_path, write_results
 from benchmarks.latency.requests import random_embedding, requests
 from benchmarks.latency.summary import Samples, summary, table
 from benchmarks.memory import device_mib_used

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.contenders import SUBJECT, Request
+from benchmarks.latency.contenders import SUBJECT, Request
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 # More than the runtime keeps the texts of.

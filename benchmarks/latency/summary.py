@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.contenders import RUNTIME, Answer
 from benchmarks.environment import percentiles
+from benchmarks.latency.contenders import RUNTIME, Answer
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.agreement import agreement, difference, psnr, replays
-from benchmarks.contenders import RUNTIME, Answer
+from benchmarks.latency.contenders import RUNTIME, Answer
 
 
 def grey(value: int, size: int = 4) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from benchmarks import original
-from benchmarks.contenders import Request, Settings
+from benchmarks.latency.contenders import Request, Settings
 from benchmarks.latency.requests import requests
 from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.load import CheckpointRequest, load_checkpoint
