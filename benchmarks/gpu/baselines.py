@@ -23,8 +23,8 @@ from benchmarks.gpu.generation import NETWORKS, first_usable
 from benchmarks.gpu.step import StepOptions, StepResults, step_options
 from benchmarks.gpu.timer import GpuTimer, HostTimer, Timer
 from benchmarks.latency.contenders import Answer, Settings
+from benchmarks.latency.original import Original, PlainDiffusion
 from benchmarks.latency.requests import random_embedding, requests
-from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.model import Checkpoint
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Precision
@@ -41,7 +41,7 @@ _SAMPLES = 3
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run one algorithm: `execution` as `benchmarks.original` names it."""
+    """One way to run one algorithm: `execution` as `benchmarks.latency.original` names it."""
 
     kind: str
     precision: Precision

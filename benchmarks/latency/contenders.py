@@ -36,7 +36,7 @@ SUBJECT = "coffee cup"
 _TELL_PEAK = "peak"
 # Those that make MoMA's picture come first.
 ORIGINALS = ("eager", "compiled")
-# How each baseline runs the UNet of its steps, as `benchmarks.original` names it.
+# How each baseline runs the UNet of its steps, as `benchmarks.latency.original` names it.
 EXECUTIONS: Mapping[str, str] = MappingProxyType(
     {
         "eager": "eager",
@@ -177,7 +177,7 @@ def baseline(name: str, settings: Settings) -> Contender:
     """One of `BASELINES`, of the weights that the bundle was made of."""
     import torch
 
-    from benchmarks.original import Original, PlainDiffusion
+    from benchmarks.latency.original import Original, PlainDiffusion
     from export.compare import same_checkpoint
 
     if settings.threads is not None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from benchmarks import original
+from benchmarks.latency import original
 from benchmarks.latency.contenders import Request, Settings
+from benchmarks.latency.original import Original, PlainDiffusion
 from benchmarks.latency.requests import requests
-from benchmarks.original import Original, PlainDiffusion
 from export.checkpoints.load import CheckpointRequest, load_checkpoint
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import InputError
