@@ -19,7 +19,7 @@ from transformers import AutoModel, CLIPTextConfig, CLIPVisionConfig, LlamaConfi
 
 from benchmarks.captured_unet import CapturedUnet
 from benchmarks.latency.contenders import Answer, Request, Settings
-from benchmarks.original_attention import GenerationStep, ReferencePass, next_foreground, set_processors
+from benchmarks.latency.original_attention import GenerationStep, ReferencePass, next_foreground, set_processors
 from export.checkpoints.architectures import llama_config
 from export.checkpoints.model import Checkpoint, Component
 from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER, Bundle
