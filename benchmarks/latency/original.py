@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModel, CLIPTextConfig, CLIPVisionConfig, LlamaConfig
 
-from benchmarks.captured_unet import CapturedUnet
+from benchmarks.latency.captured_unet import CapturedUnet
 from benchmarks.latency.contenders import Answer, Request, Settings
 from benchmarks.latency.original_attention import GenerationStep, ReferencePass, next_foreground, set_processors
 from export.checkpoints.architectures import llama_config
