@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from benchmarks.latency.replays import TimedReplays
 from benchmarks.memory import device_mib_used, peak_gb
-from benchmarks.replays import TimedReplays
 from moma_rt import backends
 from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.manifest import Bundle

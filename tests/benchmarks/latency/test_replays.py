@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from benchmarks.replays import TimedReplays
+from benchmarks.latency.replays import TimedReplays
 
 
 class FakeBackend:
