@@ -24,7 +24,7 @@ from benchmarks.attention_cases import (
 )
 from benchmarks.gpu.step import StepOptions, StepResults, step_options
 from benchmarks.gpu.timer import GpuTimer, HostTimer, Timer, measured_peaks
-from benchmarks.kernels import Bench, line, measure, measure_compiled, summary
+from benchmarks.kernels.command import Bench, line, measure, measure_compiled, summary
 from moma_rt.errors import run_command
 
 PROGRAM = "benchmarks.gpu.attention"

@@ -1,0 +1,1 @@
+"""The two fused attention kernels on a GPU: checked, timed and tuned."""
