@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.attention_cases import GROUPS, HEADS, Case, SelfCase
+from benchmarks.kernels.attention_cases import GROUPS, HEADS, Case, SelfCase
 from kernels.context_cross_attention.reference import context_cross_attention
 
 Inputs = tuple[Any, ...]

@@ -18,7 +18,8 @@ from torch import Tensor
 import kernels.context_cross_attention.triton_kernel as cross
 import kernels.injected_self_attention.triton_kernel as own
 from benchmarks.attention_baselines import allowed_errors, is_within, worst_errors
-from benchmarks.attention_cases import (
+from benchmarks.gpu.timer import Timer
+from benchmarks.kernels.attention_cases import (
     HEADS,
     SD15_LEVELS,
     SUMMARY_ROWS,
@@ -28,7 +29,6 @@ from benchmarks.attention_cases import (
     Level,
     SelfCase,
 )
-from benchmarks.gpu.timer import Timer
 from kernels.launch import (
     PORTABLE_SHARED_BYTES,
     AttentionShape,

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention_cases import (
+from benchmarks.gpu.step import StepOptions, StepResults, step_options
+from benchmarks.gpu.timer import GpuTimer, HostTimer, Timer, measured_peaks
+from benchmarks.kernels.attention_cases import (
     HEADS,
     SD15_LEVELS,
     SUMMARY_ROWS,
@@ -22,8 +24,6 @@ from benchmarks.attention_cases import (
     SelfCase,
     all_cases,
 )
-from benchmarks.gpu.step import StepOptions, StepResults, step_options
-from benchmarks.gpu.timer import GpuTimer, HostTimer, Timer, measured_peaks
 from benchmarks.kernels.command import Bench, line, measure, measure_compiled, summary
 from moma_rt.errors import run_command
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.attention_cases import Work
+from benchmarks.kernels.attention_cases import Work
 from kernels.dispatch import HAS_TRITON
 
 _WARM_UPS = 3

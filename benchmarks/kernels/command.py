@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention_baselines import Baseline, Outputs, allowed_errors, baselines, is_within, worst_errors
-from benchmarks.attention_cases import (
+from benchmarks.environment import environment, percentiles, write_results
+from benchmarks.gpu.timer import GpuTimer, Peaks, Timer, gpu_name, measured_peaks
+from benchmarks.kernels.attention_cases import (
     FORMS,
     GATES,
     SUMMARY_ROWS,
@@ -30,8 +32,6 @@ from benchmarks.attention_cases import (
     all_cases,
     in_summary,
 )
-from benchmarks.environment import environment, percentiles, write_results
-from benchmarks.gpu.timer import GpuTimer, Peaks, Timer, gpu_name, measured_peaks
 
 DEVICE = "cuda"
 SAMPLES = 60

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.attention_cases import SelfCase
 from benchmarks.gpu.attention import chosen_cases, main, padded_cases
+from benchmarks.kernels.attention_cases import SelfCase
 
 
 @pytest.fixture

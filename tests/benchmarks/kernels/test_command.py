@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import kernels
 from benchmarks.attention_baselines import MASKED_SELF, Baseline
-from benchmarks.attention_cases import CrossCase, SelfCase
+from benchmarks.kernels.attention_cases import CrossCase, SelfCase
 from benchmarks.kernels.command import (
     Bench,
     command_line,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.attention_cases import (
+from benchmarks.kernels.attention_cases import (
     HEADS,
     SD15_LEVELS,
     CrossCase,
