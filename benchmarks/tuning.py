@@ -17,8 +17,8 @@ from torch import Tensor
 
 import kernels.context_cross_attention.triton_kernel as cross
 import kernels.injected_self_attention.triton_kernel as own
-from benchmarks.attention_baselines import allowed_errors, is_within, worst_errors
 from benchmarks.gpu.timer import Timer
+from benchmarks.kernels.attention_baselines import allowed_errors, is_within, worst_errors
 from benchmarks.kernels.attention_cases import (
     HEADS,
     SD15_LEVELS,

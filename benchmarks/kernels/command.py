@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention_baselines import Baseline, Outputs, allowed_errors, baselines, is_within, worst_errors
 from benchmarks.environment import environment, percentiles, write_results
 from benchmarks.gpu.timer import GpuTimer, Peaks, Timer, gpu_name, measured_peaks
+from benchmarks.kernels.attention_baselines import Baseline, Outputs, allowed_errors, baselines, is_within, worst_errors
 from benchmarks.kernels.attention_cases import (
     FORMS,
     GATES,

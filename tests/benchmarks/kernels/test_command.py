@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import kernels
-from benchmarks.attention_baselines import MASKED_SELF, Baseline
+from benchmarks.kernels.attention_baselines import MASKED_SELF, Baseline
 from benchmarks.kernels.attention_cases import CrossCase, SelfCase
 from benchmarks.kernels.command import (
     Bench,
@@ -102,7 +102,7 @@ def test_what_a_compiler_refuses_is_a_result(tiny_cases, bench, monkeypatch):
     def refuse(function):
         raise NotImplementedError("no power of two\nand a long story")
 
-    monkeypatch.setattr("benchmarks.attention_baselines.compiled", refuse)
+    monkeypatch.setattr("benchmarks.kernels.attention_baselines.compiled", refuse)
     found = measure_compiled(tiny_cases[2], bench)
     assert found["flex_compiled"] == found["sdpa_compiled"] == {"refused": "NotImplementedError: no power of two"}
     assert "ms" in measure(tiny_cases[2], bench)["measured"]["sdpa"]
@@ -218,7 +218,7 @@ def test_tuning_takes_the_place_of_the_measurement(on_cpu, monkeypatch, capsys):
 
 
 def test_a_line_has_a_column_for_every_contender(tiny_cases, bench, monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks.attention_baselines.compiled", lambda function: None)
+    monkeypatch.setattr("benchmarks.kernels.attention_baselines.compiled", lambda function: None)
     (found,) = measured([tiny_cases[1]], bench, NEVER)
     heading, before, printed = capsys.readouterr().out.splitlines()
     assert printed.startswith(before)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.attention_baselines import allowed_errors, baselines, is_within, worst_errors
+from benchmarks.kernels.attention_baselines import allowed_errors, baselines, is_within, worst_errors
 from benchmarks.kernels.attention_cases import SelfCase
 
 NAN = float("nan")
