@@ -253,7 +253,9 @@ class _Steps:
         )
 
     def sanitized(self, tool: str = "") -> tuple[str, ...]:
-        command = self.python("benchmarks.sanitized_launches", *(["--device", "cpu"] if self.setup.rehearse else []))
+        command = self.python(
+            "benchmarks.kernels.sanitized_launches", *(["--device", "cpu"] if self.setup.rehearse else [])
+        )
         if not tool or self.setup.rehearse:
             return command
         return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command)

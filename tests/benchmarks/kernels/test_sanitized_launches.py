@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import sanitized_launches
-from benchmarks.sanitized_launches import TOLERANCE, difference, launches, main
+from benchmarks.kernels import sanitized_launches
+from benchmarks.kernels.sanitized_launches import TOLERANCE, difference, launches, main
 
 
 def test_the_edges_are_there():
@@ -25,7 +25,7 @@ def test_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "benchmarks.sanitized_launches: error: needs a CUDA GPU, and PyTorch and Triton for it"
+        "benchmarks.kernels.sanitized_launches: error: needs a CUDA GPU, and PyTorch and Triton for it"
     ]
 
 

@@ -1,6 +1,6 @@
 """Three launches of the kernels, small enough for compute-sanitizer, with every kind of edge.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.sanitized_launches
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.kernels.sanitized_launches
 
 Without PyTorch's cache of memory each tensor is an allocation of its own, and an access behind its end is seen. Ends
 with 1 where a result is not that of the definition on the CPU.
@@ -25,11 +25,16 @@ Launch = tuple[str, tuple[Tensor, ...], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Launch on the device and compare; returns the exit code: 2 without a GPU."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.sanitized_launches", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.sanitized_launches", description=__doc__.splitlines()[0]
+    )
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the definition against itself")
     device = p.parse_args(arguments).device
     if device == "cuda" and gpu_name() is None:
-        print("benchmarks.sanitized_launches: error: needs a CUDA GPU, and PyTorch and Triton for it", file=sys.stderr)
+        print(
+            "benchmarks.kernels.sanitized_launches: error: needs a CUDA GPU, and PyTorch and Triton for it",
+            file=sys.stderr,
+        )
         return 2
     status = 0
     for operator, tensors, heads in launches():
