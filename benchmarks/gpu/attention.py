@@ -69,7 +69,7 @@ def _measure(options: StepOptions) -> int:
         results.add("padded", measure(case, bench))
     if not options.rehearse and not options.is_over(_LAUNCH_SECONDS):
         # Imported here because it needs Triton, which is not everywhere.
-        from benchmarks.tuning import this_device, tuned
+        from benchmarks.kernels.tuning import this_device, tuned
 
         tuned(timer, dtype, this_device(), _LAUNCHES, lambda found: results.put(tuning=found))
     compiled = 0

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {"environment": environment(command_line(options)), "dtype": options.dtype}
     if options.tune:
         # Imported here because it needs Triton, which is not everywhere.
-        from benchmarks.tuning import print_tuning, this_device, tuned
+        from benchmarks.kernels.tuning import print_tuning, this_device, tuned
 
         def keep_tuning(found: list[dict[str, Any]]) -> None:
             write_results(name, {**results, "tuning": found})

@@ -208,8 +208,10 @@ def test_tuning_takes_the_place_of_the_measurement(on_cpu, monkeypatch, capsys):
     pytest.importorskip("triton")
     choice = {"launch": (64, 32, 4, 2), "gain": 1.25}
     tuning = [{"entry": "_CROSS[96]", "is_portable": True, "choices": [choice]}]
-    monkeypatch.setattr("benchmarks.tuning.this_device", lambda: "device")
-    monkeypatch.setattr("benchmarks.tuning.tuned", lambda timer, dtype, device, keep: [*tuning] * (device == "device"))
+    monkeypatch.setattr("benchmarks.kernels.tuning.this_device", lambda: "device")
+    monkeypatch.setattr(
+        "benchmarks.kernels.tuning.tuned", lambda timer, dtype, device, keep: [*tuning] * (device == "device")
+    )
     assert main(["--tune"]) == 0
     assert on_cpu["kernels_nvidia_h200_tuning"]["tuning"][0]["entry"] == "_CROSS[96]"
     first, path = capsys.readouterr().out.splitlines()

@@ -9,10 +9,19 @@ pytest.importorskip("triton")
 
 import triton
 
-from benchmarks import tuning
 from benchmarks.gpu.timer import Timing
+from benchmarks.kernels import tuning
 from benchmarks.kernels.attention_cases import HEADS, SD15_LEVELS
-from benchmarks.tuning import Attempt, Compiled, Device, candidates, compile_all, compile_attempt, entries, tuned
+from benchmarks.kernels.tuning import (
+    Attempt,
+    Compiled,
+    Device,
+    candidates,
+    compile_all,
+    compile_attempt,
+    entries,
+    tuned,
+)
 from kernels.launch import (
     PORTABLE_SHARED_BYTES,
     AttentionShape,
