@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.step import StepOptions, StepResults, step_options
-from benchmarks.gpu.timer import GpuTimer, HostTimer, Timer, measured_peaks
 from benchmarks.kernels.attention_cases import (
     HEADS,
     SD15_LEVELS,
@@ -25,6 +24,7 @@ from benchmarks.kernels.attention_cases import (
     all_cases,
 )
 from benchmarks.kernels.command import Bench, line, measure, measure_compiled, summary
+from benchmarks.timer import GpuTimer, HostTimer, Timer, measured_peaks
 from moma_rt.errors import run_command
 
 PROGRAM = "benchmarks.gpu.attention"

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment, percentiles, write_results
-from benchmarks.gpu.timer import GpuTimer, Peaks, Timer, gpu_name, measured_peaks
 from benchmarks.kernels.attention_baselines import Baseline, Outputs, allowed_errors, baselines, is_within, worst_errors
 from benchmarks.kernels.attention_cases import (
     FORMS,
@@ -32,6 +31,7 @@ from benchmarks.kernels.attention_cases import (
     all_cases,
     in_summary,
 )
+from benchmarks.timer import GpuTimer, Peaks, Timer, gpu_name, measured_peaks
 
 DEVICE = "cuda"
 SAMPLES = 60

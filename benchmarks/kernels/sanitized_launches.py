@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kernels.context_cross_attention.operator
 import kernels.injected_self_attention.operator  # noqa: F401  (both register the torch operators)
-from benchmarks.gpu.timer import gpu_name
+from benchmarks.timer import gpu_name
 
 # Of half precision, relative to the largest output.
 TOLERANCE = 5e-3

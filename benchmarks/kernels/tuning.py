@@ -17,7 +17,6 @@ from torch import Tensor
 
 import kernels.context_cross_attention.triton_kernel as cross
 import kernels.injected_self_attention.triton_kernel as own
-from benchmarks.gpu.timer import Timer
 from benchmarks.kernels.attention_baselines import allowed_errors, is_within, worst_errors
 from benchmarks.kernels.attention_cases import (
     HEADS,
@@ -29,6 +28,7 @@ from benchmarks.kernels.attention_cases import (
     Level,
     SelfCase,
 )
+from benchmarks.timer import Timer
 from kernels.launch import (
     PORTABLE_SHARED_BYTES,
     AttentionShape,

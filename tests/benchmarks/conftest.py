@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.gpu.timer import Peaks, Timing
 from benchmarks.kernels.attention_cases import Case, CrossCase, Level, SelfCase
+from benchmarks.timer import Peaks, Timing
 
 # A machine whose GPU is to be measured may lack it.
 _OF_DIFFUSERS = ["test_original.py", "gpu/test_baselines.py", "gpu/test_denoiser.py"]

@@ -9,7 +9,6 @@ pytest.importorskip("triton")
 
 import triton
 
-from benchmarks.gpu.timer import Timing
 from benchmarks.kernels import tuning
 from benchmarks.kernels.attention_cases import HEADS, SD15_LEVELS
 from benchmarks.kernels.tuning import (
@@ -22,6 +21,7 @@ from benchmarks.kernels.tuning import (
     entries,
     tuned,
 )
+from benchmarks.timer import Timing
 from kernels.launch import (
     PORTABLE_SHARED_BYTES,
     AttentionShape,
