@@ -1,0 +1,1 @@
+"""A long mixed run from many threads: each picture checked, memory watched."""
