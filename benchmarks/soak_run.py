@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.agreement import difference
-from benchmarks.soak_references import Images, Reference
+from benchmarks.soak.references import Images, Reference
 from benchmarks.soak_requests import MISTAKES, Drawn, Kind, PictureRequest, photo_and_mask
 from moma_rt.errors import BundleError, Cancelled, InputError
 from moma_rt.runtime import Runtime

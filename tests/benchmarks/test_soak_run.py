@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks.soak_references import Reference
+from benchmarks.soak.references import Reference
 from benchmarks.soak_requests import MISTAKES, SCHEDULES, SUBJECTS, Drawn, Kind, PictureRequest
 from benchmarks.soak_run import Answered, Asker, Judge, run
 from moma_rt.errors import Cancelled, InputError, MomaError
