@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.agreement import difference
 from benchmarks.soak.references import Images, Reference
-from benchmarks.soak_requests import MISTAKES, Drawn, Kind, PictureRequest, photo_and_mask
+from benchmarks.soak.requests import MISTAKES, Drawn, Kind, PictureRequest, photo_and_mask
 from moma_rt.errors import BundleError, Cancelled, InputError
 from moma_rt.runtime import Runtime
 from moma_rt.subject import Subject

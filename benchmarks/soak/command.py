@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.environment import bundle_facts, environment, percentiles, repeatable, write_results
 from benchmarks.memory import device_mib_in_process, device_mib_used, resident_mib
 from benchmarks.soak.references import load_repeatable, references, subject_file
-from benchmarks.soak_requests import SUBJECTS, Drawn, Kind, draw_requests, pool
+from benchmarks.soak.requests import SUBJECTS, Drawn, Kind, draw_requests, pool
 from benchmarks.soak_run import Answered, Asker, Judge, run
 from moma_rt import backends
 from moma_rt.backends.selection import Host, choose

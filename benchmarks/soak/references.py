@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.soak_requests import SUBJECTS, PictureRequest, photo_and_mask
+from benchmarks.soak.requests import SUBJECTS, PictureRequest, photo_and_mask
 from moma_rt.errors import MomaError
 from moma_rt.runtime import Runtime
 

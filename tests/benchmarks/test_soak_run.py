@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.soak.references import Reference
-from benchmarks.soak_requests import MISTAKES, SCHEDULES, SUBJECTS, Drawn, Kind, PictureRequest
+from benchmarks.soak.requests import MISTAKES, SCHEDULES, SUBJECTS, Drawn, Kind, PictureRequest
 from benchmarks.soak_run import Answered, Asker, Judge, run
 from moma_rt.errors import Cancelled, InputError, MomaError
 from moma_rt.pipeline.sampling import StepInfo

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks.soak_requests import (
+from benchmarks.soak.requests import (
     MISTAKES,
     SCHEDULES,
     SUBJECTS,
