@@ -31,7 +31,7 @@ from benchmarks.environment import bundle_facts, environment, percentiles, repea
 from benchmarks.memory import device_mib_in_process, device_mib_used, resident_mib
 from benchmarks.soak.references import load_repeatable, references, subject_file
 from benchmarks.soak.requests import SUBJECTS, Drawn, Kind, draw_requests, pool
-from benchmarks.soak_run import Answered, Asker, Judge, run
+from benchmarks.soak.run import Answered, Asker, Judge, run
 from moma_rt import backends
 from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.manifest import Bundle

@@ -9,7 +9,7 @@ from benchmarks import soak, soak_references, soak_requests
 from benchmarks.soak.command import SETTLED, Plan, main, memory, still_grows, summary, table, verdict
 from benchmarks.soak.references import load_repeatable
 from benchmarks.soak.requests import Kind
-from benchmarks.soak_run import Answered
+from benchmarks.soak.run import Answered
 from moma_rt.errors import MomaError
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.soak.references import Reference
 from benchmarks.soak.requests import MISTAKES, SCHEDULES, SUBJECTS, Drawn, Kind, PictureRequest
-from benchmarks.soak_run import Answered, Asker, Judge, run
+from benchmarks.soak.run import Answered, Asker, Judge, run
 from moma_rt.errors import Cancelled, InputError, MomaError
 from moma_rt.pipeline.sampling import StepInfo
 
