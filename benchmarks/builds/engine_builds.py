@@ -1,6 +1,6 @@
 """Engines at full size on this machine, with or without a GPU: how long their builds take, and how much memory.
 
-    python -m benchmarks.engine_builds --out DIR [--only bases|int4|int8|fp16]
+    python -m benchmarks.builds.engine_builds --out DIR [--only bases|int4|int8|fp16]
 
 Random weights at the real geometry: neither times nor sizes depend on their values. Each build runs in a process of its
 own, so that its peak of memory is its own.
@@ -28,7 +28,9 @@ _LINE = re.compile(r"(\w+) +(kept|built)(?: for \S+ \S+)?(?: in ([\d.]+) s)?")
 
 def main() -> int:
     """Run the parts, print a table, write a JSON file for each."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_builds", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.builds.engine_builds", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the bundles; must not exist")
     parser.add_argument("--only", choices=PARTS, help="one part (default: bases, int4 and int8)")
     options = parser.parse_args()
@@ -36,7 +38,7 @@ def main() -> int:
         parser.error(f"--out {options.out} exists: what is finished there would not be built, and not be measured")
     for part in (options.only,) if options.only else PARTS[:3]:
         results = {
-            "environment": environment(f"python -m benchmarks.engine_builds --out DIR --only {part}"),
+            "environment": environment(f"python -m benchmarks.builds.engine_builds --out DIR --only {part}"),
             "builds": bases(options.out) if part == "bases" else language_model(options.out, part),
         }
         path = write_results(f"engine_builds_{part}", results)

@@ -1,0 +1,1 @@
+"""Export and engine builds at full size: time and peak memory."""
