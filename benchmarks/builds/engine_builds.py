@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.builds.full_size import file_bytes
 from benchmarks.environment import environment, write_results
-from benchmarks.full_size import file_bytes
 from moma_rt.bundle.manifest import Bundle
 
 TARGETS = "sm86,sm89,sm120"

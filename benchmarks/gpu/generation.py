@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from benchmarks.full_size import step_sizes
+from benchmarks.builds.full_size import step_sizes
 from benchmarks.gpu.step import StepOptions
 from export.sample_inputs import sample_inputs
 from moma_rt import backends
@@ -41,7 +41,7 @@ def first_usable(options: StepOptions) -> tuple[Bundle, Choice]:
 
 
 class Generation:
-    """One picture's steps and decoding: batch 1, 40 % of the reference inside the mask, as benchmarks.full_size."""
+    """One picture's steps and decoding: batch 1, 40 % of the reference inside the mask, as benchmarks.builds.full_size."""
 
     def __init__(self, bundle: Bundle, choice: Choice) -> None:
         self.bundle = bundle

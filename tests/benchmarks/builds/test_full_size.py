@@ -1,6 +1,6 @@
 """What the export at full size reports of its files, seen on the tiny bundle."""
 
-from benchmarks.full_size import file_bytes
+from benchmarks.builds.full_size import file_bytes
 from moma_rt.bundle.manifest import Bundle
 
 

@@ -1,6 +1,6 @@
 """SD1.5's real geometry with random weights: the export's time and memory, and one step against PyTorch eager.
 
-    python -m benchmarks.full_size --out DIR
+    python -m benchmarks.builds.full_size --out DIR
 
 Each part runs in a process of its own, so that its peak of memory is its own; the steps take turns.
 """
@@ -33,14 +33,14 @@ Step = Callable[[], Arrays]
 
 def main() -> int:
     """Run everything, print a table, write benchmarks/results/full_size_cpu.json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.builds.full_size", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the bundle; must not exist")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps after one warm-up (default: 5)")
     options = parser.parse_args()
     if options.out.exists():
         parser.error(f"--out {options.out} exists: what is finished there would not be built, and not be measured")
     results: dict[str, Any] = {
-        "environment": environment(f"python -m benchmarks.full_size --out DIR --repeats {options.repeats}"),
+        "environment": environment(f"python -m benchmarks.builds.full_size --out DIR --repeats {options.repeats}"),
         "export": export(options.out),
     }
     torch_result, ort_result = alternate((pytorch_step, onnxruntime_step), options.out, options.repeats)
