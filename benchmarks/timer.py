@@ -7,10 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.kernels.attention_cases import Work
 from kernels.dispatch import HAS_TRITON
 
 _WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations that a result needs, and bytes: every input that takes part read once, every output written once."""
+
+    operations: int
+    bytes: int
 
 
 @dataclass(frozen=True)

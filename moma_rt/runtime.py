@@ -211,9 +211,9 @@ class Runtime:
             negative_prompt: what the picture should not show.
             seed: of the first picture, 0 to 2**64 - 1; the following ones have the following seeds.
             num_images: 1 to 64; as many as the bundle allows are made together.
-            scheduler: one of `moma_rt.schedulers.tables.SCHEDULERS`. "lcm", "tcd" and "ddim_trailing" need a bundle with
-                a fused LCM, TCD or Hyper-SD LoRA (`python -m export.build --lora`), 2 to 8 steps and a guidance_scale
-                of 1.0. With a single step of theirs, the subject's reference is not injected.
+            scheduler: one of `moma_rt.schedulers.tables.SCHEDULERS`. "lcm", "tcd" and "ddim_trailing" need a bundle
+                with a fused LCM, TCD or Hyper-SD LoRA (`python -m export.build --lora`), 2 to 8 steps and a
+                guidance_scale of 1.0. With a single step of theirs, the subject's reference is not injected.
             latents: float32 [num_images,4,h,w], standard normal, instead of drawn from the seeds.
             context_embedding: float32 [1024], instead of the language model's reading of photo and prompt.
             on_step: called with a StepInfo after each step was given to the device and the one before it was done;

@@ -21,9 +21,8 @@ from benchmarks.environment import bundle_facts, percentiles
 from benchmarks.gpu.eager import checkpoint_of_bundle
 from benchmarks.gpu.generation import NETWORKS, first_usable
 from benchmarks.gpu.step import StepOptions, StepResults, step_options
-from benchmarks.latency.contenders import Answer, Settings
 from benchmarks.latency.original import Original, PlainDiffusion
-from benchmarks.latency.requests import random_embedding, requests
+from benchmarks.latency.requests import Answer, Settings, random_embedding, requests
 from benchmarks.timer import GpuTimer, HostTimer, Timer
 from export.checkpoints.model import Checkpoint
 from moma_rt.bundle.manifest import Bundle

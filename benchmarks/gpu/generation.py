@@ -41,7 +41,7 @@ def first_usable(options: StepOptions) -> tuple[Bundle, Choice]:
 
 
 class Generation:
-    """One picture's steps and decoding: batch 1, 40 % of the reference inside the mask, as benchmarks.builds.full_size."""
+    """One picture's steps and decoding: batch 1, 40 % of the reference inside the mask."""
 
     def __init__(self, bundle: Bundle, choice: Choice) -> None:
         self.bundle = bundle

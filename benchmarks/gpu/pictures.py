@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks import latency
 from benchmarks.environment import results_path
 from benchmarks.gpu.generation import first_usable
 from benchmarks.gpu.step import StepOptions, step_options
+from benchmarks.latency import command as latency
 from moma_rt.errors import print_output, run_command
 
 PROGRAM = "benchmarks.gpu.pictures"

@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.environment import write_results
 from benchmarks.gpu.carried import BUNDLE_ARCHIVE, BUNDLE_FOLDER, PACKAGES, RTX_PART, SUBJECT_FILE
 from benchmarks.gpu.runner import end_with_parent
-from benchmarks.latency.contenders import SUBJECT
+from benchmarks.latency.requests import SUBJECT
 from engines.store import ENGINES_FOLDER, KERNELS_FOLDER, LOCK_NAME, NETWORKS_FOLDER, PARTIAL_PREFIX
 from moma_rt.backends.libraries import library_version
 from moma_rt.bundle.engines import Flavour

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kernels.context_cross_attention.operator
 import kernels.injected_self_attention.operator  # noqa: F401  (both register the torch operators)
+from benchmarks.timer import Work
 from kernels.context_cross_attention.reference import context_cross_attention
 from kernels.injected_self_attention.reference import injected_self_attention
 
@@ -46,14 +47,6 @@ class Level:
 
 # At 512².
 SD15_LEVELS = (Level(64, 320, 5), Level(32, 640, 5), Level(16, 1280, 5), Level(8, 1280, 1))
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations that a result needs, and bytes: every input that takes part read once, every output written once."""
-
-    operations: int
-    bytes: int
 
 
 @dataclass(frozen=True)

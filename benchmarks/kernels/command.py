@@ -276,7 +276,3 @@ def _name(text: str) -> str:
     if re.fullmatch(r"\w[\w.-]*", text) is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no name of letters, digits, '_', '-' and '.'")
     return text
-
-
-if __name__ == "__main__":
-    sys.exit(main())

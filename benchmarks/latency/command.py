@@ -36,17 +36,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.agreement import agreement, replays
 from benchmarks.environment import bundle_facts, environment, repeatable, results_path, write_results
-from benchmarks.latency.contenders import (
-    BASELINES,
-    RUNTIME,
-    SUBJECT,
-    Answer,
-    ContenderProcess,
-    Settings,
-)
-from benchmarks.latency.requests import random_embedding, requests
+from benchmarks.latency.agreement import agreement, replays
+from benchmarks.latency.contenders import BASELINES, ContenderProcess
+from benchmarks.latency.requests import RUNTIME, SUBJECT, Answer, Settings, random_embedding, requests
 from benchmarks.latency.summary import Samples, summary, table
 from benchmarks.memory import device_mib_used
 from engines.targets import listed
@@ -321,7 +314,3 @@ def _check_replays(found: Mapping[str, Any] | None) -> int:
         file=sys.stderr,
     )
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

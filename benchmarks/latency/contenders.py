@@ -3,39 +3,31 @@
 So each has a peak of memory of its own, and the runtime's process never imports PyTorch, as in production.
 """
 
-import argparse
 import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
 from benchmarks.latency.replays import TimedReplays
+from benchmarks.latency.requests import ORIGINALS, RUNTIME, Answer, Request, Settings
 from benchmarks.memory import device_mib_used, peak_gb
 from moma_rt import backends
 from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.bundle.specs import Precision
 from moma_rt.errors import MomaError
 from moma_rt.memory.lru import Lru
 from moma_rt.subject import Subject
 from moma_rt.timing import LOADING
 
-RUNTIME = "moma-rt"
-# What the subject of assets/coffee.jpg is called.
-SUBJECT = "coffee cup"
 # In place of a request.
 _TELL_PEAK = "peak"
-# Those that make MoMA's picture come first.
-ORIGINALS = ("eager", "compiled")
 # How each baseline runs the UNet of its steps, as `benchmarks.latency.original` names it.
 EXECUTIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -47,78 +39,6 @@ EXECUTIONS: Mapping[str, str] = MappingProxyType(
     }
 )
 BASELINES = tuple(EXECUTIONS)
-
-
-@dataclass(frozen=True)
-class Request:
-    """A picture to be made. Equal names and `subject_seed` mean one subject, which a runtime may have enrolled.
-
-    is_watched: with a callback after each step, for which a runtime enqueues the steps one by one.
-    """
-
-    photo: Path
-    mask: Path
-    name: str
-    prompt: str
-    subject_seed: int
-    seed: int
-    is_watched: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Settings:
-    """What all requests share.
-
-    Attributes:
-        backend: of the runtime.
-        subject: file of the subject that all requests are of; None where the runtime enrolls them.
-        subject_name: what the warm requests' prompts call their subject.
-        threads: of the CPU, on both sides; None leaves the choice to the libraries.
-        embedding: float32 [1024] in place of the language model's; None where the language model runs.
-        weights: the options that say what the bundle was made of, as `export.compare` has them.
-        baseline_precision: of the baselines; None: the bundle's.
-        channels_last: whether the baselines' convolutions have their channels last in memory.
-    """
-
-    bundle: Path
-    backend: str
-    steps: int
-    scheduler: str
-    embedding: np.ndarray | None
-    weights: argparse.Namespace
-    subject: Path | None = None
-    subject_name: str = SUBJECT
-    threads: int | None = None
-    baseline_precision: Precision | None = None
-    channels_last: bool = False
-    strength: float = 1.0
-
-    @property
-    def guidance_scale(self) -> float:
-        """1.0, which is none, where it is built into the weights that the scheduler is for."""
-        return 1.0 if self.scheduler == "lcm" else 7.5
-
-    @property
-    def is_guided(self) -> bool:
-        return self.guidance_scale != 1.0
-
-    @property
-    def has_language_model(self) -> bool:
-        return self.embedding is None
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """How long a request took in all and by stage, and its picture: uint8 [H,W,3], foreground mask float32 [H,W].
-
-    replay_seconds: how long the host took to hand all its steps to the device, where that replayed a recording.
-    """
-
-    seconds: float
-    stages: Mapping[str, float]
-    image: np.ndarray
-    foreground_mask: np.ndarray | None
-    replay_seconds: float | None = None
 
 
 class Contender(Protocol):

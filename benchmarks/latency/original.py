@@ -18,8 +18,8 @@ from torch.nn import functional
 from transformers import AutoModel, CLIPTextConfig, CLIPVisionConfig, LlamaConfig
 
 from benchmarks.latency.captured_unet import CapturedUnet
-from benchmarks.latency.contenders import Answer, Request, Settings
 from benchmarks.latency.original_attention import GenerationStep, ReferencePass, next_foreground, set_processors
+from benchmarks.latency.requests import Answer, Request, Settings
 from export.checkpoints.architectures import llama_config
 from export.checkpoints.model import Checkpoint, Component
 from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER, Bundle

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.environment import percentiles
-from benchmarks.latency.contenders import RUNTIME, Answer
+from benchmarks.latency.requests import RUNTIME, Answer
 
 
 @dataclasses.dataclass

@@ -312,7 +312,3 @@ def table(results: Mapping[str, Any]) -> str:
     }
     wrong = [f"  {line}" for line in results["what_is_wrong"][:_SHOWN_WRONG]]
     return "\n".join([f"{name:<12}{text}" for name, text in rows.items()] + wrong)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

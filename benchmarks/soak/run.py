@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.agreement import difference
+from benchmarks.picture_difference import difference
 from benchmarks.soak.references import Images, Reference
 from benchmarks.soak.requests import MISTAKES, Drawn, Kind, PictureRequest, photo_and_mask
 from moma_rt.errors import BundleError, Cancelled, InputError

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.kernels.attention_cases import Work
-from benchmarks.timer import GpuTimer, Peaks, Timing, measured_peaks
+from benchmarks.timer import GpuTimer, Peaks, Timing, Work, measured_peaks
 
 
 def test_the_floor_is_the_larger_of_operations_and_bytes():

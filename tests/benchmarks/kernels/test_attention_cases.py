@@ -11,12 +11,12 @@ from benchmarks.kernels.attention_cases import (
     CrossCase,
     Level,
     SelfCase,
-    Work,
     all_cases,
     blob,
     covered,
     in_summary,
 )
+from benchmarks.timer import Work
 from kernels.ptx import SD15_LAYERS
 
 LEVEL = Level(4, 16, 3)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import kernels
+from benchmarks.kernels import command as kernels
 from benchmarks.kernels.attention_baselines import MASKED_SELF, Baseline
 from benchmarks.kernels.attention_cases import CrossCase, SelfCase
 from benchmarks.kernels.command import (

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import latency
+from benchmarks.latency import command as latency
 from benchmarks.latency.command import KINDS, main, measure
-from benchmarks.latency.contenders import RUNTIME, Answer, ContenderProcess, Settings
-from benchmarks.latency.requests import requests
+from benchmarks.latency.contenders import ContenderProcess
+from benchmarks.latency.requests import RUNTIME, Answer, Settings, requests
 from benchmarks.latency.summary import Samples, summary, table, times
 from benchmarks.report import latency_table
 from moma_rt.errors import MomaError
@@ -97,7 +97,7 @@ def test_a_mistake_is_one_line(options, said, tmp_path, capsys):
 
 def test_the_runtime_is_measured_without_pytorch(repository):
     # What a contender's process imports before it knows which contender it is.
-    code = "import sys, benchmarks.latency, benchmarks.latency.contenders; sys.exit('torch' in sys.modules)"
+    code = "import sys, benchmarks.latency.command, benchmarks.latency.contenders; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=repository, check=False).returncode == 0
 
 

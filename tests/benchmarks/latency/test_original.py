@@ -11,9 +11,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from benchmarks.latency import original
-from benchmarks.latency.contenders import Request, Settings
 from benchmarks.latency.original import Original, PlainDiffusion
-from benchmarks.latency.requests import requests
+from benchmarks.latency.requests import Request, Settings, requests
 from export.checkpoints.load import CheckpointRequest, load_checkpoint
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import InputError

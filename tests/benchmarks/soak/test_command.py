@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import soak, soak_references, soak_requests
+from benchmarks.soak import command, references, requests
 from benchmarks.soak.command import SETTLED, Plan, main, memory, still_grows, summary, table, verdict
 from benchmarks.soak.references import load_repeatable
 from benchmarks.soak.requests import Kind
@@ -95,10 +95,10 @@ def test_batches_are_powers_of_two_where_graphs_are_captured(batch, on_gpu, batc
 
 def test_memory_that_needs_a_process_is_asked_for_now_and_then(monkeypatch):
     plan = Plan(100, 8, 1, 0, 0, 2, 16.0, True, 0.0)
-    monkeypatch.setattr(soak, "device_mib_used", lambda: 7.0)
-    monkeypatch.setattr(soak, "device_mib_in_process", lambda: None)
+    monkeypatch.setattr(command, "device_mib_used", lambda: 7.0)
+    monkeypatch.setattr(command, "device_mib_in_process", lambda: None)
     assert [plan.used_mib(number) for number in (0, 1, 9, 10)] == [7.0, None, None, 7.0]
-    monkeypatch.setattr(soak, "device_mib_in_process", lambda: 8.0)
+    monkeypatch.setattr(command, "device_mib_in_process", lambda: 8.0)
     assert plan.used_mib(1) == 8.0
 
 
@@ -143,7 +143,7 @@ def test_two_processes_choose_the_same_convolutions(backend, measures, monkeypat
         torch.backends.cudnn.benchmark = True
         return bundle, name, limits
 
-    monkeypatch.setattr(soak_references.Runtime, "load", load)
+    monkeypatch.setattr(references.Runtime, "load", load)
     assert load_repeatable("there", backend, max_batch=2) == ("there", backend, {"max_batch": 2})
     assert torch.backends.cudnn.benchmark is measures
 
@@ -157,16 +157,16 @@ def written_here(tmp_path, monkeypatch):
         path.write_text(json.dumps(results))
         return path
 
-    monkeypatch.setattr(soak, "write_results", write)
+    monkeypatch.setattr(command, "write_results", write)
     return tmp_path
 
 
 @pytest.fixture
 def few(monkeypatch) -> list[str]:
     """Options of a run of two dozen requests with much of everything."""
-    monkeypatch.setattr(soak, "SETTLED", 8)
+    monkeypatch.setattr(command, "SETTLED", 8)
     shares = dict.fromkeys((Kind.WATCHED, Kind.CANCELLED, Kind.REFUSED, Kind.ENROLLED), 15)
-    monkeypatch.setattr(soak_requests, "_SHARES", shares)
+    monkeypatch.setattr(requests, "_SHARES", shares)
     return ["--backend", "onnxruntime", "--requests", "24", "--growth", "1000", "--threads", "3"]
 
 
@@ -188,8 +188,8 @@ def test_a_small_run(tiny_bundle, written_here, few, capsys):
 
 def test_a_run_in_which_requests_are_mixed_up(tiny_bundle, written_here, few, monkeypatch, capsys):
     """Every request is compared with what was made of the other one."""
-    made_alone = soak.references
-    monkeypatch.setattr(soak, "references", lambda *given: made_alone(*given)[::-1])
+    made_alone = command.references
+    monkeypatch.setattr(command, "references", lambda *given: made_alone(*given)[::-1])
     assert main(["--bundle", str(tiny_bundle), *few, "--distinct", "2", "--out", "mixed"]) == 1
     captured = capsys.readouterr()
     found = json.loads((written_here / "mixed.json").read_text())

@@ -1,4 +1,4 @@
-"""How far pictures are apart that should be the same."""
+"""How close the contenders' pictures of one request are."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,14 +6,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import percentiles
-from benchmarks.latency.contenders import ORIGINALS, RUNTIME, Answer
-
-
-def difference(one: np.ndarray, other: np.ndarray) -> int:
-    """The largest difference of two uint8 pictures in one value; 255 where they have different sizes."""
-    if one.shape != other.shape:
-        return 255
-    return int((np.maximum(one, other) - np.minimum(one, other)).max())
+from benchmarks.latency.requests import ORIGINALS, RUNTIME, Answer
+from benchmarks.picture_difference import difference, psnr
 
 
 def agreement(warm: Mapping[str, Sequence[Answer]]) -> dict[str, float] | None:
@@ -50,9 +44,3 @@ def replays(answers: Mapping[str, Sequence[Answer]], steps: int) -> dict[str, An
         "host_us_per_step": percentiles([1e6 * value / steps for value in seconds]),
         "largest_difference": max(apart, default=None),
     }
-
-
-def psnr(found: np.ndarray, expected: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures, 100 at most."""
-    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
-    return 100.0 if error == 0 else min(100.0, 10 * float(np.log10(255.0**2 / error)))

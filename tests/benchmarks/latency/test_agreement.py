@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from benchmarks.agreement import agreement, difference, psnr, replays
-from benchmarks.latency.contenders import RUNTIME, Answer
+from benchmarks.latency.agreement import agreement, replays
+from benchmarks.latency.requests import RUNTIME, Answer
+from benchmarks.picture_difference import difference, psnr
 
 
 def grey(value: int, size: int = 4) -> np.ndarray:
