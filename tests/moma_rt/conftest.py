@@ -125,7 +125,7 @@ class FakeBackend:
         with self.alone():
             return buffer.copy()
 
-    def pace(self) -> None:
+    def limit_run_ahead(self) -> None:
         pass
 
     def trim(self) -> None:
