@@ -40,7 +40,7 @@ def pixels(result):
 
 def held(runtime, network="denoiser"):
     """How many subjects' inputs of a network are on the device."""
-    return sum(name == network for name, _ in runtime._residents._kept._values)
+    return sum(name == network for name, _ in runtime._subjects._kept._values)
 
 
 def subject_bytes(subject):
@@ -135,7 +135,7 @@ def test_other_sizes_make_room_for_a_prefix(gpu, load, enrolled):  # noqa: F811
     expected = load()._conditioner.context_tokens(subject, prompt, StageTimer())
     runtime = load()
     runtime.generate(subject, PROMPT, steps=2)
-    runtime._residents._kept.clear()
+    runtime._subjects._kept.clear()
     gpu.cuda.capacity = gpu.cuda.used
     np.testing.assert_array_equal(runtime._conditioner.context_tokens(subject, prompt, StageTimer()), expected)
 
@@ -204,7 +204,7 @@ def test_other_subjects_make_room_before_anything_else_goes(gpu, load, enrolled)
     runtime = load()
     for i in (3, 0, 1, 2):
         runtime.generate(subjects[i], PROMPT, steps=2)
-    del runtime._residents._kept._values["denoiser", subjects[3].identity]
+    del runtime._subjects._kept._values["denoiser", subjects[3].identity]
     without_room(gpu, runtime)
     launches, graphs = gpu.cuda.launches, set(gpu.cuda.graphs)
     np.testing.assert_array_equal(pixels(runtime.generate(subjects[3], PROMPT, steps=2)), expected[3])
@@ -215,10 +215,10 @@ def test_other_subjects_make_room_before_anything_else_goes(gpu, load, enrolled)
 def test_a_subject_that_was_just_used_makes_room_as_well(gpu, load, enrolled):  # noqa: F811
     """Its memory is the device's again when the copies from it have run."""
     runtime = load()
-    runtime._residents.reference(enrolled[0][0])
+    runtime._subjects.reference(enrolled[0][0])
     assert gpu.cuda.queue
     gpu.cuda.capacity = gpu.cuda.used
-    runtime._residents.reference(enrolled[0][1])
+    runtime._subjects.reference(enrolled[0][1])
     assert held(runtime) == 1
 
 
@@ -240,7 +240,7 @@ def test_other_sizes_make_room_for_a_subject(gpu, load, enrolled):  # noqa: F811
     runtime = load()
     for i, count in ((1, 1), (0, 2), (0, 1)):
         runtime.generate(subjects[i], PROMPT, steps=2, num_images=count)
-    runtime._residents._kept.clear()
+    runtime._subjects._kept.clear()
     without_room(gpu, runtime)
     for _ in range(2):
         launches, graphs = gpu.cuda.launches, set(gpu.cuda.graphs)
