@@ -404,4 +404,4 @@ def test_python_dash_m_is_the_command_and_starts_without_the_heavy_imports(repos
     command = [sys.executable, "-m", "moma_rt", "inspect", "none"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=repository)
     assert ran.returncode == 2
-    assert ran.stderr == "moma-rt: error: none: nothing there; give a bundle's folder or a subject file\n"
+    assert ran.stderr == "moma-rt: error: none does not exist: give a bundle's folder or a subject file\n"
