@@ -35,7 +35,7 @@ class Lru(Generic[K, V]):
         self._values.clear()
 
     def get_or_make(self, key: K, make: Callable[[], V]) -> V:
-        """Return the value of `key`, on a miss made by `make()`; if that raises, the key stays absent."""
+        """Return the value of `key`; on a miss, make and cache it. If `make` raises, the key stays absent."""
         if key in self._values:
             self._values.move_to_end(key)
             return self._values[key]

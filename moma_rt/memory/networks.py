@@ -1,4 +1,4 @@
-"""Networks of a bundle: loaded on first use, evicted to stay within a memory budget, and run once at a time."""
+"""Networks of a bundle: loaded on first use, evicted to stay within a memory budget; and single runs of them."""
 
 import contextlib
 import weakref
@@ -48,7 +48,7 @@ class Networks:
         return self.bundle.manifest.geometry
 
     def on_unload(self, call: Callable[[str], None]) -> None:
-        """Register a method that drops what its object caches for a network, whose name it is called with.
+        """Register a method that takes a network's name and drops what its object caches for that network.
 
         It is called before a network is unloaded, and for all loaded networks when memory runs out. The object is
         referenced weakly, so that device memory is freed with the last reference to the runtime.

@@ -84,7 +84,7 @@ class Conditioner:
         return tokens
 
     def prefix(self, name: str, pixels: Array, stages: StageTimer) -> Prefix | None:
-        """Run the language model over the photo, float32 [1,3,336,336], and the name; None if either is missing."""
+        """Run the language model over photo, float32 [1,3,336,336], and name; None without it or a vision encoder."""
         language = self._networks.geometry.language
         if language is None or not self._networks.bundle.has("vision_encoder", "language_model"):
             return None
