@@ -220,7 +220,7 @@ def test_what_cannot_be_compiled_is_one_line(tmp_path, monkeypatch, capsys, erro
 def test_a_gpu_that_pytorch_cannot_use(tmp_path, compiled, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
-        InputError, match=r"^inductor sm90: PyTorch \S+ cannot use this GPU: install one for its CUDA v"
+        InputError, match=r"^inductor sm90: PyTorch \S+ cannot use this GPU: install a build for its CUDA v"
     ):
         build(tmp_path / "a", target=EngineTarget(Flavour.INDUCTOR, (90,)))
     assert compiled == []
