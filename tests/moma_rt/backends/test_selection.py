@@ -130,7 +130,8 @@ def test_onnx_runtime_without_a_word(backend, entries, device, looked):
             {FULL},
             VERSIONS,
             "no engine of denoiser, vae_decoder for tensorrt_rtx 1.7.1 on sm90 (H100); the bundle has engines for "
-            "tensorrt_rtx 1.7.1 on sm86,sm89: build them with python -m engines.build BUNDLE --target local",
+            "tensorrt_rtx 1.7.1 on sm86,sm89: build the missing ones with python -m engines.build BUNDLE "
+            "--target local",
         ),
         (
             engines(FULL, 90, names=NETWORKS[1:]),
@@ -138,7 +139,7 @@ def test_onnx_runtime_without_a_word(backend, entries, device, looked):
             (),
             VERSIONS,
             "no engine of denoiser for tensorrt 11.4.0 on sm90 (H100); the bundle has engines for tensorrt 11.4.0 on "
-            "sm90: build them with python -m engines.build BUNDLE --target local",
+            "sm90: build the missing ones with python -m engines.build BUNDLE --target local",
         ),
         (
             engines(RTX, 89),
@@ -146,7 +147,7 @@ def test_onnx_runtime_without_a_word(backend, entries, device, looked):
             (),
             {**VERSIONS, RTX: "1.8.0"},
             "no engine of denoiser, vae_decoder for tensorrt_rtx 1.8.0 on sm89 (RTX 4090); the bundle has engines for "
-            "tensorrt_rtx 1.7.1 on sm89: build them with python -m engines.build BUNDLE --target sm89",
+            "tensorrt_rtx 1.7.1 on sm89: build the missing ones with python -m engines.build BUNDLE --target sm89",
         ),
         (
             engines(RTX, 89),
@@ -169,8 +170,8 @@ def test_onnx_runtime_without_a_word(backend, entries, device, looked):
             {FULL, RTX},
             VERSIONS,
             "no engine of denoiser, vae_decoder for inductor 2.13.0 on sm90 (H100); the bundle has engines for "
-            "inductor 2.13.0 on cpu; inductor 2.13.0 on sm80: build them with python -m export.build ... --target "
-            "inductor",
+            "inductor 2.13.0 on cpu; inductor 2.13.0 on sm80: build the missing ones with python -m export.build ... "
+            "--target inductor",
         ),
     ],
 )
