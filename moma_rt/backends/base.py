@@ -101,7 +101,7 @@ class Backend(Protocol):
         """
 
     def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
-        """Copy an array into a buffer, or into one row of it if `row` is given, converted to its dtype."""
+        """Copy an array of the buffer's shape, or of one row's shape to `row`, converted to the buffer's dtype."""
 
     def copy_row(self, table: Buffer, row: int, target: Buffer) -> None:
         """Enqueue a copy of a row of `table` to `target`, which has a row's shape and the table's dtype."""

@@ -195,7 +195,7 @@ class InductorBackend:
         if self.is_host:
             return runners.AOTIModelContainerRunnerCpu(code, 1)
         # Single-threaded (True), without locks and events: networks run one after the other here, and a capture cannot
-        # contain those events. The kernels are part of the code, so their folder is empty.
+        # contain those events. The kernels are part of the code, not in a folder.
         return runners.AOTIModelContainerRunnerCuda(code, 1, "cuda", "", True)
 
     def _check_machine(self, path: Path, metadata: Mapping[str, str]) -> None:
