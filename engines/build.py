@@ -155,31 +155,31 @@ class _Builder:
         """The manifest with an engine of `network`, built now if there was none."""
         name = network.spec.name
         self.report(name, "checking")
-        work, explain_missing = self._work(network)
+        work, why = self._work(network)
         served = [engine for engine in manifest.engines if self._serves(engine, work)]
         if served and self.store.find(self._artifact(name, served[0].key)) is not None:
             self.report(name, f"kept for {self.target}")
             return manifest
-        if explain_missing:
-            self.report(name, f"note: its own kernels are not used for {self.target}: {explain_missing}")
+        if why:
+            self.report(name, f"note: its own kernels are not used for {self.target}: {why}")
         artifact = self._artifact(name, self._key(work))
         stored = self.store.find(artifact)
         if stored is not None:
             self.report(name, f"kept for {self.target}: another bundle had it")
         else:
             start = time.monotonic()
-            self.bundle.verified(work.read_files)
+            self.bundle.verify(work.read_files)
             stored = self.store.add(artifact, self._writer(work))
             self.report(name, f"{stored.notes['how']} for {self.target} in {time.monotonic() - start:.1f} s")
         return self._with(manifest, work, artifact, stored)
 
     def _work(self, network: NetworkEntry) -> tuple[_Work, str]:
         """What to compile, and why the bundle's kernels for it are not in it, where that is to be said."""
-        kernels, explain_missing = None, ""
+        kernels, why = None, ""
         if self.plan.plugins:
             # TensorRT, which alone takes them, builds for one capability.
             capability = self.target.capabilities[0]
-            kernels, explain_missing = choose(self.bundle, network, self.target.flavour, self.version, capability)
+            kernels, why = choose(self.bundle, network, self.target.flavour, self.version, capability)
         geometry = self.bundle.manifest.geometry
         # With its operators' kernels, the full graph has no `Attention` left: that stands in their functions alone.
         lowered = kernels is None and wants_lowered(self.target.flavour, self.version, network.precision, geometry)
@@ -187,7 +187,7 @@ class _Builder:
         if graph is None:
             why = self.bundle.manifest.explain_missing
             raise BundleError(f"{self.bundle.root} has no graph of {network.spec.name} for {self.target}, {why}")
-        return _Work(network, graph, kernels), explain_missing
+        return _Work(network, graph, kernels), why
 
     def _serves(self, engine: EngineEntry, work: _Work) -> bool:
         return (
@@ -265,7 +265,7 @@ class _Builder:
             return None
         for engine in bundle.manifest.engines:
             if engine.refittable and self._serves(dataclasses.replace(engine, source=work.network.key), work):
-                bundle.verified([engine.file])
+                bundle.verify([engine.file])
                 return engine, bundle.path(engine.file)
         return None
 

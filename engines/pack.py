@@ -63,7 +63,7 @@ def pack(bundle: Bundle, target: str, out: Path) -> Bundle:
         BundleError: the bundle has not all that the target needs, or an altered file.
     """
     manifest = packed_manifest(bundle, target)
-    bundle.verified(manifest.files)
+    bundle.verify(manifest.files)
     try:
         if out.is_dir() and any(out.iterdir()):
             raise InputError(f"--out {out}: holds other files; give a new or an empty folder")

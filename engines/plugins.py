@@ -161,7 +161,7 @@ def read_kernels(bundle: Bundle, entry: KernelsEntry, dtype: str) -> NetworkKern
     Raises:
         BundleError: a file that is missing or altered, or a `kernels.json` that is malformed; the message names it.
     """
-    bundle.verified([entry.file])
+    bundle.verify([entry.file])
     place = bundle.path(entry.file)
     try:
         records = _records(json.loads(place.read_text(encoding="utf-8")))
@@ -170,7 +170,7 @@ def read_kernels(bundle: Bundle, entry: KernelsEntry, dtype: str) -> NetworkKern
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"{place} is malformed: {type(error).__name__}: {error}") from None
     files = sorted({f"{entry.folder}/{kernel.path.name}" for kernel in kernels.values()})
-    bundle.verified(files)
+    bundle.verify(files)
     hashes = [bundle.manifest.files[name].sha256 for name in (entry.file, *files)]
     digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
     return NetworkKernels(digest, dtype, MappingProxyType(kernels))

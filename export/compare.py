@@ -138,7 +138,7 @@ def _compare(options: argparse.Namespace) -> int:
 def runs(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Iterator[tuple[str, Arrays]]:
     """Yield the name of each backend that can run the network on this machine, and its outputs."""
     inputs = {t.name: inputs[t.name].astype(t.dtype, copy=False) for t in entry.spec.inputs}
-    bundle.verified(entry.all_files)
+    bundle.verify(entry.all_files)
     weights = tuple(map(bundle.path, entry.weights))
     if entry.onnx is not None and entry.precision is not Precision.BF16:  # ONNX Runtime has no bf16 on CPUs
         yield "onnxruntime", outputs_of("onnxruntime", entry.spec, bundle.path(entry.onnx), weights, inputs)
@@ -150,7 +150,7 @@ def runs(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Iterator[tuple[
         if not is_installed(engine.flavour.module) or library_version(engine.flavour) != engine.version:
             warn(f"{engine.file} was built by {name} {engine.version}, which is not installed here: not compared")
             continue
-        bundle.verified([engine.file])
+        bundle.verify([engine.file])
         read = weights if engine.flavour.reads_weights else ()
         outputs = outputs_of(name, entry.spec, bundle.path(engine.file), read, inputs)
         yield f"{name} {engine.version} on {device.name}", outputs

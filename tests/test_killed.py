@@ -86,7 +86,7 @@ def incomplete(root: Path) -> list[str]:
                 wrong.append(str(path))
     if (root / "manifest.json").is_file():
         bundle = Bundle.open(root)
-        bundle.verified(bundle.manifest.files)
+        bundle.verify(bundle.manifest.files)
     return wrong
 
 

@@ -84,10 +84,10 @@ def measured(*command: str) -> dict[str, Any]:
     return {"seconds": round(seconds, 1), "peak_gb": round(peak, 2), "steps": steps}
 
 
-def verified(root: Path) -> dict[str, Any]:
+def verify(root: Path) -> dict[str, Any]:
     """Hash every file of a bundle; the bytes of its graphs and weights, and what the manifest says of its engines."""
     bundle = Bundle.open(root)
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     files = bundle.manifest.files
     return {
         "bytes": file_bytes(bundle.manifest),

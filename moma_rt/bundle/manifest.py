@@ -224,7 +224,7 @@ class Bundle:
         except ValueError as error:
             raise BundleError(f"{self.root}: unsafe manifest: {error}") from None
 
-    def verified(self, names: Iterable[str]) -> None:
+    def verify(self, names: Iterable[str]) -> None:
         """Check the hashes of the named files.
 
         Raises:

@@ -73,7 +73,7 @@ def build(root: Path, *targets: EngineTarget, shared=None, **changes):
     said = []
     plan = EnginePlan(targets or (RTX,), **changes)
     bundle = build_engines(root, plan, shared, lambda name, state: said.append(f"{name} {state}"))
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     used = {str(Path(file).parent) for file in bundle.manifest.files}
     assert {f"engines/{path.name}" for path in (root / "engines").iterdir()} <= used
     return bundle.manifest.engines, [line for line in said if line.split()[1].rstrip(":") in ENDS]

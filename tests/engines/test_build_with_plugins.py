@@ -44,7 +44,7 @@ def build(root: Path, *targets: EngineTarget, shared=None, **changes):
     said = []
     plan = EnginePlan(targets or (H100,), **changes)
     bundle = build_engines(root, plan, shared, lambda name, state: said.append(f"{name} {state}"))
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     engines = {engine.flavour: engine for engine in bundle.manifest.engines if engine.network == "denoiser"}
     return engines, [line for line in said if line.startswith(("denoiser kept", "denoiser built", "denoiser note"))]
 

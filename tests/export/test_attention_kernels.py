@@ -64,7 +64,7 @@ def build(root: Path, *capabilities: int, names=NAMES, precisions=FP16, shared=N
     plan = ExportPlan(tuple(names), precisions, None if off else capabilities)
     checkpoint = load_checkpoint(CheckpointRequest("tiny", roles=roles_for(names)))
     bundle = build_bundle(checkpoint, plan, root, lambda name, state: said.append(f"{name} {state}"), shared)
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     assert Bundle.open(root) == bundle
     folders = {entry.folder for entry in bundle.manifest.kernels}
     assert {f"kernels/{path.name}" for path in (root / "kernels").iterdir()} == folders
@@ -203,7 +203,7 @@ def test_interrupted_while_compiling(tmp_path, compiled, monkeypatch):
     assert not list(tmp_path.rglob(".partial-*"))
     bundle = Bundle.open(tmp_path)
     assert bundle.manifest.kernels == tuple(before.values())
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     monkeypatch.setattr(module, "write_kernels", working)
     assert list(build(tmp_path, 90, 100)[0]) == [80, 90, 100]
 

@@ -99,7 +99,7 @@ def test_a_carried_bundle_is_completed_and_compiles_nothing(tmp_path):
     assert (package.stat().st_mtime_ns, package.read_bytes()) == before
     whole, completed = Bundle.open(here), Bundle.open(there)
     assert completed.manifest.files == whole.manifest.files
-    completed.verified(completed.manifest.files)
+    completed.verify(completed.manifest.files)
 
 
 def test_nothing_was_carried(tmp_path):
