@@ -53,7 +53,7 @@ def bases(out: Path) -> list[dict[str, Any]]:
     builds = []
     for base, what in (("rev_animated", "a base from nothing"), ("anything_v4", "a second base")):
         command = ("export.build", "--base", base, "--weights", "random", *WITHOUT_LANGUAGE, "--out", str(out / base))
-        builds.append({"what": what, **measured(*command), **verified(out / base)})
+        builds.append({"what": what, **measured(*command), **verify(out / base)})
     return builds
 
 
@@ -63,7 +63,7 @@ def language_model(out: Path, precision: str) -> list[dict[str, Any]]:
     export = ("--base", "sd15", "--weights", "random", "--only", "language_model", "--mllm-precision", precision)
     builds = [{"what": f"{precision} export", **measured("export.build", *export, "--out", folder)}]
     engine = measured("engines.build", folder, "--target", TARGETS)
-    builds.append({"what": f"{precision} engine", **engine, **verified(Path(folder))})
+    builds.append({"what": f"{precision} engine", **engine, **verify(Path(folder))})
     return builds
 
 
