@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.build import EnginePlan, add_engine_options, build_engines, engine_plan, shared_store
+from engines.build import add_engine_options, engine_plan, shared_store
+from engines.builder import EnginePlan, build_engines
 from engines.plugins import NETWORK as WITH_KERNELS
 from engines.store import Store
 from engines.targets import CPU, EngineTarget, Machine, elsewhere, listed, parse_targets, resolve

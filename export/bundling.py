@@ -12,7 +12,7 @@ from types import MappingProxyType
 from tokenizers import Tokenizer
 
 import moma_rt
-from engines.build import refuse_packed
+from engines.builder import refuse_packed
 from engines.plugins import NETWORK as WITH_KERNELS
 from engines.store import NETWORKS_FOLDER, PARTIAL_PREFIX, Artifact, Notes, SharedStore, Store, Stored
 from export import tokenizers

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engines import build as module
-from engines.build import EnginePlan, build_engines, main, wants_lowered
+from engines import builder as module
+from engines.build import main
+from engines.builder import EnginePlan, build_engines, wants_lowered
 from engines.store import SharedStore
 from engines.targets import EngineTarget
 from engines.tensorrt import ENGINE_NAME, LAYERS_NAME, EngineFacts, EngineOptions
