@@ -1,4 +1,4 @@
-"""The engines that a bundle lacks: built or refitted, one network and one target after the other."""
+"""Builds or refits the engines that a bundle lacks, one network and one target at a time."""
 
 import dataclasses
 import hashlib
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.entries import with_engine, without_lost_engines
+from engines.entries import with_engine, without_missing_engines
 from engines.plugins import NetworkKernels, choose, code_hash
 from engines.store import ENGINES_FOLDER, Artifact, Notes, SharedStore, Store, Stored
 from engines.targets import INDUCTOR, EngineTarget
@@ -40,10 +40,13 @@ Report = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Which engines to build: of which networks (None: all), for which targets.
+    """Which engines to build, and how.
 
-    `refit_from` is a bundle whose engines are to be given this bundle's weights where the library can do that;
-    `plugins`: TensorRT is to take the bundle's own kernels where it can.
+    Attributes:
+        targets: the devices to build for.
+        names: the networks to build engines of; None for all.
+        refit_from: a bundle whose refittable engines get this bundle's weights, where the library can do that.
+        plugins: use the bundle's own attention kernels as TensorRT plugins, where possible.
     """
 
     targets: tuple[EngineTarget, ...]
@@ -54,19 +57,20 @@ class EnginePlan:
 
 
 def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, report: Report) -> Bundle:
-    """Build the engines that the bundle at `root` lacks, and name them in its manifest.
+    """Build the engines that the bundle at `root` lacks, and add them to its manifest.
 
     Args:
-        report: called with a network's name and what is being done for it.
+        shared: a store of finished engines that bundles share, or None.
+        report: called with a network's name and its current state.
 
     Raises:
-        BundleError: no bundle, an altered file, or a network that the library cannot compile.
-        InputError: a library that has no part in it, an option that it does not have, or a folder that cannot be
-            written.
+        BundleError: `root` is not a bundle, a file of it was altered, or the library cannot compile a network.
+        InputError: an inductor target, an option that the library does not have, a packed bundle, or a folder that
+            cannot be written or is locked by another build.
     """
     if any(target.flavour is Flavour.INDUCTOR for target in plan.targets):
         raise InputError(
-            f"--target {INDUCTOR}: its engines are compiled of the checkpoints' configurations and not of ONNX files: "
+            f"--target {INDUCTOR}: its packages are compiled from PyTorch modules and not from ONNX graphs: "
             f"build them with python -m export.build ... --target {INDUCTOR}"
         )
     versions = {target: library_version(target.flavour) for target in plan.targets}
@@ -75,9 +79,9 @@ def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, repo
     store = Store(root, shared)
     refuse_packed(read_manifest(root), root)
     with store.locked():
-        # Again: what was read before may be of the build that held the lock.
+        # Read again: another build may have changed it before this one got the lock.
         before = read_manifest(root)
-        manifest = without_lost_engines(root, before)
+        manifest = without_missing_engines(root, before)
         if manifest != before:
             write_manifest(root, manifest)
         bundle = Bundle.open(root)
@@ -92,17 +96,17 @@ def build_engines(root: Path, plan: EnginePlan, shared: SharedStore | None, repo
 
 
 def refuse_packed(manifest: Manifest, root: Path) -> None:
-    """Refuse to build into a bundle of which something was left out.
+    """Refuse to build into a packed bundle, which lacks files.
 
     Raises:
-        InputError: it was packed for a target.
+        InputError: the bundle was packed for a target.
     """
     if manifest.packed_for:
         raise InputError(f"{root} was packed for {manifest.packed_for}: build in the whole bundle, and pack that again")
 
 
-def wants_lowered(flavour: Flavour, version: str, precision: Precision, geometry: Geometry) -> bool:
-    """Whether a library needs the graph without `Attention`, since it does not know it or has no kernel for it."""
+def needs_lowered_graph(flavour: Flavour, version: str, precision: Precision, geometry: Geometry) -> bool:
+    """Return whether a library needs the graph without `Attention`: it cannot parse it or has no kernel for it."""
     if flavour is Flavour.TENSORRT and version_tuple(version)[:2] < _ATTENTION_SINCE:
         return True
     narrowest = min(layer.channels // layer.heads for layer in geometry.self_attention)
@@ -110,8 +114,8 @@ def wants_lowered(flavour: Flavour, version: str, precision: Precision, geometry
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What an engine is compiled of: a network, one of its two graphs, and the kernels that take its operators."""
+class _Job:
+    """What one engine is compiled from: a network, one of its two graphs, and the kernels for its custom operators."""
 
     network: NetworkEntry
     onnx: str
@@ -127,7 +131,7 @@ class _Work:
 
     @property
     def read_files(self) -> list[str]:
-        """The graph and its weights."""
+        """The graph file and its weights files."""
         return [self.onnx, *self.network.weights]
 
 
@@ -143,46 +147,48 @@ class _Builder:
     report: Report
 
     def add(self, network: NetworkEntry, manifest: Manifest) -> Manifest:
-        """The manifest with an engine of `network`, built now if there was none."""
+        """Return the manifest with an engine of `network`, which is built unless there is one."""
         name = network.spec.name
         self.report(name, "checking")
-        work, why_without = self._work(network)
-        served = [engine for engine in manifest.engines if self._serves(engine, work)]
+        job, reason = self._job_for(network)
+        served = [engine for engine in manifest.engines if self._serves(engine, job)]
         if served and self.store.find(self._artifact(name, served[0].key)) is not None:
             self.report(name, f"kept for {self.target}")
             return manifest
-        if why_without:
-            self.report(name, f"note: its own kernels are not used for {self.target}: {why_without}")
-        artifact = self._artifact(name, self._key(work))
+        if reason:
+            self.report(name, f"note: its own kernels are not used for {self.target}: {reason}")
+        artifact = self._artifact(name, self._key(job))
         stored = self.store.find(artifact)
         if stored is not None:
             self.report(name, f"kept for {self.target}: another bundle had it")
         else:
             start = time.monotonic()
-            self.bundle.verified(work.read_files)
-            stored = self.store.add(artifact, self._writer(work))
+            self.bundle.verified(job.read_files)
+            stored = self.store.add(artifact, self._writer(job))
             self.report(name, f"{stored.notes['how']} for {self.target} in {time.monotonic() - start:.1f} s")
-        return self._with(manifest, work, artifact, stored)
+        return self._manifest_with(manifest, job, artifact, stored)
 
-    def _work(self, network: NetworkEntry) -> tuple[_Work, str]:
-        """What to compile, and why the bundle's kernels for it are not in it, where that is to be said."""
-        kernels, why_without = None, ""
+    def _job_for(self, network: NetworkEntry) -> tuple[_Job, str]:
+        """Choose a network's graph and kernels; also return why the bundle's kernels for it are not used, or ""."""
+        kernels, reason = None, ""
         if self.plan.plugins:
-            # TensorRT, which alone takes them, builds for one capability.
+            # Only TensorRT takes kernels, and it builds for a single capability.
             capability = self.target.capabilities[0]
-            kernels, why_without = choose(self.bundle, network, self.target.flavour, self.version, capability)
+            kernels, reason = choose(self.bundle, network, self.target.flavour, self.version, capability)
         geometry = self.bundle.manifest.geometry
-        # With its operators' kernels, the full graph has no `Attention` left: that stands in their functions alone.
-        lowered = kernels is None and wants_lowered(self.target.flavour, self.version, network.precision, geometry)
+        # `Attention` only occurs inside the custom operators' functions, which the kernels replace.
+        lowered = kernels is None and needs_lowered_graph(
+            self.target.flavour, self.version, network.precision, geometry
+        )
         graph = network.lowered if lowered else network.onnx
         if graph is None:
             why = self.bundle.manifest.why_without
             raise BundleError(f"{self.bundle.root} has no graph of {network.spec.name} for {self.target}, {why}")
-        return _Work(network, graph, kernels), why_without
+        return _Job(network, graph, kernels), reason
 
-    def _serves(self, engine: EngineEntry, work: _Work) -> bool:
+    def _serves(self, engine: EngineEntry, job: _Job) -> bool:
         return (
-            (engine.network, engine.source, engine.kernels) == (work.name, work.network.key, work.kernels_hash)
+            (engine.network, engine.source, engine.kernels) == (job.name, job.network.key, job.kernels_hash)
             and engine.refittable >= self.plan.options.refittable
             and (not self.plan.options.layers or f"{engine.folder}/{LAYERS_NAME}" in self.bundle.manifest.files)
             and all(engine.serves(self.target.flavour, self.version, c) for c in self.target.capabilities)
@@ -191,34 +197,34 @@ class _Builder:
     def _artifact(self, name: str, key: str) -> Artifact:
         return Artifact(ENGINES_FOLDER, name, key)
 
-    def _key(self, work: _Work) -> str:
-        """Names what an engine is: the graph and weights, what compiled them, and for what."""
+    def _key(self, job: _Job) -> str:
+        """Hash all that determines an engine: graph, weights, library, code, options, kernels and devices."""
         files, options = self.bundle.manifest.files, self.plan.options
         identity = {
-            "graph": files[work.onnx].sha256,
-            "weights": [files[name].sha256 for name in work.network.weights],
-            "network": work.network.spec.to_json(),
+            "graph": files[job.onnx].sha256,
+            "weights": [files[name].sha256 for name in job.network.weights],
+            "network": job.network.spec.to_json(),
             "library": [self.target.flavour.value, self.version],
             "capabilities": self.target.capabilities,
             "options": [options.refittable, options.layers],
             "code": sha256_file(Path(__file__).with_name("tensorrt.py")),
-            "kernels": None if work.kernels is None else [work.kernels_hash, code_hash()],
-            # What a refitting gave is not what compiling gives.
+            "kernels": None if job.kernels is None else [job.kernels_hash, code_hash()],
+            # A refitted engine is not the same as a compiled one.
             "refitted": self.plan.refit_from is not None and self.target.flavour is Flavour.TENSORRT,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    def _request(self, work: _Work) -> EngineRequest:
+    def _request(self, job: _Job) -> EngineRequest:
         options = self.plan.options
         if self.target.flavour is Flavour.TENSORRT and self.store.shared is not None:
             place = self.store.shared.root / f"timing-{self.version}-sm{self.target.capabilities[0]}.cache"
             options = dataclasses.replace(options, timing_cache=place)
-        onnx, root, spec = self.bundle.path(work.onnx), self.bundle.path(WEIGHTS_FOLDER), work.network.spec
-        return EngineRequest(self.target.flavour, self.target.capabilities, onnx, root, spec, options, work.kernels)
+        onnx, root, spec = self.bundle.path(job.onnx), self.bundle.path(WEIGHTS_FOLDER), job.network.spec
+        return EngineRequest(self.target.flavour, self.target.capabilities, onnx, root, spec, options, job.kernels)
 
-    def _writer(self, work: _Work) -> Callable[[Path], Notes]:
-        """What fills an engine's folder, by refitting where that was asked for and is possible."""
-        name, request = work.name, self._request(work)
+    def _writer(self, job: _Job) -> Callable[[Path], Notes]:
+        """Return a function that writes an engine into a folder: refits if asked for and possible, else compiles."""
+        name, request = job.name, self._request(job)
 
         def build(folder: Path) -> Notes:
             self.report(name, "compiling")
@@ -231,11 +237,11 @@ class _Builder:
         if self.target.flavour is Flavour.TENSORRT_RTX:
             self.report(name, "note: TensorRT-RTX cannot refit ahead of time, so it is built anew")
             return build
-        donor = self._donor(work, self.plan.refit_from)
-        if donor is None:
+        refit_source = self._refit_source(job, self.plan.refit_from)
+        if refit_source is None:
             self.report(name, f"note: {self.plan.refit_from} has no refittable engine of it, so it is built anew")
             return build
-        engine, file = donor
+        engine, file = refit_source
 
         def refit(folder: Path) -> Notes:
             self.report(name, "refitting")
@@ -248,32 +254,32 @@ class _Builder:
 
         return refit
 
-    def _donor(self, work: _Work, root: Path) -> tuple[EngineEntry, Path] | None:
-        """An engine of another bundle that differs from the one wanted in nothing but its weights."""
+    def _refit_source(self, job: _Job, root: Path) -> tuple[EngineEntry, Path] | None:
+        """Find an engine in the bundle at `root` that differs from the wanted one in its weights only."""
         bundle = Bundle.open(root)
-        other = bundle.manifest.networks.get(work.name)
-        if other is None or (other.spec, other.precision) != (work.network.spec, work.network.precision):
+        other = bundle.manifest.networks.get(job.name)
+        if other is None or (other.spec, other.precision) != (job.network.spec, job.network.precision):
             return None
         for engine in bundle.manifest.engines:
-            if engine.refittable and self._serves(dataclasses.replace(engine, source=work.network.key), work):
+            if engine.refittable and self._serves(dataclasses.replace(engine, source=job.network.key), job):
                 bundle.verified([engine.file])
                 return engine, bundle.path(engine.file)
         return None
 
-    def _with(self, manifest: Manifest, work: _Work, artifact: Artifact, stored: Stored) -> Manifest:
-        """The manifest with an engine in place of those it supersedes."""
+    def _manifest_with(self, manifest: Manifest, job: _Job, artifact: Artifact, stored: Stored) -> Manifest:
+        """Return the manifest with a stored engine in place of those it supersedes."""
         entry = EngineEntry(
-            network=work.name,
+            network=job.name,
             flavour=self.target.flavour,
             version=self.version,
             capabilities=self.target.capabilities,
-            # What was refitted can be again, whether or not that was asked for.
+            # A refitted engine can be refitted again even without --refittable.
             refittable=self.plan.options.refittable or stored.notes["how"] == REFITTED,
-            source=work.network.key,
+            source=job.network.key,
             key=artifact.key,
             file=stored.path(ENGINE_NAME),
             weight_bytes=stored.notes["weight_bytes"],
             activation_bytes=stored.notes["activation_bytes"],
-            kernels=work.kernels_hash,
+            kernels=job.kernels_hash,
         )
         return with_engine(manifest, entry, stored)

@@ -186,7 +186,7 @@ class _Exporter:
     def _graphs(self, request: ExportRequest, artifact: Artifact) -> tuple[Stored | None, bool]:
         """Both graphs of a network, and whether they were exported now; None where the bundle is to have none."""
         # What only another bundle has is no reason for this one to have it.
-        is_wanted = self.plan.graphs or (self.store.root / artifact.place).is_dir()
+        is_wanted = self.plan.graphs or (self.store.root / artifact.folder).is_dir()
         found = self.store.find(artifact) if is_wanted else None
         if found is not None or not self.plan.graphs:
             return found, False

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from benchmarks.environment import gpu_facts
 from benchmarks.gpu.carried import PACKAGES, SUBJECT_FILE
 from benchmarks.gpu.runner import Group, Step
-from engines.targets import listed
+from engines.targets import parse_list
 from moma_rt import backends
 from moma_rt.errors import InputError
 
@@ -124,7 +124,7 @@ def groups(setup: Setup, call: str, names: Sequence[str]) -> list[Group]:
     steps = all_steps(setup)
     if not names:
         return [tuple(steps[name] for name in group) for group in _CALLS[call]]
-    chosen = listed("the steps", "step", ",".join(names), tuple(steps))
+    chosen = parse_list("the steps", "step", ",".join(names), tuple(steps))
     return [(steps[name],) for name in steps if name in chosen]
 
 

@@ -42,7 +42,7 @@ from benchmarks.latency.contenders import BASELINES, ContenderProcess
 from benchmarks.latency.requests import RUNTIME, SUBJECT, Answer, Settings, random_embedding, requests
 from benchmarks.latency.summary import Samples, summary, table
 from benchmarks.memory import device_mib_used
-from engines.targets import listed
+from engines.targets import parse_list
 from export.build import add_checkpoint_options
 from moma_rt import backends
 from moma_rt.backends.selection import Host, choose
@@ -126,7 +126,7 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
     start = time.monotonic()
     if options.repeats < 1:
         raise InputError(f"--repeats {options.repeats}: at least 1 is needed")
-    names = () if options.baselines == "none" else listed("--baselines", "baseline", options.baselines, BASELINES)
+    names = () if options.baselines == "none" else parse_list("--baselines", "baseline", options.baselines, BASELINES)
     kinds = _kinds(options.requests, options.subject)
     schedule(options.scheduler, options.steps, 1.0)
     backends.check(options.backend, options.threads)
@@ -230,7 +230,7 @@ def _kinds(asked: str | None, subject: Path | None = None) -> tuple[str, ...]:
         return tuple(kind for kind in KINDS if kind not in left_out)
     if subject is not None and "cold" in asked.split(","):
         raise InputError(f"--requests {asked}: with --subject nothing is enrolled; leave cold out, or --subject")
-    chosen = listed("--requests", "request", asked, KINDS)
+    chosen = parse_list("--requests", "request", asked, KINDS)
     return tuple(kind for kind in KINDS if kind in chosen or kind == "warm")
 
 
