@@ -22,7 +22,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of each sample, and the memory that one call allocates."""
+    """Milliseconds of each sample, and the peak memory that one call needs beyond its inputs."""
 
     milliseconds: tuple[float, ...]
     extra_mib: float

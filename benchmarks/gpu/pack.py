@@ -111,9 +111,8 @@ def packed_files(out: Path) -> list[Path]:
     for path in out.iterdir() if out.exists() else ():
         found += path.iterdir() if path.is_dir() and path.name in (FIRST, SECOND) else [path]
     for path in found:
-        if path.parent == out or not (
-            path.name.startswith((BUNDLE_ARCHIVE, RTX_PART, PARTIAL_PREFIX)) or path.suffix == ".whl"
-        ):
+        is_packed = path.suffix == ".whl" or path.name.startswith((BUNDLE_ARCHIVE, RTX_PART, PARTIAL_PREFIX))
+        if path.parent == out or not is_packed:
             raise InputError(f"--out {out}: holds other files, such as {path.name}; give a new or an empty folder")
     return found
 

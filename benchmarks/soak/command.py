@@ -195,7 +195,7 @@ class Plan:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Batch sizes above 1 that may occur on a GPU, where batches are padded to powers of two."""
+        """Batch sizes above 1 for the references: on a GPU, where batches are padded to powers of two."""
         powers = (1 << exponent for exponent in range(1, self.max_batch.bit_length()))
         return tuple(power for power in powers if self.on_gpu and power <= self.max_batch)
 

@@ -14,7 +14,7 @@ _ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 class Kind(enum.Enum):
-    """How a drawn request is made, and how it should end."""
+    """The kind of a drawn request: how it is made, and how it should end."""
 
     PICTURE = "picture"
     WATCHED = "watched"  # with a callback that never cancels

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.gpu import pack
 from benchmarks.gpu.carried import RTX_PART
 from benchmarks.gpu.pack import main, pack_bundle, parts_of, sources_mib
+from benchmarks.gpu.prepare import keep_parts
 from benchmarks.gpu.rtx_probe import library, unpack
 from moma_rt.errors import BundleError, MomaError
 
