@@ -182,7 +182,7 @@ class _Builder:
         )
         graph = network.lowered if lowered else network.onnx
         if graph is None:
-            why = self.bundle.manifest.why_without
+            why = self.bundle.manifest.explain_missing
             raise BundleError(f"{self.bundle.root} has no graph of {network.spec.name} for {self.target}, {why}")
         return _Job(network, graph, kernels), reason
 

@@ -4,8 +4,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from moma_rt.bundle.engines import EngineEntry, Flavour, spelled
-from moma_rt.bundle.footprint import describe_budget, spelled_bytes
+from moma_rt.bundle.engines import EngineEntry, Flavour, format_capabilities
+from moma_rt.bundle.footprint import describe_budget, format_bytes
 from moma_rt.bundle.manifest import Bundle, Manifest, NetworkEntry
 from moma_rt.bundle.specs import TensorSpec
 from moma_rt.errors import InputError
@@ -47,7 +47,7 @@ def describe_bundle(bundle: Bundle, budget: int | None = None) -> str:
         f"bundle      {bundle.root}",
         f"base        {manifest.base}",
         f"made by     {manifest.created_by}",
-        f"size        {spelled_bytes(sum(f.size for f in manifest.files.values()))} in {len(manifest.files)} files",
+        f"size        {format_bytes(sum(f.size for f in manifest.files.values()))} in {len(manifest.files)} files",
         *_packed(manifest),
         f"pictures    {geometry.image_size} x {geometry.image_size}",
         f"injection   {len(geometry.self_attention)} self-attention layers on {grids}",
@@ -75,19 +75,19 @@ def describe_subject(subject: Subject) -> str:
         f"subject     {subject.name}",
         f"base        {subject.origin.base} ({subject.origin.fingerprint[:12]})",
         f"photo       {subject.photo.shape[1]} x {subject.photo.shape[0]}, {subject.mask.mean():.1%} subject",
-        f"reference   {spelled_bytes(size)}, tokens: {kept}",
+        f"reference   {format_bytes(size)}, tokens: {kept}",
     ]
     if subject.prefix is None:
         lines.append("prefix      none: generating needs a context embedding")
     else:
-        lines.append(f"prefix      {len(subject.prefix.ids)} tokens, {spelled_bytes(subject.prefix.kv.nbytes)}")
+        lines.append(f"prefix      {len(subject.prefix.ids)} tokens, {format_bytes(subject.prefix.kv.nbytes)}")
     return "\n".join(lines)
 
 
 def _network(entry: NetworkEntry, manifest: Manifest) -> list[str]:
     size = sum(manifest.files[name].size for name in entry.all_files)
     graphs = "" if entry.graphs else ", no ONNX graph"
-    lines = [f"{entry.spec.name}  {entry.precision.value}, {spelled_bytes(size)}{graphs}, key {entry.key[:12]}"]
+    lines = [f"{entry.spec.name}  {entry.precision.value}, {format_bytes(size)}{graphs}, key {entry.key[:12]}"]
     lines += [f"  in   {_tensor(t)}" for t in entry.spec.inputs]
     lines += [f"  out  {_tensor(t)}" for t in entry.spec.outputs]
     return lines
@@ -106,7 +106,7 @@ def _weights(manifest: Manifest) -> list[str]:
         for file in network.weights:
             readers.setdefault(file, []).append(name)
     return [
-        f"shared      {PurePosixPath(file).parent.name}, {spelled_bytes(manifest.files[file].size)}: {', '.join(names)}"
+        f"shared      {PurePosixPath(file).parent.name}, {format_bytes(manifest.files[file].size)}: {', '.join(names)}"
         for file, names in readers.items()
         if len(names) > 1
     ]
@@ -120,8 +120,8 @@ def _kernels(manifest: Manifest) -> list[str]:
         folders = {k.folder for k in kernels}
         size = sum(file.size for path, file in manifest.files.items() if str(PurePosixPath(path).parent) in folders)
         if kernels:
-            devices = spelled(sorted(k.capability for k in kernels))
-            lines += ["", f"kernels     of the {name} for TensorRT's plugins on {devices}, {spelled_bytes(size)}"]
+            devices = format_capabilities(sorted(k.capability for k in kernels))
+            lines += ["", f"kernels     of the {name} for TensorRT's plugins on {devices}, {format_bytes(size)}"]
     return lines
 
 
@@ -133,20 +133,20 @@ def _engines(manifest: Manifest) -> list[str]:
     lines = []
     for (flavour, version, capabilities), engines in groups.items():
         missing = [name for name in manifest.networks if name not in {engine.network for engine in engines}]
-        lines += ["", f"engines     {flavour.value} {version} for {spelled(capabilities)}"]
+        lines += ["", f"engines     {flavour.value} {version} for {format_capabilities(capabilities)}"]
         lines.append(f"  {'':<20} {'file':>10} {'weights':>10} {'activations':>12}")
         lines += [
-            f"  {e.network:<20} {spelled_bytes(manifest.files[e.file].size):>10} {spelled_bytes(e.weight_bytes):>10} "
-            f"{spelled_bytes(e.activation_bytes):>12}{_remarks(e)}"
+            f"  {e.network:<20} {format_bytes(manifest.files[e.file].size):>10} {format_bytes(e.weight_bytes):>10} "
+            f"{format_bytes(e.activation_bytes):>12}{_remarks(e)}"
             for e in engines
         ]
-        size = spelled_bytes(sum(manifest.files[e.file].size for e in engines))
+        size = format_bytes(sum(manifest.files[e.file].size for e in engines))
         weights, activations = _total(e.weight_bytes for e in engines), [e.activation_bytes for e in engines]
         largest = None if None in activations else max(a for a in activations if a is not None)
-        lines.append(f"  {'all':<20} {size:>10} {spelled_bytes(weights):>10} {spelled_bytes(_total(activations)):>12}")
+        lines.append(f"  {'all':<20} {size:>10} {format_bytes(weights):>10} {format_bytes(_total(activations)):>12}")
         if weights is not None and largest is not None:
             lines.append(
-                f"  device memory: {spelled_bytes(weights + largest)} where engines share their activations' memory"
+                f"  device memory: {format_bytes(weights + largest)} where engines share their activations' memory"
             )
         if missing:
             lines.append(f"  none of {', '.join(missing)}")
@@ -162,7 +162,7 @@ def _budgets(manifest: Manifest, budget: int) -> list[str]:
     """What fits, of the engines for each set of devices and of the ONNX files."""
     kinds: dict[str, dict[str, EngineEntry] | None] = {}
     for engine in manifest.engines:
-        kind = f"engines of {engine.flavour.value} {engine.version} for {spelled(engine.capabilities)}"
+        kind = f"engines of {engine.flavour.value} {engine.version} for {format_capabilities(engine.capabilities)}"
         of_kind = kinds.setdefault(kind, {})
         assert of_kind is not None
         of_kind[engine.network] = engine
@@ -170,7 +170,7 @@ def _budgets(manifest: Manifest, budget: int) -> list[str]:
         kinds["ONNX files, by their size"] = None
     lines = []
     for kind, engines in kinds.items():
-        lines += ["", f"in {spelled_bytes(budget)}: {kind}", *describe_budget(manifest, engines, budget)]
+        lines += ["", f"in {format_bytes(budget)}: {kind}", *describe_budget(manifest, engines, budget)]
     return lines
 
 

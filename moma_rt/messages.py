@@ -10,7 +10,7 @@ _SHOWN_CHARACTERS = 80
 _LINE_CHARACTERS = 300
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """`repr(value)` on one line, its end left out when it is long; the type's name where there is no repr."""
     try:
         text = repr(value)

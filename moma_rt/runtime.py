@@ -18,16 +18,16 @@ from moma_rt.inputs.noise import Stream, check_seed, draw
 from moma_rt.inputs.tokenizers import check_prompt, text_prompt
 from moma_rt.memory.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
 from moma_rt.memory.networks import Networks
-from moma_rt.memory.subject_cache import Residents
-from moma_rt.messages import shown, warn
-from moma_rt.pipeline.batching import Call, Turns
+from moma_rt.memory.subject_cache import SubjectCache
+from moma_rt.messages import short_repr, warn
+from moma_rt.pipeline.batching import PendingRequest, RequestQueue
 from moma_rt.pipeline.conditioning import Conditioner
-from moma_rt.pipeline.enrollment import ReferenceNoise, compact, reference_pass
+from moma_rt.pipeline.enrollment import ReferenceNoise, keep_masked_tokens, reference_pass
 from moma_rt.pipeline.request import Result, Settings, check_array
 from moma_rt.pipeline.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
 from moma_rt.subject import Origin, Prefix, Subject
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class _Request:
     on_step: OnStep | None
 
     @property
-    def kind(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         """Equal for requests that can be made together: of one schedule, and without a callback."""
         return self if self.on_step is not None else self.settings.rows.tobytes()
 
@@ -72,10 +72,10 @@ class Runtime:
     ) -> None:
         self.bundle = bundle
         self._networks = Networks(bundle, backend, engines, limits.memory_budget)
-        self._residents = Residents(self._networks, limits.subject_memory)
-        self._conditioner = Conditioner(self._networks, self._residents)
-        self._sampler = Sampler(self._networks, self._residents, limits)
-        self._turns: Turns[_Request, Result] = Turns(min(limits.max_batch, self._sampler.most))
+        self._subjects = SubjectCache(self._networks, limits.subject_memory)
+        self._conditioner = Conditioner(self._networks, self._subjects)
+        self._sampler = Sampler(self._networks, self._subjects, limits)
+        self._queue: RequestQueue[_Request, Result] = RequestQueue(min(limits.max_batch, self._sampler.max_batch))
 
     @classmethod
     def load(
@@ -115,7 +115,7 @@ class Runtime:
             MomaError: the GPU cannot be used.
         """
         if not isinstance(bundle, str | os.PathLike):
-            raise InputError(f"a bundle is named by the path of its folder, not by {shown(bundle)}")
+            raise InputError(f"a bundle is named by the path of its folder, not by {short_repr(bundle)}")
         backends.check(backend, threads)
         limits = Limits.of(max_batch, memory_budget, subject_memory, graph_memory)
         opened = Bundle.open(bundle)
@@ -162,11 +162,11 @@ class Runtime:
         vision_size = VISION_SIZE if geometry.language is None else geometry.language.vision_image_size
         prepared = prepare(load_photo(image), load_mask(mask), geometry.image_size, vision_size)
         origin = Origin.of(self.bundle)
-        stages = Stages()
-        with self._turns.turn():
+        stages = StageTimer()
+        with self._queue.exclusive():
             text_tokens, _ = self._conditioner.text_tokens(name, stages)
             full = reference_pass(self._networks, prepared.photo_chw, noise, text_tokens, stages)
-            reference = compact(geometry, prepared.mask_hw, full)
+            reference = keep_masked_tokens(geometry, prepared.mask_hw, full)
             prefix: Prefix | None = self._conditioner.prefix(name, prepared.pixels, stages)
         return Subject(
             name=name,
@@ -229,9 +229,9 @@ class Runtime:
             MomaError: the latents became NaN or infinity.
         """
         if not isinstance(subject, Subject):
-            raise InputError(f"subject must be a Subject, from enroll or Subject.load, not {shown(subject)}")
+            raise InputError(f"subject must be a Subject, from enroll or Subject.load, not {short_repr(subject)}")
         if on_step is not None and not callable(on_step):
-            raise InputError(f"on_step must be a function of a StepInfo, not {shown(on_step)}")
+            raise InputError(f"on_step must be a function of a StepInfo, not {short_repr(on_step)}")
         settings = Settings(strength, steps, guidance_scale, guidance_interval, scheduler, seed, num_images)
         check_prompt(prompt)
         check_prompt(negative_prompt, "negative prompt")
@@ -247,11 +247,11 @@ class Runtime:
         # Now: in this call's turn others would wait for it, at each call with a subject that was loaded for it.
         subject.identity  # noqa: B018
         request = _Request(subject, (prompt, negative_prompt), context_embedding, settings, latents, on_step)
-        return self._turns.answer(Call(request, request.kind, num_images), self._make)
+        return self._queue.submit(PendingRequest(request, request.batch_key, num_images), self._run_batch)
 
-    def _make(self, calls: Sequence[Call[_Request, Result]]) -> None:
+    def _run_batch(self, calls: Sequence[PendingRequest[_Request, Result]]) -> None:
         """Answer calls of one kind. What is wrong with one of them is the error of that one."""
-        stages = Stages()
+        stages = StageTimer()
         prepared = []
         for call in calls:
             try:
@@ -270,14 +270,14 @@ class Runtime:
                 return
         else:
             for call, of_call in prepared:
-                _end(call, [next(made) for _ in of_call], stages)
+                _finish(call, [next(made) for _ in of_call], stages)
             return
         # One may be what the others fail for, or together they need more memory than there is. The error has gone, and
         # with it what it held of the device.
         for call, _ in prepared:
-            self._make([call])
+            self._run_batch([call])
 
-    def _samples(self, request: _Request, stages: Stages) -> list[Sample]:
+    def _samples(self, request: _Request, stages: StageTimer) -> list[Sample]:
         settings = request.settings
         conditions = self._conditions(request.subject, request.prompts, request.embedding, settings.guided, stages)
         shared = (conditions.text_tokens, conditions.context_tokens, conditions.subject_weights, settings.strength)
@@ -292,7 +292,7 @@ class Runtime:
         prompts: tuple[str, str],
         embedding: Array | None,
         guided: bool,
-        stages: Stages,
+        stages: StageTimer,
     ) -> _Conditions:
         conditioner = self._conditioner
         prompt, negative = prompts
@@ -312,10 +312,10 @@ class Runtime:
         return _Conditions(np.stack([unconditional_text, text]), np.stack([unconditional_context, context]), weights)
 
 
-def _end(call: Call[_Request, Result], made: Sequence[Picture], stages: Stages) -> None:
+def _finish(call: PendingRequest[_Request, Result], made: Sequence[Picture], stages: StageTimer) -> None:
     """Answer a call with its pictures, or with what went wrong while they were made."""
     if all(picture.finite for picture in made):
         images, masks = [picture.image for picture in made], [picture.foreground_mask for picture in made]
-        call.answer(Result(images, masks, call.request.settings.seeds, dict(stages.seconds)))
+        call.set_result(Result(images, masks, call.request.settings.seeds, dict(stages.seconds)))
     else:
         call.error = MomaError("the latents became NaN or infinity while denoising: lower guidance_scale or strength")

@@ -21,7 +21,7 @@ from moma_rt.bundle.specs import Geometry
 from moma_rt.errors import InputError, SubjectError
 from moma_rt.files import atomic_write
 from moma_rt.inputs.tokenizers import check_subject_name
-from moma_rt.messages import first_line, shown
+from moma_rt.messages import first_line, short_repr
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "moma_subject"
@@ -154,7 +154,7 @@ class Subject:
             InputError: `path` is no path.
         """
         if not isinstance(path, str | os.PathLike):
-            raise InputError(f"a subject file is named by a path, not by {shown(path)}")
+            raise InputError(f"a subject file is named by a path, not by {short_repr(path)}")
         path = Path(path)
         try:
             if not path.is_file():
@@ -170,7 +170,7 @@ class Subject:
             data = json.loads(metadata)
             version = data["format_version"]
             if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-                raise ValueError(f"format_version is {shown(version)}")
+                raise ValueError(f"format_version is {short_repr(version)}")
             if version > FORMAT_VERSION:
                 raise SubjectError(
                     f"{path} has subject format {version}; this moma-rt reads formats up to {FORMAT_VERSION}: "
@@ -247,7 +247,7 @@ def _check_tensor(name: str, tensor: Array) -> None:
 
 def _line(what: str, text: object) -> str:
     if not isinstance(text, str) or not text.isprintable():
-        raise ValueError(f"{what} is {shown(text)}, not a line of text")
+        raise ValueError(f"{what} is {short_repr(text)}, not a line of text")
     return text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 LOADING = "loading"
 
 
-class Stages:
+class StageTimer:
     """Adds up wall-clock seconds by stage, in the order in which stages first ran."""
 
     def __init__(self) -> None:

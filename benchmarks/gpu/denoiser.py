@@ -89,30 +89,30 @@ def times(generation: Generation, halves: int, steps: int, samples: int) -> dict
         buffers.decode()
 
     # Capturing lets libraries select their algorithms; without graphs the first run does.
-    recording = buffers.recording([halves] * steps)
+    whole_graph = buffers.graph([halves] * steps)
     generation.milliseconds(whole, samples=1)
 
     def enqueue_step() -> None:
         buffers.step(0, halves)
 
-    of_one = None if recording is None else generation.backend.record(enqueue_step)
-    graphs = (("generation", recording, whole), ("step", of_one, enqueue_step))
-    one = enqueue_step if of_one is None else of_one.replay
-    of_step = generation.milliseconds(one, samples, at_once=1 if of_one is None else 5)
-    buffers.begin(latents)
-    run = whole if recording is None else lambda: buffers.replay(recording, steps)
+    step_graph = None if whole_graph is None else generation.backend.capture(enqueue_step)
+    graphs = (("generation", whole_graph, whole), ("step", step_graph, enqueue_step))
+    one = enqueue_step if step_graph is None else step_graph.replay
+    of_step = generation.milliseconds(one, samples, at_once=1 if step_graph is None else 5)
+    buffers.start(latents)
+    run = whole if whole_graph is None else lambda: buffers.replay(whole_graph, steps)
     of_generation = []
     for _ in range(samples):
-        buffers.begin(latents)
+        buffers.start(latents)
         of_generation += generation.milliseconds(run, samples=1)
-    buffers.begin(latents)
+    buffers.start(latents)
     run()
-    if not np.isfinite(buffers.state("latents")).all():
+    if not np.isfinite(buffers.read_state("latents")).all():
         raise MomaError(f"the latents became NaN or infinity in {steps} steps")
     return {
         "halves": halves,
         "steps": steps,
-        "is_captured": recording is not None and of_one is not None,
+        "is_captured": whole_graph is not None and step_graph is not None,
         # The reason for each graph that was not captured.
         "why_not": {name: generation.why_not_captured(work) for name, graph, work in graphs if graph is None},
         "step_ms": percentiles(of_step),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from moma_rt.backends.base import Backend, Recording
+from moma_rt.backends.base import Backend, CapturedGraph
 
 
 class TimedReplays:
@@ -21,20 +21,20 @@ class TimedReplays:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def record(self, enqueue: Callable[[], None]) -> Recording | None:
-        made = self._backend.record(enqueue)
-        return None if made is None else _TimedRecording(made, self.seconds)
+    def capture(self, enqueue: Callable[[], None]) -> CapturedGraph | None:
+        made = self._backend.capture(enqueue)
+        return None if made is None else _TimedGraph(made, self.seconds)
 
 
 @dataclass(frozen=True, eq=False)
-class _TimedRecording:
-    recording: Recording
+class _TimedGraph:
+    graph: CapturedGraph
     seconds: list[float]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.recording, name)
+        return getattr(self.graph, name)
 
     def replay(self) -> None:
         start = time.perf_counter()
-        self.recording.replay()
+        self.graph.replay()
         self.seconds.append(time.perf_counter() - start)

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from moma_rt.backends.base import Array, Backend, Bound, Buffer, Network, Recording, Size, nbytes
+from moma_rt.backends.base import Array, Backend, Bound, Buffer, CapturedGraph, Network, Size, nbytes
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import OutOfMemory
 from moma_rt.memory.lru import Lru
@@ -18,7 +18,7 @@ CONDITIONS = ("text_tokens", "context_tokens")
 # What differs from step to step: a row of a table each. Tables have room for so many steps at least.
 _TABLE_ROWS = MappingProxyType({"schedule_row": 64, "noise": 1})
 # Generations of other lengths or guidance; a recording of 50 steps holds some ten thousand launches.
-_RECORDINGS = 4
+_MAX_GRAPHS = 4
 
 
 class GenerationBuffers:
@@ -31,7 +31,7 @@ class GenerationBuffers:
 
     sizes: of the denoiser's dynamic dimensions but guided_batch, which is halves times batch.
     halves: the numbers of halves that steps will have, 2 with guidance and 1 without.
-    recording_budget: bytes that recordings may take together; the one used last is kept whatever it takes.
+    graph_budget: bytes that recordings may take together; the one used last is kept whatever it takes.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class GenerationBuffers:
         decoder: Network,
         sizes: Mapping[str, int],
         halves: Collection[int],
-        recording_budget: int,
+        graph_budget: int,
     ) -> None:
         spec, batch = denoiser.spec, sizes["batch"]
         shared = [t.name for t in spec.inputs if t.name not in (*STATE, *CONDITIONS)]
@@ -59,7 +59,7 @@ class GenerationBuffers:
             return {name: found[key, name] for name in groups[key]}
 
         self._backend = backend
-        self._records = backend.records
+        self._captures = backend.supports_capture
         self._spec = spec
         self._buffer_bytes = sum(map(nbytes, found.values()))
         self._inputs = of("inputs")
@@ -72,20 +72,20 @@ class GenerationBuffers:
         )
         self._tables: dict[str, Buffer] = {}
         self._read: tuple[str, ...] = ()
-        self._recordings: Lru[tuple[int, ...], Recording | None] = Lru(_RECORDINGS, _recorded_size, recording_budget)
+        self._graphs: Lru[tuple[int, ...], CapturedGraph | None] = Lru(_MAX_GRAPHS, _graph_size, graph_budget)
         self._current = 0
-        self._residents = [""] * batch
+        self._owners = [""] * batch
 
     @property
     def size(self) -> int:
         """Bytes of memory that it takes, with all that was recorded on it."""
-        return self._buffer_bytes + sum(map(nbytes, self._tables.values())) + self._recordings.size
+        return self._buffer_bytes + sum(map(nbytes, self._tables.values())) + self._graphs.size
 
     def _bind_step(self, denoiser: Network, halves: int, parity: int) -> Bound:
         following = {f"next_{name}": buffer for name, buffer in self._states[1 - parity].items()}
         return denoiser.bind({**self._inputs, **self._conditions[halves], **self._states[parity], **following})
 
-    def schedule(self, rows: Array, noise: Array | None) -> None:
+    def set_schedule(self, rows: Array, noise: Array | None) -> None:
         """What each step reads: rows float32 [steps,64], and fresh noise float32 [steps,B,4,h,w] or None."""
         self._upload_table("schedule_row", rows)
         if noise is not None:
@@ -94,7 +94,7 @@ class GenerationBuffers:
             self._fill(self._inputs["noise"], 0.0)
         self._read = ("schedule_row",) if noise is None else tuple(_TABLE_ROWS)
 
-    def begin(self, latents_bchw: Array) -> None:
+    def start(self, latents_bchw: Array) -> None:
         """Start over from these latents, float32 [B,4,h,w], with no history and a foreground of ones."""
         self._current = 0
         state = self._states[0]
@@ -102,23 +102,23 @@ class GenerationBuffers:
         self._fill(state["history"], 0.0)
         self._fill(state["foreground_mask"], 1.0)
 
-    def hold(self, sample: int, owner: str, inputs: Callable[[], Mapping[str, Buffer]]) -> None:
+    def load_subject(self, sample: int, owner: str, inputs: Callable[[], Mapping[str, Buffer]]) -> None:
         """Copy one sample's inputs, of a sample's shape, to their place, unless they are there from the same owner.
 
         Reference tokens may be fewer than there is room for: zeros follow, in the object mask as well.
         """
-        if owner == self._residents[sample]:
+        if owner == self._owners[sample]:
             return
-        self._residents[sample] = ""
+        self._owners[sample] = ""
         for name, source in inputs().items():
             self._backend.fill_row(self._inputs[name], sample, source)
-        self._residents[sample] = owner
+        self._owners[sample] = owner
 
-    def upload(self, name: str, array: Array) -> None:
+    def set_input(self, name: str, array: Array) -> None:
         """Copy an array into a denoiser input that is neither state nor condition."""
         self._backend.upload(self._inputs[name], array)
 
-    def condition(self, name: str, array_gb: Array) -> None:
+    def set_condition(self, name: str, array_gb: Array) -> None:
         """Copy one of `CONDITIONS`, [G,B,...] with the unconditional half first.
 
         Steps of one half take the conditional one.
@@ -134,43 +134,43 @@ class GenerationBuffers:
         self._steps[halves][self._current].enqueue()
         self._current = 1 - self._current
 
-    def pace(self) -> None:
+    def limit_run_ahead(self) -> None:
         """Wait for the device as far as to be no more than one step ahead of it."""
-        self._backend.pace()
+        self._backend.limit_run_ahead()
 
     def decode(self) -> None:
         """Enqueue the decoding of the current latents."""
         self._decoders[self._current].enqueue()
 
-    def recording(self, halves: Sequence[int]) -> Recording | None:
+    def graph(self, halves: Sequence[int]) -> CapturedGraph | None:
         """The whole generation, of steps with these halves and the decoding, to be replayed; None where it cannot be.
 
-        It is recorded if it was not, and what was begun before is lost then: `begin` comes after this.
+        It is recorded if it was not, and what was begun before is lost then: `start` comes after this.
 
         Raises:
             OutOfMemory: there is no room for it, even without the others.
         """
-        if not self._records:
+        if not self._captures:
             return None
         key = (len(self._read), *halves)
         with contextlib.suppress(OutOfMemory):
-            recording = self._recordings.get_or_make(key, lambda: self._record(halves))
-            if recording is None or recording.usable:
-                return recording
+            graph = self._graphs.get_or_make(key, lambda: self._capture(halves))
+            if graph is None or graph.is_valid:
+                return graph
         # It was recorded with what has moved since, or the others leave no room for it.
-        self._recordings.clear()
-        return self._recordings.get_or_make(key, lambda: self._record(halves))
+        self._graphs.clear()
+        return self._graphs.get_or_make(key, lambda: self._capture(halves))
 
-    def forgo_recordings(self) -> None:
+    def disable_capture(self) -> None:
         """Record nothing from now on: what an attempt takes, and what has to go for it, would be lost each time."""
-        self._records = False
+        self._captures = False
 
-    def replay(self, recording: Recording, steps: int) -> None:
+    def replay(self, graph: CapturedGraph, steps: int) -> None:
         """Enqueue a recorded generation of so many steps."""
-        recording.replay()
+        graph.replay()
         self._current = steps % 2
 
-    def _record(self, halves: Sequence[int]) -> Recording | None:
+    def _capture(self, halves: Sequence[int]) -> CapturedGraph | None:
         # Libraries load code and choose among it when something runs for the first time, which cannot be recorded.
         # Twice, since what is needed to compute in may grow, and move, until all of them have run.
         steps = [step for count in dict.fromkeys(halves) for step in self._steps[count]]
@@ -184,13 +184,13 @@ class GenerationBuffers:
                 self.step(index, count)
             self.decode()
 
-        return self._backend.record(enqueue)
+        return self._backend.capture(enqueue)
 
-    def state(self, name: str) -> Array:
+    def read_state(self, name: str) -> Array:
         """A copy of one of `STATE`, after everything enqueued so far."""
         return self._backend.download(self._states[self._current][name])
 
-    def images(self) -> Array:
+    def read_images(self) -> Array:
         """What was decoded last, uint8 [B,H,W,3]."""
         return self._backend.download(self._images["image"])
 
@@ -198,7 +198,7 @@ class GenerationBuffers:
         """Tables keep their place, which recordings know, and are replaced by longer ones where they are too short."""
         table = self._tables.get(name)
         if table is None or table.shape[0] < len(rows):
-            self._recordings.clear()
+            self._graphs.clear()
             shape = (max(len(rows), _TABLE_ROWS[name]), *self._inputs[name].shape)
             table = self._backend.allocate({name: (shape, self._spec.tensor(name).dtype)})[name]
             self._tables[name] = table
@@ -215,5 +215,5 @@ def _sizes(spec: NetworkSpec, sizes: Mapping[str, int], names: Iterable[str]) ->
     return {t.name: (t.resolve(**sizes), t.dtype) for t in tensors}
 
 
-def _recorded_size(recording: Recording | None) -> int:
-    return 0 if recording is None else recording.size
+def _graph_size(graph: CapturedGraph | None) -> int:
+    return 0 if graph is None else graph.size

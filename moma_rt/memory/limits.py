@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moma_rt.bundle.footprint import parse_bytes
 from moma_rt.errors import InputError
-from moma_rt.messages import shown
+from moma_rt.messages import short_repr
 
 MAX_IMAGES = 64
 SUBJECT_MEMORY = 10**9
@@ -27,7 +27,7 @@ class Limits:
     def __post_init__(self) -> None:
         most = self.max_batch
         if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= MAX_IMAGES:
-            raise InputError(f"max_batch is {shown(most)}: it must be a whole number from 1 to {MAX_IMAGES}")
+            raise InputError(f"max_batch is {short_repr(most)}: it must be a whole number from 1 to {MAX_IMAGES}")
 
     @classmethod
     def of(cls, max_batch: int, memory_budget: object, subject_memory: object, graph_memory: object) -> "Limits":

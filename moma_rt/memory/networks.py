@@ -10,11 +10,11 @@ import numpy as np
 
 from moma_rt.backends.base import Array, Backend, Buffer, Network
 from moma_rt.bundle.engines import EngineEntry
-from moma_rt.bundle.footprint import Footprint, footprint, spelled_bytes, together
+from moma_rt.bundle.footprint import Footprint, combined_bytes, footprint, format_bytes
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Geometry, NetworkSpec
 from moma_rt.errors import BundleError, OutOfMemory, os_error_line
-from moma_rt.timing import LOADING, Stages
+from moma_rt.timing import LOADING, StageTimer
 
 T = TypeVar("T")
 
@@ -53,26 +53,26 @@ class Networks:
         """
         self._on_unload.append(weakref.WeakMethod(call))
 
-    def get(self, name: str, stages: Stages) -> Network:
+    def get(self, name: str, stages: StageTimer) -> Network:
         """The network, loaded now if it was not.
 
         Raises:
             BundleError: the bundle has no such network, or its files were altered or cannot be loaded.
             OutOfMemory: it needs more than the budget.
         """
-        return self.together((name,), stages)[0]
+        return self.get_all((name,), stages)[0]
 
-    def together(self, names: tuple[str, ...], stages: Stages) -> tuple[Network, ...]:
+    def get_all(self, names: tuple[str, ...], stages: StageTimer) -> tuple[Network, ...]:
         """Networks that are needed at the same time. Raises what `get` raises."""
         if any(name not in self._loaded for name in names):
-            self._make_room(names)
+            self._evict_for(names)
         for name in names:
             network = self._loaded.pop(name, None)
             # Last is what was used last.
             self._loaded[name] = self._load(name, stages) if network is None else network
         return tuple(self._loaded[name] for name in names)
 
-    def _load(self, name: str, stages: Stages) -> Network:
+    def _load(self, name: str, stages: StageTimer) -> Network:
         entry = self.bundle.network(name)
         engine = None if self._engines is None else self._engines[name]
         code = self.bundle.graph(name) if engine is None else engine.file
@@ -80,7 +80,7 @@ class Networks:
         paths = tuple(map(self.bundle.path, weights))
         with stages.timed(LOADING):
             self._verify(code, weights)
-            return self.with_room(lambda: self.backend.load(entry.spec, self.bundle.path(code), paths))
+            return self.retry_after_eviction(lambda: self.backend.load(entry.spec, self.bundle.path(code), paths))
 
     def _verify(self, code: str, weights: Collection[str]) -> None:
         """Hash what is to be loaded; a weights file, which several networks may read, once until it changes."""
@@ -89,34 +89,34 @@ class Networks:
         self.bundle.verified([code, *changed])
         self._verified |= states
 
-    def _make_room(self, names: tuple[str, ...]) -> None:
+    def _evict_for(self, names: tuple[str, ...]) -> None:
         if self._budget is None:
             return
         for name in names:
             # What is not there is no question of room.
             self.bundle.network(name)
-        need = together(self._footprint(name) for name in names)
+        need = combined_bytes(self._footprint(name) for name in names)
         if need > self._budget:
             raise OutOfMemory(
-                f"{' and '.join(names)}: {spelled_bytes(need)} of memory needed, the memory budget is "
-                f"{spelled_bytes(self._budget)}"
+                f"{' and '.join(names)}: {format_bytes(need)} of memory needed, the memory budget is "
+                f"{format_bytes(self._budget)}"
             )
         leaving = [name for name in self._loaded if name not in names]
-        while leaving and together(map(self._footprint, {*self._loaded, *names})) > self._budget:
+        while leaving and combined_bytes(map(self._footprint, {*self._loaded, *names})) > self._budget:
             self._unload(leaving.pop(0))
 
     def _unload(self, name: str) -> None:
-        self._let_go(name)
+        self._before_unload(name)
         # What still runs keeps its network, and a region to compute in that is as large as the largest needed.
         self.backend.trim()
         del self._loaded[name]
 
-    def _let_go(self, name: str) -> None:
+    def _before_unload(self, name: str) -> None:
         for call in self._on_unload:
             if (method := call()) is not None:
                 method(name)
 
-    def with_room(self, make: Callable[[], T]) -> T:
+    def retry_after_eviction(self, make: Callable[[], T]) -> T:
         """What `make` makes; where there is no room, once more without what is only kept for the next picture.
 
         Raises:
@@ -125,7 +125,7 @@ class Networks:
         with contextlib.suppress(OutOfMemory):
             return make()
         for name in self._loaded:
-            self._let_go(name)
+            self._before_unload(name)
         self.backend.trim()
         try:
             return make()
@@ -138,7 +138,7 @@ class Networks:
         return footprint(self.bundle.manifest, name, None if self._engines is None else self._engines[name])
 
     def run(
-        self, name: str, inputs: Mapping[str, Array | Buffer], stages: Stages, wanted: Collection[str] | None = None
+        self, name: str, inputs: Mapping[str, Array | Buffer], stages: StageTimer, wanted: Collection[str] | None = None
     ) -> dict[str, Array]:
         """Run a network once on buffers made for this run: for what is computed once a subject or a prompt.
 
@@ -148,7 +148,7 @@ class Networks:
         """
         network = self.get(name, stages)
         with stages.timed(name):
-            return self.with_room(lambda: run_once(self.backend, network, inputs, wanted))
+            return self.retry_after_eviction(lambda: run_once(self.backend, network, inputs, wanted))
 
 
 def _state(path: Path) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from moma_rt.subject import Prefix, Subject
 _MOST = 1 << 20
 
 
-class Residents:
+class SubjectCache:
     """The subjects that were used last, as far as `budget` bytes go.
 
     Each is a Subject in the host's memory as well, so one that had to go is uploaded again. Nothing is kept where the
@@ -26,7 +26,7 @@ class Residents:
     def __init__(self, networks: Networks, budget: int) -> None:
         self._networks = networks
         self._kept: Lru[tuple[str, str], Mapping[str, Buffer]] = Lru(_MOST, _size, budget)
-        networks.on_unload(self._let_go)
+        networks.on_unload(self._evict)
 
     def reference(self, subject: Subject) -> Mapping[str, Buffer]:
         """A subject's inputs of the denoiser, in its dtypes: keys and values [N_g,C], object masks [N_g].
@@ -65,7 +65,7 @@ class Residents:
             backend.upload(buffers[name], array)
         return buffers
 
-    def _let_go(self, _: str) -> None:
+    def _evict(self, _: str) -> None:
         self._kept.clear()
 
 

@@ -11,26 +11,26 @@ R = TypeVar("R")
 A = TypeVar("A")
 
 
-class Call(Generic[R, A]):
+class PendingRequest(Generic[R, A]):
     """What one thread asks for, and in the end its answer or its error.
 
-    Calls of equal `kind` can be answered together, up to a sum of `size`.
+    Calls of equal `batch_key` can be answered together, up to a sum of `size`.
     """
 
-    def __init__(self, request: R, kind: Hashable, size: int) -> None:
+    def __init__(self, request: R, batch_key: Hashable, size: int) -> None:
         self.request = request
-        self.kind = kind
+        self.batch_key = batch_key
         self.size = size
         self.error: BaseException | None = None
-        self._answers: list[A] = []
+        self._results: list[A] = []
 
     @property
     def is_done(self) -> bool:
-        return self.error is not None or bool(self._answers)
+        return self.error is not None or bool(self._results)
 
-    def answer(self, answer: A) -> None:
+    def set_result(self, result: A) -> None:
         """End the call."""
-        self._answers.append(answer)
+        self._results.append(result)
 
     def result(self) -> A:
         """Its answer; raises its error. To be asked once."""
@@ -41,10 +41,10 @@ class Call(Generic[R, A]):
             finally:
                 # Else the error would hold this frame, which would hold the error, and with it memory of the device.
                 del error
-        return self._answers[0]
+        return self._results[0]
 
 
-class Turns(Generic[R, A]):
+class RequestQueue(Generic[R, A]):
     """Gives threads their turns.
 
     They get them in the order in which they asked. A turn is not reentrant: what it protects is in use. Whoever has the
@@ -62,7 +62,7 @@ class Turns(Generic[R, A]):
         self._waiting: list[object] = []
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Wait for this thread's turn.
 
         Raises:
@@ -80,26 +80,26 @@ class Turns(Generic[R, A]):
         finally:
             self._leave(ticket)
 
-    def answer(self, call: Call[R, A], together: Callable[[Sequence[Call[R, A]]], None]) -> A:
-        """The answer of `call`, by this thread in its turn, or by one whose turn comes earlier.
+    def submit(self, pending: PendingRequest[R, A], run_batch: Callable[[Sequence[PendingRequest[R, A]]], None]) -> A:
+        """The answer of `pending`, by this thread in its turn, or by one whose turn comes earlier.
 
         Args:
             together: answers calls of one kind: each of them has an answer or an error when it returns.
         """
         self._check_not_inside()
-        group: list[Call[R, A]] = []
+        group: list[PendingRequest[R, A]] = []
         try:
             with self._changed:
-                self._waiting.append(call)
-                self._changed.wait_for(lambda: self._is_next(call) or call.is_done)
-                if not call.is_done:
+                self._waiting.append(pending)
+                self._changed.wait_for(lambda: self._is_next(pending) or pending.is_done)
+                if not pending.is_done:
                     self._owner = threading.get_ident()
-                    group = self._take(call)
+                    group = self._take(pending)
             if group:
-                together(group)
+                run_batch(group)
         finally:
-            self._leave(call)
-        return call.result()
+            self._leave(pending)
+        return pending.result()
 
     def _is_next(self, waiting: object) -> bool:
         # A call that was taken by somebody who could not answer it waits no more, and has waited longest.
@@ -119,11 +119,16 @@ class Turns(Generic[R, A]):
                 self._owner = None
             self._changed.notify_all()
 
-    def _take(self, first: Call[R, A]) -> list[Call[R, A]]:
+    def _take(self, first: PendingRequest[R, A]) -> list[PendingRequest[R, A]]:
         """`first` and those that go with it, in the order in which they came, no longer waiting."""
         taken, room = [first], self._most - first.size
         for call in self._waiting:
-            if isinstance(call, Call) and call is not first and call.kind == first.kind and call.size <= room:
+            if (
+                isinstance(call, PendingRequest)
+                and call is not first
+                and call.batch_key == first.batch_key
+                and call.size <= room
+            ):
                 taken.append(call)
                 room -= call.size
         self._waiting = [call for call in self._waiting if call not in taken]

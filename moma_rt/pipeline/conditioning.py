@@ -12,9 +12,9 @@ from moma_rt.errors import BundleError, SubjectError
 from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, common_prefix_length
 from moma_rt.memory.lru import Lru
 from moma_rt.memory.networks import Networks
-from moma_rt.memory.subject_cache import Residents
+from moma_rt.memory.subject_cache import SubjectCache
 from moma_rt.subject import Origin, Prefix, Subject
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 _CACHED_TEXTS = 64
 
@@ -22,9 +22,9 @@ _CACHED_TEXTS = 64
 class Conditioner:
     """Computes each text once: the last `_CACHED_TEXTS` texts and (subject, prompt) pairs are kept."""
 
-    def __init__(self, networks: Networks, residents: Residents) -> None:
+    def __init__(self, networks: Networks, subjects: SubjectCache) -> None:
         self._networks = networks
-        self._residents = residents
+        self._subjects = subjects
         self._text: Lru[str, Array] = Lru(_CACHED_TEXTS)
         self._context: Lru[tuple[str, str], Array] = Lru(_CACHED_TEXTS)
         self._unconditional: Lru[None, Array] = Lru(1)
@@ -39,7 +39,7 @@ class Conditioner:
         self._networks.bundle.verified([LANGUAGE_TOKENIZER])
         return LanguageTokenizer(self._networks.bundle.path(LANGUAGE_TOKENIZER))
 
-    def text_tokens(self, text: str, stages: Stages) -> tuple[Array, NDArray[np.int32]]:
+    def text_tokens(self, text: str, stages: StageTimer) -> tuple[Array, NDArray[np.int32]]:
         """The text encoder's tokens, float32 [77,768], and the CLIP ids, int32 [77]. Warns of a text that is cut."""
         ids = self.text_tokenizer.encode(text)
 
@@ -59,7 +59,7 @@ class Conditioner:
         language = self._check_language(subject)
         self.language_tokenizer.encode(subject.name, prompt, language.vocabulary, language.image_tokens)
 
-    def context_tokens(self, subject: Subject, prompt: str, stages: Stages) -> Array:
+    def context_tokens(self, subject: Subject, prompt: str, stages: StageTimer) -> Array:
         """Context tokens of a prompt, float32 [4,768], from the subject's prefix and the prompt's own tokens.
 
         Raises:
@@ -72,18 +72,18 @@ class Conditioner:
 
         return self._context.get_or_make((subject.identity, prompt), compute)
 
-    def unconditional_context_tokens(self, stages: Stages) -> Array:
+    def unconditional_context_tokens(self, stages: StageTimer) -> Array:
         """Context tokens of the half without guidance, float32 [4,768]: the projection of zeros, as in the original."""
         width = self._networks.geometry.embedding_width
         return self._unconditional.get_or_make(None, lambda: self.project(np.zeros(width, np.float32), stages))
 
-    def project(self, embedding: Array, stages: Stages) -> Array:
+    def project(self, embedding: Array, stages: StageTimer) -> Array:
         """Context tokens, float32 [4,768], of an embedding, float32 [1024]."""
         outputs = self._networks.run("context_projector", {"embedding": embedding[None]}, stages)
         tokens: Array = outputs["context_tokens"][0]
         return tokens
 
-    def prefix(self, name: str, pixels: Array, stages: Stages) -> Prefix | None:
+    def prefix(self, name: str, pixels: Array, stages: StageTimer) -> Prefix | None:
         """Run the language model over the photo, float32 [1,3,336,336], and the name; None without one."""
         language = self._networks.geometry.language
         if language is None or not self._networks.bundle.has("vision_encoder", "language_model"):
@@ -93,7 +93,7 @@ class Conditioner:
         past_kv = np.zeros((language.layers, 2, language.kv_heads, 0, language.head_width), np.float32)
         return Prefix(ids, self._language_model(ids, image_tokens, past_kv, "new_kv", stages))
 
-    def _embedding(self, subject: Subject, prompt: str, stages: Stages) -> Array:
+    def _embedding(self, subject: Subject, prompt: str, stages: StageTimer) -> Array:
         language = self._check_language(subject)
         assert subject.prefix is not None
         ids = self.language_tokenizer.encode(subject.name, prompt, language.vocabulary, language.image_tokens)
@@ -105,14 +105,14 @@ class Conditioner:
         # Loading it may have to make room, for which residents go.
         self._networks.get("language_model", stages)
         if kept == len(subject.prefix.ids):
-            past_kv = self._networks.with_room(partial(self._residents.prefix_kv, subject, subject.prefix))
+            past_kv = self._networks.retry_after_eviction(partial(self._subjects.prefix_kv, subject, subject.prefix))
         else:
             past_kv = subject.prefix.kv[:, :, :, :kept]
         embedding: Array = self._language_model(ids[kept:], no_image, past_kv, "embedding", stages)[0]
         return embedding
 
     def _language_model(
-        self, ids: NDArray[np.int32], image_tokens: Array, past_kv: Array | Buffer, wanted: str, stages: Stages
+        self, ids: NDArray[np.int32], image_tokens: Array, past_kv: Array | Buffer, wanted: str, stages: StageTimer
     ) -> Array:
         past = past_kv.shape[3]
         inputs = {

@@ -10,7 +10,7 @@ from moma_rt.backends.base import Array
 from moma_rt.bundle.specs import Geometry
 from moma_rt.memory.networks import Networks
 from moma_rt.messages import warn
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ReferenceNoise:
 
 
 def reference_pass(
-    networks: Networks, photo_bchw: Array, noise: ReferenceNoise, text_tokens: Array, stages: Stages
+    networks: Networks, photo_bchw: Array, noise: ReferenceNoise, text_tokens: Array, stages: StageTimer
 ) -> dict[str, Array]:
     """All reference keys and values of a photo.
 
@@ -47,7 +47,7 @@ class Reference:
     object_mask: dict[int, Array]
 
 
-def compact(geometry: Geometry, mask_hw: NDArray[np.bool_], full: Mapping[str, Array]) -> Reference:
+def keep_masked_tokens(geometry: Geometry, mask_hw: NDArray[np.bool_], full: Mapping[str, Array]) -> Reference:
     """Keep only the tokens inside the mask: those outside never contribute, so this changes nothing.
 
     The mask is sampled at every (H/g)-th pixel, as the original does. Where that leaves no token, the original

@@ -9,7 +9,7 @@ from PIL import Image
 from moma_rt.errors import InputError
 from moma_rt.inputs.noise import MAX_SEED, check_seed
 from moma_rt.memory.limits import MAX_IMAGES
-from moma_rt.messages import shown
+from moma_rt.messages import short_repr
 from moma_rt.pipeline.sampling import FloatArray
 from moma_rt.schedulers.tables import ALL_TIMESTEPS, guidance_halves, schedule
 
@@ -53,10 +53,10 @@ class Settings:
         _check_interval("guidance_interval", self.guidance_interval, *ALL_TIMESTEPS)
         if isinstance(self.num_images, bool) or not isinstance(self.num_images, int | np.integer):
             raise InputError(
-                f"num_images is {shown(self.num_images)}: it must be a whole number from 1 to {MAX_IMAGES}"
+                f"num_images is {short_repr(self.num_images)}: it must be a whole number from 1 to {MAX_IMAGES}"
             )
         if not 1 <= self.num_images <= MAX_IMAGES:
-            raise InputError(f"num_images is {shown(self.num_images)}: it must be from 1 to {MAX_IMAGES}")
+            raise InputError(f"num_images is {short_repr(self.num_images)}: it must be from 1 to {MAX_IMAGES}")
         if check_seed(self.seed) + self.num_images - 1 > MAX_SEED:
             raise InputError(f"seed is {self.seed}: {self.num_images} images need seeds up to {MAX_SEED} at most")
         self.rows  # noqa: B018 - raises now, not after the networks were loaded
@@ -108,13 +108,13 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
     numbers = int | float | np.integer | np.floating
     if not isinstance(value, bool) and isinstance(value, numbers) and low <= value <= high:
         return
-    raise InputError(f"{name} is {shown(value)}: it must be between {low:g} and {high:g}")
+    raise InputError(f"{name} is {short_repr(value)}: it must be between {low:g} and {high:g}")
 
 
 def _check_interval(name: str, value: object, low: float, high: float) -> None:
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise InputError(f"{name} is {shown(value)}: it must be two numbers, the lowest and the highest timestep")
+        raise InputError(f"{name} is {short_repr(value)}: it must be two numbers, the lowest and the highest timestep")
     for number in value:
         _check_number(name, number, low, high)
     if value[0] > value[1]:
-        raise InputError(f"{name} is {shown(value)}: its first number must not be above its second")
+        raise InputError(f"{name} is {short_repr(value)}: its first number must not be above its second")
