@@ -41,8 +41,8 @@ def test_where_requests_are_made_together_a_picture_may_be_that_of_any_batch():
     assert checker.check(0, [grey(105)])[0] == (2,)
     assert checker.check(0, [grey(105)])[1] != []
     to_the_bit = Checker([request], [reference], tolerance=0)
-    assert to_the_bit.wrong(0, [grey(100)]) == ((0,), [])
-    assert to_the_bit.wrong(0, [grey(103)])[0] == (3,)
+    assert to_the_bit.check(0, [grey(100)]) == ((0,), [])
+    assert to_the_bit.check(0, [grey(103)])[0] == (3,)
 
 
 def test_the_closest_pair(checker):
