@@ -1,4 +1,4 @@
-"""How long each stage took."""
+"""Wall-clock time of stages."""
 
 import contextlib
 import time
@@ -8,7 +8,7 @@ LOADING = "loading"
 
 
 class StageTimer:
-    """Adds up wall-clock seconds by stage, in the order in which stages first ran."""
+    """Sums up wall-clock seconds per stage, in the order in which the stages first ran."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

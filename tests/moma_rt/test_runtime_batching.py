@@ -170,11 +170,11 @@ def test_a_batch_that_fails_is_made_one_by_one(batching, subjects, fakes, monkey
 
 def test_more_than_the_bundle_allows_is_not_waited_for(fake_bundle, fakes):
     runtime = Runtime(Bundle.open(fake_bundle), fakes.FakeBackend(), limits=Limits(max_batch=16))
-    assert runtime._queue._most == fakes.max_batch
+    assert runtime._queue._max_batch == fakes.max_batch
     without = read_manifest(fake_bundle)
     networks = {name: entry for name, entry in without.networks.items() if name != "denoiser"}
     bundle = Bundle(fake_bundle, dataclasses.replace(without, networks=networks))
-    assert Runtime(bundle, fakes.FakeBackend(), limits=Limits(max_batch=16))._queue._most == fakes.max_batch
+    assert Runtime(bundle, fakes.FakeBackend(), limits=Limits(max_batch=16))._queue._max_batch == fakes.max_batch
 
 
 def test_a_callback_keeps_its_call_to_itself(batching, backend, subjects, fakes, monkeypatch):

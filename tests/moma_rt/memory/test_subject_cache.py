@@ -40,7 +40,7 @@ def pixels(result):
 
 def held(runtime, network="denoiser"):
     """How many subjects' inputs of a network are on the device."""
-    return sum(name == network for name, _ in runtime._subjects._kept._values)
+    return sum(name == network for name, _ in runtime._subjects._cached._values)
 
 
 def subject_bytes(subject):
@@ -135,7 +135,7 @@ def test_other_sizes_make_room_for_a_prefix(gpu, load, enrolled):  # noqa: F811
     expected = load()._conditioner.context_tokens(subject, prompt, StageTimer())
     runtime = load()
     runtime.generate(subject, PROMPT, steps=2)
-    runtime._subjects._kept.clear()
+    runtime._subjects._cached.clear()
     gpu.cuda.capacity = gpu.cuda.used
     np.testing.assert_array_equal(runtime._conditioner.context_tokens(subject, prompt, StageTimer()), expected)
 
@@ -204,7 +204,7 @@ def test_other_subjects_make_room_before_anything_else_goes(gpu, load, enrolled)
     runtime = load()
     for i in (3, 0, 1, 2):
         runtime.generate(subjects[i], PROMPT, steps=2)
-    del runtime._subjects._kept._values["denoiser", subjects[3].identity]
+    del runtime._subjects._cached._values["denoiser", subjects[3].identity]
     without_room(gpu, runtime)
     launches, graphs = gpu.cuda.launches, set(gpu.cuda.graphs)
     np.testing.assert_array_equal(pixels(runtime.generate(subjects[3], PROMPT, steps=2)), expected[3])
@@ -240,7 +240,7 @@ def test_other_sizes_make_room_for_a_subject(gpu, load, enrolled):  # noqa: F811
     runtime = load()
     for i, count in ((1, 1), (0, 2), (0, 1)):
         runtime.generate(subjects[i], PROMPT, steps=2, num_images=count)
-    runtime._subjects._kept.clear()
+    runtime._subjects._cached.clear()
     without_room(gpu, runtime)
     for _ in range(2):
         launches, graphs = gpu.cuda.launches, set(gpu.cuda.graphs)

@@ -167,7 +167,7 @@ def test_whoever_waits_no_longer_does_not_hold_up_the_next():
         thread.start()
         wait_until(lambda: second in queue._waiting)
     assert not done.is_set()
-    queue._leave(first)
+    queue._release(first)
     thread.join()
     assert done.is_set()
 
