@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.build import EnginePlan, add_engine_options, build_engines, engine_plan, shared_store
+from engines.build import add_engine_options, engine_plan, shared_store
+from engines.builder import EnginePlan, build_engines
 from engines.plugins import NETWORK as WITH_KERNELS
 from engines.store import Store
-from engines.targets import CPU, EngineTarget, Machine, elsewhere, listed, parse_targets, resolve
+from engines.targets import CPU, EngineTarget, Machine, parse_list, parse_targets, resolve, targets_for_other_devices
 from moma_rt.bundle.engines import CPU_CAPABILITY, Flavour
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import InputError, run_command
@@ -133,7 +134,7 @@ def _build(options: argparse.Namespace) -> int:
     names = _network_names(options.only, options.skip)
     # Exporting takes minutes, so first refuse targets that this machine cannot build for.
     machine, asked = Machine.here(), parse_targets(options.target)
-    later = elsewhere(asked, machine)
+    later = targets_for_other_devices(asked, machine)
     targets = resolve(tuple(name for name in asked if name not in later), machine)
     packages = [target for target in targets if target.flavour is Flavour.INDUCTOR]
     engines = engine_plan(options, names, tuple(target for target in targets if target not in packages))
@@ -224,8 +225,8 @@ def _network_names(only: str | None, skip: str | None) -> tuple[str, ...]:
     if only is not None and skip is not None:
         raise InputError("--only and --skip exclude each other: give one of them")
     if only is not None:
-        return listed("--only", "network", only, tuple(NETWORKS))
-    skipped = () if skip is None else listed("--skip", "network", skip, tuple(NETWORKS))
+        return parse_list("--only", "network", only, tuple(NETWORKS))
+    skipped = () if skip is None else parse_list("--skip", "network", skip, tuple(NETWORKS))
     names = tuple(name for name in NETWORKS if name not in skipped)
     if not names:
         raise InputError(f"--skip {skip!r} leaves no network; there are: {', '.join(NETWORKS)}")

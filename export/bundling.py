@@ -12,7 +12,7 @@ from types import MappingProxyType
 from tokenizers import Tokenizer
 
 import moma_rt
-from engines.build import refuse_packed
+from engines.builder import refuse_packed
 from engines.plugins import NETWORK as WITH_KERNELS
 from engines.store import NETWORKS_FOLDER, PARTIAL_PREFIX, Artifact, Notes, SharedStore, Store, Stored
 from export import tokenizers
@@ -189,7 +189,7 @@ class _Exporter:
     def _graphs(self, request: ExportRequest, artifact: Artifact) -> tuple[Stored | None, bool]:
         """Return both graphs of a network, None if the bundle has none, and whether this call exported them."""
         # Without `plan.graphs`, keep this bundle's graphs but take none from other bundles.
-        is_wanted = self.plan.graphs or (self.store.root / artifact.place).is_dir()
+        is_wanted = self.plan.graphs or (self.store.root / artifact.folder).is_dir()
         found = self.store.find(artifact) if is_wanted else None
         if found is not None or not self.plan.graphs:
             return found, False

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engines.targets import listed
+from engines.targets import parse_list
 from export.build import add_checkpoint_options, checkpoint_of
 from export.sample_inputs import sample_inputs, usual_sizes
 from moma_rt.backends.base import Array
@@ -113,7 +113,7 @@ def _compare(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
     names = tuple(bundle.manifest.networks)
     if options.only is not None:
-        names = listed("--only", "network", options.only, names)
+        names = parse_list("--only", "network", options.only, names)
     if options.modules < 0:
         raise InputError(f"--modules {options.modules}: give a number of modules, 0 or more")
     checkpoint = same_checkpoint(options, bundle, names)

@@ -48,7 +48,7 @@ class WeightGroup:
     @property
     def location(self) -> str:
         """The file's path relative to the folder of all weights."""
-        return f"{self.artifact.place.removeprefix(f'{WEIGHTS_FOLDER}/')}/{WEIGHTS_NAME}"
+        return f"{self.artifact.folder.removeprefix(f'{WEIGHTS_FOLDER}/')}/{WEIGHTS_NAME}"
 
     def write(self, folder: Path) -> None:
         """Write the file into a folder, reading the checkpoint."""

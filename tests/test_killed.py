@@ -26,7 +26,7 @@ MOMENTS = 10
 SERVER = """
 import json, os, signal, sys
 from pathlib import Path
-from engines.build import EnginePlan, build_engines
+from engines.builder import EnginePlan, build_engines
 from engines.store import SharedStore
 from engines.targets import Machine, resolve
 from export.bundling import ExportPlan, build_bundle

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from engines import build as module
+from engines import builder as module
 from engines import plugins
-from engines.build import EnginePlan, build_engines, main
+from engines.build import main
+from engines.builder import EnginePlan, build_engines
 from engines.store import SharedStore
 from engines.targets import EngineTarget
 from engines.tensorrt import ENGINE_NAME, EngineFacts, EngineOptions

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from engines.build import EnginePlan, build_engines, refuse_packed
+from engines.builder import EnginePlan, build_engines, refuse_packed
 from engines.pack import main, pack
 from engines.targets import EngineTarget
 from moma_rt.backends.selection import choose
