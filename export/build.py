@@ -24,7 +24,7 @@ _FINISH = "python -m engines.build BUNDLE --target local"
 _EPILOG = """\
 examples:
   python -m export.build --base tiny
-      a tiny model with random weights, built in seconds: to try the runtime without a download
+      a tiny model with random weights, to try the runtime without a download
   python -m export.build --base ./Realistic_Vision_V4.0_noVAE --vae ./sd-vae-ft-mse \\
       --adapters ./attn_adapters_projectors.th --mllm ./MoMA_llava_7b --vision ./clip-vit-large-patch14-336
       the original checkpoints, ONNX graphs only
