@@ -1,4 +1,4 @@
-"""The README's tables and plots, of the JSON in benchmarks/results and nothing else: `python -m benchmarks.report`.
+"""Tables and plots of docs/benchmarks.md, made from the JSON in benchmarks/results: `python -m benchmarks.report`.
 
 A table stands between `<!-- report:NAME -->` and `<!-- /report -->`, with NAME one of `BLOCKS`; what was there is
 replaced. A plot lies beside its JSON, as SVG. `--check` writes nothing and fails where something is not up to date.
@@ -6,6 +6,7 @@ replaced. A plot lies beside its JSON, as SVG. `--check` writes nothing and fail
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from moma_rt.files import atomic_write
 
 PROGRAM = "benchmarks.report"
 RESULTS = Path(__file__).resolve().parent / "results"
-README = RESULTS.parents[1] / "README.md"
+PAGE = RESULTS.parents[1] / "docs" / "benchmarks.md"
 
 Results = Mapping[str, Any]
 
@@ -60,15 +61,15 @@ _OTHER, _OTHER_COLOUR = "other", "#bbbbbb"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.splitlines()[0])
-    p.add_argument("--check", action="store_true", help="write nothing; fail where README or plots are not up to date")
-    p.add_argument("--readme", type=Path, default=README, metavar="FILE", help="default: the repository's")
+    p.add_argument("--check", action="store_true", help="write nothing; fail if the page or a plot is not up to date")
+    p.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="default: docs/benchmarks.md")
     p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
     options = p.parse_args(arguments)
     return run_command(PROGRAM, lambda: _report(options))
 
 
 def _report(options: argparse.Namespace) -> int:
-    wanted = rendered(options.readme, options.results)
+    wanted = rendered(options.page, options.results)
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if options.check and stale:
         names = ", ".join(path.name for path in stale)
@@ -80,8 +81,8 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def rendered(readme: Path, results: Path) -> dict[Path, str]:
-    """Every file that the results decide, as it should be: the README and the plots.
+def rendered(page: Path, results: Path) -> dict[Path, str]:
+    """Every file that the results decide, as it should be: the page and the plots.
 
     Raises:
         InputError: a file that cannot be read or lacks something, or a block that is not in `BLOCKS`.
@@ -91,12 +92,12 @@ def rendered(readme: Path, results: Path) -> dict[Path, str]:
     def fill(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()
         if name not in BLOCKS:
-            raise InputError(f"{readme} has a block report:{name}; there are: {', '.join(BLOCKS)}")
-        text, made = BLOCKS[name](results, readme.parent)
+            raise InputError(f"{page} has a block report:{name}; there are: {', '.join(BLOCKS)}")
+        text, made = BLOCKS[name](results, page.parent)
         plots.update(made)
         return f"{begin}{text}{end}"
 
-    return {readme: _BLOCK.sub(fill, _read(readme))} | plots
+    return {page: _BLOCK.sub(fill, _read(page))} | plots
 
 
 def latency(results: Path, root: Path) -> tuple[str, dict[Path, str]]:
@@ -225,7 +226,7 @@ def _plural(word: str, count: int) -> str:
 
 
 def _relative(path: Path, root: Path) -> str:
-    return path.resolve().relative_to(root.resolve()).as_posix()
+    return Path(os.path.relpath(path.resolve(), root.resolve())).as_posix()
 
 
 def _read(path: Path) -> str:
