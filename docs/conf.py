@@ -16,6 +16,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
 # Docstrings mark code with single backticks.
 default_role = "literal"
+smartquotes = False
 
 # Users call no constructor of the documented classes.
 autodoc_class_signature = "separated"
