@@ -7,12 +7,14 @@ INSTALLED := $(VENV)/installed
 BINDINGS := build/tensorrt-bindings
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint docs format lock resolve clean
 
 help:
 	@echo "make demo     build a tiny bundle and make a picture with it (build/demo)"
 	@echo "make test     ruff, mypy and the tests"
+	@echo "make docs     build the documentation (build/docs/index.html)"
 	@echo "make format   let ruff rewrite the sources"
+	@echo "make lock     resolve requirements.lock anew; make resolve checks it against PyPI"
 	@echo "make clean    delete build/ and the caches; .venv stays"
 
 install: $(INSTALLED)
@@ -25,7 +27,8 @@ for candidate in $(if $(PYTHON),"$(PYTHON)",python3.11 python3 python); do \
 done
 endef
 
-# The lock names versions that need Python 3.11; on 3.10 the ranges of pyproject.toml decide.
+# The lock names versions for Linux and Python 3.10 to 3.13, with either build of PyTorch: PyPI's for CUDA, which pins
+# Triton, and PyTorch's own for CPUs. Elsewhere the ranges of pyproject.toml decide.
 $(INSTALLED): pyproject.toml requirements.lock
 	@$(FIND_PYTHON); \
 	if [ -z "$$candidate" ]; then \
@@ -35,9 +38,8 @@ $(INSTALLED): pyproject.toml requirements.lock
 		rm -rf $(VENV); \
 		echo "$$candidate could not make a virtual environment; on Debian or Ubuntu: apt install python3-venv" >&2; exit 2; \
 	fi
-	@lock=$$($(BIN)/python -c 'import sys; print("-c requirements.lock" if sys.version_info >= (3, 11) else "")'); \
-	echo "Installing into $(VENV)"; \
-	$(BIN)/python -m pip install --disable-pip-version-check $$lock -e '.[export,dev]'
+	@echo "Installing into $(VENV)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock -e '.[export,dev,docs]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -48,7 +50,7 @@ demo: $(INSTALLED)
 $(BINDINGS)/complete: tests/engines/tensorrt_bindings.txt $(INSTALLED)
 	@mkdir -p $(@D); missing=; \
 	for wheel in $$(sed '/^#/d' $<); do \
-		$(BIN)/python -m pip download --disable-pip-version-check -q --retries 1 --timeout 20 --only-binary :all: \
+		$(BIN)/python -m pip download --disable-pip-version-check -q --retries 1 --timeout 20 \
 			--no-deps -d $(@D) "$$wheel" >/dev/null 2>&1 || missing="$$missing $$wheel"; \
 	done; \
 	if [ -n "$$missing" ]; then \
@@ -64,6 +66,24 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs build/docs
+
+UV := $(BIN)/uv pip compile -q pyproject.toml --extra export --extra dev --extra docs
+
+# Keeps every version that still fits; to upgrade one: delete its lines first.
+lock: $(INSTALLED)
+	$(UV) --universal --python-version 3.10 --no-annotate --custom-compile-command "make lock" -o requirements.lock
+
+# Whether PyPI alone, which has PyTorch's build for CUDA and not that for CPUs, can satisfy the lock. Nothing is installed.
+resolve: $(INSTALLED)
+	@for version in 3.10 3.11 3.12 3.13; do \
+		$(UV) -c requirements.lock --python-version $$version \
+			--python-platform x86_64-manylinux_2_28 --default-index https://pypi.org/simple -o build/resolved-$$version.txt >/dev/null || exit; \
+		echo "Python $$version: $$(grep -c == build/resolved-$$version.txt) packages," \
+			"$$(grep -oE '^(torch|triton|numpy|onnxruntime)==[^ ]*' build/resolved-$$version.txt | tr '\n' ' ')"; \
+	done
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

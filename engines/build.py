@@ -155,13 +155,13 @@ class _Builder:
         """The manifest with an engine of `network`, built now if there was none."""
         name = network.spec.name
         self.report(name, "checking")
-        work, why_without = self._work(network)
+        work, explain_missing = self._work(network)
         served = [engine for engine in manifest.engines if self._serves(engine, work)]
         if served and self.store.find(self._artifact(name, served[0].key)) is not None:
             self.report(name, f"kept for {self.target}")
             return manifest
-        if why_without:
-            self.report(name, f"note: its own kernels are not used for {self.target}: {why_without}")
+        if explain_missing:
+            self.report(name, f"note: its own kernels are not used for {self.target}: {explain_missing}")
         artifact = self._artifact(name, self._key(work))
         stored = self.store.find(artifact)
         if stored is not None:
@@ -175,19 +175,19 @@ class _Builder:
 
     def _work(self, network: NetworkEntry) -> tuple[_Work, str]:
         """What to compile, and why the bundle's kernels for it are not in it, where that is to be said."""
-        kernels, why_without = None, ""
+        kernels, explain_missing = None, ""
         if self.plan.plugins:
             # TensorRT, which alone takes them, builds for one capability.
             capability = self.target.capabilities[0]
-            kernels, why_without = choose(self.bundle, network, self.target.flavour, self.version, capability)
+            kernels, explain_missing = choose(self.bundle, network, self.target.flavour, self.version, capability)
         geometry = self.bundle.manifest.geometry
         # With its operators' kernels, the full graph has no `Attention` left: that stands in their functions alone.
         lowered = kernels is None and wants_lowered(self.target.flavour, self.version, network.precision, geometry)
         graph = network.lowered if lowered else network.onnx
         if graph is None:
-            why = self.bundle.manifest.why_without
+            why = self.bundle.manifest.explain_missing
             raise BundleError(f"{self.bundle.root} has no graph of {network.spec.name} for {self.target}, {why}")
-        return _Work(network, graph, kernels), why_without
+        return _Work(network, graph, kernels), explain_missing
 
     def _serves(self, engine: EngineEntry, work: _Work) -> bool:
         return (

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from engines.store import PARTIAL_PREFIX, link_or_copy
 from engines.targets import CPU, INDUCTOR, LOCAL, RTX, RTX_TARGETS, parse_targets
-from moma_rt.bundle.engines import EngineEntry, Flavour, spelled
-from moma_rt.bundle.footprint import spelled_bytes
+from moma_rt.bundle.engines import EngineEntry, Flavour, format_capabilities
+from moma_rt.bundle.footprint import format_bytes
 from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER, Bundle, Manifest, write_manifest
 from moma_rt.errors import BundleError, InputError, print_output, run_command
 from moma_rt.files import fsync
@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
     packed = pack(bundle, options.target, options.out)
     before, after = (sum(f.size for f in b.manifest.files.values()) for b in (bundle, packed))
     left_out = "; ".join(packed.manifest.left_out) or "nothing"
-    print_output(f"{options.out}: {spelled_bytes(after)} of {spelled_bytes(before)}; left out: {left_out}")
+    print_output(f"{options.out}: {format_bytes(after)} of {format_bytes(before)}; left out: {left_out}")
     return 0
 
 
@@ -104,8 +104,8 @@ def packed_manifest(bundle: Bundle, target: str) -> Manifest:
             bundle.graph(network)
     else:
         engines = tuple(_engines_for(name, manifest))
-        together = [_networks_like(engine, engines) for engine in engines]
-        if missing := sorted(manifest.networks.keys() - max(together, key=len, default=set())):
+        combined_bytes = [_networks_like(engine, engines) for engine in engines]
+        if missing := sorted(manifest.networks.keys() - max(combined_bytes, key=len, default=set())):
             raise BundleError(
                 f"{bundle.root} has no engine of {', '.join(missing)} for {name}: build them first, or pack for "
                 "another target"
@@ -171,9 +171,11 @@ def _left_out(whole: Manifest, packed: Manifest) -> list[str]:
     if any(entry.weights for entry in whole.networks.values()) and not any(e.weights for e in packed.networks.values()):
         lines.append("weights files")
     if whole.kernels:
-        lines.append(f"kernels for {spelled(sorted({kernels.capability for kernels in whole.kernels}))}")
+        lines.append(f"kernels for {format_capabilities(sorted({kernels.capability for kernels in whole.kernels}))}")
     gone = [engine for engine in whole.engines if engine not in packed.engines]
-    lines += sorted({f"engines of {e.flavour.value} {e.version} for {spelled(e.capabilities)}" for e in gone})
+    lines += sorted(
+        {f"engines of {e.flavour.value} {e.version} for {format_capabilities(e.capabilities)}" for e in gone}
+    )
     return lines
 
 

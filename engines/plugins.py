@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from moma_rt.backends.libraries import is_installed, library, version_tuple
-from moma_rt.bundle.engines import Flavour, KernelsEntry, spelled
+from moma_rt.bundle.engines import Flavour, KernelsEntry, format_capabilities
 from moma_rt.bundle.manifest import Bundle, NetworkEntry
 from moma_rt.bundle.specs import MAX_SIZE, Geometry, Precision
 from moma_rt.errors import BundleError
 from moma_rt.files import sha256_file
-from moma_rt.messages import shown
+from moma_rt.messages import short_repr
 
 # The one network that has the operators.
 NETWORK = "denoiser"
@@ -132,7 +132,7 @@ def choose(
     if why:
         return None, why
     if capability not in entries:
-        return None, f"they are for {spelled(sorted(entries))}, and none for sm{capability}"
+        return None, f"they are for {format_capabilities(sorted(entries))}, and none for sm{capability}"
     dtype = kernel_dtype(owner.precision)
     if dtype is None:
         return None, f"there are none in {owner.precision.value}"
@@ -178,9 +178,9 @@ def read_kernels(bundle: Bundle, entry: KernelsEntry, dtype: str) -> NetworkKern
 
 def _records(data: Any) -> list[dict[str, Any]]:
     if data["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format_version is {shown(data['format_version'])}, not {FORMAT_VERSION}")
+        raise ValueError(f"format_version is {short_repr(data['format_version'])}, not {FORMAT_VERSION}")
     if not isinstance(data["kernels"], list):
-        raise ValueError(f"kernels is {shown(data['kernels'])}, not a list")
+        raise ValueError(f"kernels is {short_repr(data['kernels'])}, not a list")
     return data["kernels"]
 
 
@@ -191,7 +191,7 @@ def _kernels_of(
     for record in records:
         shape, kernel = _shape(record), _kernel(record, folder)
         if record["dtype"] not in _DTYPES.values():
-            raise ValueError(f"a dtype is {shown(record['dtype'])}, not one of {', '.join(_DTYPES.values())}")
+            raise ValueError(f"a dtype is {short_repr(record['dtype'])}, not one of {', '.join(_DTYPES.values())}")
         if _number(record, "capability", 1, 999) != capability:
             raise ValueError(f"a kernel is for sm{record['capability']}, and the folder for sm{capability}")
         if record["dtype"] == dtype:
@@ -204,9 +204,9 @@ def _kernels_of(
 def _shape(record: dict[str, Any]) -> KernelShape:
     operator, tokens = record["operator"], record["tokens"]
     if operator not in _FIXED_TOKENS:
-        raise ValueError(f"an operator is {shown(operator)}, not one of {', '.join(_FIXED_TOKENS)}")
+        raise ValueError(f"an operator is {short_repr(operator)}, not one of {', '.join(_FIXED_TOKENS)}")
     if not isinstance(tokens, list) or len(tokens) != _FIXED_TOKENS[operator]:
-        raise ValueError(f"the tokens of {operator} are {shown(tokens)}, not {_FIXED_TOKENS[operator]} numbers")
+        raise ValueError(f"the tokens of {operator} are {short_repr(tokens)}, not {_FIXED_TOKENS[operator]} numbers")
     sizes = (_number(record, name) for name in ("heads", "width", "queries"))
     return KernelShape(operator, *sizes, tuple(_checked("a number of tokens", count) for count in tokens))
 
@@ -214,9 +214,9 @@ def _shape(record: dict[str, Any]) -> KernelShape:
 def _kernel(record: dict[str, Any], folder: Path) -> Kernel:
     entry, file = record["entry"], record["file"]
     if not isinstance(entry, str) or not _ENTRY.fullmatch(entry):
-        raise ValueError(f"an entry is {shown(entry)}, not the name of a kernel")
+        raise ValueError(f"an entry is {short_repr(entry)}, not the name of a kernel")
     if not isinstance(file, str) or not _FILE.fullmatch(file):
-        raise ValueError(f"a file is {shown(file)}, not the name of a .ptx beside it")
+        raise ValueError(f"a file is {short_repr(file)}, not the name of a .ptx beside it")
     return Kernel(
         entry,
         folder / file,
@@ -232,7 +232,7 @@ def _number(record: dict[str, Any], name: str, least: int = 1, most: int = MAX_S
 
 def _checked(name: str, value: object, least: int = 1, most: int = MAX_SIZE) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{name} is {shown(value)}, not a whole number of {least} to {most}")
+        raise ValueError(f"{name} is {short_repr(value)}, not a whole number of {least} to {most}")
     return value
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from moma_rt.backends.device import local_device
 from moma_rt.backends.libraries import is_installed
-from moma_rt.bundle.engines import CPU_DEVICE, RTX_CAPABILITIES, Device, Flavour, spelled
+from moma_rt.bundle.engines import CPU_DEVICE, RTX_CAPABILITIES, Device, Flavour, format_capabilities
 from moma_rt.errors import InputError
 
 CPU, RTX, LOCAL, INDUCTOR = "cpu", "rtx", "local", "inductor"
@@ -43,7 +43,7 @@ class EngineTarget:
     measured: bool = True
 
     def __str__(self) -> str:
-        return f"{self.flavour.value} {spelled(self.capabilities)}"
+        return f"{self.flavour.value} {format_capabilities(self.capabilities)}"
 
 
 @dataclass(frozen=True)

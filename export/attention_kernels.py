@@ -13,7 +13,7 @@ from engines.store import KERNELS_FOLDER, Artifact, Store, Stored
 from engines.targets import EngineTarget
 from kernels.launch import DEFAULT_CAPABILITIES
 from moma_rt.backends.libraries import is_installed
-from moma_rt.bundle.engines import Flavour, KernelsEntry, spelled
+from moma_rt.bundle.engines import Flavour, KernelsEntry, format_capabilities
 from moma_rt.bundle.manifest import NetworkEntry
 from moma_rt.bundle.specs import Geometry, Precision
 
@@ -92,8 +92,11 @@ class KernelExporter:
 
         unknown = wanted - set(CAPABILITIES)
         if unknown:
-            known = spelled(CAPABILITIES)
-            self.report(name, f"note: it gets no kernels of its own for {spelled(sorted(unknown))}, only for {known}")
+            known = format_capabilities(CAPABILITIES)
+            self.report(
+                name,
+                f"note: it gets no kernels of its own for {format_capabilities(sorted(unknown))}, only for {known}",
+            )
         return wanted - unknown
 
     def _compiled(self, artifact: Artifact, capability: int) -> Stored | None:

@@ -23,7 +23,7 @@ from export.keys import network_key, structure_key
 from export.network_weights import WEIGHTS_NAME, ExternalWeights, WeightGroup, weight_groups
 from export.networks import NETWORKS, Network, Precisions
 from export.onnx_export import LOWERED_NAME, MODEL_NAME, ExportRequest, export_network
-from moma_rt.bundle.engines import spelled
+from moma_rt.bundle.engines import format_capabilities
 from moma_rt.bundle.manifest import (
     LANGUAGE_TOKENIZER,
     MANIFEST_NAME,
@@ -119,7 +119,7 @@ def _dropped(previous: Manifest, manifest: Manifest, networks: set[str]) -> Iter
     """What the new manifest has no longer: the network it belongs to, and why."""
     for engine in previous.engines:
         if engine not in manifest.engines:
-            yield engine.network, f"the engine of another export, for {spelled(engine.capabilities)}"
+            yield engine.network, f"the engine of another export, for {format_capabilities(engine.capabilities)}"
     for kernels in previous.kernels:
         if kernels.capability not in {k.capability for k in manifest.kernels}:
             yield kernels.network, f"the kernels of another export, for sm{kernels.capability}"

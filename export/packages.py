@@ -30,7 +30,7 @@ from export.tracing import tracing_arguments
 from moma_rt.backends.inductor import TENSORS_NOTE, tensors_note
 from moma_rt.backends.package_weights import CONSTANTS_MEMBER, WEIGHTS_MEMBER
 from moma_rt.bundle.engines import CPU_CAPABILITY
-from moma_rt.bundle.footprint import PICTURES
+from moma_rt.bundle.footprint import GENERATION_NETWORKS
 from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision
 from moma_rt.errors import BundleError
 from moma_rt.messages import one_line
@@ -59,7 +59,7 @@ class PackageOptions:
         is made with, and not with what runs once a subject or a prompt.
         """
         on_gpu = capability != CPU_CAPABILITY
-        with_care = on_gpu and network in PICTURES
+        with_care = on_gpu and network in GENERATION_NETWORKS
         return cls(with_care, on_gpu, "O1" if with_care else "O0", is_measured)
 
     @property

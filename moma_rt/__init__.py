@@ -1,9 +1,11 @@
 """MoMA inference: one photo of a subject in, new pictures of it out. NumPy and one backend, never PyTorch.
 
-runtime = moma_rt.Runtime.load("bundles/tiny")
-subject = runtime.enroll("car.jpg", "car-mask.png", "car")
-result = runtime.generate(subject, "A car on a beach.")
-result.images[0].save("beach.png")
+::
+
+    runtime = moma_rt.Runtime.load("bundles/tiny")
+    subject = runtime.enroll("car.jpg", "car-mask.png", "car")
+    result = runtime.generate(subject, "A car on a beach.")
+    result.images[0].save("beach.png")
 """
 
 from importlib import import_module

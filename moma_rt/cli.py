@@ -1,17 +1,12 @@
-"""The `moma-rt` command: enroll a photo, generate pictures of its subject, inspect bundles and subjects.
-
-Whatever can be wrong is looked for before work starts; files are written completely or not at all.
-"""
+"""The `moma-rt` command: enroll a photo, generate pictures of its subject, inspect bundles and subjects."""
 
 import argparse
 import contextlib
 import io
-import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +14,7 @@ from moma_rt import __version__
 from moma_rt.backends import AUTO, NAMES
 from moma_rt.errors import InputError, print_output, run_command
 from moma_rt.files import atomic_write_all
+from moma_rt.outputs import IMAGE_FORMATS, check_outputs, output_files, writing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,11 +24,10 @@ if TYPE_CHECKING:
     from moma_rt.subject import Subject
 
 PROGRAM = "moma-rt"
-IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-# Where the terminal cannot rewrite a line, one line in this many steps is enough.
+# Progress is printed every so many steps where stderr is not a terminal that can rewrite a line.
 _STEPS_A_LINE = 10
 
-_DESCRIPTION = "Put the subject of one photo into new pictures, with no training."
+_DESCRIPTION = "Put the subject of one photo into new pictures, without training."
 _EPILOG = """\
 examples:
   moma-rt enroll bundles/tiny car.jpg car-mask.png --name car --out car.subject
@@ -40,45 +35,36 @@ examples:
   moma-rt generate bundles/tiny car.subject "A car made of glass." --strength 0.4 --num-images 4 --out glass.png
   moma-rt inspect bundles/tiny
 
-A bundle is the folder that `python -m export.build` makes. Mistakes in what is given end with one line
-and exit code 2.
+A bundle is the folder that `python -m export.build` writes. Wrong input ends with one line and exit code 2.
 """
 _ENROLL_EPILOG = """\
-The mask has the photo's aspect ratio; everything that is not black belongs to the subject.
+The mask must have the photo's aspect ratio. Its black pixels are background, all others the subject.
 
 example:
   moma-rt enroll bundles/tiny bear.jpg bear-mask.png --name "teddy bear" --out bear.subject
 """
 _GENERATE_EPILOG = """\
-strength 1.0 puts the subject into a new context, 0.4 gives it a new texture. The same seed gives the same
-picture; picture i of several has seed SEED + i. With --num-images above 1, --out beach.png and --save-mask
-become beach-0.png, beach-1.png and so on.
+Use strength 1.0 for a new context and 0.4 for a new texture. Equal seeds give equal pictures; picture i of several
+has seed SEED + i. With --num-images above 1, the names given to --out and --save-mask are numbered: beach-0.png,
+beach-1.png and so on.
 
-ddim is the original's scheduler. dpmpp_2m and dpmpp_2m_karras are meant for 20 to 30 steps; lcm, tcd and ddim_trailing
-for 2 to 8, with --guidance-scale 1 and a bundle built with an LCM, TCD or Hyper-SD LoRA (python -m export.build
---lora). With one step of theirs the subject's reference is not injected.
+Schedulers: ddim is the original's. dpmpp_2m, dpmpp_2m_karras and euler need 20 to 30 steps. lcm, tcd and ddim_trailing
+need 2 to 8 steps, --guidance-scale 1 and a bundle built with an LCM, TCD or Hyper-SD LoRA
+(python -m export.build --lora). With a single step of these three, the subject's reference is not injected.
 
 example:
   moma-rt generate bundles/tiny car.subject "A car in the snow." --seed 7 --out snow.png --contact-sheet sheet.png
 """
 
 
-@dataclass(frozen=True)
-class _Outputs:
-    """The files that a generation writes."""
-
-    pictures: list[Path]
-    masks: list[Path]
-    sheet: Path | None
-
-    def all(self) -> list[Path]:
-        return [*self.pictures, *self.masks, *([] if self.sheet is None else [self.sheet])]
-
-
 def entry(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, 2 for a mistake of the user, 130 when interrupted, 141 when stdout is gone."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, 2 for wrong input, 130 after Ctrl-C, 141 when stdout was closed.
+    """
     for stream in (sys.stdout, sys.stderr):
-        # A terminal's encoding may not have every character of a file's name.
+        # The terminal's encoding may lack characters of a file name.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     return run_command(PROGRAM, lambda: _run(argv))
@@ -98,31 +84,25 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_enroll(commands)
     _add_generate(commands)
-    inspect = commands.add_parser(
-        "inspect", help="show what a bundle or a subject file holds", description="Show what a file holds."
-    )
-    inspect.add_argument("path", type=Path, metavar="BUNDLE|SUBJECT")
-    inspect.add_argument(
-        "--budget", metavar="BYTES", help="also tell what of a bundle fits so much memory, such as 8GB"
-    )
-    inspect.set_defaults(command=_inspect)
+    _add_inspect(commands)
     return parser
 
 
 def _add_enroll(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "enroll",
-        help="compute once what a photo contributes, into a subject file",
-        description="Compute once what a photo contributes to every picture of its subject.",
+        help="compute a subject file from a photo and its mask, once per subject",
+        description="Compute a subject file from a photo and its mask. Every picture of the subject is made from it.",
         epilog=_ENROLL_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder made by python -m export.build")
-    parser.add_argument("photo", type=Path, metavar="PHOTO", help="any image, any size")
-    parser.add_argument("mask", type=Path, metavar="MASK", help="image that is black outside the subject")
-    parser.add_argument("--name", required=True, help='what prompts call the subject: car, "teddy bear"')
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="subject file to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise in the reference (default: 0)")
+    add = parser.add_argument
+    add("bundle", type=Path, metavar="BUNDLE", help="folder that python -m export.build wrote")
+    add("photo", type=Path, metavar="PHOTO", help="photo of the subject: any image format and size")
+    add("mask", type=Path, metavar="MASK", help="image that is black outside the subject")
+    add("--name", required=True, help='what prompts call the subject, such as car or "teddy bear"')
+    add("--out", required=True, type=Path, metavar="FILE", help="subject file to write")
+    add("--seed", type=int, default=0, help="seed of the reference's noise (default: 0)")
     _add_run_options(parser)
     parser.set_defaults(command=_enroll)
 
@@ -132,40 +112,64 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
     parser = commands.add_parser(
         "generate",
-        help="make pictures of a subject",
-        description="Make pictures of an enrolled subject.",
+        help="make pictures of an enrolled subject",
+        description="Make pictures of an enrolled subject from a prompt.",
         epilog=_GENERATE_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("bundle", type=Path, metavar="BUNDLE", help="of the base the subject was enrolled with")
-    add("subject", type=Path, metavar="SUBJECT", help="file made by moma-rt enroll")
-    add("prompt", metavar="PROMPT", help='a sentence with the subject in it: "A car on a beach."')
-    add("--out", required=True, type=Path, metavar="FILE", help=f"picture to write: {', '.join(IMAGE_FORMATS)}")
+    add("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle that the subject was enrolled with")
+    add("subject", type=Path, metavar="SUBJECT", help="file that moma-rt enroll wrote")
+    add("prompt", metavar="PROMPT", help='sentence with the subject\'s name in it, such as "A car on a beach."')
+    add("--out", required=True, type=Path, metavar="FILE", help=f"picture to write ({', '.join(IMAGE_FORMATS)})")
     add("--negative-prompt", default="", metavar="TEXT", help="what the picture should not show")
-    add("--strength", type=float, default=1.0, metavar="S", help="of the subject, 0 to 2 (default: 1.0)")
-    add("--steps", type=int, default=50, metavar="N", help="of denoising (default: 50)")
-    add("--guidance-scale", type=float, default=7.5, metavar="G", help="of the prompt; 1 is none (default: 7.5)")
-    add("--seed", type=int, default=0, help="of the first picture (default: 0)")
-    add("--num-images", type=int, default=1, metavar="N", help="1 to 64 (default: 1)")
+    add(
+        "--strength",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="how strongly the subject's appearance is kept, 0 to 2 (default: 1.0)",
+    )
+    add("--steps", type=int, default=50, metavar="N", help="number of denoising steps (default: 50)")
+    add(
+        "--guidance-scale",
+        type=float,
+        default=7.5,
+        metavar="G",
+        help="how closely to follow the prompt, 0 to 100; 1 turns guidance off and takes half the time (default: 7.5)",
+    )
     add(
         "--guidance-interval",
         type=_interval,
         default=ALL_TIMESTEPS,
         metavar="LOW,HIGH",
-        help="timesteps that are guided, others take half the time (default: {},{}, all)".format(*ALL_TIMESTEPS),
+        help="timesteps with guidance; the others take half the time (default: {},{}: all)".format(*ALL_TIMESTEPS),
     )
-    add("--scheduler", default="ddim", metavar="NAME", help=f"one of {', '.join(SCHEDULERS)} (default: ddim)")
+    add("--scheduler", default="ddim", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: ddim)")
+    add("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
+    add("--num-images", type=int, default=1, metavar="N", help="number of pictures, 1 to 64 (default: 1)")
     add(
         "--context-embedding",
         type=Path,
         metavar="FILE",
-        help=".npy of 1024 floats instead of the language model's reading",
+        help=".npy file of 1024 floats that replaces the language model's output",
     )
-    add("--contact-sheet", type=Path, metavar="FILE", help="also write photo, mask, pictures and masks side by side")
-    add("--save-mask", type=Path, metavar="FILE", help="also write where the model saw the subject, as gray images")
+    add("--save-mask", type=Path, metavar="FILE", help="also write the foreground mask, as a grayscale image")
+    add("--contact-sheet", type=Path, metavar="FILE", help="also write photo, masks and pictures side by side")
     _add_run_options(parser)
     parser.set_defaults(command=_generate)
+
+
+def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show what a bundle or a subject file holds",
+        description="Show what a bundle or a subject file holds: sizes, precision, targets, memory and sources.",
+    )
+    parser.add_argument("path", type=Path, metavar="BUNDLE|SUBJECT", help="a bundle's folder or a subject file")
+    parser.add_argument("--budget", metavar="BYTES", help="also tell which networks fit into so much memory, e.g. 8GB")
+    parser.add_argument("--tensors", action="store_true", help="also list all tensors, engine files and kernels")
+    parser.set_defaults(command=_inspect)
 
 
 def _interval(text: str) -> tuple[float, ...]:
@@ -179,17 +183,17 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", default=AUTO, metavar="NAME", help=f"what runs the networks: {', '.join(NAMES)} (default: {AUTO})"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a core)")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: one per core)")
     parser.add_argument(
         "--memory-budget",
         metavar="BYTES",
-        help="load networks in turn, so that they need no more together than so many bytes, such as 8GB",
+        help="evict networks so that those loaded need at most so much memory, e.g. 8GB (default: keep all loaded)",
     )
-    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings and errors")
 
 
 def _enroll(arguments: argparse.Namespace) -> int:
-    _check_outputs([arguments.out], [arguments.photo, arguments.mask], arguments.bundle)
+    check_outputs([arguments.out], [arguments.photo, arguments.mask], arguments.bundle)
     from moma_rt.runtime import Runtime
 
     start = time.perf_counter()
@@ -197,7 +201,7 @@ def _enroll(arguments: argparse.Namespace) -> int:
         arguments.bundle, arguments.backend, arguments.threads, memory_budget=arguments.memory_budget
     )
     subject = runtime.enroll(arguments.photo, arguments.mask, arguments.name, seed=arguments.seed)
-    with _writing(arguments.out):
+    with writing(arguments.out):
         subject.save(arguments.out)
     if not arguments.quiet:
         _print_seconds(subject.seconds, time.perf_counter() - start)
@@ -210,10 +214,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     from moma_rt.runtime import Runtime
     from moma_rt.subject import Subject
 
-    # A number out of range is refused below; it must not make that many names.
-    outputs = _outputs(arguments, min(max(arguments.num_images, 1), MAX_IMAGES))
+    # The runtime refuses a count out of range; this only keeps it from making that many names.
+    count = min(max(arguments.num_images, 1), MAX_IMAGES)
+    outputs = output_files(arguments.out, arguments.save_mask, arguments.contact_sheet, count)
     inputs = [path for path in (arguments.subject, arguments.context_embedding) if path is not None]
-    _check_outputs(outputs.all(), inputs, arguments.bundle)
+    check_outputs(outputs.all(), inputs, arguments.bundle)
     embedding = None if arguments.context_embedding is None else _read_embedding(arguments.context_embedding)
 
     start = time.perf_counter()
@@ -243,24 +248,24 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _read_embedding(path: Path) -> "FloatArray":
-    """The floats of a .npy file, of any length: the runtime knows which one it needs."""
+    """Read float32 [n] from a .npy file; the runtime checks n."""
     import numpy as np
 
     try:
-        # Opening a pipe would wait for its other end.
+        # Opening a pipe would block until its other end is opened.
         if not stat.S_ISREG(path.stat().st_mode):
             raise InputError(f"context embedding {path} is not a file")
-        # Mapped, so that a header's claim of a huge array is compared with the file's size and not believed.
+        # Mapping compares the size in the header with the file's, so a false header cannot allocate a huge array.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise InputError(f"context embedding {path} cannot be read: {error.strerror or error}") from None
     except InputError:
         raise
     except Exception:
-        # The header is Python source, and what a malformed one makes NumPy raise depends on its version.
+        # The header is Python source: which exception a malformed one raises depends on the NumPy version.
         array = None
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        raise InputError(f"context embedding {path} is not a .npy file of floats (numpy.save makes one)")
+        raise InputError(f"context embedding {path} is not a .npy file of floats (numpy.save writes one)")
     if array.ndim != 1:
         raise InputError(f"context embedding {path} has shape {list(array.shape)}: it must have one dimension")
     return np.array(array, np.float32)
@@ -272,7 +277,7 @@ def _write_result(arguments: argparse.Namespace, subject: "Subject", result: "Re
     from moma_rt.inputs.images import contact_sheet
 
     masks = [_gray(mask) for mask in result.foreground_masks]
-    outputs = _outputs(arguments, len(masks))
+    outputs = output_files(arguments.out, arguments.save_mask, arguments.contact_sheet, len(masks))
     files = dict(zip(outputs.pictures, result.images, strict=True))
     if outputs.masks:
         files |= dict(zip(outputs.masks, masks, strict=True))
@@ -282,26 +287,11 @@ def _write_result(arguments: argparse.Namespace, subject: "Subject", result: "Re
         for seed, picture, mask in zip(result.seeds, result.images, masks, strict=True):
             items += [(f"seed {seed}", picture), ("foreground", mask)]
         files[outputs.sheet] = contact_sheet(items)
-    with _writing(), atomic_write_all(list(files)) as temporaries:
+    with writing(), atomic_write_all(list(files)) as temporaries:
         for (path, image), temporary in zip(files.items(), temporaries, strict=True):
-            with _writing(path):
+            with writing(path):
                 image.save(temporary, format=IMAGE_FORMATS[path.suffix.lower()])
     return list(files)
-
-
-def _outputs(arguments: argparse.Namespace, count: int) -> "_Outputs":
-    given = (arguments.out, arguments.save_mask, arguments.contact_sheet)
-    for path in given:
-        if path is not None and path.suffix.lower() not in IMAGE_FORMATS:
-            suffix = path.suffix or "a file without suffix"
-            raise InputError(f"{path}: cannot write {suffix}; use {', '.join(IMAGE_FORMATS)}")
-    out, mask, sheet = given
-    return _Outputs(numbered(out, count), [] if mask is None else numbered(mask, count), sheet)
-
-
-def numbered(path: Path, count: int) -> list[Path]:
-    """`path` itself for one file, else path-0, path-1 and so on before the suffix."""
-    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
 
 
 def _gray(mask_hw: "FloatArray") -> "Image.Image":
@@ -314,61 +304,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from moma_rt.bundle.footprint import parse_bytes
     from moma_rt.inspection import describe
 
-    print_output(describe(arguments.path, None if arguments.budget is None else parse_bytes(arguments.budget)))
+    budget = None if arguments.budget is None else parse_bytes(arguments.budget)
+    print_output(describe(arguments.path, budget, tensors=arguments.tensors))
     return 0
-
-
-def _check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], bundle: Path) -> None:
-    """Refuse what cannot be written, and what would overwrite an input, another output or a part of the bundle."""
-    from moma_rt.bundle.manifest import MANIFEST_NAME
-
-    # Not Path.resolve: before Python 3.13 it raises RuntimeError for links in a circle.
-    inside = Path(os.path.realpath(bundle)) if os.path.isfile(bundle / MANIFEST_NAME) else None
-    taken = {os.path.realpath(path) for path in inputs}
-    folders = {str(folder) for path in outputs for folder in Path(os.path.realpath(path)).parents}
-    for path in outputs:
-        _check_writable(path)
-        place = os.path.realpath(path)
-        if place in taken:
-            raise InputError(f"{path} is given twice: each file must have its own name")
-        if place in folders:
-            raise InputError(f"{path} is given as a file and as the folder of another")
-        if inside is not None and Path(place).is_relative_to(inside):
-            raise InputError(f"{path} is inside the bundle {bundle}: write it elsewhere")
-        taken.add(place)
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse a place that cannot be written before minutes are spent on what would go there."""
-    with _writing(path):
-        try:
-            mode = path.stat().st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            mode = stat.S_IFREG
-        if stat.S_ISDIR(mode):
-            raise InputError(f"{path} is a folder: give a file to write")
-        if not stat.S_ISREG(mode):
-            raise InputError(f"{path} is a device or pipe: give a file to write")
-        folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
-        if not folder.is_dir():
-            raise InputError(f"cannot write {path}: {folder} is not a folder")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"cannot write {path}: no permission to write in {folder}")
-
-
-@contextlib.contextmanager
-def _writing(path: Path | None = None) -> Iterator[None]:
-    """Name `path`, or the one the error names, as what cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write {path or error.filename}: {error.strerror or error}") from None
 
 
 def _progress(info: "StepInfo") -> None:
     line = f"step {info.step}/{info.steps} (t = {info.timestep})"
     last = info.step == info.steps
-    # That nobody can read how far it got is no reason to stop.
+    # Failing to print progress must not end the work.
     with contextlib.suppress(OSError):
         if sys.stderr is None:
             return

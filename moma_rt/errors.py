@@ -1,8 +1,7 @@
 """Errors that a user can cause, and how a command line reports them.
 
 Every message is one line that names what was given and what is allowed. A command prints it and exits with
-code 2; a service catches `MomaError`. Anything else that escapes, but for an `OSError` of the files it was given, is a
-defect of this project.
+code 2; a service catches `MomaError`. Any other exception is a bug, except an `OSError` of a file that was given.
 """
 
 import contextlib
@@ -14,12 +13,12 @@ from typing import TextIO
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-# 128 + SIGPIPE, as a program that does not handle the signal.
+# 128 + SIGPIPE, the exit code of a program that does not handle the signal.
 EXIT_BROKEN_PIPE = 141
 
 
 class MomaError(Exception):
-    """A mistake in what the user gave; `str(error)` is one line fit to print."""
+    """Base of all errors that a user can cause; ``str(error)`` is one line to print."""
 
 
 class InputError(MomaError):
@@ -31,7 +30,7 @@ class BundleError(MomaError):
 
 
 class SubjectError(MomaError):
-    """A subject file that cannot be read or belongs to another bundle."""
+    """A subject file that cannot be read, or a subject of another base."""
 
 
 class CheckpointError(MomaError):
@@ -39,25 +38,25 @@ class CheckpointError(MomaError):
 
 
 class OutOfMemory(MomaError):
-    """The device has not as much memory left as a call needs; smaller calls still run."""
+    """A call needs more memory than is left, on the device or in the budget; smaller calls still run."""
 
 
 class Cancelled(MomaError):
-    """A generation that its step callback ended."""
+    """A generation that its step callback cancelled."""
 
 
 class MomaWarning(UserWarning):
-    """Something that was done differently from what the user may expect, such as a prompt that was cut."""
+    """Something that was done differently from what the user may expect, such as a prompt that was truncated."""
 
 
 def run_command(program: str, main: Callable[[], int], stderr: TextIO | None = None) -> int:
     """Run a command line's body; turn errors, warnings and Ctrl-C into one line each on stderr.
 
-    An `OSError` that nothing closer to its cause explained is the user's as well: names that are too long, folders
-    without permission, files that vanish, a full disk. A reader of stdout that left ends the command quietly.
+    An `OSError` counts as a user's error as well: a name that is too long, a folder without permission, a file that
+    vanished, a full disk. A closed pipe on stdout ends the command quietly.
 
     Returns:
-        What `main` returned, or `EXIT_USER_ERROR`, `EXIT_INTERRUPTED` or `EXIT_BROKEN_PIPE`.
+        The exit code of `main`, or `EXIT_USER_ERROR`, `EXIT_INTERRUPTED` or `EXIT_BROKEN_PIPE`.
     """
     stream = stderr if stderr is not None else sys.stderr
 
@@ -85,7 +84,7 @@ def run_command(program: str, main: Callable[[], int], stderr: TextIO | None = N
             _print_line(f"{program}: error: {error}", stream)
             code = EXIT_USER_ERROR
         except OSError as error:
-            # Printing fails without a file name, and what could not be printed fails again.
+            # An error without a file name may come from stdout, which then fails to flush as well.
             if error.filename is None and (failed := _flush_stdout(program, stream)):
                 return failed
             _print_line(f"{program}: error: {os_error_line(error)}", stream)
@@ -94,11 +93,11 @@ def run_command(program: str, main: Callable[[], int], stderr: TextIO | None = N
 
 
 def print_output(text: str) -> None:
-    """Print a command's result on stdout, at once.
+    """Print a command's result on stdout, and flush it.
 
     Raises:
         InputError: stdout cannot be written.
-        BrokenPipeError: its reader left; `run_command` ends quietly.
+        BrokenPipeError: its reader closed the pipe; `run_command` then ends quietly.
     """
     try:
         print(text, flush=True)
@@ -110,7 +109,7 @@ def print_output(text: str) -> None:
 
 
 def os_error_line(error: OSError) -> str:
-    """The path, where the error has one, and what the system says of it."""
+    """Format an `OSError` as its path, if it has one, and the system's message."""
     reason = error.strerror or str(error) or type(error).__name__
     if error.filename is None:
         return reason
@@ -118,13 +117,13 @@ def os_error_line(error: OSError) -> str:
 
 
 def _print_line(text: str, stream: TextIO) -> None:
-    # Names of files may hold line breaks, and a stderr that cannot be written leaves the exit code to tell.
+    # File names may hold line breaks. If stderr cannot be written, the exit code alone reports the error.
     with contextlib.suppress(OSError):
         print(" ".join(text.splitlines()), file=stream)
 
 
 def _flush_stdout(program: str, stream: TextIO) -> int:
-    """Write what `main` printed while a failure can still be reported; 0 or the exit code of the failure."""
+    """Flush stdout while a failure can still be reported; return 0, or the exit code of the failure."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -139,7 +138,7 @@ def _flush_stdout(program: str, stream: TextIO) -> int:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let the interpreter's own flush at exit succeed: it would print a traceback for what cannot be written."""
+    """Redirect a stream to the null device, so that the interpreter's flush at exit prints no traceback."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         handle = stream.fileno()
         null = os.open(os.devnull, os.O_WRONLY)

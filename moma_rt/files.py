@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: atomic writes, hashes, and paths that stay inside their folder."""
+"""Atomic writes, file hashes, and paths that must stay inside a folder."""
 
 import contextlib
 import hashlib
@@ -16,8 +16,8 @@ _MAX_SUFFIX = 16
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; on success fsync it and rename it to `path`, else delete it.
 
-    The temporary name ends like `path` does, so writers that look at the suffix (Pillow) work unchanged. An `OSError`
-    of this function names `path`, not the temporary.
+    The temporary file has the suffix of `path`, for writers that look at it (Pillow). An `OSError` of this function
+    names `path`, not the temporary file.
     """
     with atomic_write_all([path]) as temporaries:
         yield temporaries[0]
@@ -25,32 +25,32 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_write_all(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """`atomic_write` of several files: none is renamed before all are written, so that a failure leaves none."""
+    """Like `atomic_write`, for several files: all are written before one is renamed, so a failed write leaves none."""
     with contextlib.ExitStack() as stack:
         temporaries = [stack.enter_context(_temporary(path)) for path in paths]
         modes = [stat.S_IMODE(temporary.stat().st_mode) for temporary in temporaries]
         yield temporaries
         for path, temporary, mode in zip(paths, temporaries, modes, strict=True):
-            with _naming(path):
-                # Some writers replace the file by one that is private to its owner.
+            with _name_in_errors(path):
+                # Restored, since some writers replace the file by one that only its owner may read.
                 temporary.chmod(mode)
                 fsync(temporary)
         for path, temporary in zip(paths, temporaries, strict=True):
-            with _naming(path):
+            with _name_in_errors(path):
                 temporary.replace(path)
         for folder in {path.parent for path in paths}:
-            # A folder may be writable and not readable, and then it cannot be opened.
+            # A folder that is writable but not readable cannot be opened.
             with contextlib.suppress(PermissionError):
                 fsync(folder)
 
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A new empty file beside `path`, with the mode that any new file gets; deleted at the end if still there."""
-    # A name within the file system's limit must not exceed it because of what is put before its suffix.
+    """Make an empty file beside `path`, with the default mode; delete it at the end if it still exists."""
+    # A long suffix is dropped, so that the temporary name stays within the file system's limit.
     suffix = path.suffix if len(path.suffix) <= _MAX_SUFFIX else ""
     temporary = path.parent / f".partial-{secrets.token_hex(8)}{suffix}"
-    with _naming(path):
+    with _name_in_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
@@ -60,7 +60,8 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _name_in_errors(path: Path) -> Iterator[None]:
+    """Make an `OSError` name `path`."""
     try:
         yield
     except OSError as error:
@@ -87,10 +88,10 @@ def sha256_file(path: Path) -> str:
 
 
 def resolve_inside(root: Path, relative: str) -> Path:
-    """`root / relative` if that stays inside `root`, links followed.
+    """Return `root / relative`, which must stay inside `root` when links are followed.
 
     Raises:
-        ValueError: the path is absolute, climbs out of `root`, or leads out of it through a link.
+        ValueError: the path is absolute, has a ``..``, or leads out of `root` through a link.
     """
     pure = PurePosixPath(relative)
     if pure.is_absolute() or ".." in pure.parts or "\\" in relative or "\0" in relative or not pure.parts:

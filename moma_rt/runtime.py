@@ -1,4 +1,4 @@
-"""The runtime: a bundle's networks on one backend, turned into enrol and generate."""
+"""The runtime: enrolls subjects and generates pictures with a bundle's networks on one backend."""
 
 import os
 from collections.abc import Hashable, Mapping, Sequence
@@ -18,21 +18,21 @@ from moma_rt.inputs.noise import Stream, check_seed, draw
 from moma_rt.inputs.tokenizers import check_prompt, text_prompt
 from moma_rt.memory.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
 from moma_rt.memory.networks import Networks
-from moma_rt.memory.subject_cache import Residents
-from moma_rt.messages import shown, warn
-from moma_rt.pipeline.batching import Call, Turns
+from moma_rt.memory.subject_cache import SubjectCache
+from moma_rt.messages import short_repr, warn
+from moma_rt.pipeline.batching import PendingRequest, RequestQueue
 from moma_rt.pipeline.conditioning import Conditioner
-from moma_rt.pipeline.enrollment import ReferenceNoise, compact, reference_pass
+from moma_rt.pipeline.enrollment import ReferenceNoise, keep_masked_tokens, reference_pass
 from moma_rt.pipeline.request import Result, Settings, check_array
 from moma_rt.pipeline.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
 from moma_rt.subject import Origin, Prefix, Subject
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 
 @dataclass(frozen=True, eq=False)
 class _Conditions:
-    """What the samples of a call share: text [G,77,768], context [G,4,768], subject weights [77]."""
+    """Conditions shared by the samples of a request: text [G,77,768], context [G,4,768], subject weights [77]."""
 
     text_tokens: Array
     context_tokens: Array
@@ -41,7 +41,7 @@ class _Conditions:
 
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """A call of `generate`, checked. `prompts` are the prompt and the negative one."""
+    """A checked call of `generate`; `prompts` are the prompt and the negative prompt."""
 
     subject: Subject
     prompts: tuple[str, str]
@@ -51,16 +51,16 @@ class _Request:
     on_step: OnStep | None
 
     @property
-    def kind(self) -> Hashable:
-        """Equal for requests that can be made together: of one schedule, and without a callback."""
+    def batch_key(self) -> Hashable:
+        """Equal for requests that can share a batch: those with one schedule and no callback."""
         return self if self.on_step is not None else self.settings.rows.tobytes()
 
 
 class Runtime:
-    """Enrolls subjects and makes pictures of them with one bundle.
+    """Enrolls subjects and generates pictures of them with one bundle.
 
-    May be shared between threads: calls run one after the other, or together as far as `max_batch` allows. A step
-    callback runs within its call's turn.
+    Thread-safe: calls wait in a queue and run one at a time, or in batches of up to ``max_batch`` pictures. A step
+    callback runs while its call occupies the device.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Runtime:
     ) -> None:
         self.bundle = bundle
         self._networks = Networks(bundle, backend, engines, limits.memory_budget)
-        self._residents = Residents(self._networks, limits.subject_memory)
-        self._conditioner = Conditioner(self._networks, self._residents)
-        self._sampler = Sampler(self._networks, self._residents, limits)
-        self._turns: Turns[_Request, Result] = Turns(min(limits.max_batch, self._sampler.most))
+        self._subjects = SubjectCache(self._networks, limits.subject_memory)
+        self._conditioner = Conditioner(self._networks, self._subjects)
+        self._sampler = Sampler(self._networks, self._subjects, limits)
+        self._queue: RequestQueue[_Request, Result] = RequestQueue(min(limits.max_batch, self._sampler.max_batch))
 
     @classmethod
     def load(
@@ -89,33 +89,36 @@ class Runtime:
         subject_memory: int | str = SUBJECT_MEMORY,
         graph_memory: int | str = GRAPH_MEMORY,
     ) -> "Runtime":
-        """Open a bundle. Its networks are checked and loaded when they are first needed.
+        """Open a bundle. Its networks are verified and loaded on first use.
+
+        Memory is given in bytes or as a text such as ``"8GB"``.
 
         Args:
-            bundle: the folder that `python -m export.build` made.
-            backend: one of `moma_rt.backends.NAMES`. "auto" runs the bundle's engines where all of them serve this
-                machine's GPU, and else its ONNX files: on the GPU if the installed ONNX Runtime is one for GPUs, on the
-                CPU otherwise. A MomaWarning says why engines for other GPUs, or that ONNX Runtime, are not used.
-            threads: CPU threads a network may use; None leaves the choice to the backend.
-            max_batch: how many pictures of several threads' calls may be made together, 1 to 64, and no more than the
-                bundle allows. Calls of one schedule (steps, scheduler, guidance) that wait for the device are; each has
-                its own subject, prompt, strength and seed.
-            memory_budget: bytes that loaded networks may need together, or a text such as "8GB": they are loaded in
-                turn then, the last one used staying longest. Neither buffers nor subjects count. None: no limit.
-            subject_memory: of a GPU, for enrolled subjects, so that going from one to another uploads nothing. With
-                SD1.5 in half precision, up to 50 MB each, and 320 MB once a 7B language model read a prompt for it.
-            graph_memory: for the buffers and, on a GPU, the recorded CUDA graphs of the sizes of pictures (batch,
-                guidance, steps) used last; those of the last one are kept whatever they take.
+            bundle: folder that ``python -m export.build`` made.
+            backend: one of ``moma_rt.backends.NAMES``. ``"auto"`` runs the bundle's engines if all of them serve this
+                machine's GPU, and otherwise its ONNX files: on the GPU if a GPU build of ONNX Runtime is installed,
+                else on the CPU. A ``MomaWarning`` says why engines for other GPUs, or that ONNX Runtime, are not used.
+            threads: CPU threads that a network may use; None: the backend's default.
+            max_batch: largest batch that pictures of different calls may share, 1 to 64, and at most the bundle's
+                largest. Calls that wait for the device share one if they have the same schedule (steps, scheduler,
+                guidance) and no ``on_step``; subject, prompt, strength and seed may differ.
+            memory_budget: memory that the loaded networks may need; the least recently used are evicted for another
+                one. Buffers and subjects do not count. None: no limit.
+            subject_memory: GPU memory that caches enrolled subjects, so that switching between them uploads nothing.
+                An SD1.5 subject in half precision takes up to 50 MB, 320 MB once a 7B language model read a prompt
+                for it.
+            graph_memory: memory that caches the buffers and, on a GPU, the captured CUDA graphs of the most recently
+                used sizes (batch, guidance, steps); those of the last size are kept even if they take more.
 
         Raises:
-            BundleError: no bundle, a newer format, a missing or truncated file, or, where the backend is named, no
-                engines for this machine's GPU (of inductor: or its CPU).
-            InputError: `bundle` is no path, there is no such backend, it lacks a GPU or a package, or a number is out
-                of range.
+            BundleError: there is no bundle, its format is newer, a file is missing or truncated, or a backend chosen
+                by name finds no engines for this machine's GPU (inductor: or CPU).
+            InputError: ``bundle`` is not a path, the backend does not exist or lacks a GPU or a package, or a number is
+                out of range.
             MomaError: the GPU cannot be used.
         """
         if not isinstance(bundle, str | os.PathLike):
-            raise InputError(f"a bundle is named by the path of its folder, not by {shown(bundle)}")
+            raise InputError(f"bundle must be the path of a bundle's folder, not {short_repr(bundle)}")
         backends.check(backend, threads)
         limits = Limits.of(max_batch, memory_budget, subject_memory, graph_memory)
         opened = Bundle.open(bundle)
@@ -137,17 +140,17 @@ class Runtime:
         """Compute once what a photo contributes to every picture of its subject.
 
         Args:
-            image: photo of any mode and size, a path or a Pillow image.
-            mask: of the photo's aspect ratio; every value above 0 is the subject.
-            name: what prompts call the subject, such as "teddy bear".
-            seed: of the two noises below, 0 to 2**64 - 1.
-            vae_noise: float32 [1,4,h,w], standard normal, instead of drawn from `seed`.
-            reference_noise: likewise, for the noising of the reference at t = 0.
+            image: photo of any mode and size, as a path or a Pillow image.
+            mask: likewise, with the photo's aspect ratio; pixels above 0 belong to the subject.
+            name: the subject's name in prompts, such as ``"teddy bear"``.
+            seed: seed of the two noises below, 0 to ``2**64 - 1``.
+            vae_noise: noise of the VAE's latent sample, float32 [1,4,h,w], standard normal; None: drawn from ``seed``.
+            reference_noise: likewise, for noising the reference at t = 0.
 
         Raises:
-            InputError: a photo, mask, name, seed or noise that cannot be used, or a call from within `on_step`.
+            InputError: a photo, mask, name, seed or noise cannot be used, or this was called from ``on_step``.
             BundleError: a network that enrolling needs is missing or was altered.
-            OutOfMemory: no room on the device, or in the memory budget.
+            OutOfMemory: too little device memory, or too small a ``memory_budget``.
         """
         self._conditioner.text_tokenizer.check_subject(name)
         seed = check_seed(seed)
@@ -162,11 +165,11 @@ class Runtime:
         vision_size = VISION_SIZE if geometry.language is None else geometry.language.vision_image_size
         prepared = prepare(load_photo(image), load_mask(mask), geometry.image_size, vision_size)
         origin = Origin.of(self.bundle)
-        stages = Stages()
-        with self._turns.turn():
+        stages = StageTimer()
+        with self._queue.exclusive():
             text_tokens, _ = self._conditioner.text_tokens(name, stages)
             full = reference_pass(self._networks, prepared.photo_chw, noise, text_tokens, stages)
-            reference = compact(geometry, prepared.mask_hw, full)
+            reference = keep_masked_tokens(geometry, prepared.mask_hw, full)
             prefix: Prefix | None = self._conditioner.prefix(name, prepared.pixels, stages)
         return Subject(
             name=name,
@@ -197,41 +200,42 @@ class Runtime:
         context_embedding: Array | None = None,
         on_step: OnStep | None = None,
     ) -> Result:
-        """Make pictures of a subject.
+        """Generate pictures of a subject.
 
         Args:
-            subject: from `enroll` with a bundle of the same base, or `Subject.load`.
-            prompt: such as "A car on a beach."; beyond 77 CLIP tokens it is cut, with a MomaWarning.
-            strength: of the subject's appearance, 0 to 2: about 1.0 for a new context, 0.4 for a new texture.
-            steps: of denoising, 1 to 999; to 50 with "lcm" and "tcd", 998 with "dpmpp_2m", 1000 with "ddim_trailing".
-            guidance_scale: of the prompt, 0 to 100; 1.0 is none and takes half the time.
-            guidance_interval: lowest and highest timestep that is guided, 0 to 999 (arXiv 2404.07724). Steps outside
-                are those of guidance scale 1.0: they take half the time, and scale the foreground mask to the range of
-                the conditional half instead of that of both.
-            negative_prompt: what the picture should not show.
-            seed: of the first picture, 0 to 2**64 - 1; the following ones have the following seeds.
-            num_images: 1 to 64; as many as the bundle allows are made together.
-            scheduler: one of `moma_rt.schedulers.tables.SCHEDULERS`. "lcm", "tcd" and "ddim_trailing" need a bundle
-                with a fused LCM, TCD or Hyper-SD LoRA (`python -m export.build --lora`), 2 to 8 steps and a
-                guidance_scale of 1.0. With a single step of theirs, the subject's reference is not injected.
-            latents: float32 [num_images,4,h,w], standard normal, instead of drawn from the seeds.
-            context_embedding: float32 [1024], instead of the language model's reading of photo and prompt.
-            on_step: called with a StepInfo after each step was given to the device and the one before it was done;
-                returning False cancels. It must not call this runtime, nor wait for a thread that does: the runtime is
-                busy with the call that is being reported.
+            subject: from ``enroll`` with a bundle of the same base, or from ``Subject.load``.
+            prompt: such as ``"A car on a beach."``; truncated to 77 CLIP tokens, with a ``MomaWarning``.
+            strength: strength of the subject's appearance, 0 to 2: about 1.0 for a new context, 0.4 for a new texture.
+            steps: denoising steps, 1 to 999; up to 50 with ``"lcm"`` and ``"tcd"``, 998 with ``"dpmpp_2m"``, 1000 with
+                ``"ddim_trailing"``.
+            guidance_scale: classifier-free guidance scale, 0 to 100; 1.0 is no guidance and takes half the time.
+            guidance_interval: lowest and highest guided timestep, 0 to 999 (arXiv 2404.07724). Steps outside it run at
+                guidance scale 1.0: they take half the time, and normalize the foreground mask by the range of the
+                conditional half instead of both halves.
+            negative_prompt: what the pictures should not show.
+            seed: seed of the first picture, 0 to ``2**64 - 1``; each further picture adds 1.
+            num_images: 1 to 64, in batches of up to the bundle's largest.
+            scheduler: one of ``moma_rt.schedulers.tables.SCHEDULERS``. ``"lcm"``, ``"tcd"`` and ``"ddim_trailing"``
+                need a bundle with a fused LCM, TCD or Hyper-SD LoRA (``python -m export.build --lora``), 2 to 8 steps
+                and guidance scale 1.0. With a single step of these, the subject's reference is not injected.
+            latents: initial noise, float32 [num_images,4,h,w], standard normal; None: drawn from the seeds.
+            context_embedding: float32 [1024], in place of the language model's output for photo and prompt.
+            on_step: called with a ``StepInfo`` once a step is enqueued and the one before it has finished; returning
+                False cancels. It must neither call this runtime, which is busy with this call, nor wait for a thread
+                that does.
 
         Raises:
-            InputError: a value outside its range, or a call from within `on_step`; nothing was computed.
-            SubjectError: the subject belongs to another base's bundle.
+            InputError: a value is out of range, or this was called from ``on_step``; nothing was computed.
+            SubjectError: the subject was enrolled with another base.
             BundleError: a network that is needed is missing or was altered.
-            Cancelled: `on_step` returned False.
-            OutOfMemory: no room on the device, or in the memory budget.
+            Cancelled: ``on_step`` returned False.
+            OutOfMemory: too little device memory, or too small a ``memory_budget``.
             MomaError: the latents became NaN or infinity.
         """
         if not isinstance(subject, Subject):
-            raise InputError(f"subject must be a Subject, from enroll or Subject.load, not {shown(subject)}")
+            raise InputError(f"subject must be a Subject, from enroll or Subject.load, not {short_repr(subject)}")
         if on_step is not None and not callable(on_step):
-            raise InputError(f"on_step must be a function of a StepInfo, not {shown(on_step)}")
+            raise InputError(f"on_step must be a function of a StepInfo, not {short_repr(on_step)}")
         settings = Settings(strength, steps, guidance_scale, guidance_interval, scheduler, seed, num_images)
         check_prompt(prompt)
         check_prompt(negative_prompt, "negative prompt")
@@ -244,40 +248,40 @@ class Runtime:
         if context_embedding is not None:
             context_embedding = check_array("context_embedding", context_embedding, (geometry.embedding_width,))
         subject.check(self.bundle)
-        # Now: in this call's turn others would wait for it, at each call with a subject that was loaded for it.
+        # Hash the subject before queueing: inside the batch, other threads would wait for it.
         subject.identity  # noqa: B018
         request = _Request(subject, (prompt, negative_prompt), context_embedding, settings, latents, on_step)
-        return self._turns.answer(Call(request, request.kind, num_images), self._make)
+        return self._queue.submit(PendingRequest(request, request.batch_key, num_images), self._run_batch)
 
-    def _make(self, calls: Sequence[Call[_Request, Result]]) -> None:
-        """Answer calls of one kind. What is wrong with one of them is the error of that one."""
-        stages = Stages()
-        prepared = []
-        for call in calls:
+    def _run_batch(self, batch: Sequence[PendingRequest[_Request, Result]]) -> None:
+        """Complete requests of equal `batch_key`. An error of one request fails only that request."""
+        stages = StageTimer()
+        accepted = []
+        for pending in batch:
             try:
-                prepared.append((call, self._samples(call.request, stages)))
+                accepted.append((pending, self._samples(pending.request, stages)))
             except Exception as error:
-                call.error = error
-        samples = [sample for _, of_call in prepared for sample in of_call]
+                pending.error = error
+        samples = [sample for _, own_samples in accepted for sample in own_samples]
         if not samples:
             return
-        request = calls[0].request
+        request = batch[0].request
         try:
-            made = iter(self._sampler.run(samples, request.settings.rows, request.on_step, stages))
+            pictures = iter(self._sampler.run(samples, request.settings.rows, request.on_step, stages))
         except Exception as error:
-            if len(prepared) == 1:
-                prepared[0][0].error = error
+            if len(accepted) == 1:
+                accepted[0][0].error = error
                 return
         else:
-            for call, of_call in prepared:
-                _end(call, [next(made) for _ in of_call], stages)
+            for pending, own_samples in accepted:
+                _complete(pending, [next(pictures) for _ in own_samples], stages)
             return
-        # One may be what the others fail for, or together they need more memory than there is. The error has gone, and
-        # with it what it held of the device.
-        for call, _ in prepared:
-            self._make([call])
+        # Retry one by one: one request may have failed the batch, or the batch may have run out of memory. This is not
+        # in the except clause, where the error's traceback keeps device memory alive.
+        for pending, _ in accepted:
+            self._run_batch([pending])
 
-    def _samples(self, request: _Request, stages: Stages) -> list[Sample]:
+    def _samples(self, request: _Request, stages: StageTimer) -> list[Sample]:
         settings = request.settings
         conditions = self._conditions(request.subject, request.prompts, request.embedding, settings.guided, stages)
         shared = (conditions.text_tokens, conditions.context_tokens, conditions.subject_weights, settings.strength)
@@ -292,7 +296,7 @@ class Runtime:
         prompts: tuple[str, str],
         embedding: Array | None,
         guided: bool,
-        stages: Stages,
+        stages: StageTimer,
     ) -> _Conditions:
         conditioner = self._conditioner
         prompt, negative = prompts
@@ -312,10 +316,12 @@ class Runtime:
         return _Conditions(np.stack([unconditional_text, text]), np.stack([unconditional_context, context]), weights)
 
 
-def _end(call: Call[_Request, Result], made: Sequence[Picture], stages: Stages) -> None:
-    """Answer a call with its pictures, or with what went wrong while they were made."""
-    if all(picture.finite for picture in made):
-        images, masks = [picture.image for picture in made], [picture.foreground_mask for picture in made]
-        call.answer(Result(images, masks, call.request.settings.seeds, dict(stages.seconds)))
+def _complete(pending: PendingRequest[_Request, Result], pictures: Sequence[Picture], stages: StageTimer) -> None:
+    """Complete a request with its pictures, or with an error if one of them is not finite."""
+    if all(picture.finite for picture in pictures):
+        images, masks = [picture.image for picture in pictures], [picture.foreground_mask for picture in pictures]
+        pending.set_result(Result(images, masks, pending.request.settings.seeds, dict(stages.seconds)))
     else:
-        call.error = MomaError("the latents became NaN or infinity while denoising: lower guidance_scale or strength")
+        pending.error = MomaError(
+            "the latents became NaN or infinity while denoising: lower guidance_scale or strength"
+        )

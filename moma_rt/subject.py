@@ -1,4 +1,4 @@
-"""A subject: everything a photo contributes to the pictures made of it, in memory or in one file."""
+"""A subject: everything that a photo contributes to the pictures of it, in memory or in one file."""
 
 import hashlib
 import json
@@ -21,35 +21,35 @@ from moma_rt.bundle.specs import Geometry
 from moma_rt.errors import InputError, SubjectError
 from moma_rt.files import atomic_write
 from moma_rt.inputs.tokenizers import check_subject_name
-from moma_rt.messages import first_line, shown
+from moma_rt.messages import first_line, short_repr
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "moma_subject"
-# Reference K/V fit the UNet they were read from; the prefix fits its language model. Whatever else made them (the VAE,
-# the vision encoder) and how the networks were exported may differ.
+# Reference K/V fit only the UNet that computed them, the prefix only its language model. The VAE, the vision encoder
+# and the way the networks were exported may differ.
 _BASE_ROLES = ("unet", "adapters")
 _LANGUAGE_ROLES = ("language",)
-# Bundles differ in the precision in which they keep keys and values, and take those of any other.
-_KEPT = ("float32", "float16")
+# Bundles write keys and values in different precisions, and read those of any other.
+_KV_DTYPES = ("float32", "float16")
 # Dtypes and rank of each kind of tensor in a subject file.
 _KINDS = MappingProxyType(
     {
         "photo": (("uint8",), 3),
         "mask": (("bool",), 2),
         "object_mask": (("float32",), 1),
-        "reference_k": (_KEPT, 2),
-        "reference_v": (_KEPT, 2),
+        "reference_k": (_KV_DTYPES, 2),
+        "reference_v": (_KV_DTYPES, 2),
         "prefix_ids": (("int32",), 1),
-        "prefix_kv": (_KEPT, 5),
+        "prefix_kv": (_KV_DTYPES, 5),
     }
 )
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Which weights a subject was computed with: the base's name for messages, fingerprints for the comparison.
+    """The weights that computed a subject: name of the base, for messages, and fingerprints, to compare.
 
-    `language` is None if the bundle had nothing of a language model.
+    `language` is None if the bundle had no weights of a language model.
     """
 
     base: str
@@ -58,14 +58,14 @@ class Origin:
 
     @classmethod
     def of(cls, bundle: Bundle) -> "Origin":
-        """What a subject enrolled with `bundle` would carry."""
+        """Origin of the subjects that `bundle` enrolls."""
         language = bundle.fingerprint(*_LANGUAGE_ROLES) if bundle.has_sources(*_LANGUAGE_ROLES) else None
         return cls(bundle.manifest.base, bundle.fingerprint(*_BASE_ROLES), language)
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The language model's work on the photo and the subject's name.
+    """The language model's K/V cache of the photo and the subject's name, P tokens.
 
     `ids` int32 [P]; `kv` [layers, 2, KV heads, P, head width].
     """
@@ -80,14 +80,15 @@ class Subject:
 
     Attributes:
         name: the subject's name in prompts, such as "car".
-        reference_k: by self-attention layer, float32 or float16 [N_g, C]: keys of the tokens inside the mask.
+        reference_k: keys of the tokens inside the mask by self-attention layer, float32 or float16 [N_g, C].
         reference_v: likewise, the values.
         object_mask: by grid side g, float32 [N_g]: 1 where a reference token counts.
-        photo: uint8 [h,w,RGB], a thumbnail for people.
+        photo: uint8 [h,w,RGB], a thumbnail to look at.
         mask: bool [H,W], True on the subject, as the networks saw it.
-        prefix: None if the bundle had no language model.
-        origin: the weights all this was computed with.
-        seconds: how long each stage of the enrolment took; not kept in the file.
+        prefix: the language model's K/V cache of photo and name; None if the bundle lacked it or the vision
+            encoder.
+        origin: the weights that computed the subject.
+        seconds: wall-clock seconds of each stage of the enrollment; not saved.
     """
 
     name: str
@@ -102,7 +103,7 @@ class Subject:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of the content: equal subjects give equal pictures. Computed once; at SD1.5's size in a second."""
+        """SHA-256 of the content: equal subjects give equal pictures. Computed once; takes a second at SD1.5's size."""
         digest = hashlib.sha256(json.dumps(self._metadata()).encode())
         for name, tensor in sorted(self._tensors().items()):
             digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
@@ -110,18 +111,18 @@ class Subject:
         return digest.hexdigest()
 
     def inputs(self) -> dict[str, Array]:
-        """The denoiser's inputs that depend only on the subject, of one sample."""
+        """Denoiser inputs of one sample that depend only on the subject."""
         return {name: t for name, t in self._tensors().items() if name.startswith(("reference_", "object_mask."))}
 
     def token_counts(self) -> dict[int, int]:
-        """Reference tokens kept at each grid."""
+        """Number of reference tokens at each grid."""
         return {grid: len(mask) for grid, mask in self.object_mask.items()}
 
     def check(self, bundle: Bundle) -> None:
-        """Refuse a subject that another base's bundle made.
+        """Refuse a subject that was enrolled with another base.
 
         Raises:
-            SubjectError: other weights, or tensors that do not fit the bundle's geometry.
+            SubjectError: the weights differ, or tensors do not fit the bundle's geometry.
         """
         here = Origin.of(bundle)
         if self.origin.fingerprint != here.fingerprint:
@@ -139,22 +140,22 @@ class Subject:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write one file, complete or not at all."""
+        """Write the subject to one file, atomically."""
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in self._tensors().items()}
         with atomic_write(Path(path)) as temporary:
             save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(self._metadata())})
 
     @classmethod
     def load(cls, path: str | Path) -> "Subject":
-        """Read a file that `save` wrote.
+        """Read a file that ``save`` wrote.
 
         Raises:
-            SubjectError: no such file, a truncated or foreign one, one of a newer format, or one that holds what no
-                enrolment makes: another dtype or rank, NaN or infinity, an empty photo, a name that no prompt can hold.
-            InputError: `path` is no path.
+            SubjectError: the file is missing, truncated, no subject file or of a newer format, or holds what no
+                enrollment makes: another dtype or rank, NaN or infinity, an empty photo, a name that fits no prompt.
+            InputError: ``path`` is not a path.
         """
         if not isinstance(path, str | os.PathLike):
-            raise InputError(f"a subject file is named by a path, not by {shown(path)}")
+            raise InputError(f"path must be the path of a subject file, not {short_repr(path)}")
         path = Path(path)
         try:
             if not path.is_file():
@@ -170,14 +171,14 @@ class Subject:
             data = json.loads(metadata)
             version = data["format_version"]
             if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-                raise ValueError(f"format_version is {shown(version)}")
+                raise ValueError(f"format_version is {short_repr(version)}")
             if version > FORMAT_VERSION:
                 raise SubjectError(
                     f"{path} has subject format {version}; this moma-rt reads formats up to {FORMAT_VERSION}: "
                     "upgrade it"
                 )
             return cls._from_parts(data, tensors)
-        # Nesting without end is a RecursionError, an infinite number an OverflowError.
+        # Deep nesting raises RecursionError, an infinite number OverflowError.
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, InputError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise SubjectError(f"{path} is a malformed subject file: {reason}") from None
@@ -210,12 +211,12 @@ class Subject:
         check_subject_name(data["name"])
         language = data["language"]
         origin = Origin(
-            _line("base", data["base"]),
-            _line("fingerprint", data["fingerprint"]),
-            None if language is None else _line("language", language),
+            _check_line("base", data["base"]),
+            _check_line("fingerprint", data["fingerprint"]),
+            None if language is None else _check_line("language", language),
         )
         prefix = None
-        # A bundle with a language model but no vision encoder knows the former's weights and makes no prefix.
+        # `language` does not imply a prefix: a bundle without a vision encoder computes none.
         if not {"prefix_ids", "prefix_kv"}.isdisjoint(tensors):
             prefix = Prefix(tensors["prefix_ids"], tensors["prefix_kv"])
         return cls(
@@ -231,7 +232,7 @@ class Subject:
 
 
 def _check_tensor(name: str, tensor: Array) -> None:
-    """Refuse a tensor that no enrolment makes; how it fits a bundle is seen when it meets one."""
+    """Refuse a tensor that no enrollment makes; `Subject.check` compares shapes with a bundle."""
     kind = name.split(".")[0]
     if kind not in _KINDS:
         return
@@ -245,16 +246,16 @@ def _check_tensor(name: str, tensor: Array) -> None:
         raise ValueError(f"{name!r} contains NaN or infinity")
 
 
-def _line(what: str, text: object) -> str:
+def _check_line(what: str, text: object) -> str:
     if not isinstance(text, str) or not text.isprintable():
-        raise ValueError(f"{what} is {shown(text)}, not a line of text")
+        raise ValueError(f"{what} is {short_repr(text)}, not a line of text")
     return text
 
 
 def _reference_shapes(geometry: Geometry, counts: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for grid in geometry.grids:
-        # A count of another grid's size is shown as the most this grid can hold.
+        # Clamped to what this grid can hold, which the error message then shows.
         count = counts.get(grid, grid * grid)
         shapes[f"object_mask.{grid}"] = (min(max(count, 1), grid * grid),)
     for layer in geometry.self_attention:

@@ -1,4 +1,4 @@
-"""How long each stage took."""
+"""Wall-clock time of stages."""
 
 import contextlib
 import time
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 LOADING = "loading"
 
 
-class Stages:
-    """Adds up wall-clock seconds by stage, in the order in which stages first ran."""
+class StageTimer:
+    """Sums up wall-clock seconds per stage, in the order in which the stages first ran."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

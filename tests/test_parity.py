@@ -16,10 +16,10 @@ from moma_rt.memory.networks import Networks
 from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import ROW_LENGTH, Column, schedule
 from moma_rt.subject import Subject
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 GUIDANCE = 7.5
-SETS = ["compact", pytest.param("large", marks=pytest.mark.slow)]
+SETS = ["keep_masked_tokens", pytest.param("large", marks=pytest.mark.slow)]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Case:
     @cached_property
     def conditions(self) -> dict[str, np.ndarray]:
         """The denoiser's inputs that stay the same over the steps, computed by the deployed networks."""
-        conditioner, stages = self.runtime._conditioner, Stages()
+        conditioner, stages = self.runtime._conditioner, StageTimer()
         text, ids = conditioner.text_tokens(text_prompt(self.meta["subject"], self.meta["prompt"]), stages)
         unconditional, _ = conditioner.text_tokens("", stages)
         context = conditioner.context_tokens(self.subject, self.meta["prompt"], stages)
@@ -93,7 +93,7 @@ class Case:
         zeros = np.zeros_like(step["latents"])
         inputs = {"latents": step["latents"], "history": zeros, "noise": zeros, "schedule_row": row}
         inputs["foreground_mask"] = step["foreground_mask"]
-        return self.networks.run("denoiser", {**inputs, **self.conditions}, Stages())
+        return self.networks.run("denoiser", {**inputs, **self.conditions}, StageTimer())
 
 
 @pytest.fixture(scope="module", params=SETS)
@@ -125,7 +125,7 @@ def noise_row(case: Case, number: int, guidance: float) -> np.ndarray:
 
 
 def test_vision_and_language(case):
-    stages = Stages()
+    stages = StageTimer()
     pixels = case.language["pixel_values"]
     image_tokens = case.networks.run("vision_encoder", {"pixels": pixels}, stages)["image_tokens"]
     assert relative_error(image_tokens, case.language["projected"]) < 1e-4
@@ -141,17 +141,17 @@ def test_context_tokens(case):
 
 def test_text_tokens_and_subject_positions(case):
     assert relative_error(case.conditions["text_tokens"], case.trace["text_embeds_uncond_cond"]) < 1e-4
-    reference, _ = case.runtime._conditioner.text_tokens(case.meta["subject"], Stages())
+    reference, _ = case.runtime._conditioner.text_tokens(case.meta["subject"], StageTimer())
     assert relative_error(reference[None], case.trace["ref_text_embeds"]) < 1e-4
     assert np.flatnonzero(case.conditions["subject_weights"]).tolist() == case.meta["subject_idxs"][0]
 
 
 def test_reference_keys_and_values(case):
     photo = {"noise": case.trace["vae_noise"], "image": photo_of(case)}
-    latents = case.networks.run("vae_encoder", photo, Stages())["latents"]
+    latents = case.networks.run("vae_encoder", photo, StageTimer())["latents"]
     assert relative_error(latents, case.trace["vae_sample"] * 0.18215) < 1e-4
     inputs = {"latents": latents, "noise": case.trace["ref_noise"], "text_tokens": case.trace["ref_text_embeds"]}
-    outputs = case.networks.run("subject_encoder", inputs, Stages())
+    outputs = case.networks.run("subject_encoder", inputs, StageTimer())
     compared = 0
     for name, expected in np.load(case.folder / "ref_kv.npz").items():
         path, kind = name.split(".transformer_blocks.")[0], name.rsplit(".", 1)[1][0]

@@ -89,25 +89,25 @@ def times(generation: Generation, halves: int, steps: int, samples: int) -> dict
         buffers.decode()
 
     # This prepares what the libraries choose when they first run; without graphs the first run does.
-    recording = buffers.recording([halves] * steps)
+    recording = buffers.graph([halves] * steps)
     generation.milliseconds(whole, samples=1)
 
     def enqueue_step() -> None:
         buffers.step(0, halves)
 
-    of_one = None if recording is None else generation.backend.record(enqueue_step)
+    of_one = None if recording is None else generation.backend.capture(enqueue_step)
     graphs = (("generation", recording, whole), ("step", of_one, enqueue_step))
     one = enqueue_step if of_one is None else of_one.replay
     of_step = generation.milliseconds(one, samples, at_once=1 if of_one is None else 5)
-    buffers.begin(latents)
+    buffers.start(latents)
     run = whole if recording is None else lambda: buffers.replay(recording, steps)
     of_generation = []
     for _ in range(samples):
-        buffers.begin(latents)
+        buffers.start(latents)
         of_generation += generation.milliseconds(run, samples=1)
-    buffers.begin(latents)
+    buffers.start(latents)
     run()
-    if not np.isfinite(buffers.state("latents")).all():
+    if not np.isfinite(buffers.read_state("latents")).all():
         raise MomaError(f"the latents became NaN or infinity in {steps} steps")
     return {
         "halves": halves,

@@ -9,17 +9,17 @@ from export.sample_inputs import sample_inputs
 from moma_rt import backends
 from moma_rt.backends.base import Array, Backend
 from moma_rt.backends.selection import Choice, Host, choose
-from moma_rt.bundle.footprint import PICTURES
+from moma_rt.bundle.footprint import GENERATION_NETWORKS
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import MomaError
 from moma_rt.memory.buffers import CONDITIONS, STATE, GenerationBuffers
 from moma_rt.memory.limits import GRAPH_MEMORY
 from moma_rt.memory.networks import Networks, run_once
 from moma_rt.messages import one_line
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 # What makes pictures of a context embedding.
-NETWORKS = ("text_encoder", "context_projector", *PICTURES)
+NETWORKS = ("text_encoder", "context_projector", *GENERATION_NETWORKS)
 
 
 def first_usable(options: StepOptions) -> tuple[Bundle, Choice]:
@@ -48,7 +48,7 @@ class Generation:
         self.backend: Backend = backends.create(choice.backend)
         networks = Networks(bundle, self.backend, choice.engines)
         start = time.perf_counter()
-        self.denoiser, self.decoder = networks.together(PICTURES, Stages())
+        self.denoiser, self.decoder = networks.get_all(GENERATION_NETWORKS, StageTimer())
         self.load_seconds = round(time.perf_counter() - start, 2)
 
     def inputs(self, halves: int) -> dict[str, Array]:
@@ -66,13 +66,13 @@ class Generation:
         sizes = step_sizes(self.bundle.manifest.geometry)
         made = GenerationBuffers(self.backend, self.denoiser, self.decoder, sizes, (halves,), GRAPH_MEMORY)
         inputs = self.inputs(halves)
-        made.schedule(rows, None)
+        made.set_schedule(rows, None)
         for name, array in inputs.items():
             if name in CONDITIONS:
-                made.condition(name, array[:, None])
+                made.set_condition(name, array[:, None])
             elif name not in (*STATE, "schedule_row", "noise"):
-                made.upload(name, array)
-        made.begin(inputs["latents"])
+                made.set_input(name, array)
+        made.start(inputs["latents"])
         return made
 
     def why_not_captured(self, enqueue: Callable[[], None]) -> str:
@@ -80,7 +80,7 @@ class Generation:
         # The runtime runs such work without a graph, and keeps the reason to itself.
         stream = getattr(getattr(self.backend, "_queue", None), "stream", None)
         if stream is None:
-            return "" if not self.backend.records else f"{self.backend.name} does not say"
+            return "" if not self.backend.supports_capture else f"{self.backend.name} does not say"
         import torch
 
         try:

@@ -16,8 +16,8 @@ from moma_rt import backends
 from moma_rt.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES = "text_encoder,denoiser,vae_decoder,context_projector"
-EVERYTHING = f"{PICTURES},vae_encoder,subject_encoder"
+GENERATION_NETWORKS = "text_encoder,denoiser,vae_decoder,context_projector"
+EVERYTHING = f"{GENERATION_NETWORKS},vae_encoder,subject_encoder"
 FIRST, SECOND = "first", "second"
 # Seconds from the start to the end of a call.
 CALLS = MappingProxyType({FIRST: 590.0, SECOND: 130.0})
@@ -159,7 +159,7 @@ def all_steps(setup: Setup) -> dict[str, Step]:
         Step("profile", step.module("kernel_profile", shared), 40, 15),
         Step("baselines", step.module("baselines", shared), 75, 30),
         Step("attention", step.module("attention", shared), 80, 30),
-        Step("build", step.build(setup.measured, PICTURES), 240, 150, leaves=70, environment=_GEMM),
+        Step("build", step.build(setup.measured, GENERATION_NETWORKS), 240, 150, leaves=70, environment=_GEMM),
         Step("latency", step.latency(either), 90, 25),
         # The second call.
         Step("rtx_probe", step.rtx_probe(), 60, 10),
@@ -212,7 +212,7 @@ class _Steps:
     def prepare(self) -> tuple[str, ...]:
         setup = self.setup
         places = ("--carried", setup.carried, "--work", setup.work, "--bundle", setup.bundle)
-        options = (*self._build_options(PICTURES), "--target", setup.target)
+        options = (*self._build_options(GENERATION_NETWORKS), "--target", setup.target)
         return self.python("benchmarks.gpu.prepare", *places, "--", *options)
 
     def build(self, out: Path, names: str) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from moma_rt.bundle.specs import Precision
 from moma_rt.inputs.images import VISION_SIZE, PreparedImages, load_mask, load_photo, prepare
 from moma_rt.inputs.noise import Stream, draw
 from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, text_prompt
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 _BETAS = MappingProxyType({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
 _SCHEDULERS: Mapping[str, Callable[[], Any]] = MappingProxyType(
@@ -82,11 +82,11 @@ class PlainDiffusion:
     @torch.inference_mode()
     def answer(self, request: Request) -> Answer:
         """A picture from nothing but the request."""
-        stages, start = Stages(), time.perf_counter()
+        stages, start = StageTimer(), time.perf_counter()
         image, mask = self._picture(request, stages)
         return Answer(time.perf_counter() - start, stages.seconds, image, mask)
 
-    def _picture(self, request: Request, stages: Stages) -> tuple[np.ndarray, np.ndarray | None]:
+    def _picture(self, request: Request, stages: StageTimer) -> tuple[np.ndarray, np.ndarray | None]:
         text_gtc = torch.cat([self._text(text, stages) for text in self._texts(request)])
         scheduler, latents = self._start(request)
         with self._timed(stages, "denoiser"):
@@ -99,7 +99,7 @@ class PlainDiffusion:
         prompt = text_prompt(request.name, request.prompt)
         return ("", prompt) if self.settings.is_guided else (prompt,)
 
-    def _text(self, text: str, stages: Stages) -> Tensor:
+    def _text(self, text: str, stages: StageTimer) -> Tensor:
         with self._timed(stages, "text_encoder"):
             ids = torch.from_numpy(self.text_tokenizer.encode(text)).long()[None].to(self.device)
             return self.text_encoder(input_ids=ids)[0]
@@ -128,7 +128,7 @@ class PlainDiffusion:
             eps = unconditional + self.settings.guidance_scale * (conditional - unconditional)
         return scheduler.step(eps, timestep, latents, return_dict=False)[0]
 
-    def _decoded(self, latents: Tensor, stages: Stages) -> np.ndarray:
+    def _decoded(self, latents: Tensor, stages: StageTimer) -> np.ndarray:
         with self._timed(stages, "vae_decoder"):
             image = self.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
             unit = (image / 2 + 0.5).clamp(0, 1).float()
@@ -160,7 +160,7 @@ class PlainDiffusion:
         return model.eval().requires_grad_(False)
 
     @contextlib.contextmanager
-    def _timed(self, stages: Stages, stage: str) -> Iterator[None]:
+    def _timed(self, stages: StageTimer, stage: str) -> Iterator[None]:
         with stages.timed(stage):
             yield
             if self.device.type == "cuda":
@@ -189,7 +189,7 @@ class Original(PlainDiffusion):
         loaded = checkpoint.language.load(names)
         self.projector = [loaded[name].to(self.device, self.dtype) for name in names]
 
-    def _picture(self, request: Request, stages: Stages) -> tuple[np.ndarray, np.ndarray | None]:
+    def _picture(self, request: Request, stages: StageTimer) -> tuple[np.ndarray, np.ndarray | None]:
         with self._timed(stages, "images"):
             vision_size = self.geometry.language.vision_image_size if self.geometry.language else VISION_SIZE
             images = prepare(load_photo(request.photo), load_mask(request.mask), self.geometry.image_size, vision_size)
@@ -239,7 +239,7 @@ class Original(PlainDiffusion):
         weights = self.text_tokenizer.subject_weights(request.name, ids)
         return torch.from_numpy(np.flatnonzero(weights)).to(self.device)
 
-    def _reference(self, request: Request, images: PreparedImages, stages: Stages) -> ReferencePass:
+    def _reference(self, request: Request, images: PreparedImages, stages: StageTimer) -> ReferencePass:
         """Keys and values of the photo: its latents are sampled, noised at t = 0 and passed through the UNet."""
         with self._timed(stages, "vae_encoder"):
             photo = torch.from_numpy(images.photo_chw).to(self.device, self.dtype)
@@ -255,7 +255,7 @@ class Original(PlainDiffusion):
             self.unet(noised, zero, encoder_hidden_states=text, cross_attention_kwargs={"step": reference})
         return reference
 
-    def _context(self, request: Request, images: PreparedImages, stages: Stages) -> Tensor:
+    def _context(self, request: Request, images: PreparedImages, stages: StageTimer) -> Tensor:
         """Context tokens [G, 4, C]; the unconditional ones are the projection of zeros."""
         if self.settings.has_language_model:
             embedding = self._embedding(request, images, stages)
@@ -270,7 +270,7 @@ class Original(PlainDiffusion):
             scale, shift = self.adapters["projectors.norm.weight"], self.adapters["projectors.norm.bias"]
             return functional.layer_norm(tokens, scale.shape, scale, shift)
 
-    def _embedding(self, request: Request, images: PreparedImages, stages: Stages) -> Tensor:
+    def _embedding(self, request: Request, images: PreparedImages, stages: StageTimer) -> Tensor:
         """The language model over photo and prompt, all of it; its last token through the mapping: [1, 1024]."""
         language = self.geometry.language
         assert language is not None

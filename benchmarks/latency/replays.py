@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from moma_rt.backends.base import Backend, Recording
+from moma_rt.backends.base import Backend, CapturedGraph
 
 
 class TimedReplays:
@@ -21,14 +21,14 @@ class TimedReplays:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def record(self, enqueue: Callable[[], None]) -> Recording | None:
-        made = self._backend.record(enqueue)
+    def capture(self, enqueue: Callable[[], None]) -> CapturedGraph | None:
+        made = self._backend.capture(enqueue)
         return None if made is None else _TimedRecording(made, self.seconds)
 
 
 @dataclass(frozen=True, eq=False)
 class _TimedRecording:
-    recording: Recording
+    recording: CapturedGraph
     seconds: list[float]
 
     def __getattr__(self, name: str) -> Any:

@@ -23,7 +23,7 @@ from export.cross.stubs import Toolchain, build_stubs, check_host
 from export.packages import PACKAGE_NAME, PackageRequest
 from moma_rt.backends.libraries import is_installed
 from moma_rt.backends.package_weights import WEIGHTS_MEMBER
-from moma_rt.bundle.engines import spelled
+from moma_rt.bundle.engines import format_capabilities
 from moma_rt.errors import BundleError, InputError
 from moma_rt.messages import one_line
 
@@ -38,10 +38,10 @@ def check_cross(capability: int) -> tuple[DeviceFacts, Toolchain]:
         InputError: no such device is known, or something is not installed; the message says what to install.
         BundleError: this version of PyTorch is not one that cross-compiling works with.
     """
-    what = f"inductor {spelled([capability])}"
+    what = f"inductor {format_capabilities([capability])}"
     facts = DEVICES.get(capability)
     if facts is None:
-        raise InputError(f"{what}: nothing is known of such a device; known are {spelled(DEVICES)}")
+        raise InputError(f"{what}: nothing is known of such a device; known are {format_capabilities(DEVICES)}")
     check_host(facts, what)
     if torch.version.cuda is None:
         raise InputError(

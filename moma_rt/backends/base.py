@@ -20,7 +20,7 @@ from moma_rt.errors import BundleError
 # Networks have tensors of several dtypes; their names in a NetworkSpec say which.
 Array = NDArray[Any]
 # What helps where memory ran out.
-ROOM_ADVICE = "end what else runs on the device, or make fewer pictures at a time"
+OUT_OF_MEMORY_ADVICE = "end what else runs on the device, or make fewer pictures at a time"
 # Shape and dtype.
 Size = tuple[tuple[int, ...], str]
 K = TypeVar("K")
@@ -43,11 +43,11 @@ class Bound(Protocol):
         """Run once, after everything enqueued or uploaded before; may return before the run has ended."""
 
 
-class Recording(Protocol):
+class CapturedGraph(Protocol):
     """Work that was enqueued once and can be enqueued again as a whole; it keeps alive what the work uses."""
 
     @property
-    def usable(self) -> bool:
+    def is_valid(self) -> bool:
         """False once something that it was recorded with has moved."""
 
     @property
@@ -75,7 +75,7 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
-    def records(self) -> bool:
+    def supports_capture(self) -> bool:
         """Whether work can be recorded. It pays then to have few sizes, since a recording is of one."""
 
     @property
@@ -116,7 +116,7 @@ class Backend(Protocol):
     def download(self, buffer: Buffer) -> Array:
         """A new array with the buffer's content, once everything enqueued before has run."""
 
-    def record(self, enqueue: Callable[[], None]) -> Recording | None:
+    def capture(self, enqueue: Callable[[], None]) -> CapturedGraph | None:
         """Record what `enqueue` enqueues, without running it: networks and copies of rows, all of which ran before.
 
         None where this cannot be recorded.
@@ -125,7 +125,7 @@ class Backend(Protocol):
             OutOfMemory: there is no room for the recording.
         """
 
-    def pace(self) -> None:
+    def limit_run_ahead(self) -> None:
         """Wait until everything enqueued before the last call of this has run; returns when the first one is made.
 
         So whoever calls it after each piece of work is one piece ahead of the device, which never waits for him.
@@ -138,7 +138,7 @@ class Backend(Protocol):
         """Wait until everything enqueued before has run."""
 
 
-def fitting(buffer: Buffer, array: Array, row: int | None) -> None:
+def check_shape(buffer: Buffer, array: Array, row: int | None) -> None:
     """Refuse an array that is neither of the buffer's shape nor, with `row`, of that of its rows.
 
     Raises:
@@ -168,7 +168,7 @@ def check_tensors(path: Path, what: str, expected: Iterable[str], found: Iterabl
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """Without the garbage collector, which may find memory of a device: a thread that captures must not free any."""
     was_enabled = gc.isenabled()
     gc.disable()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moma_rt.backends.base import Array, uncollected
+from moma_rt.backends.base import Array, gc_disabled
 from moma_rt.backends.libraries import CUDA_PIP_NAME, cuda_runtime
 from moma_rt.errors import MomaError, OutOfMemory
 from moma_rt.messages import one_line
@@ -58,7 +58,7 @@ class Stream:
         self._kept: dict[int, object] = {}
         self._ring: deque[_Chunk] = deque()
         self.is_capturing = False
-        # Of the last call of `pace` and of the one before.
+        # Of the last call of `limit_run_ahead` and of the one before.
         self._paces: tuple[_Event, ...] = ()
         _when_gone(self, _end, self._cuda, stream)
 
@@ -153,7 +153,7 @@ class Stream:
         mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         kept_before, self._kept = self._kept, {}
         try:
-            with uncollected():
+            with gc_disabled():
                 try:
                     self._call("cudaStreamBeginCapture", self.handle, mode)
                     self.is_capturing = True
@@ -196,7 +196,7 @@ class Stream:
         for chunk in self._ring:
             chunk.used = 0
 
-    def pace(self) -> None:
+    def limit_run_ahead(self) -> None:
         """Wait until everything that was on the stream when this was last called has run."""
         if not self._paces:
             self._paces = (self._new_event(), self._new_event())

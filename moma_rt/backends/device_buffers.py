@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moma_rt.backends.base import Array, Buffer, K, Size, fitting, nbytes
+from moma_rt.backends.base import Array, Buffer, K, Size, check_shape, nbytes
 from moma_rt.backends.cuda import ALIGNMENT, DeviceMemory, Stream
 
 
@@ -47,7 +47,7 @@ class OnDevice:
         return {key: DeviceBuffer(part, *kinds[key]) for key, part in zip(wanted, parts, strict=True)}
 
     def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
-        fitting(buffer, array, row)
+        check_shape(buffer, array, row)
         target = on_device(buffer)
         memory = target.memory if row is None else target.row(row)
         self._stream.copy_in(memory, array, target.dtype)
@@ -65,8 +65,8 @@ class OnDevice:
         source = on_device(buffer)
         return self._stream.copy_out(source.memory, source.dtype, math.prod(source.shape)).reshape(source.shape)
 
-    def pace(self) -> None:
-        self._stream.pace()
+    def limit_run_ahead(self) -> None:
+        self._stream.limit_run_ahead()
 
     def synchronize(self) -> None:
         self._stream.synchronize()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moma_rt.backends.base import ROOM_ADVICE, Array, Buffer, K, Size, check_tensors, fitting, uncollected
+from moma_rt.backends.base import OUT_OF_MEMORY_ADVICE, Array, Buffer, K, Size, check_shape, check_tensors, gc_disabled
 from moma_rt.backends.package_weights import NOT_A_PACKAGE, LoadedWeights, Weight, no_package
 from moma_rt.bundle.engines import Device
 from moma_rt.bundle.specs import NetworkSpec
@@ -71,7 +71,7 @@ class _Queue:
         except RuntimeError as error:  # of which PyTorch's own classes are
             raise self.explained(what, error) from None
 
-    def pace(self) -> None:
+    def limit_run_ahead(self) -> None:
         """Wait until what was on the stream when this was last called has run."""
         with self.working("the GPU failed"):
             before, self.paced = self.paced, self.stream.record_event()
@@ -90,7 +90,7 @@ class _Queue:
         counted = 0 if self.stream is None else int(torch.cuda.memory_stats(self.device).get("num_ooms", 0))
         ran_out, self.shortages = counted > self.shortages, counted
         if ran_out or isinstance(error, torch.OutOfMemoryError) or any(text in said for text in _NO_MEMORY):
-            return OutOfMemory(f"{what}: no memory left: {said}; {ROOM_ADVICE}")
+            return OutOfMemory(f"{what}: no memory left: {said}; {OUT_OF_MEMORY_ADVICE}")
         return MomaError(f"{what}: {said}")
 
 
@@ -128,14 +128,14 @@ class TorchNetwork:
 
 
 @dataclass(frozen=True, eq=False)
-class TorchRecording:
+class TorchGraph:
     """A CUDA graph, whose memory pool is its own, and what its work uses beside that."""
 
     graph: Any
     queue: _Queue
     used: tuple[object, ...]
     size: int
-    usable = True
+    is_valid = True
 
     def replay(self) -> None:
         with self.queue.working("a recorded generation cannot be run"):
@@ -157,7 +157,7 @@ class InductorBackend:
     def __init__(self, device: Device | None, threads: int | None = None) -> None:
         if device is not None and not torch.cuda.is_available():
             raise MomaError(f"PyTorch {torch.__version__} cannot use {device.name}: install one for its CUDA version")
-        self.records = device is not None
+        self.supports_capture = device is not None
         self.is_host = device is None
         if threads is not None:
             torch.set_num_threads(threads)
@@ -231,7 +231,7 @@ class InductorBackend:
         return TorchBuffer(tensor, kind)
 
     def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
-        fitting(buffer, array, row)
+        check_shape(buffer, array, row)
         target = _own(buffer)
         host = np.empty(array.shape, target.dtype)
         np.copyto(host, array, casting="same_kind")
@@ -256,8 +256,8 @@ class InductorBackend:
             array: Array = _own(buffer).tensor.to("cpu", copy=True).numpy()
         return array
 
-    def record(self, enqueue: Callable[[], None]) -> TorchRecording | None:
-        if not self.records:
+    def capture(self, enqueue: Callable[[], None]) -> TorchGraph | None:
+        if not self.supports_capture:
             return None
         queue, graph, used = self._queue, torch.cuda.CUDAGraph(), list[object]()
         # A recording begins with this; what it gives back would hide what the recording takes.
@@ -270,7 +270,7 @@ class InductorBackend:
             with (
                 torch.cuda.stream(queue.stream),
                 torch.cuda.graph(graph, stream=queue.stream, capture_error_mode="thread_local"),
-                uncollected(),
+                gc_disabled(),
             ):
                 enqueue()
         except (RuntimeError, MomaError) as error:
@@ -284,19 +284,19 @@ class InductorBackend:
         finally:
             queue.used = None
         free_after, _ = torch.cuda.mem_get_info(queue.device)
-        return TorchRecording(graph, queue, tuple(used), max(0, free_before - free_after))
+        return TorchGraph(graph, queue, tuple(used), max(0, free_before - free_after))
 
-    def pace(self) -> None:
+    def limit_run_ahead(self) -> None:
         if not self.is_host:
-            self._queue.pace()
+            self._queue.limit_run_ahead()
 
     def trim(self) -> None:
-        if self.records:
+        if self.supports_capture:
             self.synchronize()
             torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
-        if self.records:
+        if self.supports_capture:
             with self._queue.working("the GPU failed"):
                 self._queue.stream.synchronize()
 

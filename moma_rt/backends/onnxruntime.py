@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from moma_rt.backends.base import ROOM_ADVICE, Array, Buffer, K, Size, check_tensors, fitting
+from moma_rt.backends.base import OUT_OF_MEMORY_ADVICE, Array, Buffer, K, Size, check_shape, check_tensors
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError, OutOfMemory, os_error_line
 from moma_rt.messages import first_line
@@ -74,7 +74,7 @@ class OnnxRuntimeBackend:
     """ONNX Runtime on the CPU, with `threads` threads a network (None: one a physical core)."""
 
     name = "onnxruntime"
-    records = False
+    supports_capture = False
     is_host = True
 
     def __init__(self, threads: int | None = None) -> None:
@@ -93,7 +93,7 @@ class OnnxRuntimeBackend:
         return {key: OrtBuffer(array, ort.OrtValue.ortvalue_from_numpy(array)) for key, array in arrays.items()}
 
     def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
-        fitting(buffer, array, row)
+        check_shape(buffer, array, row)
         target = _own(buffer).array
         np.copyto(target if row is None else target[row, ...], array, casting="same_kind")
 
@@ -105,13 +105,13 @@ class OnnxRuntimeBackend:
         to[: len(array)] = array
         to[len(array) :] = 0
 
-    def record(self, enqueue: Callable[[], None]) -> None:
+    def capture(self, enqueue: Callable[[], None]) -> None:
         """A CPU has nothing to replay: each network is called anyway."""
 
     def download(self, buffer: Buffer) -> Array:
         return _own(buffer).array.copy()
 
-    def pace(self) -> None:
+    def limit_run_ahead(self) -> None:
         """A run has ended when `enqueue` returns."""
 
     def trim(self) -> None:
@@ -171,7 +171,7 @@ def open_session(
 def out_of_memory(problem: str, error: Exception) -> OutOfMemory | None:
     """An error of ONNX Runtime as this one, if that is what it says."""
     found = _NO_MEMORY.search(str(error))
-    return None if found is None else OutOfMemory(f"{problem}: {found[0].strip()}; {ROOM_ADVICE}")
+    return None if found is None else OutOfMemory(f"{problem}: {found[0].strip()}; {OUT_OF_MEMORY_ADVICE}")
 
 
 def is_ort_error(error: Exception) -> bool:

@@ -142,7 +142,7 @@ class OnnxRuntimeCudaBackend(OnDevice):
     name = "onnxruntime_cuda"
     # A session copies some sizes from memory of the host that it uses again afterwards, and a recording would read that
     # when it is replayed. A denoiser has ten of these copies, and ONNX Runtime's own recordings refuse it as well.
-    records = False
+    supports_capture = False
 
     def __init__(self) -> None:
         stream = Stream()
@@ -170,8 +170,8 @@ class OnnxRuntimeCudaBackend(OnDevice):
         shared.networks.add(network)
         return network
 
-    def record(self, enqueue: Callable[[], None]) -> None:
-        """See `records`."""
+    def capture(self, enqueue: Callable[[], None]) -> None:
+        """See `supports_capture`."""
 
     def trim(self) -> None:
         self._shared.trim()

@@ -72,9 +72,9 @@ class LoadedWeights:
             found |= self._from_file(package, file, wanted, asked)
         missing = sorted(asked - found.keys())
         if missing:
-            shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+            short_repr = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
             raise BundleError(
-                f"{package} asks for {len(missing)} weights that are not in {_spelled(files)}: {shown}; "
+                f"{package} asks for {len(missing)} weights that are not in {_spelled(files)}: {short_repr}; "
                 "build the bundle again"
             )
         return {code: found[name] for code, name in names.items()}

@@ -110,7 +110,7 @@ def _check_graphs(backend: str, manifest: Manifest) -> None:
     if not manifest.has_graphs:
         have = ", ".join(sorted({engine.flavour.value for engine in manifest.engines})) or "no engines either"
         raise BundleError(
-            f"backend {backend}: the bundle has no ONNX graphs, {manifest.why_without}; it has engines for: {have}"
+            f"backend {backend}: the bundle has no ONNX graphs, {manifest.explain_missing}; it has engines for: {have}"
         )
 
 
@@ -123,7 +123,7 @@ def _only_flavour(manifest: Manifest, host: Host) -> Flavour:
     others = [flavour for flavour in Flavour if any(engine.flavour is flavour for engine in manifest.engines)]
     found = sorted(built or others, key=lambda flavour: flavour in host.missing)
     if not found:
-        raise BundleError(f"the bundle has neither ONNX graphs nor engines, {manifest.why_without}")
+        raise BundleError(f"the bundle has neither ONNX graphs nor engines, {manifest.explain_missing}")
     return found[0]
 
 

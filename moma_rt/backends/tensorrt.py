@@ -14,7 +14,7 @@ from moma_rt.backends.device_buffers import DeviceBuffer, OnDevice, on_device
 from moma_rt.backends.jit import JustInTime, is_capturable, just_in_time
 from moma_rt.backends.libraries import library, library_log
 from moma_rt.bundle.engines import Flavour
-from moma_rt.bundle.footprint import PICTURES
+from moma_rt.bundle.footprint import GENERATION_NETWORKS
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError, MomaError, OutOfMemory
 
@@ -170,7 +170,7 @@ class TrtNetwork:
 
 
 @dataclass(frozen=True, eq=False)
-class TrtRecording:
+class TrtGraph:
     """A CUDA graph, and the scratch region whose address is in it."""
 
     stream: Stream
@@ -179,7 +179,7 @@ class TrtRecording:
     region: tuple[int, int] | None
 
     @property
-    def usable(self) -> bool:
+    def is_valid(self) -> bool:
         return self.scratch.region == self.region
 
     @property
@@ -198,7 +198,7 @@ class TensorRtBackend(OnDevice):
         MomaError: CUDA or the library cannot use the device.
     """
 
-    records = True
+    supports_capture = True
 
     def __init__(self, flavour: Flavour) -> None:
         trt, log = library(flavour), library_log(flavour)
@@ -232,7 +232,7 @@ class TensorRtBackend(OnDevice):
         found = _tensors(shared.trt, engine)
         for what, specs in (("inputs", spec.inputs), ("outputs", spec.outputs)):
             check_tensors(path, what, [f"{t.name} {t.dtype}" for t in specs], found[what])
-        jit = just_in_time(shared.flavour, shared.trt, engine, path, is_recorded=spec.name in PICTURES)
+        jit = just_in_time(shared.flavour, shared.trt, engine, path, is_recorded=spec.name in GENERATION_NETWORKS)
         loaded = TrtNetwork(spec, engine, shared, jit)
         shared.networks.add(loaded)
         return loaded
@@ -242,7 +242,7 @@ class TensorRtBackend(OnDevice):
         self._shared.save()
         return found
 
-    def record(self, enqueue: Callable[[], None]) -> TrtRecording | None:
+    def capture(self, enqueue: Callable[[], None]) -> TrtGraph | None:
         shared = self._shared
         try:
             graph = shared.stream.capture(enqueue)
@@ -251,7 +251,7 @@ class TensorRtBackend(OnDevice):
         except MomaError:
             # Work that cannot be captured runs all the same when it is enqueued, or says then what is wrong with it.
             return None
-        return TrtRecording(shared.stream, graph, shared.scratch, shared.scratch.region)
+        return TrtGraph(shared.stream, graph, shared.scratch, shared.scratch.region)
 
     def trim(self) -> None:
         self._shared.scratch.release()

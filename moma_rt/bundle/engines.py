@@ -13,7 +13,7 @@ from typing import Any
 
 from moma_rt.bundle.specs import check_fields
 from moma_rt.errors import BundleError
-from moma_rt.messages import shown
+from moma_rt.messages import short_repr
 
 # The capabilities that TensorRT-RTX compiles for on any machine; the others need TensorRT on such a device.
 RTX_CAPABILITIES = (75, 86, 89, 120, 121)
@@ -109,14 +109,14 @@ class EngineEntry:
             or not capabilities
             or not all(_is_number(c, _MAX_CAPABILITY) for c in capabilities)
         ):
-            raise ValueError(f"an engine's capabilities are {shown(capabilities)}, not a list such as [86, 89]")
+            raise ValueError(f"an engine's capabilities are {short_repr(capabilities)}, not a list such as [86, 89]")
         for name in ("refittable", "measured"):
             if not isinstance(data[name], bool):
-                raise ValueError(f"an engine's {name} is {shown(data[name])}, not true or false")
+                raise ValueError(f"an engine's {name} is {short_repr(data[name])}, not true or false")
         sizes = {name: data[name] for name in ("weight_bytes", "activation_bytes")}
         for name, size in sizes.items():
             if size is not None and not _is_number(size, _MAX_BYTES):
-                raise ValueError(f"an engine's {name} is {shown(size)}, not a number of bytes")
+                raise ValueError(f"an engine's {name} is {short_repr(size)}, not a number of bytes")
         kernels = None if data["kernels"] is None else _line("an engine", data, "kernels")
         return cls(
             **texts,
@@ -154,7 +154,7 @@ class KernelsEntry:
         """Raises ValueError for fields of another type or out of range."""
         check_fields(cls, data)
         if not _is_number(data["capability"], _MAX_CAPABILITY):
-            raise ValueError(f"the kernels' capability is {shown(data['capability'])}, not a number such as 86")
+            raise ValueError(f"the kernels' capability is {short_repr(data['capability'])}, not a number such as 86")
         texts = {name: _line("a kernel", data, name) for name in ("network", "key", "file")}
         return cls(**texts, capability=data["capability"])
 
@@ -187,8 +187,8 @@ def select(
     missing = [name for name in names if name not in found]
     if not missing:
         return found
-    here = f"{library.flavour.value} {library.version} on {spelled([device.capability])} ({device.name})"
-    have = sorted({f"{e.flavour.value} {e.version} on {spelled(e.capabilities)}" for e in engines})
+    here = f"{library.flavour.value} {library.version} on {format_capabilities([device.capability])} ({device.name})"
+    have = sorted({f"{e.flavour.value} {e.version} on {format_capabilities(e.capabilities)}" for e in engines})
     advice = f"build them with {_command_for(library.flavour, device.capability)}"
     if packed_for:
         advice = f"it was packed for {packed_for}; pack the whole bundle again for this device"
@@ -198,7 +198,7 @@ def select(
     )
 
 
-def spelled(capabilities: Iterable[int]) -> str:
+def format_capabilities(capabilities: Iterable[int]) -> str:
     """Capabilities as `--target` takes them, such as sm86,sm89; that of a CPU is cpu."""
     return ",".join("cpu" if capability == CPU_CAPABILITY else f"sm{capability}" for capability in capabilities)
 
@@ -214,7 +214,7 @@ def _command_for(flavour: Flavour, capability: int) -> str:
 def _line(owner: str, data: dict[str, Any], name: str) -> str:
     text = data[name]
     if not isinstance(text, str) or not text or not text.isprintable():
-        raise ValueError(f"{owner}'s {name} is {shown(text)}, not a line of text")
+        raise ValueError(f"{owner}'s {name} is {short_repr(text)}, not a line of text")
     return text
 
 

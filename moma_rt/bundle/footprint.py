@@ -10,10 +10,10 @@ import numpy as np
 from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.manifest import Manifest
 from moma_rt.errors import InputError
-from moma_rt.messages import shown
+from moma_rt.messages import short_repr
 
 # What is loaded at the same time: a network for itself, but for the two that every picture is made with.
-PICTURES = ("denoiser", "vae_decoder")
+GENERATION_NETWORKS = ("denoiser", "vae_decoder")
 _UNITS = MappingProxyType({"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30})
 _SIZE = re.compile(r"(\d{1,16}(?:\.\d{1,9})?)\s*([KMG]I?|)B?", re.IGNORECASE | re.ASCII)
 # A pebibyte, more than any machine has.
@@ -46,7 +46,7 @@ def footprint(manifest: Manifest, name: str, engine: EngineEntry | None) -> Foot
     return Footprint(size, engine.activation_bytes or 0, weights if engine.flavour.reads_weights else {})
 
 
-def together(footprints: Iterable[Footprint]) -> int:
+def combined_bytes(footprints: Iterable[Footprint]) -> int:
     """Bytes that networks need when all are loaded: they run one after the other, and share what they compute in."""
     found = list(footprints)
     shared = {file: size for footprint in found for file, size in footprint.shared.items()}
@@ -54,11 +54,11 @@ def together(footprints: Iterable[Footprint]) -> int:
     return own + sum(shared.values()) + max((footprint.activations for footprint in found), default=0)
 
 
-def groups(names: Iterable[str]) -> list[tuple[str, ...]]:
+def load_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Networks that have to be loaded at the same time."""
     every = list(names)
-    pictures = tuple(name for name in every if name in PICTURES)
-    return [*((name,) for name in every if name not in PICTURES), *([pictures] if pictures else [])]
+    pictures = tuple(name for name in every if name in GENERATION_NETWORKS)
+    return [*((name,) for name in every if name not in GENERATION_NETWORKS), *([pictures] if pictures else [])]
 
 
 def parse_bytes(given: object, what: str = "a memory budget") -> int:
@@ -76,7 +76,7 @@ def parse_bytes(given: object, what: str = "a memory budget") -> int:
         count = 0
     if not 0 < count < _MOST:
         raise InputError(
-            f"{what} is a number of bytes below 2**50, or a text such as 8GB or 512MiB, not {shown(given)}"
+            f"{what} is a number of bytes below 2**50, or a text such as 8GB or 512MiB, not {short_repr(given)}"
         )
     return count
 
@@ -89,12 +89,12 @@ def describe_budget(manifest: Manifest, engines: Mapping[str, EngineEntry] | Non
         if engines is None or name in engines
     }
     lines, too_large = [], []
-    for group in groups(needs):
-        size = together(needs[name] for name in group)
-        lines.append(f"  {' + '.join(group):<24} {spelled_bytes(size):>10}  {_verdict(size, budget)}")
+    for group in load_groups(needs):
+        size = combined_bytes(needs[name] for name in group)
+        lines.append(f"  {' + '.join(group):<24} {format_bytes(size):>10}  {_verdict(size, budget)}")
         too_large += [] if size <= budget else [" + ".join(group)]
-    size = together(needs.values())
-    lines.append(f"  {'all of them':<24} {spelled_bytes(size):>10}  {_verdict(size, budget)}")
+    size = combined_bytes(needs.values())
+    lines.append(f"  {'all of them':<24} {format_bytes(size):>10}  {_verdict(size, budget)}")
     if size <= budget:
         lines.append("  every network stays loaded")
     elif not too_large:
@@ -106,7 +106,7 @@ def describe_budget(manifest: Manifest, engines: Mapping[str, EngineEntry] | Non
     return lines
 
 
-def spelled_bytes(count: int | None) -> str:
+def format_bytes(count: int | None) -> str:
     """A size for people; of one that is not known, that."""
     if count is None:
         return "unknown"

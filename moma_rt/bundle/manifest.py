@@ -21,7 +21,7 @@ from moma_rt.bundle.engines import EngineEntry, KernelsEntry
 from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision
 from moma_rt.errors import BundleError
 from moma_rt.files import atomic_write, resolve_inside, sha256_file
-from moma_rt.messages import shown
+from moma_rt.messages import short_repr
 
 FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
@@ -113,7 +113,7 @@ class Manifest:
         return all(network.onnx is not None for network in self.networks.values())
 
     @property
-    def why_without(self) -> str:
+    def explain_missing(self) -> str:
         """Why something is not in it, and what helps, to end a sentence with."""
         if self.packed_for:
             return f"since it was packed for {self.packed_for}: pack the whole bundle again for what is wanted"
@@ -258,7 +258,7 @@ class Bundle:
         """
         graph = self.network(name).onnx
         if graph is None:
-            raise BundleError(f"{self.root} has no ONNX graph of {name}, {self.manifest.why_without}")
+            raise BundleError(f"{self.root} has no ONNX graph of {name}, {self.manifest.explain_missing}")
         return graph
 
     def has(self, *names: str) -> bool:
@@ -284,13 +284,13 @@ class Bundle:
 
 def _list(value: object) -> list[object]:
     if not isinstance(value, list):
-        raise ValueError(f"{shown(value)} is not a list")
+        raise ValueError(f"{short_repr(value)} is not a list")
     return value
 
 
 def _line(text: object) -> str:
     if not isinstance(text, str) or (text and not text.isprintable()):
-        raise ValueError(f"{shown(text)} is not a line of text")
+        raise ValueError(f"{short_repr(text)} is not a line of text")
     return text
 
 

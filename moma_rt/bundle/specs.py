@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from moma_rt.messages import shown
+from moma_rt.messages import short_repr
 
 Json = dict[str, Any]
 
@@ -105,7 +105,7 @@ class TensorSpec:
         check_fields(cls, data)
         name, dtype = _name("tensor", data["name"]), data["dtype"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"tensor {name!r} has dtype {shown(dtype)}; known: {', '.join(DTYPES)}")
+            raise ValueError(f"tensor {name!r} has dtype {short_repr(dtype)}; known: {', '.join(DTYPES)}")
         sizes = _list(f"the shape of tensor {name!r}", data["shape"])
         shape = tuple(Dim.from_json(d) if isinstance(d, dict) else _size(f"a size of {name!r}", d) for d in sizes)
         return cls(name, dtype, shape)
@@ -226,25 +226,25 @@ def check_fields(cls: type, data: Json) -> set[str]:
     names = {field.name for field in fields(cls)}
     if not isinstance(data, dict) or data.keys() != names:
         found = sorted(data) if isinstance(data, dict) else data
-        raise ValueError(f"{cls.__name__} has the fields {', '.join(sorted(names))}, not {shown(found)}")
+        raise ValueError(f"{cls.__name__} has the fields {', '.join(sorted(names))}, not {short_repr(found)}")
     return names
 
 
 def _name(what: str, value: object) -> str:
     if not isinstance(value, str) or not value or not value.isprintable():
-        raise ValueError(f"the name of a {what} is {shown(value)}, not a line of text")
+        raise ValueError(f"the name of a {what} is {short_repr(value)}, not a line of text")
     return value
 
 
 def _size(what: str, value: object, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_SIZE:
-        raise ValueError(f"{what} is {shown(value)}, not a whole number of {least} to {MAX_SIZE}")
+        raise ValueError(f"{what} is {short_repr(value)}, not a whole number of {least} to {MAX_SIZE}")
     return value
 
 
 def _list(what: str, value: object) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{what} is {shown(value)}, not a list")
+        raise ValueError(f"{what} is {short_repr(value)}, not a list")
     return list(value)
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from moma_rt.errors import BundleError, InputError
-from moma_rt.messages import first_line, shown, warn
+from moma_rt.messages import first_line, short_repr, warn
 
 IMAGE_PLACEHOLDER = "<image>"
 MAX_SEQUENCE = 2048
@@ -40,7 +40,7 @@ def check_prompt(prompt: str, what: str = "prompt") -> None:
         InputError: it is no string, or holds the image placeholder or characters that are not Unicode text.
     """
     if not isinstance(prompt, str):
-        raise InputError(f"{what} must be a text, not {shown(prompt)}")
+        raise InputError(f"{what} must be a text, not {short_repr(prompt)}")
     if IMAGE_PLACEHOLDER in prompt:
         raise InputError(f"{what} must not hold {IMAGE_PLACEHOLDER}, which stands for the photo: {_quoted(prompt)}")
     _check_unicode(prompt, what)

@@ -1,1 +1,1 @@
-"""What stays loaded: networks, device buffers and cached subjects, within their budgets."""
+"""Memory budgets and caches: networks, generation buffers and subjects."""

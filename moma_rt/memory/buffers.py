@@ -1,4 +1,4 @@
-"""The memory in which pictures are made: allocated and bound once, used by every generation of its size."""
+"""Generation buffers: allocated and bound once per size, reused by every generation of that size."""
 
 import contextlib
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
@@ -6,32 +6,33 @@ from types import MappingProxyType
 
 import numpy as np
 
-from moma_rt.backends.base import Array, Backend, Bound, Buffer, Network, Recording, Size, nbytes
+from moma_rt.backends.base import Array, Backend, Bound, Buffer, CapturedGraph, Network, Size, nbytes
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import OutOfMemory
 from moma_rt.memory.lru import Lru
 
-# What a step reads of itself and hands to the next one; the denoiser's outputs are named next_<name>.
+# Carried from step to step: the denoiser reads <name> and writes next_<name>.
 STATE = ("latents", "history", "foreground_mask")
-# What the halves of guidance differ in: their batch is that of the halves together.
+# Inputs that differ between the guidance halves; their batch dimension is halves * batch.
 CONDITIONS = ("text_tokens", "context_tokens")
-# What differs from step to step: a row of a table each. Tables have room for so many steps at least.
-_TABLE_ROWS = MappingProxyType({"schedule_row": 64, "noise": 1})
-# Generations of other lengths or guidance; a recording of 50 steps holds some ten thousand launches.
-_RECORDINGS = 4
+# Inputs that differ between steps lie in tables with a row per step. These are the fewest rows a table is made with.
+_MIN_TABLE_ROWS = MappingProxyType({"schedule_row": 64, "noise": 1})
+# One per number of steps and guidance; a graph of 50 steps holds some ten thousand launches.
+_MAX_GRAPHS = 4
 
 
 class GenerationBuffers:
-    """Owns every buffer of the denoiser and the VAE decoder for one batch size, choice of guidance and reference size.
+    """Owns all buffers of the denoiser and the VAE decoder for one batch size, guidance and reference size.
 
-    The state lies in two sets of buffers. Even steps read the first and write the second, odd steps the other
-    way round; each direction is bound once. What differs between the steps lies in tables beside them, so a generation
-    uploads before its first step and not again, and the whole of it can be recorded. A step computes as many halves of
-    guidance as it has conditions for: each number of `halves` has its own conditions, and shares the rest.
+    The state is double-buffered: even steps read the first set and write the second, odd steps the reverse, and each
+    direction is bound once. Inputs that differ between steps lie in tables on the device, so a generation uploads
+    everything before its first step and can be captured as one CUDA graph. Steps with and without guidance have
+    conditions of their own and share all other buffers.
 
-    sizes: of the denoiser's dynamic dimensions but guided_batch, which is halves times batch.
-    halves: the numbers of halves that steps will have, 2 with guidance and 1 without.
-    recording_budget: bytes that recordings may take together; the one used last is kept whatever it takes.
+    Args:
+        sizes: of the denoiser's dynamic dimensions, except guided_batch, which is halves * batch.
+        halves: numbers of guidance halves that steps will have: 2 with guidance, 1 without.
+        graph_budget: bytes that captured graphs may take; the one used last is kept even if it is larger.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class GenerationBuffers:
         decoder: Network,
         sizes: Mapping[str, int],
         halves: Collection[int],
-        recording_budget: int,
+        graph_budget: int,
     ) -> None:
         spec, batch = denoiser.spec, sizes["batch"]
         shared = [t.name for t in spec.inputs if t.name not in (*STATE, *CONDITIONS)]
@@ -53,126 +54,126 @@ class GenerationBuffers:
         }
         for count in halves:
             groups[count] = _sizes(spec, {**sizes, "guided_batch": count * batch}, CONDITIONS)
-        found = backend.allocate({(key, name): size for key, group in groups.items() for name, size in group.items()})
+        buffers = backend.allocate({(key, name): size for key, group in groups.items() for name, size in group.items()})
 
-        def of(key: Hashable) -> dict[str, Buffer]:
-            return {name: found[key, name] for name in groups[key]}
+        def buffers_of(key: Hashable) -> dict[str, Buffer]:
+            return {name: buffers[key, name] for name in groups[key]}
 
         self._backend = backend
-        self._records = backend.records
+        self._can_capture = backend.supports_capture
         self._spec = spec
-        self._buffer_bytes = sum(map(nbytes, found.values()))
-        self._inputs = of("inputs")
-        self._conditions = {count: of(count) for count in halves}
-        self._states = (of("even"), of("odd"))
-        self._images = of("images")
+        self._buffer_bytes = sum(map(nbytes, buffers.values()))
+        self._inputs = buffers_of("inputs")
+        self._conditions = {count: buffers_of(count) for count in halves}
+        self._states = (buffers_of("even"), buffers_of("odd"))
+        self._images = buffers_of("images")
         self._steps = {count: tuple(self._bind_step(denoiser, count, i) for i in range(2)) for count in halves}
         self._decoders = tuple(
             decoder.bind({"latents": state["latents"], "image": self._images["image"]}) for state in self._states
         )
         self._tables: dict[str, Buffer] = {}
-        self._read: tuple[str, ...] = ()
-        self._recordings: Lru[tuple[int, ...], Recording | None] = Lru(_RECORDINGS, _recorded_size, recording_budget)
+        self._tables_in_use: tuple[str, ...] = ()
+        self._graphs: Lru[tuple[int, ...], CapturedGraph | None] = Lru(_MAX_GRAPHS, _graph_size, graph_budget)
         self._current = 0
-        self._residents = [""] * batch
+        self._subject_ids = [""] * batch
 
     @property
     def size(self) -> int:
-        """Bytes of memory that it takes, with all that was recorded on it."""
-        return self._buffer_bytes + sum(map(nbytes, self._tables.values())) + self._recordings.size
+        """Bytes of all buffers and captured graphs."""
+        return self._buffer_bytes + sum(map(nbytes, self._tables.values())) + self._graphs.size
 
     def _bind_step(self, denoiser: Network, halves: int, parity: int) -> Bound:
         following = {f"next_{name}": buffer for name, buffer in self._states[1 - parity].items()}
         return denoiser.bind({**self._inputs, **self._conditions[halves], **self._states[parity], **following})
 
-    def schedule(self, rows: Array, noise: Array | None) -> None:
-        """What each step reads: rows float32 [steps,64], and fresh noise float32 [steps,B,4,h,w] or None."""
+    def set_schedule(self, rows: Array, noise: Array | None) -> None:
+        """Upload the tables: rows float32 [steps,64], and noise to add float32 [steps,B,4,h,w] or None."""
         self._upload_table("schedule_row", rows)
         if noise is not None:
             self._upload_table("noise", noise)
-        elif "noise" in self._read:
+        elif "noise" in self._tables_in_use:
             self._fill(self._inputs["noise"], 0.0)
-        self._read = ("schedule_row",) if noise is None else tuple(_TABLE_ROWS)
+        self._tables_in_use = ("schedule_row",) if noise is None else tuple(_MIN_TABLE_ROWS)
 
-    def begin(self, latents_bchw: Array) -> None:
-        """Start over from these latents, float32 [B,4,h,w], with no history and a foreground of ones."""
+    def start(self, latents_bchw: Array) -> None:
+        """Reset the state to these latents, float32 [B,4,h,w], a history of zeros and a foreground mask of ones."""
         self._current = 0
         state = self._states[0]
         self._backend.upload(state["latents"], latents_bchw)
         self._fill(state["history"], 0.0)
         self._fill(state["foreground_mask"], 1.0)
 
-    def hold(self, sample: int, owner: str, inputs: Callable[[], Mapping[str, Buffer]]) -> None:
-        """Copy one sample's inputs, of a sample's shape, to their place, unless they are there from the same owner.
+    def load_subject(self, sample: int, identity: str, inputs: Callable[[], Mapping[str, Buffer]]) -> None:
+        """Copy a subject's inputs, each of one sample's shape, into a sample's rows unless they are there already.
 
-        Reference tokens may be fewer than there is room for: zeros follow, in the object mask as well.
+        A subject may have fewer reference tokens than the buffers: the rest is zeroed, in the object mask as well.
         """
-        if owner == self._residents[sample]:
+        if identity == self._subject_ids[sample]:
             return
-        self._residents[sample] = ""
+        self._subject_ids[sample] = ""
         for name, source in inputs().items():
             self._backend.fill_row(self._inputs[name], sample, source)
-        self._residents[sample] = owner
+        self._subject_ids[sample] = identity
 
-    def upload(self, name: str, array: Array) -> None:
-        """Copy an array into a denoiser input that is neither state nor condition."""
+    def set_input(self, name: str, array: Array) -> None:
+        """Upload a denoiser input that is neither state nor condition."""
         self._backend.upload(self._inputs[name], array)
 
-    def condition(self, name: str, array_gb: Array) -> None:
-        """Copy one of `CONDITIONS`, [G,B,...] with the unconditional half first.
+    def set_condition(self, name: str, array_gb: Array) -> None:
+        """Upload one of `CONDITIONS`, [G,B,...] with the unconditional half first.
 
-        Steps of one half take the conditional one.
+        Steps without guidance read the conditional half.
         """
         for halves, buffers in self._conditions.items():
-            chosen = array_gb[-halves:]
-            self._backend.upload(buffers[name], chosen.reshape(-1, *chosen.shape[2:]))
+            used = array_gb[-halves:]
+            self._backend.upload(buffers[name], used.reshape(-1, *used.shape[2:]))
 
     def step(self, index: int, halves: int) -> None:
-        """Enqueue a step, with or without guidance, and make its outputs the state of the next."""
-        for name in self._read:
+        """Enqueue a step of so many guidance halves, and make its outputs the state of the next step."""
+        for name in self._tables_in_use:
             self._backend.copy_row(self._tables[name], index, self._inputs[name])
         self._steps[halves][self._current].enqueue()
         self._current = 1 - self._current
 
-    def pace(self) -> None:
-        """Wait for the device as far as to be no more than one step ahead of it."""
-        self._backend.pace()
+    def limit_run_ahead(self) -> None:
+        """Wait until the host is at most one step ahead of the device."""
+        self._backend.limit_run_ahead()
 
     def decode(self) -> None:
         """Enqueue the decoding of the current latents."""
         self._decoders[self._current].enqueue()
 
-    def recording(self, halves: Sequence[int]) -> Recording | None:
-        """The whole generation, of steps with these halves and the decoding, to be replayed; None where it cannot be.
+    def graph(self, halves: Sequence[int]) -> CapturedGraph | None:
+        """Return the captured graph of all steps, with these halves, and the decoding; None if it cannot be captured.
 
-        It is recorded if it was not, and what was begun before is lost then: `begin` comes after this.
+        A graph that is not cached is captured now. That overwrites the state, so call `start` afterwards.
 
         Raises:
-            OutOfMemory: there is no room for it, even without the others.
+            OutOfMemory: too little device memory, even with all other graphs evicted.
         """
-        if not self._records:
+        if not self._can_capture:
             return None
-        key = (len(self._read), *halves)
+        key = (len(self._tables_in_use), *halves)
         with contextlib.suppress(OutOfMemory):
-            recording = self._recordings.get_or_make(key, lambda: self._record(halves))
-            if recording is None or recording.usable:
-                return recording
-        # It was recorded with what has moved since, or the others leave no room for it.
-        self._recordings.clear()
-        return self._recordings.get_or_make(key, lambda: self._record(halves))
+            graph = self._graphs.get_or_make(key, lambda: self._capture(halves))
+            if graph is None or graph.is_valid:
+                return graph
+        # The graph refers to memory that has moved since, or the other graphs leave too little memory.
+        self._graphs.clear()
+        return self._graphs.get_or_make(key, lambda: self._capture(halves))
 
-    def forgo_recordings(self) -> None:
-        """Record nothing from now on: what an attempt takes, and what has to go for it, would be lost each time."""
-        self._records = False
+    def disable_capture(self) -> None:
+        """Stop capturing after a failure: each attempt costs time and evicts the other caches."""
+        self._can_capture = False
 
-    def replay(self, recording: Recording, steps: int) -> None:
-        """Enqueue a recorded generation of so many steps."""
-        recording.replay()
+    def replay(self, graph: CapturedGraph, steps: int) -> None:
+        """Enqueue a captured generation of so many steps."""
+        graph.replay()
         self._current = steps % 2
 
-    def _record(self, halves: Sequence[int]) -> Recording | None:
-        # Libraries load code and choose among it when something runs for the first time, which cannot be recorded.
-        # Twice, since what is needed to compute in may grow, and move, until all of them have run.
+    def _capture(self, halves: Sequence[int]) -> CapturedGraph | None:
+        # Warm up: libraries load and select kernels on the first run, which cannot be captured. Run everything twice,
+        # since the workspace may grow, and so move, until each network has run.
         steps = [step for count in dict.fromkeys(halves) for step in self._steps[count]]
         for bound in (*steps, *self._decoders) * 2:
             bound.enqueue()
@@ -184,22 +185,22 @@ class GenerationBuffers:
                 self.step(index, count)
             self.decode()
 
-        return self._backend.record(enqueue)
+        return self._backend.capture(enqueue)
 
-    def state(self, name: str) -> Array:
-        """A copy of one of `STATE`, after everything enqueued so far."""
+    def read_state(self, name: str) -> Array:
+        """Download one of `STATE`, after all enqueued work."""
         return self._backend.download(self._states[self._current][name])
 
-    def images(self) -> Array:
-        """What was decoded last, uint8 [B,H,W,3]."""
+    def read_images(self) -> Array:
+        """Download the images decoded last, uint8 [B,H,W,3]."""
         return self._backend.download(self._images["image"])
 
     def _upload_table(self, name: str, rows: Array) -> None:
-        """Tables keep their place, which recordings know, and are replaced by longer ones where they are too short."""
+        """Upload a table in place, since graphs refer to its address; reallocate it if it is too short."""
         table = self._tables.get(name)
         if table is None or table.shape[0] < len(rows):
-            self._recordings.clear()
-            shape = (max(len(rows), _TABLE_ROWS[name]), *self._inputs[name].shape)
+            self._graphs.clear()
+            shape = (max(len(rows), _MIN_TABLE_ROWS[name]), *self._inputs[name].shape)
             table = self._backend.allocate({name: (shape, self._spec.tensor(name).dtype)})[name]
             self._tables[name] = table
         padded = np.zeros(table.shape, rows.dtype)
@@ -215,5 +216,5 @@ def _sizes(spec: NetworkSpec, sizes: Mapping[str, int], names: Iterable[str]) ->
     return {t.name: (t.resolve(**sizes), t.dtype) for t in tensors}
 
 
-def _recorded_size(recording: Recording | None) -> int:
-    return 0 if recording is None else recording.size
+def _graph_size(graph: CapturedGraph | None) -> int:
+    return 0 if graph is None else graph.size

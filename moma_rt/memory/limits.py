@@ -1,10 +1,10 @@
-"""How much a runtime does at a time, and how much memory it keeps."""
+"""Limits of a runtime: batch size and memory budgets."""
 
 from dataclasses import dataclass
 
 from moma_rt.bundle.footprint import parse_bytes
 from moma_rt.errors import InputError
-from moma_rt.messages import shown
+from moma_rt.messages import short_repr
 
 MAX_IMAGES = 64
 SUBJECT_MEMORY = 10**9
@@ -13,10 +13,10 @@ GRAPH_MEMORY = 2 * 10**9
 
 @dataclass(frozen=True)
 class Limits:
-    """Checked, memory in bytes: what `Runtime.load` says of them.
+    """Checked limits, memory in bytes; see `Runtime.load`.
 
     Raises:
-        InputError: a `max_batch` out of range.
+        InputError: `max_batch` is out of range.
     """
 
     max_batch: int = 1
@@ -25,16 +25,16 @@ class Limits:
     graph_memory: int = GRAPH_MEMORY
 
     def __post_init__(self) -> None:
-        most = self.max_batch
-        if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= MAX_IMAGES:
-            raise InputError(f"max_batch is {shown(most)}: it must be a whole number from 1 to {MAX_IMAGES}")
+        given = self.max_batch
+        if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MAX_IMAGES:
+            raise InputError(f"max_batch is {short_repr(given)}: it must be a whole number from 1 to {MAX_IMAGES}")
 
     @classmethod
     def of(cls, max_batch: int, memory_budget: object, subject_memory: object, graph_memory: object) -> "Limits":
-        """From memory as numbers of bytes, or texts such as "8GB"; a budget may be None.
+        """Parse memory given in bytes or as a text such as "8GB"; the budget may be None.
 
         Raises:
-            InputError: one that is neither, or out of range.
+            InputError: a value is neither, or out of range.
         """
         return cls(
             max_batch,

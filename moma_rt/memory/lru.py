@@ -1,4 +1,4 @@
-"""A small cache that forgets what was used longest ago."""
+"""A least-recently-used cache."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -9,9 +9,11 @@ V = TypeVar("V")
 
 
 class Lru(Generic[K, V]):
-    """At most `capacity` values by key, and as many as `budget` allows. Not thread-safe: its owner holds a lock.
+    """Caches at most `capacity` values, of at most `budget` in total size. Not thread-safe: its owner holds a lock.
 
-    budget: of the sum of `size_of` all values; the one that was used last stays even if it alone is larger.
+    Args:
+        size_of: size of a value; None: values have no size.
+        budget: for the sum of sizes; the most recently used value stays even if it alone is larger.
     """
 
     def __init__(self, capacity: int, size_of: Callable[[V], int] | None = None, budget: int = 0) -> None:
@@ -25,19 +27,19 @@ class Lru(Generic[K, V]):
 
     @property
     def size(self) -> int:
-        """Of all values together."""
+        """Total size of all values."""
         return 0 if self._size_of is None else sum(map(self._size_of, self._values.values()))
 
     def clear(self) -> None:
-        """Forget all."""
+        """Evict all values."""
         self._values.clear()
 
     def get_or_make(self, key: K, make: Callable[[], V]) -> V:
-        """The value of `key`, made by `make()` if it is not held; a `make` that raises leaves the key absent."""
+        """Return the value of `key`; on a miss, make and cache it. If `make` raises, the key stays absent."""
         if key in self._values:
             self._values.move_to_end(key)
             return self._values[key]
-        # Room is made first: two sets of large buffers must not be alive together when one is to be dropped.
+        # Evict first: an evicted large set of buffers and the new one must not be alive together.
         while len(self._values) >= self.capacity:
             self._values.popitem(last=False)
         value = make()
@@ -45,7 +47,7 @@ class Lru(Generic[K, V]):
         return value
 
     def put(self, key: K, value: V) -> None:
-        """Hold a value as the one used last, also one that is held and whose size has changed."""
+        """Cache a value as the most recently used; put it again when its size has changed."""
         self._values[key] = value
         self._values.move_to_end(key)
         while len(self._values) > 1 and self.size > self._budget:

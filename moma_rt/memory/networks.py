@@ -1,4 +1,4 @@
-"""The networks of a bundle, loaded when first needed, and single runs of them."""
+"""Networks of a bundle: loaded on first use, evicted to stay within a memory budget; and single runs of them."""
 
 import contextlib
 import weakref
@@ -10,21 +10,22 @@ import numpy as np
 
 from moma_rt.backends.base import Array, Backend, Buffer, Network
 from moma_rt.bundle.engines import EngineEntry
-from moma_rt.bundle.footprint import Footprint, footprint, spelled_bytes, together
+from moma_rt.bundle.footprint import Footprint, combined_bytes, footprint, format_bytes
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Geometry, NetworkSpec
 from moma_rt.errors import BundleError, OutOfMemory, os_error_line
-from moma_rt.timing import LOADING, Stages
+from moma_rt.timing import LOADING, StageTimer
 
 T = TypeVar("T")
 
 
 class Networks:
-    """Loads each network of a bundle when it is needed, after checking the hashes of the files that this reads.
+    """Loads a bundle's networks on first use, after verifying the hashes of the files that are read.
 
-    engines: what is loaded for each network, where the backend runs engines; None where it runs the ONNX files.
-    budget: bytes that loaded networks may need together. Those that were used longest ago go where another one needs
-        the room; None keeps all of them.
+    Args:
+        engines: engine of each network, if the backend runs engines; None: the backend runs the ONNX files.
+        budget: bytes that the loaded networks may need; the least recently used are evicted for another one. None: no
+            limit.
     """
 
     def __init__(
@@ -47,32 +48,33 @@ class Networks:
         return self.bundle.manifest.geometry
 
     def on_unload(self, call: Callable[[str], None]) -> None:
-        """Have `call`, a method, told of each network that is to be unloaded: what it holds on to has to be let go.
+        """Register a method that takes a network's name and drops what its object caches for that network.
 
-        Its object is not kept alive, so that a runtime goes, and with it what it holds of a device, when nobody has it.
+        It is called before a network is unloaded, and for all loaded networks when memory runs out. The object is
+        referenced weakly, so that device memory is freed with the last reference to the runtime.
         """
         self._on_unload.append(weakref.WeakMethod(call))
 
-    def get(self, name: str, stages: Stages) -> Network:
-        """The network, loaded now if it was not.
+    def get(self, name: str, stages: StageTimer) -> Network:
+        """Return a network, loaded if it is not yet.
 
         Raises:
             BundleError: the bundle has no such network, or its files were altered or cannot be loaded.
-            OutOfMemory: it needs more than the budget.
+            OutOfMemory: it needs more than the budget, or than the device has left.
         """
-        return self.together((name,), stages)[0]
+        return self.get_all((name,), stages)[0]
 
-    def together(self, names: tuple[str, ...], stages: Stages) -> tuple[Network, ...]:
-        """Networks that are needed at the same time. Raises what `get` raises."""
+    def get_all(self, names: tuple[str, ...], stages: StageTimer) -> tuple[Network, ...]:
+        """Return networks that are needed at the same time. Raises what `get` raises."""
         if any(name not in self._loaded for name in names):
-            self._make_room(names)
+            self._evict_for(names)
         for name in names:
             network = self._loaded.pop(name, None)
-            # Last is what was used last.
+            # Inserted anew: the dict is in order of last use.
             self._loaded[name] = self._load(name, stages) if network is None else network
         return tuple(self._loaded[name] for name in names)
 
-    def _load(self, name: str, stages: Stages) -> Network:
+    def _load(self, name: str, stages: StageTimer) -> Network:
         entry = self.bundle.network(name)
         engine = None if self._engines is None else self._engines[name]
         code = self.bundle.graph(name) if engine is None else engine.file
@@ -80,57 +82,57 @@ class Networks:
         paths = tuple(map(self.bundle.path, weights))
         with stages.timed(LOADING):
             self._verify(code, weights)
-            return self.with_room(lambda: self.backend.load(entry.spec, self.bundle.path(code), paths))
+            return self.retry_after_eviction(lambda: self.backend.load(entry.spec, self.bundle.path(code), paths))
 
     def _verify(self, code: str, weights: Collection[str]) -> None:
-        """Hash what is to be loaded; a weights file, which several networks may read, once until it changes."""
-        states = {file: _state(self.bundle.path(file)) for file in weights}
+        """Verify the hashes of the files to load; weights files, which networks may share, again only if changed."""
+        states = {file: _file_state(self.bundle.path(file)) for file in weights}
         changed = [file for file, state in states.items() if self._verified.get(file) != state]
         self.bundle.verified([code, *changed])
         self._verified |= states
 
-    def _make_room(self, names: tuple[str, ...]) -> None:
+    def _evict_for(self, names: tuple[str, ...]) -> None:
         if self._budget is None:
             return
         for name in names:
-            # What is not there is no question of room.
+            # A missing network is a BundleError, not a matter of memory.
             self.bundle.network(name)
-        need = together(self._footprint(name) for name in names)
+        need = combined_bytes(self._footprint(name) for name in names)
         if need > self._budget:
             raise OutOfMemory(
-                f"{' and '.join(names)}: {spelled_bytes(need)} of memory needed, the memory budget is "
-                f"{spelled_bytes(self._budget)}"
+                f"{' and '.join(names)}: {format_bytes(need)} of memory needed, the memory budget is "
+                f"{format_bytes(self._budget)}"
             )
-        leaving = [name for name in self._loaded if name not in names]
-        while leaving and together(map(self._footprint, {*self._loaded, *names})) > self._budget:
-            self._unload(leaving.pop(0))
+        evictable = [name for name in self._loaded if name not in names]
+        while evictable and combined_bytes(map(self._footprint, {*self._loaded, *names})) > self._budget:
+            self._unload(evictable.pop(0))
 
     def _unload(self, name: str) -> None:
-        self._let_go(name)
-        # What still runs keeps its network, and a region to compute in that is as large as the largest needed.
+        self._drop_caches(name)
+        # Enqueued work still refers to the network, and the workspace has the size that the largest network needed.
         self.backend.trim()
         del self._loaded[name]
 
-    def _let_go(self, name: str) -> None:
+    def _drop_caches(self, name: str) -> None:
         for call in self._on_unload:
             if (method := call()) is not None:
                 method(name)
 
-    def with_room(self, make: Callable[[], T]) -> T:
-        """What `make` makes; where there is no room, once more without what is only kept for the next picture.
+    def retry_after_eviction(self, make: Callable[[], T]) -> T:
+        """Call `make`; on out of memory, evict cached buffers, graphs and subjects, and call it once more.
 
         Raises:
-            OutOfMemory: there is no room even so.
+            OutOfMemory: memory is too short even then.
         """
         with contextlib.suppress(OutOfMemory):
             return make()
         for name in self._loaded:
-            self._let_go(name)
+            self._drop_caches(name)
         self.backend.trim()
         try:
             return make()
         except OutOfMemory:
-            # What this call made room for is not held against the next one.
+            # Free what the failed attempt allocated, so that the next call has it.
             self.backend.trim()
             raise
 
@@ -138,21 +140,21 @@ class Networks:
         return footprint(self.bundle.manifest, name, None if self._engines is None else self._engines[name])
 
     def run(
-        self, name: str, inputs: Mapping[str, Array | Buffer], stages: Stages, wanted: Collection[str] | None = None
+        self, name: str, inputs: Mapping[str, Array | Buffer], stages: StageTimer, wanted: Collection[str] | None = None
     ) -> dict[str, Array]:
-        """Run a network once on buffers made for this run: for what is computed once a subject or a prompt.
+        """Run a network once, on buffers allocated for this run: for results computed once per subject or prompt.
 
         Args:
-            inputs: arrays, which are uploaded, or buffers, which are read where they are.
+            inputs: arrays, which are uploaded, or buffers, which are bound as they are.
             wanted: the outputs to download; None: all of them.
         """
         network = self.get(name, stages)
         with stages.timed(name):
-            return self.with_room(lambda: run_once(self.backend, network, inputs, wanted))
+            return self.retry_after_eviction(lambda: run_once(self.backend, network, inputs, wanted))
 
 
-def _state(path: Path) -> tuple[int, int, int]:
-    """What changes when a file does."""
+def _file_state(path: Path) -> tuple[int, int, int]:
+    """Inode, size and modification time, of which one changes when the file does."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -163,16 +165,16 @@ def _state(path: Path) -> tuple[int, int, int]:
 def run_once(
     backend: Backend, network: Network, inputs: Mapping[str, Array | Buffer], wanted: Collection[str] | None = None
 ) -> dict[str, Array]:
-    """A network's outputs for these inputs, on buffers of their sizes: see `Networks.run`.
+    """Run a network once, as `Networks.run` does, and return its outputs.
 
     Raises:
-        ValueError: inputs whose sizes do not fit each other or the network.
+        ValueError: the inputs' sizes do not fit each other or the network.
     """
     spec = network.spec
     sizes = sizes_of(spec, inputs)
     arrays = {t.name: array for t in spec.inputs if isinstance(array := inputs[t.name], np.ndarray)}
-    made = (*(t for t in spec.inputs if t.name in arrays), *spec.outputs)
-    buffers = backend.allocate({t.name: (t.resolve(**sizes), t.dtype) for t in made})
+    tensors = (*(t for t in spec.inputs if t.name in arrays), *spec.outputs)
+    buffers = backend.allocate({t.name: (t.resolve(**sizes), t.dtype) for t in tensors})
     for name, array in arrays.items():
         backend.upload(buffers[name], array)
     given = {name: buffer for name, buffer in inputs.items() if not isinstance(buffer, np.ndarray)}
@@ -181,10 +183,10 @@ def run_once(
 
 
 def sizes_of(spec: NetworkSpec, inputs: Mapping[str, Array | Buffer]) -> dict[str, int]:
-    """The size of each dynamic dimension, read off the inputs' shapes.
+    """Size of each dynamic dimension, from the inputs' shapes.
 
     Raises:
-        ValueError: an input of another rank, two sizes for one dimension, or a size outside its bounds.
+        ValueError: an input has another rank, a dimension has two sizes, or a size is out of bounds.
     """
     sizes: dict[str, int] = {}
     for tensor in spec.inputs:
@@ -202,6 +204,6 @@ def sizes_of(spec: NetworkSpec, inputs: Mapping[str, Array | Buffer]) -> dict[st
 
 
 def largest(spec: NetworkSpec, dim_name: str) -> int:
-    """The most that dimension `dim_name` of a network may be; 1 if it has no such dimension."""
+    """Upper bound of a network's dimension `dim_name`; 1 if it has no such dimension."""
     sizes = [d.max for t in spec.inputs for d in t.dynamic_axes.values() if d.name == dim_name]
     return min(sizes, default=1)

@@ -1,4 +1,4 @@
-"""What subjects consist of, in the memory of a device, so that going from one to another uploads nothing."""
+"""Cache of subjects' tensors in device memory, so that switching between subjects uploads nothing."""
 
 import contextlib
 from collections.abc import Mapping
@@ -11,36 +11,36 @@ from moma_rt.memory.lru import Lru
 from moma_rt.memory.networks import Networks
 from moma_rt.subject import Prefix, Subject
 
-# More than any budget has room for.
-_MOST = 1 << 20
+# Only bytes are limited.
+_UNLIMITED = 1 << 20
 
 
-class Residents:
-    """The subjects that were used last, as far as `budget` bytes go.
+class SubjectCache:
+    """Caches the tensors of the most recently used subjects on the device, up to `budget` bytes.
 
-    Each is a Subject in the host's memory as well, so one that had to go is uploaded again. Nothing is kept where the
-    device's memory is the host's. All go when there is no room for another, and when a network is unloaded: the device
-    is short of memory then.
+    An evicted subject is uploaded again from its `Subject` in host memory. Nothing is cached if the device's memory is
+    the host's. All subjects are evicted when an upload runs out of memory, and when a network is unloaded, since the
+    device is short of memory then.
     """
 
     def __init__(self, networks: Networks, budget: int) -> None:
         self._networks = networks
-        self._kept: Lru[tuple[str, str], Mapping[str, Buffer]] = Lru(_MOST, _size, budget)
-        networks.on_unload(self._let_go)
+        self._cached: Lru[tuple[str, str], Mapping[str, Buffer]] = Lru(_UNLIMITED, _size, budget)
+        networks.on_unload(self._evict)
 
     def reference(self, subject: Subject) -> Mapping[str, Buffer]:
-        """A subject's inputs of the denoiser, in its dtypes: keys and values [N_g,C], object masks [N_g].
+        """Return a subject's denoiser inputs, in the denoiser's dtypes: keys and values [N_g,C], object masks [N_g].
 
         Raises:
-            OutOfMemory: there is no room for them.
+            OutOfMemory: too little device memory, even with all other subjects evicted.
         """
         return self._get("denoiser", subject, subject.inputs())
 
     def prefix_kv(self, subject: Subject, prefix: Prefix) -> Array | Buffer:
-        """The whole of a subject's prefix, as the language model's input [layers, 2, KV heads, P, head width].
+        """Return a subject's prefix K/V, the language model's input [layers, 2, KV heads, P, head width].
 
         Raises:
-            OutOfMemory: there is no room for it.
+            OutOfMemory: too little device memory, even with all other subjects evicted.
         """
         if self._networks.backend.is_host:
             return prefix.kv
@@ -52,11 +52,11 @@ class Residents:
             return make()
         key = (name, subject.identity)
         with contextlib.suppress(OutOfMemory):
-            return self._kept.get_or_make(key, make)
-        # Others are uploaded again in milliseconds; whatever else could make room takes seconds to be there again.
-        self._kept.clear()
+            return self._cached.get_or_make(key, make)
+        # Evict other subjects first: they are uploaded again in milliseconds, other caches take seconds to rebuild.
+        self._cached.clear()
         self._networks.backend.synchronize()
-        return self._kept.get_or_make(key, make)
+        return self._cached.get_or_make(key, make)
 
     def _upload(self, spec: NetworkSpec, arrays: Mapping[str, Array]) -> Mapping[str, Buffer]:
         backend = self._networks.backend
@@ -65,8 +65,8 @@ class Residents:
             backend.upload(buffers[name], array)
         return buffers
 
-    def _let_go(self, _: str) -> None:
-        self._kept.clear()
+    def _evict(self, _: str) -> None:
+        self._cached.clear()
 
 
 def _size(buffers: Mapping[str, Buffer]) -> int:

@@ -1,4 +1,4 @@
-"""Calls from many threads, one after the other, or those that can be together at a time."""
+"""Request queue: one thread at a time uses the device, and answers compatible waiting requests in one batch."""
 
 import contextlib
 import threading
@@ -11,107 +11,110 @@ R = TypeVar("R")
 A = TypeVar("A")
 
 
-class Call(Generic[R, A]):
-    """What one thread asks for, and in the end its answer or its error.
+class PendingRequest(Generic[R, A]):
+    """A request of one thread, and in the end its result or its error.
 
-    Calls of equal `kind` can be answered together, up to a sum of `size`.
+    Requests of equal `batch_key` can share a batch; `size` is the request's share of it, in samples.
     """
 
-    def __init__(self, request: R, kind: Hashable, size: int) -> None:
+    def __init__(self, request: R, batch_key: Hashable, size: int) -> None:
         self.request = request
-        self.kind = kind
+        self.batch_key = batch_key
         self.size = size
         self.error: BaseException | None = None
-        self._answers: list[A] = []
+        self._results: list[A] = []
 
     @property
     def is_done(self) -> bool:
-        return self.error is not None or bool(self._answers)
+        return self.error is not None or bool(self._results)
 
-    def answer(self, answer: A) -> None:
-        """End the call."""
-        self._answers.append(answer)
+    def set_result(self, result: A) -> None:
+        """Complete the request."""
+        self._results.append(result)
 
     def result(self) -> A:
-        """Its answer; raises its error. To be asked once."""
+        """Return the result, or raise the error. Call it once."""
         if self.error is not None:
             error, self.error = self.error, None
             try:
                 raise error
             finally:
-                # Else the error would hold this frame, which would hold the error, and with it memory of the device.
+                # Break the reference cycle between error and frame, which would keep device memory alive.
                 del error
-        return self._answers[0]
+        return self._results[0]
 
 
-class Turns(Generic[R, A]):
-    """Gives threads their turns.
+class RequestQueue(Generic[R, A]):
+    """Lets one thread at a time use the device, first come, first served, and batches requests.
 
-    They get them in the order in which they asked. A turn is not reentrant: what it protects is in use. Whoever has the
-    turn answers with its own call those that wait and are of its kind, so calls gather by themselves while the device
-    is busy and none waits for company.
+    The thread at the head of the queue runs its own request together with the waiting ones of equal `batch_key`.
+    Batches thus form while the device is busy, and no request waits for others to arrive. Not reentrant.
 
-    most: the sum of sizes up to which calls are answered together.
+    Args:
+        max_batch: largest sum of sizes in a batch; a larger request runs alone.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_batch: int) -> None:
+        self._max_batch = max_batch
         self._changed = threading.Condition()
         self._owner: int | None = None
-        # Calls, and whatever else stands for a thread that wants a turn.
+        # Pending requests, and a ticket for each thread that waits in `exclusive`.
         self._waiting: list[object] = []
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for this thread's turn.
+    def exclusive(self) -> Iterator[None]:
+        """Wait in the queue, then use the device alone.
 
         Raises:
-            InputError: the thread has it already.
+            InputError: this thread is using it already.
         """
-        self._check_not_inside()
+        self._refuse_reentrant_call()
         ticket = object()
         try:
             with self._changed:
                 self._waiting.append(ticket)
-                self._changed.wait_for(lambda: self._is_next(ticket))
+                self._changed.wait_for(lambda: self._may_run(ticket))
                 self._owner = threading.get_ident()
                 self._waiting.remove(ticket)
             yield
         finally:
-            self._leave(ticket)
+            self._release(ticket)
 
-    def answer(self, call: Call[R, A], together: Callable[[Sequence[Call[R, A]]], None]) -> A:
-        """The answer of `call`, by this thread in its turn, or by one whose turn comes earlier.
+    def submit(self, pending: PendingRequest[R, A], run_batch: Callable[[Sequence[PendingRequest[R, A]]], None]) -> A:
+        """Queue a request and return its result, computed by this thread or in the batch of another one.
 
         Args:
-            together: answers calls of one kind: each of them has an answer or an error when it returns.
+            run_batch: completes every request of a batch with a result or an error.
+
+        Raises:
+            InputError: this thread is using the device already.
         """
-        self._check_not_inside()
-        group: list[Call[R, A]] = []
+        self._refuse_reentrant_call()
+        batch: list[PendingRequest[R, A]] = []
         try:
             with self._changed:
-                self._waiting.append(call)
-                self._changed.wait_for(lambda: self._is_next(call) or call.is_done)
-                if not call.is_done:
+                self._waiting.append(pending)
+                self._changed.wait_for(lambda: self._may_run(pending) or pending.is_done)
+                if not pending.is_done:
                     self._owner = threading.get_ident()
-                    group = self._take(call)
-            if group:
-                together(group)
+                    batch = self._take_batch(pending)
+            if batch:
+                run_batch(batch)
         finally:
-            self._leave(call)
-        return call.result()
+            self._release(pending)
+        return pending.result()
 
-    def _is_next(self, waiting: object) -> bool:
-        # A call that was taken by somebody who could not answer it waits no more, and has waited longest.
+    def _may_run(self, waiting: object) -> bool:
+        # A request that left the queue unanswered was in the batch of an interrupted thread: it has waited longest.
         return self._owner is None and (waiting not in self._waiting or self._waiting[0] is waiting)
 
-    def _check_not_inside(self) -> None:
-        # Only this thread can have written its own number there, so it cannot change meanwhile.
+    def _refuse_reentrant_call(self) -> None:
+        # Only this thread writes its own id there, so no lock is needed.
         if self._owner == threading.get_ident():
-            raise InputError("the runtime was called from on_step, while it is busy with the call that is reported")
+            raise InputError("the runtime was called from on_step: call it after generate has returned")
 
-    def _leave(self, waiting: object) -> None:
-        """Wait no longer, and end this thread's turn, if it has one."""
+    def _release(self, waiting: object) -> None:
+        """Leave the queue, and free the device if this thread uses it."""
         with self._changed:
             with contextlib.suppress(ValueError):
                 self._waiting.remove(waiting)
@@ -119,12 +122,17 @@ class Turns(Generic[R, A]):
                 self._owner = None
             self._changed.notify_all()
 
-    def _take(self, first: Call[R, A]) -> list[Call[R, A]]:
-        """`first` and those that go with it, in the order in which they came, no longer waiting."""
-        taken, room = [first], self._most - first.size
-        for call in self._waiting:
-            if isinstance(call, Call) and call is not first and call.kind == first.kind and call.size <= room:
-                taken.append(call)
-                room -= call.size
-        self._waiting = [call for call in self._waiting if call not in taken]
-        return taken
+    def _take_batch(self, first: PendingRequest[R, A]) -> list[PendingRequest[R, A]]:
+        """Remove `first` and the requests that fit its batch from the queue, in order of arrival."""
+        batch, room = [first], self._max_batch - first.size
+        for waiting in self._waiting:
+            if (
+                isinstance(waiting, PendingRequest)
+                and waiting is not first
+                and waiting.batch_key == first.batch_key
+                and waiting.size <= room
+            ):
+                batch.append(waiting)
+                room -= waiting.size
+        self._waiting = [waiting for waiting in self._waiting if waiting not in batch]
+        return batch

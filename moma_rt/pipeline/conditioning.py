@@ -1,4 +1,4 @@
-"""What a prompt contributes: text tokens, context tokens, and the language model's prefix of a subject."""
+"""Conditions of a prompt: text tokens, context tokens, and the language model's K/V cache of a subject's prefix."""
 
 from functools import cached_property, partial
 
@@ -12,19 +12,19 @@ from moma_rt.errors import BundleError, SubjectError
 from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, common_prefix_length
 from moma_rt.memory.lru import Lru
 from moma_rt.memory.networks import Networks
-from moma_rt.memory.subject_cache import Residents
+from moma_rt.memory.subject_cache import SubjectCache
 from moma_rt.subject import Origin, Prefix, Subject
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 _CACHED_TEXTS = 64
 
 
 class Conditioner:
-    """Computes each text once: the last `_CACHED_TEXTS` texts and (subject, prompt) pairs are kept."""
+    """Computes text and context tokens, and caches those of the last 64 texts and (subject, prompt) pairs."""
 
-    def __init__(self, networks: Networks, residents: Residents) -> None:
+    def __init__(self, networks: Networks, subjects: SubjectCache) -> None:
         self._networks = networks
-        self._residents = residents
+        self._subjects = subjects
         self._text: Lru[str, Array] = Lru(_CACHED_TEXTS)
         self._context: Lru[tuple[str, str], Array] = Lru(_CACHED_TEXTS)
         self._unconditional: Lru[None, Array] = Lru(1)
@@ -39,8 +39,8 @@ class Conditioner:
         self._networks.bundle.verified([LANGUAGE_TOKENIZER])
         return LanguageTokenizer(self._networks.bundle.path(LANGUAGE_TOKENIZER))
 
-    def text_tokens(self, text: str, stages: Stages) -> tuple[Array, NDArray[np.int32]]:
-        """The text encoder's tokens, float32 [77,768], and the CLIP ids, int32 [77]. Warns of a text that is cut."""
+    def text_tokens(self, text: str, stages: StageTimer) -> tuple[Array, NDArray[np.int32]]:
+        """Text encoder's tokens, float32 [77,768], and CLIP ids, int32 [77]. Warns if the text is truncated."""
         ids = self.text_tokenizer.encode(text)
 
         def encode() -> Array:
@@ -50,7 +50,7 @@ class Conditioner:
         return self._text.get_or_make(text, encode), ids
 
     def check_prompt(self, subject: Subject, prompt: str) -> None:
-        """Refuse what `context_tokens` would refuse, without running a network.
+        """Raise the errors of `context_tokens` without running a network.
 
         Raises:
             InputError: the prompt is longer than the language model's longest sequence.
@@ -59,7 +59,7 @@ class Conditioner:
         language = self._check_language(subject)
         self.language_tokenizer.encode(subject.name, prompt, language.vocabulary, language.image_tokens)
 
-    def context_tokens(self, subject: Subject, prompt: str, stages: Stages) -> Array:
+    def context_tokens(self, subject: Subject, prompt: str, stages: StageTimer) -> Array:
         """Context tokens of a prompt, float32 [4,768], from the subject's prefix and the prompt's own tokens.
 
         Raises:
@@ -72,19 +72,19 @@ class Conditioner:
 
         return self._context.get_or_make((subject.identity, prompt), compute)
 
-    def unconditional_context_tokens(self, stages: Stages) -> Array:
-        """Context tokens of the half without guidance, float32 [4,768]: the projection of zeros, as in the original."""
+    def unconditional_context_tokens(self, stages: StageTimer) -> Array:
+        """Context tokens of the unconditional half, float32 [4,768]: the projection of zeros, as in the original."""
         width = self._networks.geometry.embedding_width
         return self._unconditional.get_or_make(None, lambda: self.project(np.zeros(width, np.float32), stages))
 
-    def project(self, embedding: Array, stages: Stages) -> Array:
+    def project(self, embedding: Array, stages: StageTimer) -> Array:
         """Context tokens, float32 [4,768], of an embedding, float32 [1024]."""
         outputs = self._networks.run("context_projector", {"embedding": embedding[None]}, stages)
         tokens: Array = outputs["context_tokens"][0]
         return tokens
 
-    def prefix(self, name: str, pixels: Array, stages: Stages) -> Prefix | None:
-        """Run the language model over the photo, float32 [1,3,336,336], and the name; None without one."""
+    def prefix(self, name: str, pixels: Array, stages: StageTimer) -> Prefix | None:
+        """Run the language model over photo, float32 [1,3,336,336], and name; None without it or a vision encoder."""
         language = self._networks.geometry.language
         if language is None or not self._networks.bundle.has("vision_encoder", "language_model"):
             return None
@@ -93,26 +93,26 @@ class Conditioner:
         past_kv = np.zeros((language.layers, 2, language.kv_heads, 0, language.head_width), np.float32)
         return Prefix(ids, self._language_model(ids, image_tokens, past_kv, "new_kv", stages))
 
-    def _embedding(self, subject: Subject, prompt: str, stages: Stages) -> Array:
+    def _embedding(self, subject: Subject, prompt: str, stages: StageTimer) -> Array:
         language = self._check_language(subject)
         assert subject.prefix is not None
         ids = self.language_tokenizer.encode(subject.name, prompt, language.vocabulary, language.image_tokens)
-        # Not the whole prefix: the prompt's first token may have merged with its last.
-        kept = common_prefix_length(subject.prefix.ids, ids)
-        if (ids[kept:] >= language.vocabulary).any():
+        # The tokenizer may merge the prefix's last token with the start of the prompt.
+        reused = common_prefix_length(subject.prefix.ids, ids)
+        if (ids[reused:] >= language.vocabulary).any():
             raise SubjectError(f"subject {subject.name!r}: its prefix does not cover the photo: enroll it again")
         no_image = np.zeros((1, 1, language.width), np.float32)
-        # Loading it may have to make room, for which residents go.
+        # Before the prefix is taken from the subject cache: loading may evict cached subjects.
         self._networks.get("language_model", stages)
-        if kept == len(subject.prefix.ids):
-            past_kv = self._networks.with_room(partial(self._residents.prefix_kv, subject, subject.prefix))
+        if reused == len(subject.prefix.ids):
+            past_kv = self._networks.retry_after_eviction(partial(self._subjects.prefix_kv, subject, subject.prefix))
         else:
-            past_kv = subject.prefix.kv[:, :, :, :kept]
-        embedding: Array = self._language_model(ids[kept:], no_image, past_kv, "embedding", stages)[0]
+            past_kv = subject.prefix.kv[:, :, :, :reused]
+        embedding: Array = self._language_model(ids[reused:], no_image, past_kv, "embedding", stages)[0]
         return embedding
 
     def _language_model(
-        self, ids: NDArray[np.int32], image_tokens: Array, past_kv: Array | Buffer, wanted: str, stages: Stages
+        self, ids: NDArray[np.int32], image_tokens: Array, past_kv: Array | Buffer, output: str, stages: StageTimer
     ) -> Array:
         past = past_kv.shape[3]
         inputs = {
@@ -121,7 +121,7 @@ class Conditioner:
             "positions": np.arange(past, past + len(ids), dtype=np.int32)[None],
             "past_kv": past_kv,
         }
-        return self._networks.run("language_model", inputs, stages, (wanted,))[wanted]
+        return self._networks.run("language_model", inputs, stages, (output,))[output]
 
     def _check_language(self, subject: Subject) -> LanguageGeometry:
         bundle = self._networks.bundle
@@ -136,7 +136,7 @@ class Conditioner:
         here = Origin.of(bundle)
         if subject.origin.language != here.language:
             raise SubjectError(
-                f"subject {subject.name!r} was enrolled with another language model than that of {bundle.root}: "
+                f"subject {subject.name!r} was enrolled with another language model than {bundle.root} has: "
                 "enroll it again"
             )
         wanted = (language.layers, 2, language.kv_heads, len(subject.prefix.ids), language.head_width)

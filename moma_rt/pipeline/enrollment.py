@@ -1,4 +1,4 @@
-"""The reference pass: from a photo and its mask to the keys and values that are injected into the denoiser."""
+"""Reference pass: keys and values of a photo's subject, which the denoiser injects into its self-attention."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ from moma_rt.backends.base import Array
 from moma_rt.bundle.specs import Geometry
 from moma_rt.memory.networks import Networks
 from moma_rt.messages import warn
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 
 @dataclass(frozen=True)
 class ReferenceNoise:
-    """The two draws of an enrolment, float32 [1,4,h,w] each: of the VAE's sample, and of the noising at t = 0."""
+    """Noise of the VAE's latent sample and of the noising at t = 0, float32 [1,4,h,w] each."""
 
     vae: NDArray[np.float32]
     reference: NDArray[np.float32]
 
 
 def reference_pass(
-    networks: Networks, photo_bchw: Array, noise: ReferenceNoise, text_tokens: Array, stages: Stages
+    networks: Networks, photo_bchw: Array, noise: ReferenceNoise, text_tokens: Array, stages: StageTimer
 ) -> dict[str, Array]:
-    """All reference keys and values of a photo.
+    """Compute the reference keys and values of a whole photo.
 
     Args:
         photo_bchw: float32 [1,3,H,W] in [-1, 1].
-        text_tokens: float32 [77,768], those of the subject's bare name.
+        text_tokens: float32 [77,768], of the subject's name alone.
 
     Returns:
         `reference_k.<layer>` and `reference_v.<layer>`, float32 [1,g*g,C] each.
@@ -47,12 +47,12 @@ class Reference:
     object_mask: dict[int, Array]
 
 
-def compact(geometry: Geometry, mask_hw: NDArray[np.bool_], full: Mapping[str, Array]) -> Reference:
-    """Keep only the tokens inside the mask: those outside never contribute, so this changes nothing.
+def keep_masked_tokens(geometry: Geometry, mask_hw: NDArray[np.bool_], full: Mapping[str, Array]) -> Reference:
+    """Drop the tokens outside the mask. They get no attention, so pictures do not change.
 
-    The mask is sampled at every (H/g)-th pixel, as the original does. Where that leaves no token, the original
-    attends to all of them uniformly; zero keys with a full mask do just that. Warns where even the finest grid has
-    none: nothing of the subject's own appearance is left then.
+    The mask is sampled at every (H/g)-th pixel, as in the original. If a grid has no token inside, the original
+    attends uniformly to all its tokens; zero keys with a mask of ones do the same. Warns if even the finest grid has
+    none: the reference then holds nothing of the subject's own appearance.
     """
     keys: dict[str, Array] = {}
     values: dict[str, Array] = {}

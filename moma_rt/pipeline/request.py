@@ -1,4 +1,4 @@
-"""What a generation is asked for, checked, and what it returns."""
+"""Checked parameters of a generation, and its result."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +9,7 @@ from PIL import Image
 from moma_rt.errors import InputError
 from moma_rt.inputs.noise import MAX_SEED, check_seed
 from moma_rt.memory.limits import MAX_IMAGES
-from moma_rt.messages import shown
+from moma_rt.messages import short_repr
 from moma_rt.pipeline.sampling import FloatArray
 from moma_rt.schedulers.tables import ALL_TIMESTEPS, guidance_halves, schedule
 
@@ -23,10 +23,10 @@ class Result:
 
     Attributes:
         images: RGB pictures.
-        foreground_masks: one a picture, float32 [H,W] in 0..1: where the denoiser saw the subject at the end.
-        seeds: one a picture.
-        seconds: how long each stage took; a stage whose result was cached is absent. Where all steps and the decoding
-            are replayed at once, that is "denoiser"; what was made together with other calls took all of them so long.
+        foreground_masks: one per picture, float32 [H,W] in 0..1: where the denoiser saw the subject at the last step.
+        seeds: one per picture.
+        seconds: wall-clock seconds of each stage; a stage whose result was cached is absent. A replayed CUDA graph of
+            all steps and the decoding counts as ``"denoiser"``. Calls that shared a batch all report its full time.
     """
 
     images: list[Image.Image]
@@ -37,7 +37,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of one call, checked. Ranges are those of `Runtime.generate`."""
+    """Checked parameters of one request; ranges as in `Runtime.generate`."""
 
     strength: float
     steps: int
@@ -53,13 +53,13 @@ class Settings:
         _check_interval("guidance_interval", self.guidance_interval, *ALL_TIMESTEPS)
         if isinstance(self.num_images, bool) or not isinstance(self.num_images, int | np.integer):
             raise InputError(
-                f"num_images is {shown(self.num_images)}: it must be a whole number from 1 to {MAX_IMAGES}"
+                f"num_images is {short_repr(self.num_images)}: it must be a whole number from 1 to {MAX_IMAGES}"
             )
         if not 1 <= self.num_images <= MAX_IMAGES:
-            raise InputError(f"num_images is {shown(self.num_images)}: it must be from 1 to {MAX_IMAGES}")
+            raise InputError(f"num_images is {short_repr(self.num_images)}: it must be from 1 to {MAX_IMAGES}")
         if check_seed(self.seed) + self.num_images - 1 > MAX_SEED:
             raise InputError(f"seed is {self.seed}: {self.num_images} images need seeds up to {MAX_SEED} at most")
-        self.rows  # noqa: B018 - raises now, not after the networks were loaded
+        self.rows  # noqa: B018 - raises before networks are loaded
 
     @cached_property
     def rows(self) -> FloatArray:
@@ -68,12 +68,12 @@ class Settings:
 
     @property
     def halves(self) -> tuple[int, ...]:
-        """The numbers of guidance halves that steps have, rising: 2 where guided, 1 where not."""
+        """Numbers of guidance halves that occur among the steps, ascending: 2 for guided steps, 1 for others."""
         return tuple(np.unique(guidance_halves(self.rows)).tolist())
 
     @property
     def guided(self) -> bool:
-        """Whether the unconditional half is computed at all."""
+        """True if any step computes the unconditional half."""
         return 2 in self.halves
 
     @property
@@ -82,14 +82,14 @@ class Settings:
 
 
 def check_array(name: str, array: object, shape: tuple[int, ...]) -> FloatArray:
-    """A finite float32 array of `shape`.
+    """Convert to a finite float32 array of `shape`.
 
     Raises:
         InputError: not an array of real numbers, another shape, or NaN or infinity in float32.
     """
     try:
         given = np.asarray(array)
-    except Exception:  # foreign arrays convert themselves, and fail as they please
+    except Exception:  # arrays of other libraries may raise anything when they convert themselves
         raise InputError(f"{name} is not an array of real numbers but {type(array).__name__}") from None
     if given.dtype.kind not in "biuf":
         found = f"of {given.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
@@ -104,17 +104,17 @@ def check_array(name: str, array: object, shape: tuple[int, ...]) -> FloatArray:
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    # NaN is in no range, and Python compares an integer of any size without converting it.
+    # NaN fails the comparison, and Python compares integers of any size exactly.
     numbers = int | float | np.integer | np.floating
     if not isinstance(value, bool) and isinstance(value, numbers) and low <= value <= high:
         return
-    raise InputError(f"{name} is {shown(value)}: it must be between {low:g} and {high:g}")
+    raise InputError(f"{name} is {short_repr(value)}: it must be between {low:g} and {high:g}")
 
 
 def _check_interval(name: str, value: object, low: float, high: float) -> None:
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise InputError(f"{name} is {shown(value)}: it must be two numbers, the lowest and the highest timestep")
+        raise InputError(f"{name} is {short_repr(value)}: it must be two numbers, the lowest and the highest timestep")
     for number in value:
         _check_number(name, number, low, high)
     if value[0] > value[1]:
-        raise InputError(f"{name} is {shown(value)}: its first number must not be above its second")
+        raise InputError(f"{name} is {short_repr(value)}: its first number must not be above its second")

@@ -1,4 +1,8 @@
-"""Making pictures: samples that may differ in everything but the schedule, as many at a time as the bundle allows."""
+"""Denoising loop and decoding: makes pictures in batches whose samples share nothing but the schedule.
+
+Guidance halves: a guided step runs the UNet on an unconditional and a conditional half of the batch (G = 2), a step
+without guidance on the conditional half alone (G = 1).
+"""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -9,34 +13,37 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moma_rt.backends.base import Array, Network, Recording
-from moma_rt.bundle.footprint import PICTURES
+from moma_rt.backends.base import Array, CapturedGraph, Network
+from moma_rt.bundle.footprint import GENERATION_NETWORKS
 from moma_rt.errors import Cancelled, OutOfMemory
 from moma_rt.inputs.noise import Stream, draw
 from moma_rt.memory.buffers import GenerationBuffers
 from moma_rt.memory.limits import Limits
 from moma_rt.memory.lru import Lru
 from moma_rt.memory.networks import Networks, largest
-from moma_rt.memory.subject_cache import Residents
+from moma_rt.memory.subject_cache import SubjectCache
 from moma_rt.schedulers.tables import Column, guidance_halves
 from moma_rt.subject import Subject
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 FloatArray = NDArray[np.float32]
 
-# Without recordings, one set for a full batch and one for what is left over; at SD1.5's size a set is hundreds of
-# megabytes. With recordings, which take as long to make as a picture, those of several sizes, as long as there is room.
-_BUFFER_SETS, _RECORDED_SETS = 2, 4
-# Where generations are recorded, subjects share a recording if they have about as many reference tokens: in steps of
-# this part of a grid. The kernels do not read the tokens in between.
-_TOKEN_STEPS = 16
+# Cached sets of buffers. Without CUDA graphs: one for a full batch and one for the remainder, since at SD1.5's size a
+# set takes hundreds of megabytes. With graphs, whose capture takes as long as a picture: more, within graph_memory.
+_BUFFER_SETS, _CAPTURED_SETS = 2, 4
+# With graphs, the number of reference tokens is rounded up to a multiple of 1/16 of the grid, so that subjects of
+# similar size share a graph. The kernels do not read the padding.
+_TOKEN_BUCKETS = 16
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Step `step` (from 1) of `steps`, at `timestep` (999 to 0): the device has it, and has done the one before.
+    """Progress of a generation: a step is enqueued, and the one before it has finished.
 
-    `steps` counts those of the whole call, which is more than one pass if its images do not fit one batch.
+    Attributes:
+        step: the enqueued step, from 1.
+        steps: steps of the whole call; a call whose images do not fit one batch counts those of every batch.
+        timestep: timestep of the step, 999 to 0.
     """
 
     step: int
@@ -49,12 +56,13 @@ OnStep = Callable[[StepInfo], bool | None]
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One picture to be made, of `seed`: all that may differ between the samples of a batch.
+    """Inputs of one picture: everything that may differ within a batch.
 
     Attributes:
-        text_tokens: [G,77,768], G 2 with guidance, the unconditional half first, and 1 without.
+        text_tokens: [G,77,768] of G guidance halves, the unconditional half first.
         context_tokens: [G,4,768].
         subject_weights: [77].
+        seed: of the noise that some schedulers add at each step.
         latents: float32 [4,h,w], standard normal.
     """
 
@@ -69,7 +77,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Size:
-    """What a set of buffers is for: numbers of guidance halves, samples, and reference tokens by their names."""
+    """Key of a set of buffers: numbers of guidance halves, batch size, and reference tokens by dimension name."""
 
     halves: tuple[int, ...]
     batch: int
@@ -78,9 +86,12 @@ class _Size:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """What became of a sample: `image` RGB, and its foreground mask, float32 [H,W] in 0..1.
+    """One generated picture.
 
-    `finite` is False where the latents became NaN or infinity, and the picture means nothing.
+    Attributes:
+        image: RGB.
+        foreground_mask: float32 [H,W] in 0..1.
+        finite: False if the latents became NaN or infinity, which makes the picture useless.
     """
 
     image: Image.Image
@@ -89,137 +100,142 @@ class Picture:
 
 
 class Sampler:
-    """Makes pictures with one bundle's denoiser and VAE decoder; one call at a time."""
+    """Makes pictures with one bundle's denoiser and VAE decoder. Not thread-safe."""
 
-    def __init__(self, networks: Networks, residents: Residents, limits: Limits) -> None:
+    def __init__(self, networks: Networks, subjects: SubjectCache, limits: Limits) -> None:
         self._networks = networks
-        self._records = networks.backend.records
+        self._use_graphs = networks.backend.supports_capture
         self._graph_memory = limits.graph_memory
         self._buffers: Lru[_Size, GenerationBuffers] = Lru(
-            _RECORDED_SETS if self._records else _BUFFER_SETS, lambda buffers: buffers.size, limits.graph_memory
+            _CAPTURED_SETS if self._use_graphs else _BUFFER_SETS, lambda buffers: buffers.size, limits.graph_memory
         )
-        self._residents = residents
-        networks.on_unload(self._let_go)
+        self._subjects = subjects
+        networks.on_unload(self._evict)
 
-    def _let_go(self, name: str) -> None:
-        if name in PICTURES:
+    def _evict(self, name: str) -> None:
+        if name in GENERATION_NETWORKS:
             self._buffers.clear()
 
-    def run(self, samples: Sequence[Sample], rows: FloatArray, on_step: OnStep | None, stages: Stages) -> list[Picture]:
-        """A picture of each sample.
+    def run(
+        self, samples: Sequence[Sample], rows: FloatArray, on_step: OnStep | None, stages: StageTimer
+    ) -> list[Picture]:
+        """Make a picture of each sample.
 
-        Without a callback the backend may replay a recording of all steps and the decoding, which are the stage
-        "denoiser" then.
+        Without a callback the backend may replay a CUDA graph of all steps and the decoding, which then count as the
+        stage "denoiser".
 
         Args:
             rows: the schedule, float32 [steps,64].
 
         Raises:
             Cancelled: `on_step` returned False.
-            OutOfMemory: no room on the device, or in the memory budget.
-            BundleError, MomaError: a network that cannot be loaded or run.
+            OutOfMemory: too little device memory, or too small a memory budget.
+            BundleError, MomaError: a network cannot be loaded or run.
         """
         pictures: list[Picture] = []
-        passes = self._passes(len(samples))
+        batches = self._batches(len(samples))
         try:
-            for number, chosen in enumerate(passes):
-                report = on_step and _counted(on_step, number * len(rows), len(passes) * len(rows))
-                pictures += self._pass(samples[chosen], rows, report, stages)
+            for index, batch in enumerate(batches):
+                report = on_step and _counted(on_step, index * len(rows), len(batches) * len(rows))
+                pictures += self._run_batch(samples[batch], rows, report, stages)
         except OutOfMemory:
-            # Where a network finds out when it runs: buffers of this size are not to be held against the next call.
+            # Some networks allocate while they run: free these buffers, so that a smaller call fits.
             self._buffers.clear()
             raise
         return pictures
 
     @property
-    def most(self) -> int:
-        """How many samples the bundle can make at a time; 1 where it can make none."""
+    def max_batch(self) -> int:
+        """Largest batch of the bundle's denoiser and VAE decoder; 1 if it has neither."""
         networks = self._networks.bundle.manifest.networks
-        return min((largest(networks[name].spec, "batch") for name in PICTURES if name in networks), default=1)
+        return min(
+            (largest(networks[name].spec, "batch") for name in GENERATION_NETWORKS if name in networks), default=1
+        )
 
-    def _passes(self, count: int) -> list[slice]:
-        most = self.most
-        return [slice(start, min(start + most, count)) for start in range(0, count, most)]
+    def _batches(self, count: int) -> list[slice]:
+        size = self.max_batch
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def _pass(
-        self, samples: Sequence[Sample], rows: FloatArray, on_step: OnStep | None, stages: Stages
+    def _run_batch(
+        self, samples: Sequence[Sample], rows: FloatArray, on_step: OnStep | None, stages: StageTimer
     ) -> list[Picture]:
         networks = self._networks
         halves = [int(count) for count in guidance_halves(rows)]
-        wanted, samples = len(samples), self._rounded_up(samples)
+        requested, samples = len(samples), self._padded(samples)
         size = _Size(tuple(sorted(set(halves))), len(samples), tuple(sorted(self._token_sizes(samples).items())))
-        loaded = networks.together(PICTURES, stages)
+        loaded = networks.get_all(GENERATION_NETWORKS, stages)
 
-        def prepared() -> GenerationBuffers:
+        def prepare_buffers() -> GenerationBuffers:
             buffers = self._buffers.get_or_make(size, partial(self._new_buffers, size, *loaded))
-            buffers.schedule(rows, _step_noise(rows, samples))
-            self._fill(buffers, samples)
+            buffers.set_schedule(rows, _step_noise(rows, samples))
+            self._upload_inputs(buffers, samples)
             return buffers
 
         with stages.timed("denoiser"):
-            buffers = networks.with_room(prepared)
-            recording = self._recording(buffers, halves) if on_step is None else None
-            # Again: recordings count, and where they needed the room of everything else, this set was let go as well.
+            buffers = networks.retry_after_eviction(prepare_buffers)
+            graph = self._graph(buffers, halves) if on_step is None else None
+            # Once more: the set has grown by the graph, and capturing may have evicted the set itself.
             self._buffers.put(size, buffers)
-            buffers.begin(np.stack([sample.latents for sample in samples]))
-            if recording is not None:
-                buffers.replay(recording, len(rows))
+            buffers.start(np.stack([sample.latents for sample in samples]))
+            if graph is not None:
+                buffers.replay(graph, len(rows))
             else:
                 denoise(buffers, halves, rows, on_step)
-            latents = buffers.state("latents")
+            latents = buffers.read_state("latents")
         with stages.timed("vae_decoder"):
-            if recording is None:
+            if graph is None:
                 buffers.decode()
-            images = buffers.images()
-        masks = upsample(buffers.state("foreground_mask"), images.shape[1])
+            images = buffers.read_images()
+        masks = upsample(buffers.read_state("foreground_mask"), images.shape[1])
         return [
             Picture(Image.fromarray(image), mask, bool(np.isfinite(latent).all()))
-            for image, mask, latent in zip(images[:wanted], masks, latents, strict=False)
+            for image, mask, latent in zip(images[:requested], masks, latents, strict=False)
         ]
 
-    def _fill(self, buffers: GenerationBuffers, samples: Sequence[Sample]) -> None:
-        """Put everything in place that all steps read."""
+    def _upload_inputs(self, buffers: GenerationBuffers, samples: Sequence[Sample]) -> None:
+        """Upload the inputs that are the same for all steps."""
         for index, sample in enumerate(samples):
-            buffers.hold(index, sample.subject.identity, partial(self._residents.reference, sample.subject))
-        buffers.condition("text_tokens", np.stack([sample.text_tokens for sample in samples], axis=1))
-        buffers.condition("context_tokens", np.stack([sample.context_tokens for sample in samples], axis=1))
-        buffers.upload("subject_weights", np.stack([sample.subject_weights for sample in samples]))
-        buffers.upload("strength", np.array([sample.strength for sample in samples], np.float32))
+            buffers.load_subject(index, sample.subject.identity, partial(self._subjects.reference, sample.subject))
+        buffers.set_condition("text_tokens", np.stack([sample.text_tokens for sample in samples], axis=1))
+        buffers.set_condition("context_tokens", np.stack([sample.context_tokens for sample in samples], axis=1))
+        buffers.set_input("subject_weights", np.stack([sample.subject_weights for sample in samples]))
+        buffers.set_input("strength", np.array([sample.strength for sample in samples], np.float32))
 
-    def _rounded_up(self, samples: Sequence[Sample]) -> Sequence[Sample]:
-        """Where generations are recorded, some more samples: a power of two, so that there are few recordings."""
-        if not self._records:
+    def _padded(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """With graphs, repeat the last sample up to a power of two, so that few batch sizes are captured."""
+        if not self._use_graphs:
             return samples
-        count = min(1 << (len(samples) - 1).bit_length(), self.most)
+        count = min(1 << (len(samples) - 1).bit_length(), self.max_batch)
         return [*samples, *[samples[-1]] * (count - len(samples))]
 
     def _new_buffers(self, size: _Size, denoiser: Network, decoder: Network) -> GenerationBuffers:
         backend, sizes = self._networks.backend, {"batch": size.batch, **dict(size.tokens)}
         return GenerationBuffers(backend, denoiser, decoder, sizes, size.halves, self._graph_memory)
 
-    def _recording(self, buffers: GenerationBuffers, halves: Sequence[int]) -> Recording | None:
-        """What is to be replayed, for which everything else is let go if need be; None where there is nothing."""
+    def _graph(self, buffers: GenerationBuffers, halves: Sequence[int]) -> CapturedGraph | None:
+        """Graph of all steps and the decoding, or None. Evicts other caches if there is no memory to capture it."""
         with contextlib.suppress(OutOfMemory):
-            return self._networks.with_room(lambda: buffers.recording(halves))
-        buffers.forgo_recordings()
+            return self._networks.retry_after_eviction(lambda: buffers.graph(halves))
+        buffers.disable_capture()
         return None
 
     def _token_sizes(self, samples: Sequence[Sample]) -> dict[str, int]:
-        """Room for the reference tokens of the samples, by the denoiser's names of these sizes."""
+        """Reference tokens to allocate per grid, by the denoiser's dimension names."""
         sizes = {}
         for grid in samples[0].subject.token_counts():
-            most = max(sample.subject.token_counts()[grid] for sample in samples)
-            step = max(1, grid * grid // _TOKEN_STEPS) if self._records else 1
-            sizes[f"reference_tokens_{grid}"] = min(-(-most // step) * step, grid * grid)
+            largest_count = max(sample.subject.token_counts()[grid] for sample in samples)
+            bucket = max(1, grid * grid // _TOKEN_BUCKETS) if self._use_graphs else 1
+            sizes[f"reference_tokens_{grid}"] = min(-(-largest_count // bucket) * bucket, grid * grid)
         return sizes
 
 
 def denoise(buffers: GenerationBuffers, halves: Sequence[int], rows: FloatArray, on_step: OnStep | None) -> None:
-    """Denoise what `buffers` holds, one row of the schedule a step.
+    """Run all denoising steps, one per row of the schedule.
 
     Args:
-        halves: how many halves of guidance each step computes.
-        on_step: called after each step with the StepInfo of this pass; False ends the generation.
+        halves: number of guidance halves of each step.
+        on_step: called with a StepInfo of this batch once a step is enqueued and the one before it has finished;
+            returning False cancels.
 
     Raises:
         Cancelled: `on_step` returned False.
@@ -228,24 +244,24 @@ def denoise(buffers: GenerationBuffers, halves: Sequence[int], rows: FloatArray,
         buffers.step(index, halves[index])
         if on_step is None:
             continue
-        buffers.pace()
+        buffers.limit_run_ahead()
         if on_step(StepInfo(index + 1, len(rows), int(row[Column.TIMESTEP]))) is False:
             raise Cancelled(f"cancelled after step {index + 1} of {len(rows)}")
 
 
 def upsample(masks_b1hw: FloatArray, size: int) -> list[FloatArray]:
-    """Masks of the latents' grid as masks of the picture's pixels, nearest: float32 [size,size] each."""
+    """Upsample masks from the latents' grid to pixels, nearest neighbor: float32 [size,size] each."""
     factor = size // masks_b1hw.shape[-1]
     return [mask[0].repeat(factor, axis=0).repeat(factor, axis=1) for mask in masks_b1hw]
 
 
 def _step_noise(rows: FloatArray, samples: Sequence[Sample]) -> FloatArray | None:
-    """Fresh noise of every step, float32 [steps,B,4,h,w], for schedules that add some."""
+    """Noise to add at each step, float32 [steps,B,4,h,w]; None for schedules that add none."""
     if not rows[:, Column.NOISE].any():
         return None
     return np.stack([draw(s.seed, Stream.STEP, (len(rows), *s.latents.shape)) for s in samples], axis=1)
 
 
 def _counted(on_step: OnStep, before: int, steps: int) -> OnStep:
-    """`on_step` told of the whole call's steps, of which `before` were done in earlier passes."""
+    """Make `on_step` count the steps of the whole call, `before` of them in earlier batches."""
     return lambda info: on_step(StepInfo(before + info.step, steps, info.timestep))

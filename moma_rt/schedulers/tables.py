@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moma_rt.errors import InputError
-from moma_rt.messages import shown
+from moma_rt.messages import short_repr
 from moma_rt.schedulers.solvers import (
     DISTILLED_STEPS,
     TRAINING_STEPS,
@@ -131,9 +131,9 @@ def schedule(
         InputError: an unknown scheduler, or a number outside its range.
     """
     if not isinstance(name, str) or name not in _SCHEDULERS:
-        raise InputError(f"unknown scheduler {shown(name)}; available: {', '.join(SCHEDULERS)}")
+        raise InputError(f"unknown scheduler {short_repr(name)}; available: {', '.join(SCHEDULERS)}")
     if not abs(guidance_scale) <= _FLOAT32_MAX:
-        raise InputError(f"guidance scale must be a finite number in float32, not {shown(guidance_scale)}")
+        raise InputError(f"guidance scale must be a finite number in float32, not {short_repr(guidance_scale)}")
     scheduler, (low, high) = _SCHEDULERS[name], guidance_interval
     solution = scheduler.solve(_checked_steps(name, steps, scheduler.max_steps), alphas_cumprod())
     timesteps = solution.timesteps
@@ -159,7 +159,7 @@ def _checked_steps(name: str, steps: int, most: int) -> int:
     try:
         count = operator.index(steps)
     except TypeError:
-        raise InputError(f"with {name}, steps must be a whole number, 1 to {most}, not {shown(steps)}") from None
+        raise InputError(f"with {name}, steps must be a whole number, 1 to {most}, not {short_repr(steps)}") from None
     if not 1 <= count <= most:
-        raise InputError(f"with {name}, steps must be 1 to {most}, not {shown(count)}")
+        raise InputError(f"with {name}, steps must be 1 to {most}, not {short_repr(count)}")
     return count

@@ -114,13 +114,15 @@ def test_it_tells_what_was_left_out(bundle, tmp_path, capsys):
     assert f"left out: {left_out}" in capsys.readouterr().out
     described = describe_bundle(Bundle.open(tmp_path / "packed"))
     assert f"packed for  sm86; left out: {left_out}" in described
-    assert "denoiser  fp16, 0 B, no ONNX graph, key k" in described
+    assert f"{'denoiser':<20} {'fp16':<9} {'0 B':>10} {'none':>10}  k" in described
 
 
 def test_inspect_tells_what_is_shared_and_what_was_not_measured(bundle):
     described = describe_bundle(bundle)
-    assert "shared      unet-1, 45 B: denoiser, subject_encoder" in described
-    assert described.count("compiled without such a device, nothing was measured") == len(NAMES)
+    assert "denoiser and subject_encoder share unet-1, 45 B" in described
+    assert described.count("kernels chosen by rule, not measured") == 1
+    described = describe_bundle(bundle, tensors=True)
+    assert described.count("kernels chosen by rule, not measured") == 1 + len(NAMES)
 
 
 def test_files_are_not_stored_twice(bundle, tmp_path):

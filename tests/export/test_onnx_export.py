@@ -26,7 +26,7 @@ from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Dim, Precision
 from moma_rt.memory.networks import Networks
 from moma_rt.schedulers.tables import schedule
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 DTYPES = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32, "uint8": onnx.TensorProto.UINT8}
 OPERATORS = {"InjectedSelfAttention", "ContextCrossAttention"}
@@ -240,7 +240,7 @@ def case_id(value) -> str:
 def test_onnx_runtime_agrees_with_pytorch(networks, modules, tiny_geometry, name, sizes):
     spec = NETWORKS[name].spec(tiny_geometry)
     inputs = inputs_of(name, spec, sizes, tiny_geometry.language)
-    found = networks.run(name, inputs, Stages())
+    found = networks.run(name, inputs, StageTimer())
     flat = tuple(torch.from_numpy(inputs[tensor.name]) for tensor in spec.inputs)
     with torch.inference_mode():
         expected = modules(name)(*NETWORKS[name].arguments(flat, tiny_geometry))
@@ -265,9 +265,9 @@ def test_one_half_alone_is_the_conditional_half(networks, tiny_geometry):
     spec = NETWORKS["denoiser"].spec(tiny_geometry)
     both = inputs_of("denoiser", spec, sizes_of_case(3, 2, 9), tiny_geometry.language)
     alone = {**both, **{name: both[name][3:] for name in ("text_tokens", "context_tokens")}}
-    found = networks.run("denoiser", alone, Stages())["next_latents"]
+    found = networks.run("denoiser", alone, StageTimer())["next_latents"]
     guided_by_one = {**both, "schedule_row": schedule("ddim", 20, 1.0)[10]}
-    expected = networks.run("denoiser", guided_by_one, Stages())["next_latents"]
+    expected = networks.run("denoiser", guided_by_one, StageTimer())["next_latents"]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -283,6 +283,6 @@ def test_padded_reference_tokens_change_nothing(networks, tiny_geometry):
             padded[name] = np.pad(array, ((0, 0), (0, 3)))
         elif name.startswith("reference_"):
             padded[name] = np.pad(array, ((0, 0), (0, 3), (0, 0)), constant_values=50.0)
-    found, expected = (networks.run("denoiser", i, Stages()) for i in (padded, inputs))
+    found, expected = (networks.run("denoiser", i, StageTimer()) for i in (padded, inputs))
     for name in ("next_latents", "next_foreground_mask"):
         np.testing.assert_allclose(found[name], expected[name], atol=1e-4)

@@ -252,7 +252,7 @@ def test_a_mapped_file_is_mapped_once(on_a_cpu, first):
 
 def test_a_bundle_with_a_changed_byte_of_weights_is_not_run(on_a_cpu, first, tmp_path, capsys):
     from moma_rt.memory.networks import Networks
-    from moma_rt.timing import Stages
+    from moma_rt.timing import StageTimer
 
     root = Path(shutil.copytree(first.root, tmp_path / "bundle"))
     bundle = Bundle.open(root)
@@ -265,7 +265,7 @@ def test_a_bundle_with_a_changed_byte_of_weights_is_not_run(on_a_cpu, first, tmp
     engines = {engine.network: engine for engine in bundle.manifest.engines}
     networks = Networks(bundle, InductorBackend(None), engines=engines)
     with pytest.raises(BundleError, match=r"weights\.safetensors was altered: its SHA-256 is"):
-        networks.run(NAME, {"embedding": np.zeros((1, 1024), np.float32)}, Stages())
+        networks.run(NAME, {"embedding": np.zeros((1, 1024), np.float32)}, StageTimer())
 
 
 def test_a_build_repairs_weights_and_compiles_nothing(on_a_cpu, first, tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ class FakeBackend:
     """
 
     name: str = "fake"
-    records: bool = False
+    supports_capture: bool = False
     is_host: bool = True
     loads: list[str] = field(default_factory=list)
     weights: dict[str, tuple[Path, ...]] = field(default_factory=dict)
@@ -118,14 +118,14 @@ class FakeBackend:
             target[row, : len(source)] = source
             target[row, len(source) :] = 0
 
-    def record(self, enqueue: Callable[[], None]) -> None:
+    def capture(self, enqueue: Callable[[], None]) -> None:
         raise AssertionError("this backend does not record")
 
     def download(self, buffer: np.ndarray) -> np.ndarray:
         with self.alone():
             return buffer.copy()
 
-    def pace(self) -> None:
+    def limit_run_ahead(self) -> None:
         pass
 
     def trim(self) -> None:

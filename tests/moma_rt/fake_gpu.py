@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from moma_rt.bundle.footprint import PICTURES
+from moma_rt.bundle.footprint import GENERATION_NETWORKS
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.memory.networks import sizes_of
 from tests.moma_rt.fake_cuda import POISON, STREAM, FakeCuda
@@ -114,7 +114,7 @@ class Engine:
         user_managed = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if isinstance(strategy, RuntimeConfig):
             assert strategy.strategy is user_managed
-            wanted = "EAGER" if self.spec.name in PICTURES else "LAZY"
+            wanted = "EAGER" if self.spec.name in GENERATION_NETWORKS else "LAZY"
             assert strategy.dynamic_shapes_kernel_specialization_strategy.name == wanted
         else:
             assert strategy is user_managed

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from moma_rt import backends
-from moma_rt.cli import entry, numbered
+from moma_rt.cli import entry
+from moma_rt.outputs import numbered
 
 LONG = "x" * 300
 
@@ -133,12 +134,17 @@ def test_inspect_shows_a_bundle(fake_bundle, capsys, backend):
         "base        fake",
         "pictures    64 x 64",
         "3 self-attention layers on 8x8, 4x4",
-        "denoiser  fp32",
-        "in   object_mask.8 float32 [batch 1..4, reference_tokens_8 1..64]",
-        "out  image uint8 [batch 1..4, 64, 64, 3]",
-        "hand-made  fake-unet",
+        "\ndenoiser             fp32 ",
+        "\nONNX Runtime, on a CPU or a GPU ",
+        "hand-made",
     ):
         assert part in out
+    assert len(out.splitlines()) <= 30, "one screen"
+    assert "object_mask" not in out
+    assert run("inspect", fake_bundle, "--tensors") == 0
+    out = capsys.readouterr().out
+    assert "in   object_mask.8 float32 [batch 1..4, reference_tokens_8 1..64]" in out
+    assert "out  image uint8 [batch 1..4, 64, 64, 3]" in out
     assert backend.loads == []
 
 
@@ -149,11 +155,13 @@ def test_inspect_shows_a_subject(enrolled, capsys):
     assert "base        fake" in out
     assert "of 64 on 8x8" in out
     assert "prefix      " in out
+    assert run("inspect", enrolled / "car.subject", "--tensors") == 2
+    assert "car.subject is a subject file: --budget and --tensors are for bundles" in one_line(capsys)
 
 
 def test_inspect_of_nothing(tmp_path, capsys):
     assert run("inspect", tmp_path / "none") == 2
-    assert "nothing there" in one_line(capsys)
+    assert "none does not exist: give a bundle's folder" in one_line(capsys)
     assert run("inspect", LONG) == 2
     assert f"{LONG} cannot be read: File name too long" in one_line(capsys)
     os.mkfifo(tmp_path / "pipe")
@@ -396,4 +404,4 @@ def test_python_dash_m_is_the_command_and_starts_without_the_heavy_imports(repos
     command = [sys.executable, "-m", "moma_rt", "inspect", "none"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=repository)
     assert ran.returncode == 2
-    assert ran.stderr == "moma-rt: error: none: nothing there; give a bundle's folder or a subject file\n"
+    assert ran.stderr == "moma-rt: error: none does not exist: give a bundle's folder or a subject file\n"

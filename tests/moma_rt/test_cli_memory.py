@@ -15,7 +15,7 @@ def test_inspect_tells_what_fits(fake_bundle, subject, tmp_path, capsys):
     assert entry(["inspect", str(fake_bundle), "--budget", "eight"]) == 2
     assert "such as 8GB or 512MiB, not 'eight'" in capsys.readouterr().err
     assert entry(["inspect", str(tmp_path / "car.subject"), "--budget", "8GB"]) == 2
-    assert "only a bundle has networks that fit a budget" in capsys.readouterr().err
+    assert "--budget and --tensors are for bundles" in capsys.readouterr().err
 
 
 def test_a_memory_budget_that_is_too_small(fake_bundle, photo, mask, tmp_path, capsys):

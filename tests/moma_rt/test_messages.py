@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moma_rt.errors import MomaWarning
-from moma_rt.messages import first_line, shown, warn
+from moma_rt.messages import first_line, short_repr, warn
 
 
 class Unshowable:
@@ -25,7 +25,7 @@ class Unshowable:
     ],
 )
 def test_a_value_is_one_short_line(value, text):
-    assert shown(value) == text
+    assert short_repr(value) == text
 
 
 @pytest.mark.parametrize(

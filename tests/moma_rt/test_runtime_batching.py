@@ -46,7 +46,7 @@ def together(runtime, fakes, monkeypatch, calls):
     assert entered.wait(60)
     for count, thread in enumerate(threads[1:], 1):
         thread.start()
-        wait_until(lambda count=count: len(runtime._turns._waiting) >= count)
+        wait_until(lambda count=count: len(runtime._queue._waiting) >= count)
     go_on.set()
     for thread in threads:
         thread.join()
@@ -56,9 +56,9 @@ def together(runtime, fakes, monkeypatch, calls):
 def test_a_subject_is_hashed_while_others_have_their_turn(runtime, subject):
     loaded = dataclasses.replace(subject)
     call = threading.Thread(target=runtime.generate, args=(loaded, "A car."), kwargs={"steps": 1})
-    with runtime._turns.turn():
+    with runtime._queue.exclusive():
         call.start()
-        wait_until(lambda: runtime._turns._waiting)
+        wait_until(lambda: runtime._queue._waiting)
         assert "identity" in vars(loaded)
     call.join()
 
@@ -170,11 +170,11 @@ def test_a_batch_that_fails_is_made_one_by_one(batching, subjects, fakes, monkey
 
 def test_more_than_the_bundle_allows_is_not_waited_for(fake_bundle, fakes):
     runtime = Runtime(Bundle.open(fake_bundle), fakes.FakeBackend(), limits=Limits(max_batch=16))
-    assert runtime._turns._most == fakes.max_batch
+    assert runtime._queue._max_batch == fakes.max_batch
     without = read_manifest(fake_bundle)
     networks = {name: entry for name, entry in without.networks.items() if name != "denoiser"}
     bundle = Bundle(fake_bundle, dataclasses.replace(without, networks=networks))
-    assert Runtime(bundle, fakes.FakeBackend(), limits=Limits(max_batch=16))._turns._most == fakes.max_batch
+    assert Runtime(bundle, fakes.FakeBackend(), limits=Limits(max_batch=16))._queue._max_batch == fakes.max_batch
 
 
 def test_a_callback_keeps_its_call_to_itself(batching, backend, subjects, fakes, monkeypatch):

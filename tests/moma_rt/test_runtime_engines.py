@@ -16,7 +16,7 @@ from moma_rt.files import sha256_file
 from moma_rt.memory.networks import Networks
 from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 from tests.moma_rt.fake_gpu import FakeGpu
 from tests.moma_rt.waiting import wait_until
 
@@ -221,11 +221,11 @@ def test_calls_that_do_not_fit_together_are_made_one_by_one(gpu, bundle, photo, 
         except MomaError as error:
             found.append(error)
 
-    with runtime._turns.turn():
+    with runtime._queue.exclusive():
         for count in range(1, 5):
             threads.append(threading.Thread(target=work))
             threads[-1].start()
-            wait_until(lambda count=count: len(runtime._turns._waiting) >= count)
+            wait_until(lambda count=count: len(runtime._queue._waiting) >= count)
     for thread in threads:
         thread.join()
     assert found == [expected] * 4
@@ -244,10 +244,10 @@ def test_weights_that_networks_share_are_hashed_once_and_again_when_they_change(
         "moma_rt.bundle.manifest.sha256_file", lambda path: hashed.append(path.parent.name) or sha256_file(path)
     )
     networks = Networks(Bundle.open(root), backend)
-    networks.together(("denoiser", "vae_decoder"), Stages())
+    networks.get_all(("denoiser", "vae_decoder"), StageTimer())
     assert hashed.count("denoiser") == 2, "the graph and the weights; the decoder reads the weights again"
     assert backend.weights["vae_decoder"] == (root / shared,)
     (root / shared).write_text((root / shared).read_text()[::-1])
     for _ in range(2):
         with pytest.raises(BundleError, match=f"{shared} was altered"):
-            networks._load("denoiser", Stages())
+            networks._load("denoiser", StageTimer())

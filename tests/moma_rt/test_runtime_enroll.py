@@ -9,7 +9,7 @@ from PIL import Image
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import InputError, MomaWarning
 from moma_rt.inputs.noise import Stream, draw
-from moma_rt.pipeline.enrollment import compact
+from moma_rt.pipeline.enrollment import keep_masked_tokens
 from moma_rt.runtime import Runtime
 from moma_rt.subject import Subject
 
@@ -26,7 +26,7 @@ def full_reference(fakes, seed=0):
 def test_compaction_keeps_exactly_the_tokens_whose_sampled_pixel_is_inside(fakes):
     mask = np.random.default_rng(1).random((64, 64)) < 0.3
     full = full_reference(fakes)
-    reference = compact(fakes.geometry, mask, full)
+    reference = keep_masked_tokens(fakes.geometry, mask, full)
     for layer in fakes.layers:
         stride = 64 // layer.grid
         kept = [
@@ -42,7 +42,7 @@ def test_a_level_without_a_token_gets_zero_keys_all_values_and_a_full_mask(fakes
     mask = np.zeros((64, 64), bool)
     mask[8:16, 8:16] = True  # one token of the 8x8 grid, between the pixels that the 4x4 grid samples
     full = full_reference(fakes)
-    reference = compact(fakes.geometry, mask, full)
+    reference = keep_masked_tokens(fakes.geometry, mask, full)
     fine, coarse = fakes.layers[0], fakes.layers[1]
     assert reference.keys[fine.name].shape == (1, 4)
     assert not reference.keys[coarse.name].any()
@@ -55,7 +55,7 @@ def test_a_mask_that_only_coarse_grids_miss_is_no_reason_to_warn(fakes):
     mask[8, 8] = True
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compact(fakes.geometry, mask, full_reference(fakes))
+        keep_masked_tokens(fakes.geometry, mask, full_reference(fakes))
 
 
 def test_a_mask_that_every_grid_misses_warns_and_averages_the_photo(runtime, photo):

@@ -303,7 +303,7 @@ def test_threads_take_turns(runtime, backend, subject, fakes, monkeypatch):
         # The first thread stays in the backend until the second one waits for its turn, or walks in on it.
         if not inside.is_set():
             inside.set()
-            wait_until(lambda: backend.collided.is_set() or bool(runtime._turns._waiting))
+            wait_until(lambda: backend.collided.is_set() or bool(runtime._queue._waiting))
         return denoiser(inputs)
 
     def work(seed):

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from moma_rt.backends.inductor import InductorBackend, TorchBound
-from moma_rt.bundle.footprint import footprint
-from moma_rt.bundle.footprint import together as needed_together
+from moma_rt.bundle.footprint import combined_bytes, footprint
 from moma_rt.bundle.manifest import read_manifest, write_manifest
 from moma_rt.cli import entry
 from moma_rt.errors import BundleError, Cancelled, MomaError, OutOfMemory
@@ -113,7 +112,7 @@ def test_those_that_have_no_room_together_are_made_one_by_one(on_a_cpu, small_bu
 def test_packages_are_loaded_in_turn_where_a_budget_says_so(on_a_cpu, small_bundles, subject, monkeypatch):
     manifest = read_manifest(small_bundles[1])
     size = {
-        engine.network: needed_together([footprint(manifest, engine.network, engine)]) for engine in manifest.engines
+        engine.network: combined_bytes([footprint(manifest, engine.network, engine)]) for engine in manifest.engines
     }
     budget = size["denoiser"] + size["vae_decoder"] + min(size["text_encoder"], size["context_projector"])
     expected = Runtime.load(small_bundles[1], "inductor").generate(

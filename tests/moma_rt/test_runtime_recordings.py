@@ -254,7 +254,7 @@ def test_a_graph_that_is_queued_outlives_whoever_made_it(gpu, runtime, subject, 
         runtime._sampler._buffers.clear()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moma_rt.memory.buffers.GenerationBuffers.state", interrupted)
+    monkeypatch.setattr("moma_rt.memory.buffers.GenerationBuffers.read_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
         runtime.generate(subject, PROMPT, steps=2)
     assert gpu.cuda.queue

@@ -89,7 +89,7 @@ def test_the_ends_of_the_range_and_numpy_numbers_are_fine(runtime, backend, subj
 
 @pytest.mark.parametrize("bundle", [None, 7, b"bundle", ["bundle"]])
 def test_a_bundle_that_is_no_path(bundle):
-    with pytest.raises(InputError, match="a bundle is named by the path of its folder, not by"):
+    with pytest.raises(InputError, match="bundle must be the path of a bundle's folder, not"):
         Runtime.load(bundle)
 
 

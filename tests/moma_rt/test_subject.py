@@ -131,7 +131,7 @@ def test_a_missing_file(tmp_path):
 
 @pytest.mark.parametrize("path", [None, 7, b"car.subject", ["car.subject"]])
 def test_a_path_that_is_none(path):
-    with pytest.raises(InputError, match="a subject file is named by a path, not by"):
+    with pytest.raises(InputError, match="path must be the path of a subject file, not"):
         Subject.load(path)
 
 

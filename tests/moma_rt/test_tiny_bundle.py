@@ -12,12 +12,12 @@ from moma_rt.bundle.manifest import Bundle
 from moma_rt.inputs.noise import Stream, draw
 from moma_rt.inputs.tokenizers import text_prompt
 from moma_rt.memory.networks import Networks
-from moma_rt.memory.subject_cache import Residents
+from moma_rt.memory.subject_cache import SubjectCache
 from moma_rt.pipeline.conditioning import Conditioner
 from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import SCHEDULERS, Column, schedule
 from moma_rt.subject import Prefix
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 from tests.moma_rt.together import check_four_subjects, four_subjects
 
 PROMPTS = (
@@ -130,7 +130,7 @@ def test_an_interval_of_all_steps_or_none(tiny, car):
 def test_a_mixed_interval_is_a_loop_over_both_shapes(tiny, tiny_bundle, car):
     """Three steps of which the second is guided, each run on its own, with inputs as the networks' specs say."""
     networks = Networks(Bundle.open(tiny_bundle), OnnxRuntimeBackend(2))
-    conditioner, stages = Conditioner(networks, Residents(networks, 1)), Stages()
+    conditioner, stages = Conditioner(networks, SubjectCache(networks, 1)), StageTimer()
     text, ids = conditioner.text_tokens(text_prompt("car", "A car."), stages)
     context = conditioner.context_tokens(car, "A car.", stages)
     conditions = {
@@ -161,7 +161,7 @@ def test_a_mixed_interval_is_a_loop_over_both_shapes(tiny, tiny_bundle, car):
 
 def test_prefix_and_suffix_give_the_context_of_the_full_pass(tiny_bundle, car):
     networks = Networks(Bundle.open(tiny_bundle), OnnxRuntimeBackend(2))
-    conditioner, stages = Conditioner(networks, Residents(networks, 1)), Stages()
+    conditioner, stages = Conditioner(networks, SubjectCache(networks, 1)), StageTimer()
     language, prefix = networks.geometry.language, car.prefix
     pixels = np.random.default_rng(0).standard_normal((1, 3, *[language.vision_image_size] * 2), dtype=np.float32)
     image_tokens = networks.run("vision_encoder", {"pixels": pixels}, stages)["image_tokens"]

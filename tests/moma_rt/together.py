@@ -52,7 +52,7 @@ def together(runtime: Runtime, calls: Sequence[Call], **options: Any) -> list[An
             threads.extend(threading.Thread(target=work, args=(index,)) for index in range(len(calls)))
             for thread in threads:
                 thread.start()
-            wait_until(lambda: len(runtime._turns._waiting) >= len(calls))
+            wait_until(lambda: len(runtime._queue._waiting) >= len(calls))
 
     runtime.generate(calls[0][0], "A car.", steps=1, on_step=gather, **options)
     for thread in threads:

@@ -18,7 +18,7 @@ from moma_rt.bundle.specs import Precision
 from moma_rt.errors import InputError
 from moma_rt.inputs.noise import Stream
 from moma_rt.runtime import Runtime
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 
 def settings(bundle: Path, steps: int, scheduler: str = "ddim", strength: float = 1.0) -> Settings:
@@ -127,7 +127,7 @@ def test_plain_is_the_pipeline_of_diffusers(scheduler, tiny, tiny_bundle):
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    texts = [plain._text(text, Stages()) for text in plain._texts(request)]
+    texts = [plain._text(text, StageTimer()) for text in plain._texts(request)]
     torch.manual_seed(0)
     expected = pipeline(
         prompt_embeds=texts[-1],

@@ -7,11 +7,11 @@ from benchmarks.latency.replays import TimedReplays
 
 class FakeBackend:
     name = "fake"
-    records = True
+    supports_capture = True
 
     def __init__(self):
         self.replayed = 0
-        self.recording = SimpleNamespace(usable=True, replay=self._replay)
+        self.recording = SimpleNamespace(is_valid=True, replay=self._replay)
 
     def _replay(self):
         self.replayed += 1
@@ -19,7 +19,7 @@ class FakeBackend:
     def allocate(self, shape, dtype):
         return (shape, dtype)
 
-    def record(self, enqueue):
+    def capture(self, enqueue):
         enqueue()
         return self.recording
 
@@ -27,22 +27,22 @@ class FakeBackend:
 def test_each_replay_is_timed():
     inner, enqueued = FakeBackend(), []
     backend = TimedReplays(inner)
-    recording = backend.record(lambda: enqueued.append(1))
+    recording = backend.capture(lambda: enqueued.append(1))
     assert enqueued == [1]
     assert backend.seconds == []
     recording.replay()
     recording.replay()
     assert inner.replayed == len(backend.seconds) == 2
     assert all(seconds >= 0 for seconds in backend.seconds)
-    assert recording.usable
-    inner.recording.usable = False
-    assert not recording.usable
+    assert recording.is_valid
+    inner.recording.is_valid = False
+    assert not recording.is_valid
 
 
 def test_the_rest_is_the_backends_own():
     inner = FakeBackend()
     backend = TimedReplays(inner)
-    assert (backend.name, backend.records) == ("fake", True)
+    assert (backend.name, backend.supports_capture) == ("fake", True)
     assert backend.allocate((1,), "float32") == ((1,), "float32")
     inner.recording = None
-    assert backend.record(lambda: None) is None
+    assert backend.capture(lambda: None) is None

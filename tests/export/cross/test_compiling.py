@@ -26,7 +26,7 @@ from moma_rt.bundle.specs import Precision
 from moma_rt.errors import BundleError, InputError
 
 COMMAND = ["--base", "tiny", "--target", "inductor:sm90"]
-PICTURES = "text_encoder,context_projector,vae_decoder"
+GENERATION_NETWORKS = "text_encoder,context_projector,vae_decoder"
 HERE = [capability for capability, facts in DEVICES.items() if platform.machine() in facts.machines]
 
 
@@ -164,14 +164,14 @@ def loaded(root: Path, capability: int = 90) -> dict[str, int]:
 @pytest.fixture(scope="session")
 def cross_bundle(cuda_build, tmp_path_factory):
     root = tmp_path_factory.mktemp("cross") / "a bundle"
-    assert main([*COMMAND, "--only", PICTURES, "--out", str(root)]) == 0
+    assert main([*COMMAND, "--only", GENERATION_NETWORKS, "--out", str(root)]) == 0
     return root
 
 
 def test_packages_for_a_gpu_that_is_not_here(cross_bundle):
     bundle = Bundle.open(cross_bundle)
     engines = {engine.network: engine for engine in bundle.manifest.engines}
-    assert set(engines) == set(PICTURES.split(","))
+    assert set(engines) == set(GENERATION_NETWORKS.split(","))
     for engine in engines.values():
         assert (engine.version, engine.capabilities, engine.measured) == (torch.__version__, (90,), False)
         with zipfile.ZipFile(bundle.path(engine.file)) as package:
@@ -192,7 +192,7 @@ def test_the_runtime_finds_every_weight_that_their_code_asks_for(cross_bundle):
 
 
 def test_they_are_kept(cross_bundle, capsys):
-    assert main([*COMMAND, "--only", PICTURES, "--out", str(cross_bundle)]) == 0
+    assert main([*COMMAND, "--only", GENERATION_NETWORKS, "--out", str(cross_bundle)]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "inductor sm90" in line]
     assert [line.split(maxsplit=1)[1] for line in said] == ["kept for inductor sm90"] * 3
 

@@ -93,7 +93,7 @@ def test_whoever_keeps_pace_is_one_piece_of_work_ahead(gpu, stream):
     ahead = []
     for _ in range(4):
         stream.clear(memory)
-        stream.pace()
+        stream.limit_run_ahead()
         ahead.append(len(gpu.cuda.queue))
     assert (ahead, gpu.cuda.waits, len(gpu.cuda.events)) == ([1, 1, 1, 1], 0, 2)
 
@@ -224,7 +224,7 @@ def test_a_copy_does_not_reach_beyond_its_place(stream):
 def test_everything_goes_with_the_stream(gpu):
     stream = Stream()
     stream.copy_in(stream.allocate(100), np.ones(25, np.float32), FLOAT32)
-    stream.pace()
+    stream.limit_run_ahead()
     del stream
     gc.collect()
     assert (gpu.cuda.pinned, gpu.cuda.events, gpu.cuda.memory, gpu.cuda.streams) == ({}, {}, {}, 0)

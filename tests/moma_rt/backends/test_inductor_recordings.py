@@ -56,7 +56,7 @@ def recorder(monkeypatch):
 def test_a_recording_says_what_it_takes_and_is_on_the_first_gpu(recorder):
     backend, _ = recorder
     assert backend._queue.stream.device == torch.device("cuda", 0)
-    assert backend.record(lambda: None).size == 300
+    assert backend.capture(lambda: None).size == 300
     assert backend._queue.used is None
 
 
@@ -81,10 +81,10 @@ def test_what_a_recording_fails_for(recorder, inside, end, raised):
             raise inside
 
     if raised is None:
-        assert backend.record(enqueue) is None
+        assert backend.capture(enqueue) is None
     else:
         with pytest.raises(raised):
-            backend.record(enqueue)
+            backend.capture(enqueue)
     assert backend._queue.used is None, "what runs next belongs to no recording"
 
 
@@ -116,9 +116,9 @@ def test_on_a_gpu_a_recording_does_what_it_recorded(tmp_path):
     run()
     eager = backend.download(even["x"])
     backend.upload(even["x"], np.zeros((2, 3), np.float32))
-    recording = backend.record(run)
+    recording = backend.capture(run)
     assert recording is not None
-    assert recording.usable
+    assert recording.is_valid
     assert not backend.download(even["x"]).any(), "recording runs nothing"
     del run, network
     gc.collect()
@@ -131,7 +131,7 @@ def test_on_a_gpu_a_recording_does_what_it_recorded(tmp_path):
 def test_on_a_gpu_what_cannot_be_recorded_is_not():
     backend = InductorBackend(local_device())
     buffer = buffer_of(backend, (3,), "float32")
-    assert backend.record(lambda: backend.download(buffer)) is None
+    assert backend.capture(lambda: backend.download(buffer)) is None
     backend.upload(buffer, np.ones(3, np.float32))
     assert (backend.download(buffer) == 1).all()
 

@@ -135,7 +135,7 @@ def test_rtx_says_whether_it_can_be_recorded(tmp_path, monkeypatch, home, flavou
     for _ in range(2):
         bound.enqueue()
     backend.synchronize()
-    recording = backend.record(bound.enqueue)
+    recording = backend.capture(bound.enqueue)
     assert (recording is None) == (refuses and flavour == "tensorrt_rtx")
     bound.enqueue()
     backend.synchronize()

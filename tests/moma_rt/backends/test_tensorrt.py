@@ -124,7 +124,7 @@ def test_a_context_that_a_recording_uses_is_not_idle(gpu, load):
     bounds = [loaded.bind(buffers)]
     bounds[0].enqueue()
     backend.synchronize()
-    recording = backend.record(bounds.pop().enqueue)
+    recording = backend.capture(bounds.pop().enqueue)
     assert loaded.idle == []
     loaded.bind(buffers)
     assert len(gpu.trt.contexts) == 2

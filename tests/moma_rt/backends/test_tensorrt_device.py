@@ -40,12 +40,12 @@ def build_here(folder, spec):
     """A backend of this machine's GPU and an engine of the network."""
     device = local_device()
     installed = [f for f in Flavour if importlib.util.find_spec(f.value) is not None]
-    usable = [f for f in installed if f is Flavour.TENSORRT or device.capability in RTX_CAPABILITIES]
-    if not usable:
+    is_valid = [f for f in installed if f is Flavour.TENSORRT or device.capability in RTX_CAPABILITIES]
+    if not is_valid:
         pytest.skip(f"{installed[0].value} builds no engines for {device.name}")
     graph = save_graph(folder / "model.onnx", spec)
-    build_engine(EngineRequest(usable[0], (device.capability,), graph, folder, spec), folder, lambda _: None)
-    backend = TensorRtBackend(usable[0])
+    build_engine(EngineRequest(is_valid[0], (device.capability,), graph, folder, spec), folder, lambda _: None)
+    backend = TensorRtBackend(is_valid[0])
     return backend, backend.load(spec, folder / ENGINE_NAME)
 
 

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from moma_rt.bundle.engines import CPU_DEVICE, Device, EngineEntry, Flavour, Library, select, spelled
+from moma_rt.bundle.engines import CPU_DEVICE, Device, EngineEntry, Flavour, Library, format_capabilities, select
 from moma_rt.errors import BundleError
 
 RTX = Library(Flavour.TENSORRT_RTX, "1.7.1")
@@ -69,7 +69,7 @@ def test_engines_for_a_cpu_are_of_a_device_like_others():
     assert select([on_cpu, on_gpu], ["denoiser"], TORCH, CPU_DEVICE) == {"denoiser": on_cpu}
     assert select([on_cpu, on_gpu], ["denoiser"], TORCH, H100) == {"denoiser": on_gpu}
     assert EngineEntry.from_json(on_cpu.to_json()) == on_cpu
-    assert spelled([0]) == "cpu"
+    assert format_capabilities([0]) == "cpu"
     other = dataclasses.replace(TORCH, version="2.12.0+cpu")
     with pytest.raises(
         BundleError, match=r"for inductor 2.12.0\+cpu on cpu .* engines for inductor 2.13.0\+cu130 on cpu:"

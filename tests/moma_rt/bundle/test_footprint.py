@@ -8,19 +8,19 @@ import pytest
 from moma_rt.bundle.engines import EngineEntry, Flavour
 from moma_rt.bundle.footprint import (
     Footprint,
+    combined_bytes,
     describe_budget,
     footprint,
-    groups,
+    format_bytes,
+    load_groups,
     parse_bytes,
-    spelled_bytes,
-    together,
 )
 from moma_rt.bundle.manifest import Bundle, read_manifest
 from moma_rt.errors import InputError, OutOfMemory
 from moma_rt.memory.limits import Limits
 from moma_rt.memory.networks import Networks
 from moma_rt.runtime import Runtime
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 
 SIZES = {
     "text_encoder": 100,
@@ -111,14 +111,14 @@ def test_no_budgets(given):
 
 
 def test_activations_are_shared():
-    assert together([]) == 0
-    assert together([Footprint(10, 5), Footprint(20, 7), Footprint(30, 0)]) == 67
+    assert combined_bytes([]) == 0
+    assert combined_bytes([Footprint(10, 5), Footprint(20, 7), Footprint(30, 0)]) == 67
 
 
 def test_only_what_makes_pictures_has_to_be_there_together():
-    assert groups(["text_encoder", "vae_decoder", "denoiser"]) == [("text_encoder",), ("vae_decoder", "denoiser")]
-    assert groups(["vae_encoder"]) == [("vae_encoder",)]
-    assert groups([]) == []
+    assert load_groups(["text_encoder", "vae_decoder", "denoiser"]) == [("text_encoder",), ("vae_decoder", "denoiser")]
+    assert load_groups(["vae_encoder"]) == [("vae_encoder",)]
+    assert load_groups([]) == []
 
 
 def test_an_engine_needs_what_its_builder_counted(manifest):
@@ -143,46 +143,46 @@ def test_an_engine_needs_what_its_builder_counted(manifest):
     (weights,) = manifest.networks["denoiser"].weights
     found = footprint(manifest, "denoiser", package)
     assert found == Footprint(1, 0, {weights: 999}), "the package and the weights beside it"
-    assert together([found]) == 1000
-    assert together([found, dataclasses.replace(found, activations=7)]) == 1008, "they hold the file once"
+    assert combined_bytes([found]) == 1000
+    assert combined_bytes([found, dataclasses.replace(found, activations=7)]) == 1008, "they hold the file once"
 
 
 def test_what_was_used_longest_ago_goes(networks, backend):
     loaded, gone = networks(8200), Gone()
     loaded.on_unload(gone.append)
     for name in ("text_encoder", "language_model", "vae_encoder"):
-        loaded.get(name, Stages())
-    loaded.get("text_encoder", Stages())
+        loaded.get(name, StageTimer())
+    loaded.get("text_encoder", StageTimer())
     assert gone.names == []
-    loaded.together(("denoiser", "vae_decoder"), Stages())
+    loaded.get_all(("denoiser", "vae_decoder"), StageTimer())
     assert gone.names == ["language_model"], "vae_encoder and text_encoder still fit"
-    loaded.get("language_model", Stages())
+    loaded.get("language_model", StageTimer())
     assert gone.names == ["language_model", "vae_encoder"]
     # 7000 + 100 + 1000 + 80.
     assert backend.loads.count("denoiser") == 1
-    loaded.get("subject_encoder", Stages())
+    loaded.get("subject_encoder", StageTimer())
     assert gone.names[2:] == ["text_encoder", "denoiser"]
 
 
 def test_a_network_is_never_unloaded_for_its_own_company(networks):
     loaded, gone = networks(1100), Gone()
     loaded.on_unload(gone.append)
-    loaded.get("vae_decoder", Stages())
-    loaded.get("text_encoder", Stages())
-    loaded.together(("denoiser", "vae_decoder"), Stages())
+    loaded.get("vae_decoder", StageTimer())
+    loaded.get("text_encoder", StageTimer())
+    loaded.get_all(("denoiser", "vae_decoder"), StageTimer())
     assert gone.names == ["text_encoder"]
 
 
 def test_what_never_fits_is_said_before_anything_goes(networks):
     loaded, gone = networks(1050), Gone()
     loaded.on_unload(gone.append)
-    loaded.get("text_encoder", Stages())
+    loaded.get("text_encoder", StageTimer())
     with pytest.raises(
         OutOfMemory, match=r"denoiser and vae_decoder: 1.05 KiB of memory needed, .* budget is 1.03 KiB"
     ):
-        loaded.together(("denoiser", "vae_decoder"), Stages())
+        loaded.get_all(("denoiser", "vae_decoder"), StageTimer())
     with pytest.raises(OutOfMemory, match="language_model: 6.84 KiB of memory needed"):
-        loaded.get("language_model", Stages())
+        loaded.get("language_model", StageTimer())
     assert gone.names == []
 
 
@@ -190,7 +190,7 @@ def test_a_runtime_with_a_budget_makes_the_same_pictures(fake_bundle, fakes, pho
     manifest = read_manifest(fake_bundle)
     needed = {name: footprint(manifest, name, None).weights for name in manifest.networks}
     smallest = needed["denoiser"] + needed["vae_decoder"]
-    assert smallest == max(sum(needed[name] for name in group) for group in groups(needed))
+    assert smallest == max(sum(needed[name] for name in group) for group in load_groups(needed))
     found, backends = [], [fakes.FakeBackend(), fakes.FakeBackend()]
     for backend, budget in zip(backends, (None, smallest), strict=True):
         runtime = Runtime(Bundle.open(fake_bundle), backend, limits=Limits(memory_budget=budget))
@@ -227,7 +227,7 @@ def test_a_budget_is_described(manifest, budget, last):
 
 
 def test_sizes_for_people():
-    assert [spelled_bytes(n) for n in (None, 0, 1023, 1024, 1536, 7 << 30)] == [
+    assert [format_bytes(n) for n in (None, 0, 1023, 1024, 1536, 7 << 30)] == [
         "unknown",
         "0 B",
         "1023 B",

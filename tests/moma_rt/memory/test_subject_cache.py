@@ -9,10 +9,10 @@ import pytest
 from moma_rt.backends.tensorrt import TensorRtBackend
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import InputError, MomaError
-from moma_rt.memory.subject_cache import Residents
+from moma_rt.memory.subject_cache import SubjectCache
 from moma_rt.runtime import Runtime
 from moma_rt.subject import Subject
-from moma_rt.timing import Stages
+from moma_rt.timing import StageTimer
 from tests.moma_rt.fake_cuda import CudaError
 from tests.moma_rt.test_runtime_engines import bundle, gpu  # noqa: F401
 from tests.moma_rt.test_runtime_room import without_room
@@ -40,7 +40,7 @@ def pixels(result):
 
 def held(runtime, network="denoiser"):
     """How many subjects' inputs of a network are on the device."""
-    return sum(name == network for name, _ in runtime._residents._kept._values)
+    return sum(name == network for name, _ in runtime._subjects._cached._values)
 
 
 def subject_bytes(subject):
@@ -87,8 +87,8 @@ def test_a_subject_that_is_loaded_for_each_request_is_the_same_one(gpu, load, en
 def test_the_budget_is_that_of_the_subjects_used_last(gpu, load, enrolled, monkeypatch):  # noqa: F811
     subjects, expected = enrolled
     uploads = []
-    upload = Residents._upload
-    monkeypatch.setattr(Residents, "_upload", lambda self, *of: uploads.append(of) or upload(self, *of))
+    upload = SubjectCache._upload
+    monkeypatch.setattr(SubjectCache, "_upload", lambda self, *of: uploads.append(of) or upload(self, *of))
     runtime = load(subject_memory=2 * max(map(subject_bytes, subjects)))
     embedding = np.zeros(runtime.bundle.manifest.geometry.embedding_width)
 
@@ -123,26 +123,26 @@ def test_a_prefix_is_uploaded_once_for_all_prompts(gpu, load, enrolled):  # noqa
 def test_a_prefix_comes_after_the_language_model(load, enrolled, monkeypatch):
     """Loading that may have to make room, for which residents go."""
     done = []
-    upload, load_network = Residents._upload, TensorRtBackend.load
-    monkeypatch.setattr(Residents, "_upload", lambda self, *of: done.append("upload") or upload(self, *of))
+    upload, load_network = SubjectCache._upload, TensorRtBackend.load
+    monkeypatch.setattr(SubjectCache, "_upload", lambda self, *of: done.append("upload") or upload(self, *of))
     monkeypatch.setattr(TensorRtBackend, "load", lambda self, *of: done.append(of[0].name) or load_network(self, *of))
-    load()._conditioner.context_tokens(enrolled[0][0], PROMPT, Stages())
+    load()._conditioner.context_tokens(enrolled[0][0], PROMPT, StageTimer())
     assert done == ["language_model", "upload", "context_projector"]
 
 
 def test_other_sizes_make_room_for_a_prefix(gpu, load, enrolled):  # noqa: F811
     subject, prompt = enrolled[0][0], "A car in a tree."
-    expected = load()._conditioner.context_tokens(subject, prompt, Stages())
+    expected = load()._conditioner.context_tokens(subject, prompt, StageTimer())
     runtime = load()
     runtime.generate(subject, PROMPT, steps=2)
-    runtime._residents._kept.clear()
+    runtime._subjects._cached.clear()
     gpu.cuda.capacity = gpu.cuda.used
-    np.testing.assert_array_equal(runtime._conditioner.context_tokens(subject, prompt, Stages()), expected)
+    np.testing.assert_array_equal(runtime._conditioner.context_tokens(subject, prompt, StageTimer()), expected)
 
 
 def test_a_prompt_downloads_its_embedding_and_no_keys_and_values(gpu, load, enrolled):  # noqa: F811
     runtime = load()
-    ask = partial(runtime._conditioner.context_tokens, enrolled[0][0], PROMPT, Stages())
+    ask = partial(runtime._conditioner.context_tokens, enrolled[0][0], PROMPT, StageTimer())
     assert copied(gpu, "cudaMemcpyDeviceToHost", ask) == 4 * (16 + 4 * 6), "and the context tokens"
 
 
@@ -204,7 +204,7 @@ def test_other_subjects_make_room_before_anything_else_goes(gpu, load, enrolled)
     runtime = load()
     for i in (3, 0, 1, 2):
         runtime.generate(subjects[i], PROMPT, steps=2)
-    del runtime._residents._kept._values["denoiser", subjects[3].identity]
+    del runtime._subjects._cached._values["denoiser", subjects[3].identity]
     without_room(gpu, runtime)
     launches, graphs = gpu.cuda.launches, set(gpu.cuda.graphs)
     np.testing.assert_array_equal(pixels(runtime.generate(subjects[3], PROMPT, steps=2)), expected[3])
@@ -215,10 +215,10 @@ def test_other_subjects_make_room_before_anything_else_goes(gpu, load, enrolled)
 def test_a_subject_that_was_just_used_makes_room_as_well(gpu, load, enrolled):  # noqa: F811
     """Its memory is the device's again when the copies from it have run."""
     runtime = load()
-    runtime._residents.reference(enrolled[0][0])
+    runtime._subjects.reference(enrolled[0][0])
     assert gpu.cuda.queue
     gpu.cuda.capacity = gpu.cuda.used
-    runtime._residents.reference(enrolled[0][1])
+    runtime._subjects.reference(enrolled[0][1])
     assert held(runtime) == 1
 
 
@@ -240,7 +240,7 @@ def test_other_sizes_make_room_for_a_subject(gpu, load, enrolled):  # noqa: F811
     runtime = load()
     for i, count in ((1, 1), (0, 2), (0, 1)):
         runtime.generate(subjects[i], PROMPT, steps=2, num_images=count)
-    runtime._residents._kept.clear()
+    runtime._subjects._cached.clear()
     without_room(gpu, runtime)
     for _ in range(2):
         launches, graphs = gpu.cuda.launches, set(gpu.cuda.graphs)
@@ -255,7 +255,7 @@ def test_an_upload_that_fails_leaves_no_half_subject(gpu, load, enrolled, monkey
     runtime = load()
     runtime.generate(subjects[0], PROMPT, steps=2)
     gpu.cuda.failures["cudaMemcpyAsync"] = CudaError.cudaErrorIllegalAddress
-    monkeypatch.setattr("moma_rt.memory.buffers.GenerationBuffers.schedule", lambda *_: None)
+    monkeypatch.setattr("moma_rt.memory.buffers.GenerationBuffers.set_schedule", lambda *_: None)
     with pytest.raises(MomaError, match="cudaMemcpyAsync"):
         runtime.generate(subjects[1], PROMPT, steps=2)
     monkeypatch.undo()
