@@ -59,8 +59,9 @@ $(BINDINGS)/complete: tests/engines/tensorrt_bindings.txt $(INSTALLED)
 		touch $@; \
 	fi
 
+# On all cores. A file's tests run in one process, since they share fixtures; memory is what limits the number of them.
 test: $(INSTALLED) $(BINDINGS)/complete lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -5,10 +5,13 @@ import importlib.util
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+
+from tests.sharing import SharedFolders
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -50,29 +53,40 @@ def goldens() -> Path:
 
 
 @pytest.fixture(scope="session")
-def hub(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoints behind `goldens`, unpacked: folders named as on the hub, and checkpoints/."""
-    folder = tmp_path_factory.mktemp("goldens")
-    with tarfile.open(goldens / "hub.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
-    return folder / "hub"
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedFolders]:
+    """Folders that are built once per run. An error at the end names the files in them that tests changed."""
+    folders = SharedFolders(tmp_path_factory)
+    yield folders
+    assert folders.changed() == []
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of the synthetic checkpoint; it takes the better part of a minute, so nothing may change it."""
+def hub(goldens: Path, shared: SharedFolders) -> Path:
+    """The checkpoints behind `goldens`, unpacked: folders named as on the hub, and checkpoints/."""
+
+    def unpack(folder: Path) -> None:
+        with tarfile.open(goldens / "hub.tar.xz") as archive:
+            archive.extractall(folder, filter="data")
+
+    return shared.build("goldens", unpack) / "hub"
+
+
+def _build(out: Path, *arguments: object) -> None:
     pytest.importorskip("diffusers")
     from export.build import main
 
-    root = tmp_path_factory.mktemp("bundles") / "tiny"
-    assert main(["--base", "tiny", "--out", str(root)]) == 0
-    return root
+    assert main([*map(str, arguments), "--out", str(out)]) == 0
 
 
-def _build_small(out: Path, only: str, *options: str) -> Path:
+@pytest.fixture(scope="session")
+def tiny_bundle(shared: SharedFolders) -> Path:
+    """The bundle of the synthetic checkpoint."""
+    return shared.build("tiny", lambda out: _build(out, "--base", "tiny"))
+
+
+def _build_small(out: Path, only: str, *options: str) -> None:
     """A bundle of a synthetic checkpoint whose UNet has few blocks, so that inductor compiles it in half a minute."""
     pytest.importorskip("diffusers")
-    from export.build import main
     from export.checkpoints import presets
 
     unet = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 1}
@@ -80,30 +94,30 @@ def _build_small(out: Path, only: str, *options: str) -> Path:
     small = dataclasses.replace(presets.TINY, unet=MappingProxyType({**presets.TINY.unet, **unet}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(presets, "TINY", small)
-        assert main(["--base", "tiny", "--only", only, *options, "--out", str(out)]) == 0
-    return out
+        _build(out, "--base", "tiny", "--only", only, *options)
 
 
 @pytest.fixture(scope="session")
-def small_bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def small_bundles(shared: SharedFolders) -> tuple[Path, Path]:
     """Two bundles of one checkpoint: one that enrolls, on ONNX Runtime, and one that makes pictures of a context
-    embedding, with graphs and with inductor's engines for a CPU, in a folder whose name has a space. Nothing may change
-    them.
+    embedding, with graphs and with inductor's engines for a CPU, in a folder whose name has a space.
     """
-    root, pictures = tmp_path_factory.mktemp("bundles"), "text_encoder,denoiser,vae_decoder,context_projector"
-    enrolling = _build_small(root / "enrolling", f"{pictures},vae_encoder,subject_encoder")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engines.targets.local_device", lambda: None)
-        return enrolling, _build_small(root / "making pictures", pictures, "--target", "cpu,inductor")
+    pictures = "text_encoder,denoiser,vae_decoder,context_projector"
+
+    def build(folder: Path) -> None:
+        _build_small(folder / "enrolling", f"{pictures},vae_encoder,subject_encoder")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("engines.targets.local_device", lambda: None)
+            _build_small(folder / "making pictures", pictures, "--target", "cpu,inductor")
+
+    folder = shared.build("small", build)
+    return folder / "enrolling", folder / "making pictures"
 
 
 @pytest.fixture(scope="session")
-def small_gpu_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of two networks, their graphs and inductor's engines for this machine's GPU, in fp16. Nothing may change
-    it.
-    """
-    root = tmp_path_factory.mktemp("bundles") / "of a gpu"
-    return _build_small(root, "denoiser,vae_decoder", "--target", "cpu,inductor")
+def small_gpu_bundle(shared: SharedFolders) -> Path:
+    """A bundle of two networks, their graphs and inductor's engines for this machine's GPU, in fp16."""
+    return shared.build("of a gpu", lambda out: _build_small(out, "denoiser,vae_decoder", "--target", "cpu,inductor"))
 
 
 @pytest.fixture
@@ -122,38 +136,35 @@ def large_goldens() -> Path:
     return folder
 
 
-def _build_original(hub: Path, out: Path, *options: str) -> Path:
-    pytest.importorskip("diffusers")
-    from export.build import main
-
+def _build_original(out: Path, hub: Path, *options: str) -> None:
     arguments = ["--base", hub / "SG161222/Realistic_Vision_V4.0_noVAE", "--vae", hub / "stabilityai/sd-vae-ft-mse"]
     arguments += ["--adapters", hub / "checkpoints/attn_adapters_projectors.th"]
     arguments += ["--mllm", hub / "KunpengSong/MoMA_llava_7b", "--vision", hub / "openai/clip-vit-large-patch14-336"]
-    assert main([*map(str, arguments), *options, "--out", str(out)]) == 0
-    return out
+    _build(out, *arguments, *options)
 
 
 @pytest.fixture(scope="session")
-def golden_bundle(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def golden_bundle(hub: Path, shared: SharedFolders) -> Path:
     """The bundle of the checkpoints behind `goldens`."""
-    return _build_original(hub, tmp_path_factory.mktemp("bundles") / "golden")
+    return shared.build("golden", lambda out: _build_original(out, hub))
 
 
 @pytest.fixture(scope="session")
-def large_golden_bundle(large_goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large_golden_bundle(large_goldens: Path, shared: SharedFolders) -> Path:
     """The bundle of the checkpoints behind `large_goldens`."""
-    return _build_original(large_goldens / "hub", tmp_path_factory.mktemp("bundles") / "large")
+    return shared.build("large", lambda out: _build_original(out, large_goldens / "hub"))
+
+
+_FP16 = ("--precision", "fp16", "--plugins", "off")
 
 
 @pytest.fixture(scope="session")
-def golden_bundle_fp16(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def golden_bundle_fp16(hub: Path, shared: SharedFolders) -> Path:
     """The bundle of the checkpoints behind `goldens`, in fp16 where that is safe."""
-    out = tmp_path_factory.mktemp("bundles") / "golden-fp16"
-    return _build_original(hub, out, "--precision", "fp16", "--plugins", "off")
+    return shared.build("golden-fp16", lambda out: _build_original(out, hub, *_FP16))
 
 
 @pytest.fixture(scope="session")
-def large_golden_bundle_fp16(large_goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large_golden_bundle_fp16(large_goldens: Path, shared: SharedFolders) -> Path:
     """The bundle of the checkpoints behind `large_goldens`, in fp16 where that is safe."""
-    out = tmp_path_factory.mktemp("bundles") / "large-fp16"
-    return _build_original(large_goldens / "hub", out, "--precision", "fp16", "--plugins", "off")
+    return shared.build("large-fp16", lambda out: _build_original(out, large_goldens / "hub", *_FP16))

@@ -68,7 +68,7 @@ def test_engines_are_in_the_manifest(tmp_path, compiled):
         assert engine.measured
         assert engine.file == f"engines/{engine.network}-{engine.key[:16]}/engine.pt2"
         assert EngineEntry.from_json(json.loads(json.dumps(engine.to_json()))) == engine
-    assert f"engines     inductor {torch.__version__} for cpu" in describe_bundle(bundle)
+    assert f"inductor {torch.__version__} on cpu " in describe_bundle(bundle)
     assert {path.name for path in (tmp_path / "bundle" / "engines").iterdir()} == {
         f"{engine.network}-{engine.key[:16]}" for engine in engines
     }, "what inductor made on the way is gone"
