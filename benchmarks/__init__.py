@@ -1,1 +1,1 @@
-"""Measurements. Each module is one command; its JSON goes to benchmarks/results, and the README quotes only that."""
+"""Benchmarks. Each is a command that writes JSON to benchmarks/results; the README quotes only numbers from there."""

@@ -1,4 +1,4 @@
-"""Where and on what a measurement was made, and how its samples are summed up."""
+"""Describes the machine and software of a benchmark run, and writes its results."""
 
 import contextlib
 import importlib.metadata
@@ -33,17 +33,17 @@ _PACKAGES = (
     "tensorrt_rtx",
     "cuda-bindings",
 )
-# A copy of the sources without their history: whoever made it says of which commit it is.
+# The commit of the sources, for a copy without git history.
 _COMMIT_VARIABLE = "MOMA_RT_COMMIT"
-# A folder that results go to in place of benchmarks/results.
+# The folder for results, in place of benchmarks/results.
 RESULTS_VARIABLE = "MOMA_RT_RESULTS"
 
-# Options that name a place on this machine, and what is shown for it.
-_PLACES = MappingProxyType({"--bundle": "DIR", "--subject": "FILE"})
+# Options whose values are paths on this machine, and the placeholders shown for them.
+_PATH_OPTIONS = MappingProxyType({"--bundle": "DIR", "--subject": "FILE"})
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Hardware, versions and commit of this run, and the command that repeats it; "gpu" where there is one."""
+    """Return hardware, versions and commit of this run, and the command to repeat it; "gpu" only if there is one."""
     gpu = gpu_facts()
     return {
         "cpu": _cpu_name(),
@@ -58,7 +58,7 @@ def environment(command: str) -> dict[str, Any]:
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    """What a result says of the bundle that it was measured with."""
+    """Return the facts about a bundle that belong in its results."""
     manifest = bundle.manifest
     return {
         "base": manifest.base,
@@ -68,32 +68,32 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def repeatable(program: str, given: Sequence[str]) -> str:
-    """The command `python -m PROGRAM` with the arguments given, without this machine's paths of bundle and subject."""
+def shareable_command(program: str, given: Sequence[str]) -> str:
+    """Return the command line `python -m PROGRAM ...`, with placeholders for the paths of bundle and subject."""
     shown = list(given)
     for index, argument in enumerate(given):
         option, is_joined, _ = argument.partition("=")
-        if option not in _PLACES:
+        if option not in _PATH_OPTIONS:
             continue
         if is_joined:
-            shown[index] = f"{option}={_PLACES[option]}"
+            shown[index] = f"{option}={_PATH_OPTIONS[option]}"
         elif index + 1 < len(shown):
-            shown[index + 1] = _PLACES[option]
+            shown[index + 1] = _PATH_OPTIONS[option]
     return shlex.join(["python", "-m", program, *shown])
 
 
 def percentiles(samples: Sequence[float], which: Sequence[int] = (20, 50, 80)) -> dict[str, float]:
-    """Percentiles of a list of numbers, to four digits behind the point."""
+    """Return percentiles of the samples, rounded to four decimals."""
     return {f"p{p}": round(float(np.percentile(samples, p)), 4) for p in which}
 
 
 def results_path(name: str) -> Path:
-    """Where <name>.json is written: in the folder that MOMA_RT_RESULTS names, else in benchmarks/results."""
+    """Return the path of <name>.json: in the folder MOMA_RT_RESULTS if that is set, else in benchmarks/results."""
     return Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).parent / "results") / f"{name}.json"
 
 
 def write_results(name: str, results: Mapping[str, Any], folder: Path | None = None) -> Path:
-    """Write <name>.json, complete or not at all, to `folder`, by default that of `results_path`."""
+    """Write <name>.json atomically to `folder`, by default the one of `results_path`."""
     path = results_path(name) if folder is None else folder / f"{name}.json"
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -101,7 +101,7 @@ def write_results(name: str, results: Mapping[str, Any], folder: Path | None = N
 
 
 def _versions() -> dict[str, str]:
-    """Of those packages that are installed; of one that is there twice, the one that is imported."""
+    """Return the versions of installed packages; of one that is installed twice, the version that is imported."""
     found = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -116,7 +116,7 @@ def _cpu_name() -> str:
 
 
 def gpu_facts() -> dict[str, Any] | None:
-    """Name, driver, compute capability and memory of the first GPU, by its driver; None where there is none."""
+    """Return name, driver, compute capability and memory of the first GPU, by nvidia-smi; None without a GPU."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -126,7 +126,7 @@ def gpu_facts() -> dict[str, Any] | None:
         return None
     name, driver, capability, mebibytes = (field.strip() for field in done.stdout.splitlines()[0].split(","))
     found: dict[str, Any] = {"name": name, "driver": driver, "capability": capability}
-    # Where GPU and CPU share their memory the driver does not say how much there is.
+    # nvidia-smi reports no memory size if the GPU shares the CPU's memory.
     return found | ({"memory_gib": round(int(mebibytes) / 1024, 1)} if mebibytes.isdecimal() else {})
 
 

@@ -1,4 +1,4 @@
-"""How much memory is in use: by this process, and of the GPU by all processes."""
+"""Measures memory in use: of this process, and of the GPU by all processes."""
 
 import resource
 import shutil
@@ -11,22 +11,22 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_gb() -> float:
-    """The most memory in GB that this process had resident."""
+    """Return the peak resident memory of this process in GB."""
     peak = _status_bytes("VmHWM")
     if peak is None:
-        # Begins with the peak of the process that started this one, and so is the second choice.
+        # The second choice, because this peak includes that of the parent process at the fork.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return peak / 1e9
 
 
 def resident_mib() -> float | None:
-    """The memory in MiB that this process has resident now; None where the kernel does not say."""
+    """Return the resident memory of this process in MiB; None where the kernel does not report it."""
     resident = _status_bytes("VmRSS")
     return None if resident is None else resident / 2**20
 
 
 def device_mib_used() -> float | None:
-    """Memory in use on the first NVIDIA GPU, by whichever process, in MiB; None where there is none."""
+    """Return the memory in use on the first NVIDIA GPU by all processes, in MiB; None without a GPU."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -37,10 +37,10 @@ def device_mib_used() -> float | None:
 
 
 def device_mib_in_process() -> float | None:
-    """Memory in use on this process's NVIDIA GPU, by whichever process, in MiB; None where it uses none.
+    """Return the memory in use on this process's NVIDIA GPU by all processes, in MiB; None if it uses no GPU.
 
-    Of the CUDA runtime that is loaded here: microseconds, where `device_mib_used` starts a process that takes a tenth
-    of a second and memory of its own.
+    Asks the CUDA runtime that is loaded in this process, which takes microseconds; `device_mib_used` starts a process,
+    which takes a tenth of a second and memory of its own.
     """
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -54,7 +54,7 @@ def device_mib_in_process() -> float | None:
 
 
 def _status_bytes(name: str) -> int | None:
-    """An entry of the kernel's; sandboxes leave out some of them, other systems have none."""
+    """Read an entry of /proc/self/status in bytes; None where a sandbox or another system lacks it."""
     lines = _STATUS.read_text(encoding="utf-8").splitlines() if _STATUS.exists() else []
     found = [line for line in lines if line.startswith(f"{name}:")]
     return int(found[0].split()[1]) * 1024 if found else None

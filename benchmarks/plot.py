@@ -1,4 +1,4 @@
-"""Stacked horizontal bars as SVG text: readable on light and dark pages, the same bytes for the same numbers."""
+"""Draws stacked horizontal bars as SVG, readable on light and dark pages; equal numbers give equal bytes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _ROUND_STEPS = (1.0, 2.0, 5.0, 10.0)
 
 @dataclass(frozen=True)
 class Bar:
-    """A label, and the lengths of its parts, at least 0, by name."""
+    """A bar: its label, and the lengths of its parts by name, each at least 0."""
 
     label: str
     parts: Mapping[str, float]
@@ -23,9 +23,10 @@ class Bar:
 
 
 def stacked_bars(bars: Sequence[Bar], unit: str, colours: Mapping[str, str]) -> str:
-    """An SVG document. Parts that are 0 in every bar are left out of the legend.
+    """Return an SVG document. Parts that are 0 in every bar are left out of the legend.
 
-    colours: of all parts, in their order from left to right.
+    Args:
+        colours: the colour of each part, in their order from left to right.
 
     Raises:
         ValueError: there are no bars, all are empty, or a part has no colour.
@@ -34,7 +35,7 @@ def stacked_bars(bars: Sequence[Bar], unit: str, colours: Mapping[str, str]) -> 
         raise ValueError(f"parts without a colour: {', '.join(sorted(unknown))}")
     colours = {name: colour for name, colour in colours.items() if any(bar.parts.get(name) for bar in bars)}
     if not colours:
-        raise ValueError(f"{len(bars)} bars of nothing: at least one part of one must be longer than 0")
+        raise ValueError(f"{len(bars)} bars without length: at least one part must be longer than 0")
     longest = max(bar.length for bar in bars)
     scale = (_WIDTH - _LABELS - 6 * _MARGIN) / longest
     bottom = _MARGIN + len(bars) * (_BAR + _GAP)
@@ -81,7 +82,7 @@ def _axis(longest: float, bottom: float, scale: float, unit: str) -> list[str]:
 
 
 def tick_step(longest: float) -> float:
-    """The distance of an axis's ticks: 1, 2 or 5 times a power of ten, for about five of them."""
+    """Return the distance between an axis's ticks: 1, 2 or 5 times a power of ten, for about five ticks."""
     power = 10.0 ** floor(log10(longest / _TICKS))
     return next(step * power for step in _ROUND_STEPS if step * power >= longest / _TICKS * 0.999)
 

@@ -1,7 +1,7 @@
-"""Tables and plots of docs/benchmarks.md, made from the JSON in benchmarks/results: `python -m benchmarks.report`.
+"""Write the tables and plots of docs/benchmarks.md from the JSON in benchmarks/results: `python -m benchmarks.report`.
 
-A table stands between `<!-- report:NAME -->` and `<!-- /report -->`, with NAME one of `BLOCKS`; what was there is
-replaced. A plot lies beside its JSON, as SVG. `--check` writes nothing and fails where something is not up to date.
+A table replaces the text between `<!-- report:NAME -->` and `<!-- /report -->`, where NAME is one of `BLOCKS`. A plot
+is an SVG file beside its JSON file. `--check` writes nothing and fails if a table or plot is not up to date.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PAGE = RESULTS.parents[1] / "docs" / "benchmarks.md"
 Results = Mapping[str, Any]
 
 _BLOCK = re.compile(r"(<!-- report:(\S+) -->\n)(.*?)(<!-- /report -->)", re.DOTALL)
-# The runtime's requests and the baselines of benchmarks.latency, in the order of the rows.
+# Kinds of request and baselines of benchmarks.latency, in the order of the rows.
 _REQUESTS: Mapping[str, str] = MappingProxyType(
     {
         "warm": "moma-rt: enrolled subject, new prompt",
@@ -41,7 +41,7 @@ _BASELINES: Mapping[str, str] = MappingProxyType(
         "plain": "Stable Diffusion without MoMA, PyTorch eager",
     }
 )
-# In the order in which they run. What lasts long has colours that the colour-blind can tell apart, of Okabe and Ito.
+# In the order in which they run. Long stages have colours of Okabe and Ito, which the colour-blind can tell apart.
 _STAGES: Mapping[str, str] = MappingProxyType(
     {
         "images": "#f0e442",
@@ -60,10 +60,16 @@ _OTHER, _OTHER_COLOUR = "other", "#bbbbbb"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.splitlines()[0])
-    p.add_argument("--check", action="store_true", help="write nothing; fail if the page or a plot is not up to date")
-    p.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="default: docs/benchmarks.md")
-    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.partition(": `")[0] + ".")
+    p.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 2 if the page or a plot is not up to date"
+    )
+    p.add_argument(
+        "--page", type=Path, default=PAGE, metavar="FILE", help="page to update (default: docs/benchmarks.md)"
+    )
+    p.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="DIR", help="JSON files to read (default: benchmarks/results)"
+    )
     options = p.parse_args(arguments)
     return run_command(PROGRAM, lambda: _report(options))
 
@@ -73,7 +79,7 @@ def _report(options: argparse.Namespace) -> int:
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if options.check and stale:
         names = ", ".join(path.name for path in stale)
-        raise MomaError(f"not what {options.results} says: {names}; run python -m {PROGRAM}")
+        raise MomaError(f"out of date with {options.results}: {names}; run python -m {PROGRAM}")
     for path in stale:
         with atomic_write(path) as temporary:
             temporary.write_text(wanted[path], encoding="utf-8")
@@ -82,10 +88,10 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def rendered(page: Path, results: Path) -> dict[Path, str]:
-    """Every file that the results decide, as it should be: the page and the plots.
+    """Return the up-to-date text of every generated file: the page and the plots.
 
     Raises:
-        InputError: a file that cannot be read or lacks something, or a block that is not in `BLOCKS`.
+        InputError: a file cannot be read or lacks an entry, or a block is not in `BLOCKS`.
     """
     plots: dict[Path, str] = {}
 
@@ -101,7 +107,7 @@ def rendered(page: Path, results: Path) -> dict[Path, str]:
 
 
 def latency(results: Path, root: Path) -> tuple[str, dict[Path, str]]:
-    """A paragraph, a table and a plot of each latency_*.json, and the plots."""
+    """Return a paragraph, a table and an image link for each latency_*.json, and the plots by path."""
     parts, plots = [], {}
     for path in sorted(results.glob("latency_*.json")):
         try:
@@ -116,7 +122,7 @@ def latency(results: Path, root: Path) -> tuple[str, dict[Path, str]]:
 
 
 def soak(results: Path, root: Path) -> tuple[str, dict[Path, str]]:
-    """A table with a row of each soak_*.json, and no plots."""
+    """Return a table with one row for each soak_*.json, and no plots."""
     rows = []
     for path in sorted(results.glob("soak_*.json")):
         try:
@@ -136,7 +142,7 @@ BLOCKS: Mapping[str, Callable[[Path, Path], tuple[str, dict[Path, str]]]] = Mapp
 
 
 def latency_heading(measured: Results, file: str) -> str:
-    """What was measured, and on what."""
+    """Return a sentence about what was measured, and on which machine."""
     bundle, settings, where = measured["bundle"], measured["settings"], measured["environment"]
     machine = _machine(where)
     if settings["threads"] is not None:
@@ -160,10 +166,10 @@ def latency_heading(measured: Results, file: str) -> str:
 
 
 def soak_row(measured: Results, file: str) -> str:
-    """Where it ran and what was found."""
+    """Return the table row of one soak run."""
     bundle, settings, used, latency = (measured[key] for key in ("bundle", "settings", "memory", "latency_ms"))
     on = f"{_machine(measured['environment'])}, `{measured['backend']}`, `{bundle['base']}` {bundle['precision']}"
-    # The most later is the most of the first ones and what it grew by.
+    # The later maximum is the early maximum plus the growth.
     early = used["after_50"]
     memory = f"{early:.0f} MiB, {early + used['growth']:.0f} MiB{' of the GPU' if settings['on_gpu'] else ''}"
     asked = f"{measured['answered']} from {settings['threads']} threads"
@@ -173,7 +179,7 @@ def soak_row(measured: Results, file: str) -> str:
 
 
 def latency_table(measured: Results) -> str:
-    """A row a request; the last but one column is p50 as a multiple of the warm request's."""
+    """Return a table with one row per request; the column "takes" is p50 relative to the warm request's."""
     runtime, repeats = measured["runtime"], measured["settings"]["repeats"]
     warm = runtime["requests"]["warm"]["total"]["p50"]
     lines = [
@@ -188,7 +194,7 @@ def latency_table(measured: Results) -> str:
 
 
 def latency_plot(measured: Results) -> str:
-    """Stacked bars of the stages' p50, in seconds."""
+    """Return stacked bars of the stages' p50 in seconds, as SVG."""
     bars = []
     for title, times, _ in _rows(measured):
         parts = {stage: times["stages"].get(stage, {"p50": 0.0})["p50"] / 1000 for stage in _STAGES}
@@ -198,7 +204,7 @@ def latency_plot(measured: Results) -> str:
 
 
 def _rows(measured: Results) -> list[tuple[str, Results, Results]]:
-    """Title, times, and what holds the memory, of every request."""
+    """Return title, times and memory of every request."""
     runtime, baselines = measured["runtime"], measured["baselines"]
     requests = runtime["requests"]
     rows = [(title, requests[kind], runtime) for kind, title in _REQUESTS.items() if kind in requests]

@@ -1,4 +1,4 @@
-"""Time on a GPU: of a call, with nothing of it in the L2 cache, and the device's own limits."""
+"""Times calls on a GPU with a cold L2 cache, and measures the device's peak throughput."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _WARM_UPS = 3
 
 @dataclass(frozen=True)
 class Work:
-    """Operations that a result needs, and bytes: every input that takes part read once, every output written once."""
+    """Operations and bytes that a result needs: each contributing input is read once, each output written once."""
 
     operations: int
     bytes: int
@@ -22,7 +22,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of each sample, and the memory that one call takes beyond its inputs."""
+    """Milliseconds of each sample, and the peak memory that one call needs beyond its inputs."""
 
     milliseconds: tuple[float, ...]
     extra_mib: float
@@ -32,30 +32,30 @@ class Timing:
         return float(np.median(self.milliseconds))
 
 
-# Measures one call.
+# Times one call.
 Timer = Callable[[Callable[[], object]], Timing]
 
 
 def gpu_name() -> str | None:
-    """What the current CUDA device is called; None where there is none, or no Triton to make kernels for it."""
+    """Return the name of the current CUDA device; None without a GPU or without Triton."""
     return torch.cuda.get_device_name() if HAS_TRITON and torch.cuda.is_available() else None
 
 
 class GpuTimer:
-    """Events around replays of a CUDA graph of the call, with a buffer larger than the L2 cache written before each.
+    """Times replays of the call's CUDA graph with events, and overwrites the L2 cache before each.
 
-    A graph, so that no launch waits for Python; the writing before it also gives the graph time to reach the device.
+    With a graph no launch waits for Python; the overwriting also gives the graph time to reach the device.
     """
 
     def __init__(self, samples: int) -> None:
         self._samples = samples
         l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
         self._flushed = torch.empty(2 * l2_bytes, dtype=torch.uint8, device="cuda")
-        # To warm up and to capture on: libraries keep a workspace for every stream that they see.
+        # One stream for warm-up and capture, because libraries allocate a workspace per stream.
         self._stream = torch.cuda.Stream()
 
     def __call__(self, call: Callable[[], object]) -> Timing:
-        """Time a call that allocates its outputs, uses no random numbers, and does the same each time."""
+        """Time a deterministic call that allocates its outputs."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
@@ -79,9 +79,9 @@ class GpuTimer:
 
 
 class HostTimer:
-    """The host's clock around calls: on a CPU, or of what cannot be captured in a graph once more.
+    """Times calls with the host's clock: on a CPU, or for calls that replay CUDA graphs of their own.
 
-    synchronize: returns when the device has done what a call enqueued.
+    synchronize: waits until the device has finished what a call enqueued.
     """
 
     def __init__(self, samples: int, synchronize: Callable[[], object] = lambda: None) -> None:
@@ -89,7 +89,7 @@ class HostTimer:
         self._synchronize = synchronize
 
     def __call__(self, call: Callable[[], object]) -> Timing:
-        """Time a call."""
+        """Time a call after one warm-up."""
         call()
         self._synchronize()
         taken = []
@@ -103,17 +103,17 @@ class HostTimer:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What this device did at best in this run, at the median: matrix products, and bytes read and written."""
+    """The device's throughput as measured in this run: of matrix products, and of memory reads plus writes."""
 
     flops_per_second: float
     bytes_per_second: float
 
     def floor_ms(self, work: Work) -> float:
-        """The milliseconds that no implementation is under."""
+        """Return the lower bound in milliseconds of any implementation."""
         return 1e3 * max(work.operations / self.flops_per_second, work.bytes / self.bytes_per_second)
 
     def described(self) -> dict[str, float]:
-        """In TFLOP/s and TB/s."""
+        """Return the peaks in TFLOP/s and TB/s."""
         return {
             "tflops": round(self.flops_per_second / 1e12, 1),
             "tb_per_s": round(self.bytes_per_second / 1e12, 3),
@@ -121,7 +121,7 @@ class Peaks:
 
 
 def measured_peaks(timer: Timer, dtype: torch.dtype, device: str, *, size: int = 8192, copied: int = 2**30) -> Peaks:
-    """By a matrix product of `size`³ on random numbers and a copy of `copied` bytes."""
+    """Measure the peaks by a matrix product of `size`³ and a copy of `copied` bytes, both of random numbers."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = timer(lambda: a @ b).median
     source = torch.randint(256, (copied,), dtype=torch.uint8, device=device)

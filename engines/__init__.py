@@ -1,1 +1,1 @@
-"""What turns a bundle's networks into files a device runs. Needs no PyTorch: it also works on the target."""
+"""Builds TensorRT engines from a bundle's ONNX graphs. Needs no PyTorch, so it also runs on the target device."""

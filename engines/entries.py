@@ -1,4 +1,4 @@
-"""The engines that a manifest names: one more, or fewer."""
+"""Adds engine entries to a bundle's manifest and removes them."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,8 +9,8 @@ from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.manifest import Bundle, Manifest
 
 
-def without_lost_engines(root: Path, manifest: Manifest) -> Manifest:
-    """The manifest without engines whose files are gone or cut: on a device they can be built again."""
+def without_missing_engines(root: Path, manifest: Manifest) -> Manifest:
+    """Return the manifest without engines whose files are missing or truncated, so that they are built again."""
 
     def is_whole(name: str) -> bool:
         path, file = Bundle(root, manifest).path(name), manifest.files.get(name)
@@ -20,7 +20,7 @@ def without_lost_engines(root: Path, manifest: Manifest) -> Manifest:
 
 
 def with_engine(manifest: Manifest, entry: EngineEntry, stored: Stored) -> Manifest:
-    """The manifest with an engine in place of those it supersedes."""
+    """Return the manifest with an engine in place of those for the same network, flavour and no other device."""
     kept = [
         engine
         for engine in manifest.engines
@@ -32,9 +32,9 @@ def with_engine(manifest: Manifest, entry: EngineEntry, stored: Stored) -> Manif
 
 
 def _with_engines(manifest: Manifest, engines: Iterable[EngineEntry]) -> Manifest:
-    """The manifest with these engines alone, in order, and without the files of those that are not among them."""
+    """Return the manifest with exactly these engines, sorted, and without the files of all others."""
     order = list(manifest.networks)
     kept = sorted(engines, key=lambda e: (order.index(e.network), e.flavour.value, e.capabilities))
-    gone = {e.folder for e in manifest.engines} - {e.folder for e in kept}
-    files = {name: file for name, file in manifest.files.items() if str(PurePosixPath(name).parent) not in gone}
+    dropped = {e.folder for e in manifest.engines} - {e.folder for e in kept}
+    files = {name: file for name, file in manifest.files.items() if str(PurePosixPath(name).parent) not in dropped}
     return dataclasses.replace(manifest, engines=tuple(kept), files=files)

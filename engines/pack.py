@@ -1,4 +1,4 @@
-"""`python -m engines.pack BUNDLE --target T --out DIR`: a bundle of what one backend reads, to be shipped."""
+"""Pack a bundle for one target: `python -m engines.pack BUNDLE --target T --out DIR`."""
 
 import argparse
 import dataclasses
@@ -23,18 +23,18 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}",
-        description="Make the bundle that one backend needs and nothing else, hashes and all. Its files are links to "
-        "those of BUNDLE where the file system has them.",
+        description="Write a bundle that holds only what one target needs, with the same hashes. Its files are hard "
+        "links to those of BUNDLE, or copies where the file system allows no links.",
     )
-    p.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder that python -m export.build made")
+    p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that python -m export.build wrote")
     p.add_argument(
         "--target",
         required=True,
         metavar="TARGET",
-        help=f"{CPU} (ONNX Runtime, on a CPU or a GPU); {RTX}, or one of its capabilities, such as sm86; sm80, sm90, "
-        f"... (TensorRT); {INDUCTOR}, or {INDUCTOR}:sm90",
+        help=f"what to pack for: {CPU} (ONNX Runtime, on a CPU or a GPU); {RTX}, or one of its capabilities, such as "
+        f"sm86; sm80, sm90, ... (TensorRT); {INDUCTOR}, or {INDUCTOR}:sm90",
     )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an empty one")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must be new or empty")
     return p
 
 
@@ -54,16 +54,16 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def pack(bundle: Bundle, target: str, out: Path) -> Bundle:
-    """Write the bundle at `out` that holds what `target` needs of `bundle`.
+    """Write a bundle to `out` that holds what `target` needs of `bundle`.
 
-    The files are hashed before the folder gets its name.
+    All files are hashed first, and `out` appears only when it is complete.
 
     Raises:
-        InputError: no such target, several, or a folder that is not empty or cannot be written.
-        BundleError: the bundle has not all that the target needs, or an altered file.
+        InputError: `target` is unknown or several targets, or `out` is not empty or cannot be written.
+        BundleError: the bundle lacks something that the target needs, or a file was altered.
     """
     manifest = packed_manifest(bundle, target)
-    bundle.verified(manifest.files)
+    bundle.verify(manifest.files)
     try:
         if out.is_dir() and any(out.iterdir()):
             raise InputError(f"--out {out}: holds other files; give a new or an empty folder")
@@ -88,11 +88,11 @@ def pack(bundle: Bundle, target: str, out: Path) -> Bundle:
 
 
 def packed_manifest(bundle: Bundle, target: str) -> Manifest:
-    """The manifest of what a target needs of a bundle.
+    """Return the manifest of what a target needs of a bundle.
 
     Raises:
-        InputError: no such target, or several.
-        BundleError: a network of which the bundle has no engine for the target, or no graph.
+        InputError: `target` is unknown or several targets.
+        BundleError: the bundle lacks a network's engine for the target, or its graph.
     """
     (name, *others) = parse_targets(target)
     if others or name == LOCAL:
@@ -104,8 +104,8 @@ def packed_manifest(bundle: Bundle, target: str) -> Manifest:
             bundle.graph(network)
     else:
         engines = tuple(_engines_for(name, manifest))
-        combined_bytes = [_networks_like(engine, engines) for engine in engines]
-        if missing := sorted(manifest.networks.keys() - max(combined_bytes, key=len, default=set())):
+        covered = [_networks_covered(engine, engines) for engine in engines]
+        if missing := sorted(manifest.networks.keys() - max(covered, key=len, default=set())):
             raise BundleError(
                 f"{bundle.root} has no engine of {', '.join(missing)} for {name}: build them first, or pack for "
                 "another target"
@@ -136,14 +136,17 @@ def packed_manifest(bundle: Bundle, target: str) -> Manifest:
 
 
 def _engines_for(target: str, manifest: Manifest) -> list[EngineEntry]:
-    """A target's engines, without those whose library and devices some network lacks; if that leaves none, all."""
+    """Return a target's engines, without those whose library version and devices do not cover every network.
+
+    If that leaves none, return all.
+    """
     found = [engine for engine in manifest.engines if _is_for(engine, target)]
-    whole = [engine for engine in found if _networks_like(engine, found) == manifest.networks.keys()]
-    return whole or found
+    complete = [engine for engine in found if _networks_covered(engine, found) == manifest.networks.keys()]
+    return complete or found
 
 
-def _networks_like(engine: EngineEntry, engines: Iterable[EngineEntry]) -> set[str]:
-    """The networks that have an engine of the same library, for all of an engine's devices."""
+def _networks_covered(engine: EngineEntry, engines: Iterable[EngineEntry]) -> set[str]:
+    """Return the networks that have an engine of the same library version for all devices of `engine`."""
     return {
         other.network
         for other in engines
@@ -152,7 +155,7 @@ def _networks_like(engine: EngineEntry, engines: Iterable[EngineEntry]) -> set[s
 
 
 def _is_for(engine: EngineEntry, target: str) -> bool:
-    """Whether an engine is one of a target's."""
+    """Return whether a target uses this engine."""
     kind, _, capability = target.rpartition(":")
     is_package = engine.flavour is Flavour.INDUCTOR
     if target == INDUCTOR or kind == INDUCTOR:
@@ -162,7 +165,7 @@ def _is_for(engine: EngineEntry, target: str) -> bool:
 
 
 def _left_out(whole: Manifest, packed: Manifest) -> list[str]:
-    """What a packed bundle lacks, for people."""
+    """Describe what a packed bundle lacks, one readable phrase each."""
     lines = []
     if any(entry.onnx for entry in whole.networks.values()) and not packed.has_graphs:
         lines.append("ONNX graphs")

@@ -1,8 +1,8 @@
-"""The attention operators' own kernels that travel in a bundle, and the TensorRT plugins that launch them.
+"""The compiled attention kernels of a bundle, and the TensorRT plugins that launch them.
 
-`kernels/<network>_sm<capability>-<key>/` holds PTX and a `kernels.json` that says what each file computes and how it
-is launched. TensorRT takes a kernel into an engine through a quick deployable plugin, ahead of time, and the engine
-then runs without any of this. TensorRT-RTX has no plugins, and TensorRT has them of this kind since 10.9.
+A bundle's `kernels/<network>_sm<capability>-<key>/` holds PTX files and a `kernels.json` that says what each computes
+and how it is launched. TensorRT embeds a kernel in the engine through a quick deployable plugin with an ahead-of-time
+implementation, so the engine runs without these files. TensorRT-RTX has no plugins; TensorRT has this kind since 10.9.
 """
 
 import contextlib
@@ -26,33 +26,33 @@ from moma_rt.errors import BundleError
 from moma_rt.files import sha256_file
 from moma_rt.messages import short_repr
 
-# The one network that has the operators.
+# The only network with the custom operators.
 NETWORK = "denoiser"
 KERNELS_NAME = "kernels.json"
 NAMESPACE = "moma"
 FORMAT_VERSION = 1
 INJECTED, CONTEXT = "InjectedSelfAttention", "ContextCrossAttention"
-# Also the first TensorRT that knows all else in the full graph: opset 21's GroupNormalization is of 10.9.
+# The first TensorRT with ahead-of-time plugins, and the first to parse opset 21's GroupNormalization.
 PLUGINS_SINCE = (10, 9)
-# Older releases read a plugin's numbers in a way that NumPy has refused since 2.4.
+# Older releases read a plugin's attributes in a way that NumPy rejects since 2.4.
 ATTRIBUTES_SINCE = (11, 4)
 _MODULES = ("kernels.injected_self_attention.tensorrt_plugin", "kernels.context_cross_attention.tensorrt_plugin")
-# The numbers of tokens that a kernel is compiled for: those of text and context; the reference's is an argument.
+# How many token counts a kernel is compiled for: text and context tokens. The reference's count is a launch argument.
 _FIXED_TOKENS = MappingProxyType({INJECTED: 0, CONTEXT: 2})
 _DTYPES = MappingProxyType({Precision.FP16: "float16", Precision.BF16: "bfloat16"})
-# TensorRT's names.
+# By TensorRT's names.
 _TENSORRT_DTYPES = MappingProxyType({"HALF": "float16", "BF16": "bfloat16"})
 _MAX_THREADS = 1024
-# What a kernel gets that is launched by somebody who does not ask the driver for more.
+# The limit for a kernel whose launcher does not opt in to more shared memory.
 _MAX_SHARED_BYTES = 48 * 1024
 _ENTRY = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-# A name and no path.
+# A file name, not a path.
 _FILE = re.compile(r"\w[\w.-]*\.ptx", re.ASCII)
 
 
 @dataclass(frozen=True)
 class KernelShape:
-    """What one operator's kernel is compiled for: heads, the width of a head, queries, and fixed numbers of tokens."""
+    """The sizes that an operator's kernel is compiled for: heads, head width, queries, and fixed token counts."""
 
     operator: str
     heads: int
@@ -67,7 +67,7 @@ class KernelShape:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel: its name in `path`, the queries of a block, and what a block needs of the device."""
+    """One compiled kernel: its entry point in the PTX file `path`, and a block's queries, threads and shared memory."""
 
     entry: str
     path: Path
@@ -77,33 +77,33 @@ class Kernel:
 
     @property
     def ptx(self) -> str:
-        """Its code, as text."""
+        """The PTX source."""
         return self.path.read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class NetworkKernels:
-    """The kernels of a network for one capability and dtype; `sha256` names them all, and how they are launched."""
+    """A network's kernels for one capability and dtype; `sha256` covers their PTX and launch parameters."""
 
     sha256: str
     dtype: str
     kernels: Mapping[KernelShape, Kernel]
 
     def find(self, operator: str, dtype: str, heads: int, width: int, queries: int, tokens: tuple[int, ...]) -> Kernel:
-        """What a plugin asks for as TensorRT compiles it; `dtype` as TensorRT names it.
+        """Return the kernel for a plugin that TensorRT compiles; `dtype` is TensorRT's name (HALF, BF16).
 
         Raises:
-            BundleError: there is none.
+            BundleError: there is no such kernel.
         """
         shape = KernelShape(operator, heads, width, queries, tokens)
         found = self.kernels.get(shape) if _TENSORRT_DTYPES.get(dtype) == self.dtype else None
         if found is None:
-            raise BundleError(f"there is no kernel in {dtype} of {shape}; those of the bundle are in {self.dtype}")
+            raise BundleError(f"there is no kernel in {dtype} of {shape}; the bundle's kernels are in {self.dtype}")
         return found
 
 
 def attention_shapes(geometry: Geometry) -> tuple[KernelShape, ...]:
-    """What the denoiser's attention layers need, each once: all transformers have one of either operator."""
+    """Return the distinct kernel shapes of the denoiser; each transformer block has one layer of either operator."""
     shapes = {}
     for layer in geometry.self_attention:
         sizes = (layer.heads, layer.channels // layer.heads, layer.grid * layer.grid)
@@ -113,22 +113,22 @@ def attention_shapes(geometry: Geometry) -> tuple[KernelShape, ...]:
 
 
 def kernel_dtype(precision: Precision) -> str | None:
-    """The dtype of the kernels for a network; None where it has none."""
+    """Return the dtype of the kernels for a network of this precision; None if there are none."""
     return _DTYPES.get(precision)
 
 
 def choose(
     bundle: Bundle, owner: NetworkEntry, flavour: Flavour, version: str, capability: int
 ) -> tuple[NetworkKernels | None, str]:
-    """The kernels with which TensorRT is to build a network, and, where the bundle's cannot be used, why not.
+    """Choose the kernels with which TensorRT builds a network; where the bundle's cannot be used, also return why.
 
     Raises:
-        BundleError: an altered file, or a `kernels.json` that is malformed.
+        BundleError: a file was altered, or a `kernels.json` is malformed.
     """
     entries = {e.capability: e for e in bundle.manifest.kernels if e.network == owner.spec.name}
     if not entries:
         return None, ""
-    why = _obstacle(flavour, version)
+    why = _unsupported_reason(flavour, version)
     if why:
         return None, why
     if capability not in entries:
@@ -143,8 +143,8 @@ def choose(
     return found, ""
 
 
-def _obstacle(flavour: Flavour, version: str) -> str:
-    """Why a library can take no kernels, empty where it can."""
+def _unsupported_reason(flavour: Flavour, version: str) -> str:
+    """Return why a library version cannot use the kernels; empty if it can."""
     if flavour is not Flavour.TENSORRT:
         return "TensorRT-RTX has no plugins"
     if version_tuple(version)[:2] < PLUGINS_SINCE:
@@ -156,21 +156,21 @@ def _obstacle(flavour: Flavour, version: str) -> str:
 
 
 def read_kernels(bundle: Bundle, entry: KernelsEntry, dtype: str) -> NetworkKernels:
-    """The kernels of one entry in one dtype, every file of them verified.
+    """Read the kernels of one manifest entry in one dtype, and verify each of their files.
 
     Raises:
-        BundleError: a file that is missing or altered, or a `kernels.json` that is malformed; the message names it.
+        BundleError: a file is missing or altered, or `kernels.json` is malformed; the message names the file.
     """
-    bundle.verified([entry.file])
-    place = bundle.path(entry.file)
+    bundle.verify([entry.file])
+    index_path = bundle.path(entry.file)
     try:
-        records = _records(json.loads(place.read_text(encoding="utf-8")))
-        kernels = _kernels_of(records, place.parent, entry.capability, dtype)
-    # Nesting without end is a RecursionError.
+        records = _records(json.loads(index_path.read_text(encoding="utf-8")))
+        kernels = _kernels_of(records, index_path.parent, entry.capability, dtype)
+    # json.loads raises RecursionError for JSON that is nested too deeply.
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BundleError(f"{place} is malformed: {type(error).__name__}: {error}") from None
+        raise BundleError(f"{index_path} is malformed: {type(error).__name__}: {error}") from None
     files = sorted({f"{entry.folder}/{kernel.path.name}" for kernel in kernels.values()})
-    bundle.verified(files)
+    bundle.verify(files)
     hashes = [bundle.manifest.files[name].sha256 for name in (entry.file, *files)]
     digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
     return NetworkKernels(digest, dtype, MappingProxyType(kernels))
@@ -237,17 +237,17 @@ def _checked(name: str, value: object, least: int = 1, most: int = MAX_SIZE) -> 
 
 
 def code_hash() -> str:
-    """Names the code that makes an engine of kernels."""
-    places = [__file__, *(importlib.import_module(name).__file__ for name in _MODULES)]
-    return hashlib.sha256("".join(sha256_file(Path(str(place))) for place in places).encode()).hexdigest()
+    """Hash the code that puts kernels into an engine."""
+    files = [__file__, *(importlib.import_module(name).__file__ for name in _MODULES)]
+    return hashlib.sha256("".join(sha256_file(Path(str(file))) for file in files).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def registered(kernels: NetworkKernels | None) -> Iterator[None]:
-    """Have TensorRT take these kernels for the nodes of their operators, meanwhile and in this process.
+    """Register the plugins that launch these kernels while the context is active.
 
-    The registry is the process's, and a node whose plugin it knows is given to that plugin. So nothing stays there:
-    the next graph may be of another bundle, or is to be built without.
+    TensorRT's registry is global to the process, and any node whose plugin it knows becomes that plugin. The plugins
+    are removed afterwards, because the next graph may belong to another bundle or be built without them.
 
     Raises:
         InputError: TensorRT is not installed or cannot be loaded.
@@ -260,11 +260,11 @@ def registered(kernels: NetworkKernels | None) -> Iterator[None]:
         for name in _MODULES:
             plugin = importlib.import_module(name)
             plugin.register(kernels.find)
-            stack.callback(_withdraw, trt, plugin)
+            stack.callback(_deregister, trt, plugin)
         yield
 
 
-def _withdraw(trt: Any, plugin: ModuleType) -> None:
+def _deregister(trt: Any, plugin: ModuleType) -> None:
     import tensorrt.plugin as trtp
 
     registry = trt.get_plugin_registry()

@@ -1,4 +1,4 @@
-"""`python -m engines.prune STORE`: delete what no bundle uses any more from a store that bundles share."""
+"""Delete what no bundle uses from a shared store: `python -m engines.prune STORE`."""
 
 import argparse
 import sys
@@ -15,10 +15,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}",
-        description="Delete graphs, weights, kernels and engines that no bundle links any more. No build may run "
-        "meanwhile.",
+        description="Delete the graphs, weights, kernels and engines in a shared store that no bundle links any more. "
+        "Do not run a build at the same time.",
     )
-    p.add_argument("store", type=Path, metavar="STORE", help="such as bundles/.store")
+    p.add_argument("store", type=Path, metavar="STORE", help="folder of the store, such as bundles/.store")
     return p
 
 

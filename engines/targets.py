@@ -1,9 +1,9 @@
-"""What engines are to be built for: `--target` read, and checked against what this machine can build.
+"""Parses `--target`, and checks it against what this machine can build.
 
-TensorRT-RTX compiles for GeForce and RTX devices on any machine. TensorRT measures its kernels, and so builds only on
-the device itself: a bundle for an A100, an H100 or a Jetson is exported anywhere and finished there. PyTorch's inductor
-compiles for the machine it runs on, its GPU or else its CPU, and measures its kernels there; for a GPU that is named it
-compiles on any machine, without measuring where there is none.
+TensorRT-RTX compiles for GeForce and RTX devices on any machine. TensorRT selects kernels by timing them, so it builds
+only on the device itself: a bundle for an A100, an H100 or a Jetson is exported anywhere and its engines are built
+there. PyTorch's inductor compiles for this machine's GPU, or its CPU if it has none, and times kernels there; for a
+named GPU it compiles on any machine, and selects kernels by rule where that GPU is absent.
 """
 
 import dataclasses
@@ -15,27 +15,27 @@ from moma_rt.bundle.engines import CPU_DEVICE, RTX_CAPABILITIES, Device, Flavour
 from moma_rt.errors import InputError
 
 CPU, RTX, LOCAL, INDUCTOR = "cpu", "rtx", "local", "inductor"
-# What `rtx` stands for: Ampere and later. Turing is built when it is named (sm75).
+# The devices of `rtx`: Ampere and later. Turing is only built when it is named (sm75).
 RTX_TARGETS = (86, 89, 120, 121)
-# Datacenter and Jetson devices, for whose capabilities there is only TensorRT itself.
+# Datacenter and Jetson devices, which TensorRT-RTX does not support.
 TENSORRT_CAPABILITIES = (80, 87, 90, 100, 103, 110)
 _TENSORRT = tuple(f"sm{c}" for c in TENSORRT_CAPABILITIES)
-# Those for which Triton has kernels of ours, as `kernels.launch` lists them.
+# Equal to `kernels.launch.CAPABILITIES`.
 INDUCTOR_CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
-_CROSS = f"{INDUCTOR}:sm"
+_INDUCTOR_SM = f"{INDUCTOR}:sm"
 KNOWN = (
     *(CPU, RTX, LOCAL, INDUCTOR),
     *(f"sm{c}" for c in sorted((*RTX_CAPABILITIES, *TENSORRT_CAPABILITIES))),
-    *(f"{_CROSS}{c}" for c in INDUCTOR_CAPABILITIES),
+    *(f"{_INDUCTOR_SM}{c}" for c in INDUCTOR_CAPABILITIES),
 )
 
 
 @dataclass(frozen=True)
 class EngineTarget:
-    """Devices that one engine a network is built for.
+    """A library, and the compute capabilities that one engine per network is built for.
 
-    `measured`: kernels are to be chosen by measuring them on this machine; False: an engine will do whose kernels were
-    chosen by rule, on a machine without such a device (`inductor:sm90`).
+    measured: kernels must be selected by timing them on this machine; False: an engine whose kernels were selected by
+        rule on a machine without the device will do (`inductor:sm90`).
     """
 
     flavour: Flavour
@@ -48,32 +48,35 @@ class EngineTarget:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine can build engines with."""
+    """This machine's GPU, if any, and the installed libraries that build engines."""
 
     device: Device | None
     installed: frozenset[Flavour]
 
     @classmethod
     def here(cls) -> "Machine":
-        """This machine; nothing is imported for it."""
+        """Describe this machine without importing any of the libraries."""
         installed = frozenset(f for f in Flavour if is_installed(f.module))
         return cls(local_device(), installed)
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """The targets that an option names, separated by commas.
+    """Parse the value of `--target`: names in `KNOWN`, separated by commas, in any case.
 
     Raises:
-        InputError: none, or one that is not in `KNOWN`.
+        InputError: no name, or an unknown one.
     """
-    return listed("--target", "target", text.lower(), KNOWN)
+    return parse_list("--target", "target", text.lower(), KNOWN)
 
 
-def listed(option: str, kind: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """What an option names, separated by commas, in the order of `known`.
+def parse_list(option: str, kind: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Parse an option whose value is a list of names separated by commas; returns them in the order of `known`.
+
+    Args:
+        option, kind: the option and the singular noun for its values, for the error message.
 
     Raises:
-        InputError: nothing, or something that is not known.
+        InputError: no name, or one that is not in `known`.
     """
     asked = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in asked if name not in known]
@@ -85,10 +88,10 @@ def listed(option: str, kind: str, text: str, known: tuple[str, ...]) -> tuple[s
 
 
 def resolve(names: tuple[str, ...], machine: Machine) -> tuple[EngineTarget, ...]:
-    """The engines that targets stand for; `cpu` needs none, since it runs the ONNX files.
+    """Translate target names to what has to be built; nothing for `cpu`, which runs the ONNX graphs.
 
     Raises:
-        InputError: a target that this machine cannot build for; the message says where and how it is built.
+        InputError: a target that this machine cannot build for; the message says where and how to build it.
     """
     rtx, targets = set[int](), list[EngineTarget]()
     for name in names:
@@ -99,8 +102,8 @@ def resolve(names: tuple[str, ...], machine: Machine) -> tuple[EngineTarget, ...
         elif name == INDUCTOR:
             capability = (machine.device or CPU_DEVICE).capability
             targets.append(_installed(EngineTarget(Flavour.INDUCTOR, (capability,)), machine))
-        elif name.startswith(_CROSS):
-            capability = int(name.removeprefix(_CROSS))
+        elif name.startswith(_INDUCTOR_SM):
+            capability = int(name.removeprefix(_INDUCTOR_SM))
             targets.append(_installed(EngineTarget(Flavour.INDUCTOR, (capability,), measured=False), machine))
         elif name != CPU:
             capability = int(name.removeprefix("sm"))
@@ -110,13 +113,13 @@ def resolve(names: tuple[str, ...], machine: Machine) -> tuple[EngineTarget, ...
                 targets.append(_on_device(capability, machine))
     if rtx:
         targets.insert(0, _installed(EngineTarget(Flavour.TENSORRT_RTX, tuple(sorted(rtx))), machine))
-    # What is measured will do where nothing has to be.
+    # A package whose kernels are timed also serves the target that does not ask for timing.
     superseded = {dataclasses.replace(target, measured=False) for target in targets if target.measured}
     return tuple(dict.fromkeys(target for target in targets if target not in superseded))
 
 
-def elsewhere(names: tuple[str, ...], machine: Machine) -> tuple[str, ...]:
-    """Those of the targets for which TensorRT builds on another machine, such as sm80."""
+def targets_for_other_devices(names: tuple[str, ...], machine: Machine) -> tuple[str, ...]:
+    """Return the TensorRT targets, such as sm80, that have to be built on another machine."""
     here = "" if machine.device is None else f"sm{machine.device.capability}"
     return tuple(name for name in names if name in _TENSORRT and name != here)
 

@@ -1,8 +1,8 @@
-"""One network's ONNX graph to a TensorRT or TensorRT-RTX engine.
+"""Compiles one network's ONNX graph to a TensorRT or TensorRT-RTX engine.
 
-Both libraries have the same Python API, so a flavour is a value. Networks are strongly typed: every type comes from the
-ONNX graph, and no flag changes one. TensorRT builds for the device it runs on; TensorRT-RTX builds ahead of time, one
-engine for any set of compute capabilities, also where there is no device.
+Both libraries have the same Python API, so one code path serves both flavours. Networks are strongly typed: every type
+comes from the ONNX graph, and no builder flag changes one. TensorRT builds for the device it runs on; TensorRT-RTX
+builds ahead of time, one engine for any set of compute capabilities, and needs no device for it.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from moma_rt.messages import one_line
 
 ENGINE_NAME = "engine.trt"
 LAYERS_NAME = "layers.json"
-# Its release notes: a refittable engine may give wrong results there, refitted or not.
+# By its release notes, a refittable engine may give wrong results in this version, refitted or not.
 _BROKEN_REFIT = (11, 3)
 
 Report = Callable[[str], None]
@@ -30,9 +30,9 @@ Report = Callable[[str], None]
 class EngineOptions:
     """How engines are built.
 
-    refittable: keep the engine's weights exchangeable, which costs some fusions (TensorRT only).
-    layers: also write what the builder made of each layer, which needs a device.
-    timing_cache: TensorRT's measurements of kernels, read and written, so that a second build is shorter.
+    refittable: keep the engine's weights replaceable, which prevents some fusions (TensorRT only).
+    layers: also write the engine's fused layers as JSON, which needs a device.
+    timing_cache: file of TensorRT's timing cache, read and updated, so that later builds are faster (TensorRT only).
     """
 
     refittable: bool = False
@@ -42,9 +42,9 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A graph, what it is compiled for, and the kernels that are to take its operators (None: standard operators).
+    """A graph, what it is compiled for, and the kernels for its custom operators (None: standard operators).
 
-    `weights_root` is the folder that the graph's references to weights are relative to.
+    `weights_root` is the folder that the graph's external data paths are relative to.
     """
 
     flavour: Flavour
@@ -57,39 +57,39 @@ class EngineRequest:
 
     @property
     def graph(self) -> tuple[bytes, str]:
-        """The graph's bytes, and the file that the library is to take them for: it looks for weights beside that."""
+        """The serialized graph, and the path that the parser takes as its origin: it looks for weights beside it."""
         return self.onnx.read_bytes(), str(self.weights_root / self.onnx.name)
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """Device memory that an engine needs, in bytes, at its largest shapes; None where the builder did not say."""
+    """Device memory in bytes that an engine needs at its largest shapes; None where the builder did not report it."""
 
     weight_bytes: int | None
     activation_bytes: int | None
 
 
 def check_options(flavour: Flavour, version: str, options: EngineOptions) -> None:
-    """Refuse what a library is known to get wrong.
+    """Refuse options that a library does not support or is known to get wrong.
 
     Raises:
-        InputError: refittable engines, where the library has none or makes wrong ones.
+        InputError: refittable engines of TensorRT-RTX, or of a TensorRT version that builds wrong ones.
     """
     if options.refittable and flavour is Flavour.TENSORRT_RTX:
-        raise InputError("TensorRT-RTX builds no refittable engines ahead of time; leave --refittable")
+        raise InputError("TensorRT-RTX builds no refittable engines ahead of time; leave out --refittable")
     if options.refittable and version_tuple(version)[:2] == _BROKEN_REFIT:
-        raise InputError(f"TensorRT {version} makes refittable engines that may be wrong; take another version")
+        raise InputError(f"TensorRT {version} builds refittable engines that may be wrong; install another version")
 
 
 def build_engine(request: EngineRequest, folder: Path, report: Report) -> EngineFacts:
     """Compile a graph and write `folder/engine.trt`.
 
     Args:
-        report: called with what the builder is doing.
+        report: called with the builder's progress.
 
     Raises:
-        BundleError: a graph that the library cannot parse or compile; the message is the library's own first error.
-        KeyboardInterrupt: as soon as the builder can stop.
+        BundleError: the library cannot parse or compile the graph; the message holds its first error.
+        KeyboardInterrupt: Ctrl-C was pressed; raised once the builder has stopped.
     """
     with registered(request.kernels):
         return _build_engine(request, folder, report)
@@ -101,15 +101,15 @@ def _build_engine(request: EngineRequest, folder: Path, report: Report) -> Engin
     log.begin()
     try:
         builder = trt.Builder(log)
-    except (TypeError, RuntimeError):  # how the bindings say that they were given no object
-        raise BundleError(f"{_who(request)} cannot build here: {log.error or 'it did not say why'}") from None
+    except (TypeError, RuntimeError):  # raised by the bindings for a null pointer
+        raise BundleError(f"{_label(request)} cannot build here: {log.error or 'it did not say why'}") from None
     network = builder.create_network(_network_flags(trt, request))
     if network is None:
-        raise BundleError(f"{_who(request)} cannot build here: {log.error or 'it did not say why'}")
+        raise BundleError(f"{_label(request)} cannot build here: {log.error or 'it did not say why'}")
     parser = trt.OnnxParser(network, log)
     if not parser.parse(*request.graph):
         found = parser.get_error(0).desc() if parser.num_errors else ""
-        raise BundleError(f"{_who(request)} cannot parse it: {log.error or one_line(found)}")
+        raise BundleError(f"{_label(request)} cannot parse it: {log.error or one_line(found)}")
     config = builder.create_builder_config()
     _configure(trt, config, request)
     profile = _profile(builder, request.spec)
@@ -120,7 +120,7 @@ def _build_engine(request: EngineRequest, folder: Path, report: Report) -> Engin
     if monitor.interruption is not None:
         raise monitor.interruption
     if serialized is None or not serialized.nbytes:
-        raise BundleError(f"{_who(request)} cannot compile it: {log.error or 'the builder did not say why'}")
+        raise BundleError(f"{_label(request)} cannot compile it: {log.error or 'the builder did not say why'}")
     (folder / ENGINE_NAME).write_bytes(memoryview(serialized))
     _save_timing_cache(config, request)
     if request.options.layers:
@@ -129,10 +129,10 @@ def _build_engine(request: EngineRequest, folder: Path, report: Report) -> Engin
 
 
 def refit_engine(engine_file: Path, request: EngineRequest, folder: Path) -> None:
-    """Write `folder/engine.trt`: a refittable engine with the weights of another graph of the same structure.
+    """Put the weights of `request`'s graph into a refittable engine, and write the result to `folder/engine.trt`.
 
     Raises:
-        BundleError: not refittable, or a graph of another structure.
+        BundleError: the engine is not refittable, or the graph has another structure.
     """
     with registered(request.kernels):
         _refit_engine(engine_file, request, folder)
@@ -145,7 +145,7 @@ def _refit_engine(engine_file: Path, request: EngineRequest, folder: Path) -> No
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(engine_file.read_bytes())
     if engine is None or not engine.refittable:
-        raise BundleError(f"{engine_file} is no refittable engine: {log.error or 'it was built without'}")
+        raise BundleError(f"{engine_file} is not refittable: {log.error or 'it was built without --refittable'}")
     refitter = trt.Refitter(engine, log)
     parser_refitter = trt.OnnxParserRefitter(refitter, log)
     if not parser_refitter.refit_from_bytes(*request.graph) or refitter.get_missing_weights():
@@ -157,7 +157,7 @@ def _refit_engine(engine_file: Path, request: EngineRequest, folder: Path) -> No
 
 def _network_flags(trt: Any, request: EngineRequest) -> int:
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    # By name, for the numbers are others in 11.
+    # Looked up by name: TensorRT 11 numbers the flags differently.
     if request.kernels is not None and hasattr(trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS"):
         flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
     return flags
@@ -169,7 +169,8 @@ def _configure(trt: Any, config: Any, request: EngineRequest) -> None:
         config.num_compute_capabilities = len(request.capabilities)
         for index, capability in enumerate(request.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
-        # Else it may allocate memory while it runs, and could not be recorded then. Contexts are given theirs anyway.
+        # Otherwise an engine may allocate while it runs, and cannot be captured as a CUDA graph. The runtime provides
+        # the memory of each context anyway.
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     else:
         if options.refittable:
@@ -177,7 +178,7 @@ def _configure(trt: Any, config: Any, request: EngineRequest) -> None:
         if options.timing_cache is not None:
             known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
             if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
-                # Another model of the same capability measured it.
+                # The cache is from another GPU model of the same capability.
                 config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     if options.layers:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -210,9 +211,9 @@ def _layers(trt: Any, log: Any, serialized: Any) -> str:
 
 def _monitor(trt: Any, report: Report) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
-        """Passes on how far the outermost phase is.
+        """Reports the progress of the outermost phases.
 
-        An exception must not pass through the builder's frames: it is kept, and the builder asked to stop.
+        An exception must not cross the builder's C++ frames: it is stored, and the builder is asked to stop.
         """
 
         def __init__(self) -> None:
@@ -223,17 +224,17 @@ def _monitor(trt: Any, report: Report) -> Any:
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if parent_phase is None:
                 self._steps[phase_name] = num_steps
-            self._say(f"compiling: {phase_name}")
+            self._report(f"compiling: {phase_name}")
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self._steps:
-                self._say(f"compiling: {phase_name}, {step + 1} of {self._steps[phase_name]}")
+                self._report(f"compiling: {phase_name}, {step + 1} of {self._steps[phase_name]}")
             return self.interruption is None
 
         def phase_finish(self, phase_name: str) -> None:
             self._steps.pop(phase_name, None)
 
-        def _say(self, text: str) -> None:
+        def _report(self, text: str) -> None:
             try:
                 report(text)
             except BaseException as error:  # Ctrl-C arrives here as well
@@ -242,5 +243,5 @@ def _monitor(trt: Any, report: Report) -> Any:
     return Monitor()
 
 
-def _who(request: EngineRequest) -> str:
+def _label(request: EngineRequest) -> str:
     return f"{request.spec.name}: {request.flavour.value} {library_version(request.flavour)}"

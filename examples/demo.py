@@ -1,4 +1,4 @@
-"""One photo in, a personalized picture out: every stage of moma-rt on the tiny model, each through its command.
+"""Run every stage of moma-rt on the tiny model, each as a command: build a bundle, enroll a photo, generate a picture.
 
 The tiny model has random weights: the picture shows that the pipeline runs, not what MoMA can do.
 """
@@ -35,7 +35,7 @@ STAGES: tuple[tuple[str, list[str | Path]], ...] = (
 
 
 def main() -> int:
-    """Run the stages in order, stop at the first that fails, and say where the pictures are."""
+    """Run the stages in order, stop at the first that fails, and print the paths of the pictures."""
     seconds: dict[str, float] = {}
     for title, stage in STAGES:
         command = [str(part) for part in stage]
@@ -47,7 +47,7 @@ def main() -> int:
             print(f"The demo stopped: could not {title}.", file=sys.stderr)
             return code
         seconds[title] = time.perf_counter() - start
-    print("\nSeconds per stage, the start of each program included:")
+    print("\nSeconds per stage, including the start of each program:")
     for title, value in seconds.items():
         print(f"  {title:<22} {value:6.1f}")
     print(f"Picture:        {PICTURE}\nContact sheet:  {CONTACT_SHEET}")

@@ -1,1 +1,1 @@
-"""Checkpoints to bundles: reading weights, PyTorch modules written for tracing, and their export to ONNX."""
+"""Convert checkpoints to bundles: read weights, trace PyTorch modules, and export them to ONNX or AOTInductor."""

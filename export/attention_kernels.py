@@ -1,4 +1,4 @@
-"""The attention operators' own kernels for TensorRT's plugins: PTX, compiled here for devices that are elsewhere."""
+"""Compile the attention operators' kernels to PTX for TensorRT's plugins; the target device need not be present."""
 
 import hashlib
 import importlib.metadata
@@ -18,18 +18,18 @@ from moma_rt.bundle.manifest import NetworkEntry
 from moma_rt.bundle.specs import Geometry, Precision
 
 COMPILER = "triton"
-# Sources whose change may change a kernel, in the package `kernels`.
+# Sources in the package `kernels` whose change may change a kernel.
 _CODE = ("*.py", "*/triton_kernel.py")
 
 Report = Callable[[str, str], None]
 
 
 def kernel_capabilities(targets: Iterable[EngineTarget], later: Iterable[int], precision: Precision) -> tuple[int, ...]:
-    """For which devices a network gets kernels: those that TensorRT builds for, or all where no target is named.
+    """Return the compute capabilities to compile kernels for: TensorRT's targets, or the defaults without any target.
 
     Args:
-        targets: what engines are built for now.
-        later: the capabilities of devices on which they are built later.
+        targets: the targets of this build.
+        later: the compute capabilities of devices on which engines are built later.
         precision: the network's.
     """
     targets = tuple(targets)
@@ -40,7 +40,7 @@ def kernel_capabilities(targets: Iterable[EngineTarget], later: Iterable[int], p
 
 
 def kernels_key(network: NetworkEntry, geometry: Geometry, capability: int) -> str:
-    """Names what kernels compute, for what device, the code they come from, and the compiler."""
+    """Return the store key of a network's kernels: a hash of shapes, dtype, device, source code and compiler."""
     identity = {
         "shapes": [asdict(shape) for shape in attention_shapes(geometry)],
         "dtype": kernel_dtype(network.precision),
@@ -61,9 +61,9 @@ class KernelExporter:
     report: Report
 
     def stored(self, capabilities: Iterable[int], previous: Iterable[KernelsEntry]) -> dict[KernelsEntry, Stored]:
-        """The kernels for all of `capabilities`, and of the previous ones those that would be the same today.
+        """Return kernels for all of `capabilities`, compiling what is missing, and the `previous` ones still current.
 
-        Without Triton, or in a precision that has none, there are none: the network runs in standard operators.
+        Without Triton, or in a precision without kernels, nothing is compiled: the network runs on standard operators.
         """
         if kernel_dtype(self.network.precision) is None:
             return {}
@@ -81,12 +81,12 @@ class KernelExporter:
         return found
 
     def _compilable(self, wanted: set[int]) -> set[int]:
-        """Those of the capabilities that there is a compiler for; of the others it is said that there is none."""
+        """Return the capabilities that can be compiled for, and report a note about the others."""
         name = self.network.spec.name
         if not wanted:
             return wanted
         if not is_installed(COMPILER):
-            self.report(name, "note: it gets no kernels of its own, since Triton is not installed: pip install triton")
+            self.report(name, "note: no kernels are compiled, since Triton is not installed: pip install triton")
             return set()
         from kernels.launch import CAPABILITIES
 
@@ -94,8 +94,7 @@ class KernelExporter:
         if unknown:
             known = format_capabilities(CAPABILITIES)
             self.report(
-                name,
-                f"note: it gets no kernels of its own for {format_capabilities(sorted(unknown))}, only for {known}",
+                name, f"note: no kernels are compiled for {format_capabilities(sorted(unknown))}, only for {known}"
             )
         return wanted - unknown
 
@@ -110,19 +109,19 @@ class KernelExporter:
             return {}
 
         start = time.monotonic()
-        self.report(name, f"compiling its kernels for sm{capability}")
+        self.report(name, f"compiling kernels for sm{capability}")
         try:
             stored = self.store.add(artifact, write)
         except CompileError as error:
-            # The network runs in standard operators there.
-            self.report(name, f"note: it gets no kernels of its own for sm{capability}: {error}")
+            # The network runs on standard operators there.
+            self.report(name, f"note: no kernels are compiled for sm{capability}: {error}")
             return None
         self.report(name, f"kernels for sm{capability} built in {time.monotonic() - start:.1f} s")
         return stored
 
 
 def kernels_code_hash() -> str:
-    """Names what computes on a device: the kernels' sources and the choice of their launches."""
+    """Return the SHA-256 of the code that determines a kernel: the kernels' sources and their launch configurations."""
     root = Path(__file__).resolve().parent.parent / "kernels"
     digest = hashlib.sha256()
     for path in sorted(path for pattern in _CODE for path in root.glob(pattern)):

@@ -1,4 +1,4 @@
-"""The base models that have a name: where their weights are, and how to get them by hand. The table is bases.toml."""
+"""The named base models of bases.toml: where their weights are, and how to download them by hand."""
 
 import sys
 from dataclasses import dataclass
@@ -39,9 +39,9 @@ VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 @dataclass(frozen=True)
 class Base:
-    """A named base model: a diffusers folder on the hub, maybe another VAE, maybe a single file on CivitAI.
+    """A named base model: a diffusers folder on the hub, and optionally another VAE and a single file on CivitAI.
 
-    `format` is that of the folder's weights, `safetensors` or `bin`; `note` says what about the entry is not certain.
+    `format` is that of the folder's weights, `safetensors` or `bin`; `note` says what is uncertain about the entry.
     """
 
     name: str
@@ -59,14 +59,14 @@ class Base:
             raise CheckpointError(f"{_TABLE}: {self.name} has format {self.format!r}; known are {', '.join(_WEIGHTS)}")
 
     def files(self, roles: frozenset[str]) -> tuple[str, ...]:
-        """What of the repository is needed: all configs, and the weights of the roles (`unet`, `vae`, …)."""
+        """Return the needed files of the repository: all configs, and the weights of the roles (`unet`, `vae`, …)."""
         own = roles - {"vae"} if self.vae is not None else roles
         weights = tuple(file for role, file in _WEIGHTS[self.format].items() if role in own)
         configs = tuple(f for f in _CONFIGS if self.vae is None or not f.startswith("vae/"))
         return configs + weights + (_TOKENIZER if "text_encoder" in roles else ())
 
-    def by_hand(self, roles: frozenset[str]) -> str:
-        """How to get the weights without this program, in a part of a sentence."""
+    def download_hint(self, roles: frozenset[str]) -> str:
+        """Return how to download the weights by hand, as part of a sentence."""
         text = (
             f"put {', '.join(self.files(roles))} of {_HUB}/{self.repository} into a folder and give it with --weights"
         )
@@ -78,10 +78,10 @@ class Base:
 
 
 def bases() -> dict[str, Base]:
-    """The table, by name.
+    """Read the table of base models, keyed by name.
 
     Raises:
-        CheckpointError: someone edited bases.toml and left it unreadable.
+        CheckpointError: bases.toml cannot be read or parsed.
     """
     try:
         table: dict[str, dict[str, Any]] = tomllib.loads(_TABLE.read_text(encoding="utf-8"))

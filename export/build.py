@@ -1,4 +1,4 @@
-"""`python -m export.build`: checkpoints in their original formats to a bundle that `moma_rt` runs."""
+"""`python -m export.build`: convert checkpoints in their original formats to a bundle that `moma_rt` runs."""
 
 import argparse
 import sys
@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.build import EnginePlan, add_engine_options, build_engines, engine_plan, shared_store
+from engines.build import add_engine_options, engine_plan, shared_store
+from engines.builder import EnginePlan, build_engines
 from engines.plugins import NETWORK as WITH_KERNELS
 from engines.store import Store
-from engines.targets import CPU, EngineTarget, Machine, elsewhere, listed, parse_targets, resolve
+from engines.targets import CPU, EngineTarget, Machine, parse_list, parse_targets, resolve, targets_for_other_devices
 from moma_rt.bundle.engines import CPU_CAPABILITY, Flavour
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import InputError, run_command
@@ -23,23 +24,23 @@ _FINISH = "python -m engines.build BUNDLE --target local"
 _EPILOG = """\
 examples:
   python -m export.build --base tiny
-      a synthetic MoMA, seconds to build: to try the runtime without any weights
+      a tiny model with random weights, built in seconds: to try the runtime without a download
   python -m export.build --base ./Realistic_Vision_V4.0_noVAE --vae ./sd-vae-ft-mse \\
       --adapters ./attn_adapters_projectors.th --mllm ./MoMA_llava_7b --vision ./clip-vit-large-patch14-336
-      a bundle from the original checkpoints
+      the original checkpoints, ONNX graphs only
   python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --lora ./style.safetensors:0.8 \\
       --adapters ... --mllm ... --vision ...
-      a base by name, from a single file, with a LoRA
+      a named base from a single file, with a LoRA at strength 0.8
   python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --target rtx --mllm-precision int4
-      with engines for every RTX card, built on any machine
+      with TensorRT-RTX engines for every RTX card and a language model in int4, built on any machine
   python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --target sm80
-      for an A100, from any machine: its engines are built there, with python -m engines.build BUNDLE
+      for an A100: export on any machine, then run python -m engines.build BUNDLE on the A100
   python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --target inductor
-      for this machine's GPU, with PyTorch and without TensorRT
+      AOTInductor packages for this machine's GPU: PyTorch instead of TensorRT
   python -m export.build --base rev_animated --weights ./revAnimated_v122.safetensors --target inductor:sm90
-      the same for an H100, on a machine without a GPU (with PyTorch's build for CUDA)
+      the same for an H100, on a machine without a GPU (needs PyTorch's CUDA build)
   python -m export.build --base sd15 --weights random --only denoiser,vae_decoder
-      the real geometry with random weights: to measure latency without any weights
+      the real network sizes with random weights: to measure latency without a download
 """
 
 
@@ -47,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}",
-        description="Write a bundle of MoMA's networks: weights, ONNX graphs, and engines. What is finished is kept, "
-        "so an interrupted build continues where it stopped.",
+        description="Convert checkpoints to a bundle for moma_rt: weights, ONNX graphs, and engines for --target.\n"
+        "Finished steps are cached, so an interrupted build resumes where it stopped.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -56,50 +57,67 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--only",
         metavar="NETWORKS",
-        help="export only these, separated by commas; those of the bundle that come from the same sources stay",
+        help="export only these networks, separated by commas (such as denoiser,vae_decoder); other networks already "
+        "in the bundle stay unless their checkpoints have changed",
     )
-    p.add_argument("--skip", metavar="NETWORKS", help="export all but these, separated by commas")
+    p.add_argument("--skip", metavar="NETWORKS", help="export all networks but these, separated by commas")
     p.add_argument(
         "--precision",
         choices=[p.value for p in Precision if not p.is_weight_only],
-        help="of all networks but the language model (default: fp32 on a CPU, fp16 where engines are built)",
+        help="precision of all networks but the language model (default: fp16 if a target is a GPU, else fp32)",
     )
     p.add_argument(
         "--mllm-precision",
         choices=[p.value for p in Precision],
-        help="of the language model; int8 and int4 are of its weights alone (default: that of the others)",
+        help="precision of the language model; int8 and int4 quantize its weights and compute in fp16 "
+        "(default: that of the other networks)",
     )
     add_engine_options(p, default="cpu")
-    p.add_argument("--out", type=Path, metavar="DIR", help="the bundle; default: bundles/NAME")
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write the bundle to (default: bundles/ and the names of base and LoRAs, joined by +)",
+    )
     return p
 
 
 def add_checkpoint_options(p: argparse.ArgumentParser, *, base_required: bool = True) -> None:
-    """The options that say where weights are."""
+    """Add the options that name checkpoints and the source of their weights."""
     p.add_argument(
         "--base",
         required=base_required,
         metavar="NAME|DIR|FILE",
-        help="tiny, a name in export/bases.toml (realistic_vision_v4, rev_animated, sd15, ...; downloaded unless "
-        "--weights is given), a folder in diffusers' layout, or a .safetensors or .ckpt file in CompVis'",
+        help="the Stable Diffusion 1.5 model to export: tiny (synthetic), a name in export/bases.toml "
+        "(realistic_vision_v4, rev_animated, sd15, ...; downloaded unless --weights is given), a diffusers folder, or "
+        "a .safetensors or .ckpt file in the CompVis layout",
     )
     p.add_argument(
         "--weights",
         metavar="random|DIR|FILE",
-        help="of a named base; random: whatever is not given as a file is random, from --seed",
+        help="where a named base's weights are: a diffusers folder or a single file; random: generate from --seed "
+        "all weights that are not given as files",
     )
     p.add_argument(
         "--lora",
         action="append",
         default=[],
         metavar="FILE[:SCALE]",
-        help="add to the base's weights, in kohya's, diffusers' or PEFT's layout; may be repeated (default scale: 1)",
+        help="a LoRA to fuse into the base's weights, in kohya's, diffusers' or PEFT's layout; may be repeated "
+        "(default scale: 1)",
     )
-    p.add_argument("--adapters", type=Path, metavar="FILE", help="MoMA's attn_adapters_projectors.th")
-    p.add_argument("--mllm", type=Path, metavar="DIR", help="MoMA's language model, a folder in LLaVA's format")
-    p.add_argument("--vision", type=Path, metavar="DIR", help="CLIP ViT-L/14-336; default: the copy in --mllm")
-    p.add_argument("--vae", type=Path, metavar="DIR|FILE", help="an autoencoder in place of the base's own")
-    p.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
+    p.add_argument(
+        "--adapters", type=Path, metavar="FILE", help="MoMA's own trained weights, attn_adapters_projectors.th"
+    )
+    p.add_argument("--mllm", type=Path, metavar="DIR", help="MoMA's language model: a folder in LLaVA's format")
+    p.add_argument(
+        "--vision",
+        type=Path,
+        metavar="DIR",
+        help="the vision encoder: a CLIP ViT-L/14-336 folder (default: the copy in --mllm)",
+    )
+    p.add_argument("--vae", type=Path, metavar="DIR|FILE", help="a VAE to use instead of the base's own")
+    p.add_argument("--seed", type=int, default=0, help="seed of random weights (default: 0)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,15 +132,15 @@ def _build(options: argparse.Namespace) -> int:
     from export.progress import Progress
 
     names = _network_names(options.only, options.skip)
-    # Before the minutes of work: a target that this machine cannot build for.
+    # Exporting takes minutes, so first refuse targets that this machine cannot build for.
     machine, asked = Machine.here(), parse_targets(options.target)
-    later = elsewhere(asked, machine)
+    later = targets_for_other_devices(asked, machine)
     targets = resolve(tuple(name for name in asked if name not in later), machine)
     packages = [target for target in targets if target.flavour is Flavour.INDUCTOR]
     engines = engine_plan(options, names, tuple(target for target in targets if target not in packages))
     precisions = _precisions(options, _usual_precision(targets, later))
     if packages:
-        # Before a checkpoint is read. Only here, because PyTorch's compiler takes seconds to import.
+        # Imported here because PyTorch's compiler takes seconds to import; checked before a checkpoint is read.
         from export.inductor_export import build_packages, check_precisions, check_target
 
         check_precisions(names, precisions)
@@ -140,17 +158,17 @@ def _build(options: argparse.Namespace) -> int:
         for target in packages:
             bundle = build_packages(checkpoint, names, target, Store(out, shared), progress.report)
         for target in later:
-            progress.report(target, f"note: copy {out} to such a device, and there: {_FINISH}")
+            progress.report(target, f"note: copy {out} to such a device and run there: {_FINISH}")
     size = sum(file.size for file in bundle.manifest.files.values())
     print(f"{out}: {', '.join(bundle.manifest.networks)}; {len(bundle.manifest.engines)} engines; {size / 1e6:,.1f} MB")
     return 0
 
 
 def checkpoint_of(options: argparse.Namespace, names: tuple[str, ...]) -> "Checkpoint":
-    """The checkpoint that the options of `add_checkpoint_options` name, as far as the named networks need it.
+    """Load the parts that the named networks need of the checkpoint given by the options of `add_checkpoint_options`.
 
     Raises:
-        CheckpointError: something that is needed was not given, or cannot be used.
+        CheckpointError: a needed part was not given, or cannot be used.
     """
     from export.checkpoints.load import CheckpointRequest, load_checkpoint
     from export.checkpoints.lora import parse_lora
@@ -158,7 +176,7 @@ def checkpoint_of(options: argparse.Namespace, names: tuple[str, ...]) -> "Check
 
     roles = roles_for(names)
     if LANGUAGE in roles:
-        # How many image tokens the language model reads only the vision encoder's config tells.
+        # Only the vision encoder's config gives the number of image tokens that the language model reads.
         roles |= {VISION}
     request = CheckpointRequest(
         base=options.base,
@@ -182,7 +200,7 @@ def _precisions(options: argparse.Namespace, default: Precision) -> "Precisions"
 
 
 def _usual_precision(targets: tuple[EngineTarget, ...], later: tuple[str, ...]) -> Precision:
-    """What networks compute in where nothing is said: fp16, unless all of them run on a CPU."""
+    """Return the default precision: fp16, or fp32 if all targets are CPUs."""
     on_gpu = later or any(target.capabilities != (CPU_CAPABILITY,) for target in targets)
     return Precision.FP16 if on_gpu else Precision.FP32
 
@@ -190,7 +208,7 @@ def _usual_precision(targets: tuple[EngineTarget, ...], later: tuple[str, ...]) 
 def _kernels(
     engines: EnginePlan, targets: tuple[EngineTarget, ...], later: tuple[str, ...], precisions: "Precisions"
 ) -> tuple[int, ...] | None:
-    """For which devices kernels are added; None where the bundle is to have none."""
+    """Return the compute capabilities to compile kernels for, None for a bundle without kernels."""
     from export.attention_kernels import kernel_capabilities
 
     if not engines.plugins:
@@ -207,8 +225,8 @@ def _network_names(only: str | None, skip: str | None) -> tuple[str, ...]:
     if only is not None and skip is not None:
         raise InputError("--only and --skip exclude each other: give one of them")
     if only is not None:
-        return listed("--only", "network", only, tuple(NETWORKS))
-    skipped = () if skip is None else listed("--skip", "network", skip, tuple(NETWORKS))
+        return parse_list("--only", "network", only, tuple(NETWORKS))
+    skipped = () if skip is None else parse_list("--skip", "network", skip, tuple(NETWORKS))
     names = tuple(name for name in NETWORKS if name not in skipped)
     if not names:
         raise InputError(f"--skip {skip!r} leaves no network; there are: {', '.join(NETWORKS)}")

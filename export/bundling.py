@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle, a network at a time: what an earlier run finished is kept."""
+"""Build a bundle from a checkpoint, one network at a time, reusing what an earlier run finished."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from types import MappingProxyType
 from tokenizers import Tokenizer
 
 import moma_rt
-from engines.build import refuse_packed
+from engines.builder import refuse_packed
 from engines.plugins import NETWORK as WITH_KERNELS
 from engines.store import NETWORKS_FOLDER, PARTIAL_PREFIX, Artifact, Notes, SharedStore, Store, Stored
 from export import tokenizers
@@ -48,10 +48,10 @@ Report = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Which networks to export, what they are to compute in, and for which devices the denoiser gets kernels.
+    """The networks to export, their precisions, and the devices to compile the denoiser's kernels for.
 
-    `kernels` are capabilities, beside those that the bundle has kernels for already; None: it is to have none at all.
-    `graphs`: whether to export ONNX graphs; engines of inductor need none. What the bundle has of them stays.
+    `kernels` are compute capabilities, in addition to those the bundle already has kernels for; None removes all
+    kernels. `graphs`: whether to export ONNX graphs, which AOTInductor packages do not need; existing graphs stay.
     """
 
     names: tuple[str, ...]
@@ -65,20 +65,20 @@ def build_bundle(
 ) -> Bundle:
     """Export the planned networks and write `out` as a bundle.
 
-    Networks that an earlier build left in `out` stay part of it unless they come from sources that are others now.
+    Networks of an earlier build in `out` stay in the bundle unless their checkpoints have changed.
 
     Args:
         report: called with a network's name and what is being done to it.
-        shared: has what other bundles were made of, and keeps what this one is made of.
+        shared: a store of finished parts that bundles share.
 
     Raises:
         InputError: `out` cannot be written, or another build is writing it.
-        CheckpointError: a tokenizer or weights that turn out to be unusable.
+        CheckpointError: a tokenizer or weights are unusable.
     """
     geometry, store = geometry_of(checkpoint), Store(out, shared)
-    with contextlib.suppress(BundleError):  # none, or one that is written anew
+    with contextlib.suppress(BundleError):  # no bundle yet, or one that will be overwritten
         refuse_packed(read_manifest(out), out)
-    # Before the minutes of work: what can be wrong with the tokenizers shows here.
+    # Exporting takes minutes, so first make the tokenizers, which can fail.
     made_tokenizers = _tokenizers(checkpoint)
     with _disk_errors(out), store.locked():
         before = _networks_before(out)
@@ -116,15 +116,18 @@ def build_bundle(
 
 
 def _dropped(previous: Manifest, manifest: Manifest, networks: set[str]) -> Iterator[tuple[str, str]]:
-    """What the new manifest has no longer: the network it belongs to, and why."""
+    """Yield the network and the reason for each entry of the previous manifest that the new one lacks."""
     for engine in previous.engines:
         if engine not in manifest.engines:
-            yield engine.network, f"the engine of another export, for {format_capabilities(engine.capabilities)}"
+            yield (
+                engine.network,
+                f"the engine for {format_capabilities(engine.capabilities)}, which this export does not use",
+            )
     for kernels in previous.kernels:
         if kernels.capability not in {k.capability for k in manifest.kernels}:
-            yield kernels.network, f"the kernels of another export, for sm{kernels.capability}"
+            yield kernels.network, f"the kernels for sm{kernels.capability}, which this export does not use"
     for name in sorted(networks - manifest.networks.keys()):
-        yield name, "it was made from other sources"
+        yield name, "its checkpoints have changed"
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class _Exporter:
     report: Report
 
     def stored(self, network: Network) -> tuple[NetworkEntry, dict[str, FileEntry]]:
-        """The network as it lies in the store, and its files; what was not there or is damaged is made now."""
+        """Return a network's manifest entry and its files, exporting what the store lacks or has damaged."""
         precision = self.plan.precisions.of(network.name)
         spec, components = network.spec(self.geometry, precision), self.checkpoint.components
         key, structure = network_key(components, spec, precision), structure_key(components, spec, precision)
@@ -149,7 +152,7 @@ class _Exporter:
         made = [group.name for group, (_, is_new) in zip(groups, weights, strict=True) if is_new]
         stored = [group for group, _ in weights]
         external = ExternalWeights(self.store.root / WEIGHTS_FOLDER, tuple(group.location for group in groups))
-        # With the weights that were read to be written.
+        # Frees the weights that were read for writing.
         del groups
         request = ExportRequest(self.checkpoint, network, self.geometry, precision, external)
         graphs, is_new = self._graphs(request, Artifact(NETWORKS_FOLDER, network.name, key))
@@ -169,7 +172,7 @@ class _Exporter:
         return entry, {name: file for each in stored for name, file in each.files.items()}
 
     def _weights(self, network: str, group: WeightGroup) -> tuple[Stored, bool]:
-        """A weights file, and whether it was written now."""
+        """Return a weights file, and whether this call wrote it."""
         found = self.store.find(group.artifact)
         if found is not None:
             return found, False
@@ -184,9 +187,9 @@ class _Exporter:
         return self.store.add(group.artifact, write), True
 
     def _graphs(self, request: ExportRequest, artifact: Artifact) -> tuple[Stored | None, bool]:
-        """Both graphs of a network, and whether they were exported now; None where the bundle is to have none."""
-        # What only another bundle has is no reason for this one to have it.
-        is_wanted = self.plan.graphs or (self.store.root / artifact.place).is_dir()
+        """Return both graphs of a network, None if the bundle has none, and whether this call exported them."""
+        # Without `plan.graphs`, keep this bundle's graphs but take none from other bundles.
+        is_wanted = self.plan.graphs or (self.store.root / artifact.folder).is_dir()
         found = self.store.find(artifact) if is_wanted else None
         if found is not None or not self.plan.graphs:
             return found, False
@@ -201,7 +204,7 @@ class _Exporter:
 
 
 def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer]:
-    """The tokenizers of what the checkpoint holds: a bundle's prompts are read with nothing but these."""
+    """Make the tokenizers that the checkpoint's networks need, keyed by their file names in the bundle."""
     made = {}
     if TEXT_ENCODER in checkpoint.roles:
         folder = checkpoint.text_tokenizer
@@ -217,7 +220,10 @@ def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer]:
 
 
 def _write_tokenizers(made: dict[str, Tokenizer], out: Path) -> dict[str, FileEntry]:
-    """Tokenizers keep their names: where one changes, the old manifest goes first, for it would name a wrong file."""
+    """Write the tokenizers to the bundle and return their manifest entries.
+
+    Their file names are fixed, so the old manifest is deleted before a file that it describes is replaced.
+    """
     files = {}
     for name, tokenizer in made.items():
         path = out / name
@@ -238,9 +244,10 @@ def _networks_before(out: Path) -> set[str]:
 
 
 def _previous(out: Path, checkpoint: Checkpoint, geometry: Geometry) -> Manifest:
-    """What stays of an earlier build: its networks of the same base and sizes, from no other sources, whole on disk.
+    """Return the part of an earlier build's manifest that is still valid.
 
-    Its geometry is `geometry`, with the language model's sizes of the earlier build where the checkpoint has none.
+    A network stays if base, sizes and checkpoints are the same and its files are complete. The returned geometry is
+    `geometry`, with the earlier build's language model if the checkpoint has none.
     """
     nothing = Manifest(checkpoint.base, "", geometry, {}, {}, ())
     try:
@@ -267,9 +274,7 @@ def _previous(out: Path, checkpoint: Checkpoint, geometry: Geometry) -> Manifest
 
 
 def _without_unused(manifest: Manifest) -> Manifest:
-    """The manifest without files and sources that none of its networks has a part of; in order, so that one bundle has
-    one manifest whatever steps it was built in.
-    """
+    """Return the manifest without unused files and sources, sorted so that it does not depend on the build's steps."""
     files = {file for entry in manifest.networks.values() for file in entry.all_files}
     folders = {entry.folder for entry in (*manifest.engines, *manifest.kernels)}
     files |= {file for file in manifest.files if str(PurePosixPath(file).parent) in folders}

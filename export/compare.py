@@ -1,7 +1,7 @@
-"""`python -m export.compare BUNDLE`: each network in PyTorch fp32 against what the bundle runs.
+"""`python -m export.compare BUNDLE`: compare each network, as the bundle runs it, with PyTorch in fp32.
 
-The reference is the network in PyTorch from the weights that the bundle was made of, so those are asked for again
-(random ones are made again). The engines that serve this machine are compared too.
+The reference uses the checkpoints that the bundle was made from, so they must be given again (random weights are
+generated again). Engines that this machine can run are compared too.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engines.targets import listed
+from engines.targets import parse_list
 from export.build import add_checkpoint_options, checkpoint_of
 from export.sample_inputs import sample_inputs, usual_sizes
 from moma_rt.backends.base import Array
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from export.checkpoints.model import Checkpoint
 
 PROGRAM = "export.compare"
+_EPILOG = """\
+example:
+  python -m export.build --base tiny && python -m export.compare bundles/tiny
+      one line per network and backend: the worst output, its relative L2 error and its largest absolute error
+"""
 _RANDOM = re.compile(r"random weights, seed (\d+)( of \w+)?")
 
 Arrays = dict[str, Array]
@@ -37,10 +42,10 @@ Arrays = dict[str, Array]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one tensor is from its reference.
+    """The error of one tensor against its reference.
 
-    `relative` is ‖found − expected‖ / ‖expected‖; `tolerance` the largest absolute difference, and so the least
-    tolerance that would have passed; `at` where it is.
+    `relative` is ‖found − expected‖ / ‖expected‖; `tolerance` is the largest absolute difference, the smallest
+    tolerance that passes; `at` is its index.
     """
 
     tensor: str
@@ -56,7 +61,7 @@ class Difference:
 
 
 def difference(name: str, found: Array, expected: Array) -> Difference:
-    """Compare two arrays of one shape; a value that is not finite differs infinitely."""
+    """Compare two arrays of the same shape; a value that is not finite has an infinite error."""
     if found.shape != expected.shape:
         raise ValueError(f"{name} has shape {found.shape}, its reference {expected.shape}")
     wanted = expected.astype(np.float64)
@@ -68,7 +73,7 @@ def difference(name: str, found: Array, expected: Array) -> Difference:
 
 
 def worst(found: Arrays, expected: Arrays) -> Difference:
-    """The output that is furthest from its reference."""
+    """Return the difference of the output with the largest relative error."""
     return max((difference(name, found[name], expected[name]) for name in expected), key=lambda d: d.relative)
 
 
@@ -76,18 +81,21 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}",
-        description="Compare each network of a bundle, as its backends run it, with PyTorch in fp32. Weights are given "
-        "as for export.build; a bundle of random weights needs none.",
+        description="Run each network of a bundle on every backend of this machine and compare its outputs with "
+        "PyTorch in fp32.\nGive the checkpoints as for export.build; a bundle of random weights needs none.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("bundle", type=Path, metavar="BUNDLE")
+    p.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder that python -m export.build made")
     add_checkpoint_options(p, base_required=False)
-    p.add_argument("--only", metavar="NETWORKS", help="compare these only, separated by commas")
+    p.add_argument("--only", metavar="NETWORKS", help="compare only these networks, separated by commas")
     p.add_argument(
         "--modules",
         type=int,
         default=0,
         metavar="N",
-        help="also list the N parts of each network whose output changes most in the bundle's precision",
+        help="also list the N modules of each network whose outputs differ most from fp32 when PyTorch runs them in "
+        "the bundle's precision (default: 0)",
     )
     return p
 
@@ -105,9 +113,9 @@ def _compare(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
     names = tuple(bundle.manifest.networks)
     if options.only is not None:
-        names = listed("--only", "network", options.only, names)
+        names = parse_list("--only", "network", options.only, names)
     if options.modules < 0:
-        raise InputError(f"--modules {options.modules}: a number of modules, 0 or more")
+        raise InputError(f"--modules {options.modules}: give a number of modules, 0 or more")
     checkpoint = same_checkpoint(options, bundle, names)
     geometry = bundle.manifest.geometry
     for name in names:
@@ -120,7 +128,7 @@ def _compare(options: argparse.Namespace) -> int:
             compared = True
             print_output(f"{name:<18} {entry.precision.value} {runner}: {worst(outputs, expected)}")
         if not compared:
-            print_output(f"{name:<18} {entry.precision.value}: nothing on this machine runs it")
+            print_output(f"{name:<18} {entry.precision.value}: no backend on this machine can run it")
         if options.modules and entry.precision is not Precision.FP32:
             for path, relative in reference.module_differences(entry.precision)[: options.modules]:
                 print_output(f"{'':<18} {relative:.1e} {path}")
@@ -128,11 +136,11 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def runs(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Iterator[tuple[str, Arrays]]:
-    """What runs the network here, by name, and its outputs."""
+    """Yield the name of each backend that can run the network on this machine, and its outputs."""
     inputs = {t.name: inputs[t.name].astype(t.dtype, copy=False) for t in entry.spec.inputs}
-    bundle.verified(entry.all_files)
+    bundle.verify(entry.all_files)
     weights = tuple(map(bundle.path, entry.weights))
-    if entry.onnx is not None and entry.precision is not Precision.BF16:  # ONNX Runtime's CPU kernels have none
+    if entry.onnx is not None and entry.precision is not Precision.BF16:  # ONNX Runtime has no bf16 on CPUs
         yield "onnxruntime", outputs_of("onnxruntime", entry.spec, bundle.path(entry.onnx), weights, inputs)
     device = local_device() or CPU_DEVICE
     for engine in bundle.manifest.engines:
@@ -142,14 +150,14 @@ def runs(bundle: Bundle, entry: NetworkEntry, inputs: Arrays) -> Iterator[tuple[
         if not is_installed(engine.flavour.module) or library_version(engine.flavour) != engine.version:
             warn(f"{engine.file} was built by {name} {engine.version}, which is not installed here: not compared")
             continue
-        bundle.verified([engine.file])
+        bundle.verify([engine.file])
         read = weights if engine.flavour.reads_weights else ()
         outputs = outputs_of(name, entry.spec, bundle.path(engine.file), read, inputs)
         yield f"{name} {engine.version} on {device.name}", outputs
 
 
 def outputs_of(backend: str, spec: NetworkSpec, path: Path, weights: Sequence[Path], inputs: Arrays) -> Arrays:
-    """The outputs of a network's graph or engine, with the weights that it reads, on one of the runtime's backends."""
+    """Run a network's graph or engine, with the weights that it reads, on one of the runtime's backends."""
     from moma_rt.backends import create
     from moma_rt.memory.networks import run_once
 
@@ -158,10 +166,10 @@ def outputs_of(backend: str, spec: NetworkSpec, path: Path, weights: Sequence[Pa
 
 
 def same_checkpoint(options: argparse.Namespace, bundle: Bundle, names: tuple[str, ...]) -> "Checkpoint":
-    """The checkpoint that the bundle was made of.
+    """Load the checkpoint that the bundle was made from.
 
     Raises:
-        CheckpointError: it was not given, or another one was.
+        CheckpointError: the checkpoint was not given, or is a different one.
     """
     from export.checkpoints.model import roles_for
 

@@ -10,10 +10,10 @@ from moma_rt.errors import CheckpointError
 
 
 def geometry_of(checkpoint: Checkpoint) -> Geometry:
-    """The geometry of a checkpoint; `language` is None where it has no language model or no vision tower.
+    """The geometry of a checkpoint; `language` is None if it has no language model or no vision tower.
 
     Raises:
-        CheckpointError: adapters of another embedding width, which no runtime could feed.
+        CheckpointError: the adapters' embedding width is not the one that the runtime uses.
     """
     unet, vae, adapters = checkpoint.unet.config, checkpoint.vae.config, checkpoint.adapters
     width = EMBEDDING_WIDTH if adapters is None else adapters.config["embedding_width"]

@@ -1,12 +1,12 @@
-"""The C++ compiler of a GPU's packages, whose code may run beside another CPU than the one that compiles it."""
+"""A C++ compiler wrapper for GPU packages, whose host code may run on another CPU than the one that compiles it."""
 
 import os
 from pathlib import Path
 from types import MappingProxyType
 
-# What inductor calls where nothing is said.
+# Inductor's default compiler.
 _COMPILER = "g++"
-# Inductor names this machine's own instructions.
+# Drops inductor's -march=native.
 _SCRIPT = """#!/bin/sh
 for argument do
     shift
@@ -14,15 +14,15 @@ for argument do
 done
 exec {compiler} "$@"
 """
-# Of `torch._inductor.config`: vectors of one number, which is to say none.
+# Settings of `torch._inductor.config`: a SIMD length of 1 turns vectorization off.
 PORTABLE_SETTINGS = MappingProxyType({"cpp.simdlen": 1})
 
 
 def portable_compiler(folder: Path) -> Path:
-    """Write a command into a folder that calls the compiler, CXX or g++, without instructions of this CPU.
+    """Write a script into a folder that calls the compiler, $CXX or g++, without -march=native.
 
     Returns:
-        The command's path.
+        The script's path.
     """
     path = folder / _COMPILER
     path.write_text(_SCRIPT.format(compiler=os.environ.get("CXX", _COMPILER)))

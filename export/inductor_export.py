@@ -1,7 +1,7 @@
-"""A bundle's networks to packages of PyTorch's inductor, which hold code alone and read the bundle's weights.
+"""Compile a bundle's networks to AOTInductor packages, which hold only code and read the bundle's weights.
 
-They are compiled for the machine that this runs on: its GPU, with the operators' Triton kernels inside, or its CPU; or
-for a GPU that is not here, see `export.cross`.
+The target is this machine's GPU (the operators' Triton kernels are part of the package), its CPU, or a GPU that this
+machine does not have (see `export.cross`).
 """
 
 import contextlib
@@ -38,25 +38,25 @@ from moma_rt.bundle.specs import Precision
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import sha256_file
 
-# By which a user has inductor measure fewer kinds of matrix products.
-_PRODUCTS = "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS"
-# Of PyTorch: a package's code can be loaded from where the runtime unpacks it.
-_SINCE = (2, 10)
+# The environment variable that limits which matrix product backends inductor benchmarks.
+_GEMM_BACKENDS = "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS"
+# The first PyTorch that can load a package's code from where the runtime unpacks it.
+_MIN_PYTORCH = (2, 10)
 
 Report = Callable[[str, str], None]
 
 
 def check_precisions(names: tuple[str, ...], precisions: Precisions) -> None:
-    """Refuse what no package can hold.
+    """Refuse precisions that packages do not support.
 
     Raises:
-        InputError: a network of integer weights, which only the ONNX graphs have.
+        InputError: a network would have integer weights, which only ONNX graphs support.
     """
     for name in names:
         precision = precisions.of(name)
         if precision.is_weight_only:
             raise InputError(
-                f"--target inductor: the {name}'s {precision.value} weights have no form in PyTorch; give "
+                f"--target inductor does not support {precision.value} weights (of the {name}): give "
                 f"--mllm-precision {Precision.FP16.value}, or --skip {name}"
             )
 
@@ -66,16 +66,16 @@ def check_target(target: EngineTarget) -> None:
 
     Raises:
         InputError: PyTorch is too old or cannot use this machine's GPU, or something is missing that compiling for
-            another takes.
+            another GPU needs.
     """
     (capability,) = target.capabilities
     version = library_version(target.flavour)
-    if version_tuple(version) < _SINCE:
+    if version_tuple(version) < _MIN_PYTORCH:
         raise InputError(f"{target}: PyTorch {version} is too old for packages: install 2.10 or newer")
     if not _is_here(target):
         check_cross(capability)
     elif capability != CPU_CAPABILITY and not torch.cuda.is_available():
-        raise InputError(f"{target}: PyTorch {version} cannot use this GPU: install one for its CUDA version")
+        raise InputError(f"{target}: PyTorch {version} cannot use this GPU: install a build for its CUDA version")
 
 
 def build_packages(
@@ -87,12 +87,12 @@ def build_packages(
         report: called with a network's name and what is being done for it.
 
     Raises:
-        InputError: as of `check_target`, or the folder cannot be written.
-        BundleError: no bundle, or a network that inductor cannot compile.
+        InputError: see `check_target`; or the folder cannot be written.
+        BundleError: there is no bundle, or inductor cannot compile a network.
     """
     check_target(target)
     version = library_version(target.flavour)
-    with store.locked(), _cache(store.root / ENGINES_FOLDER):
+    with store.locked(), _temporary_cache(store.root / ENGINES_FOLDER):
         bundle = Bundle.open(store.root)
         packager = _Packager(checkpoint, bundle, target, version, store, report)
         manifest = bundle.manifest
@@ -115,7 +115,7 @@ class _Packager:
     report: Report
 
     def add(self, entry: NetworkEntry, manifest: Manifest) -> Manifest:
-        """The manifest with an engine of a network, compiled now if there was none."""
+        """Return the manifest with an engine of a network, compiling it if the store has none."""
         name = entry.spec.name
         self.report(name, "checking")
         if entry.key != network_key(self.checkpoint.components, entry.spec, entry.precision):
@@ -131,8 +131,8 @@ class _Packager:
         return with_engine(manifest, self._engine(entry, key, stored), stored)
 
     def _found(self, entry: NetworkEntry) -> tuple[str, Stored | None]:
-        """The key of a package that will do and the package, or the key of the one that is to be compiled."""
-        # What was measured is better, and what was not will do where the target does not ask for this machine's.
+        """Return the key and the package if the store has a usable one, else the key to compile under and None."""
+        # Prefer a package with measured kernels; accept an unmeasured one unless the target is this machine's device.
         for is_measured in (True,) if self.target.measured else (True, False):
             key = self._key(entry, is_measured)
             stored = self.store.find(Artifact(ENGINES_FOLDER, entry.spec.name, key))
@@ -161,7 +161,7 @@ class _Packager:
             source=entry.structure,
             key=key,
             file=stored.path(PACKAGE_NAME),
-            # Inductor counts neither.
+            # Inductor reports neither.
             weight_bytes=None,
             activation_bytes=None,
             kernels=None,
@@ -169,8 +169,9 @@ class _Packager:
         )
 
     def _key(self, entry: NetworkEntry, is_measured: bool) -> str:
-        """Names what a package computes but for its weights, what compiled it, and for what. Its bytes are others at
-        every compilation: the folder that it was compiled in is part of its code.
+        """Return a package's store key: a hash of what it computes (weights aside), what compiles it, and its device.
+
+        Its bytes cannot serve: they contain the build folder's path and so differ between compilations.
         """
         (capability,) = self.target.capabilities
         on_gpu = capability != CPU_CAPABILITY
@@ -183,7 +184,7 @@ class _Packager:
             "library": [self.target.flavour.value, self.version],
             "triton": importlib.metadata.version("triton") if on_gpu and is_installed("triton") else None,
             "kernels": kernels_code_hash() if on_gpu else None,
-            "products": os.environ.get(_PRODUCTS) if is_measured else None,
+            "products": os.environ.get(_GEMM_BACKENDS) if is_measured else None,
             "capability": capability,
             "instructions": None if on_gpu else cpu_instructions(),
             "options": dataclasses.asdict(PackageOptions.of(entry.spec.name, capability, is_measured)),
@@ -194,7 +195,7 @@ class _Packager:
 
 
 def _is_here(target: EngineTarget) -> bool:
-    """Whether this machine has the device, so that kernels are measured on it."""
+    """Return whether this machine has the target's device, so that kernels are measured on it."""
     (capability,) = target.capabilities
     return target.measured or (
         torch.cuda.is_available() and torch.cuda.get_device_capability() == divmod(capability, 10)
@@ -202,20 +203,20 @@ def _is_here(target: EngineTarget) -> bool:
 
 
 @contextlib.contextmanager
-def _cache(parent: Path) -> Iterator[None]:
-    """Have inductor keep what it makes on the way beside the engines, as large as they are, and drop it at the end.
+def _temporary_cache(parent: Path) -> Iterator[None]:
+    """Put inductor's cache beside the engines, since it grows as large as they do, and delete it at the end.
 
-    What a killed build leaves is what the next one deletes.
+    The next build deletes the cache of a killed one.
     """
     folder = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=parent)).resolve()
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        # They would go on writing there.
+        # Before the folder is deleted, since the workers keep writing to it.
         stack.callback(shutdown_compile_workers)
         place = folder
         if len(str(folder).split()) > 1:
-            # Inductor makes commands of its paths, and splits them at spaces.
+            # Inductor puts paths into commands that it splits at spaces.
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moma-rt-"))) / "cache"
             place.symlink_to(folder)
         stack.enter_context(_temporary_files_in(place))
@@ -225,7 +226,7 @@ def _cache(parent: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """For processes that are started meanwhile: a C++ compiler that is ended leaves its own."""
+    """Set TMPDIR for child processes, since a killed C++ compiler leaves its temporary files behind."""
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = str(folder)
     try:

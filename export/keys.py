@@ -1,4 +1,4 @@
-"""Names of what a build makes: hashes of everything that determines it."""
+"""Store keys of exported networks: hashes of everything that determines their content."""
 
 import hashlib
 import importlib.metadata
@@ -10,8 +10,8 @@ from export.checkpoints.architectures import full_config
 from export.checkpoints.model import ADAPTERS, NETWORK_ROLES, Component
 from moma_rt.bundle.specs import NetworkSpec, Precision
 
-# Of a configuration: where it comes from, how its weights are stored, and what other users of the model read of it.
-_NO_STRUCTURE = frozenset(
+# Entries of a configuration that do not affect what a network computes.
+_IGNORED_CONFIG = frozenset(
     """
     architectures bos_token_id dtype eos_token_id force_upcast model_type pad_token_id projection_dim sample_size
     torch_dtype transformers_version
@@ -20,8 +20,8 @@ _NO_STRUCTURE = frozenset(
 # Libraries whose version may change what a network computes, and those that only write its graph.
 _LIBRARIES, _GRAPH_LIBRARIES = ("torch", "diffusers", "transformers"), ("onnx", "onnx-ir", "onnxscript")
 _OPERATORS = ("injected_self_attention", "context_cross_attention")
-# Sources whose change may change what a network computes, and those that only write its graph. What computes on a
-# device is no part of either.
+# Sources whose change may change what a network computes, and those that only write its graph. Device kernels are in
+# neither: `export.attention_kernels` hashes them.
 _CODE = (
     *("export/models", "export/checkpoints", "export/geometry.py", "export/networks.py", "export/streaming.py"),
     *("export/tracing.py", "moma_rt/schedulers/tables.py"),
@@ -35,7 +35,7 @@ _GRAPH_CODE = (
 
 
 def network_key(components: tuple[Component, ...], spec: NetworkSpec, precision: Precision) -> str:
-    """Names a network's graph: its sources, its tensors, the code that traces it, the libraries it runs on."""
+    """Return the key of a network's graph: a hash of its checkpoints, tensors, exporting code and libraries."""
     roles = NETWORK_ROLES[spec.name]
     return _hashed(
         {
@@ -48,7 +48,7 @@ def network_key(components: tuple[Component, ...], spec: NetworkSpec, precision:
 
 
 def structure_key(components: tuple[Component, ...], spec: NetworkSpec, precision: Precision) -> str:
-    """Names what a network computes but for the values of its weights, whatever form it is written in."""
+    """Return the key of what a network computes, apart from its weights' values and the format it is written in."""
     roles = NETWORK_ROLES[spec.name]
     return _hashed(
         {
@@ -62,16 +62,16 @@ def structure_key(components: tuple[Component, ...], spec: NetworkSpec, precisio
 
 
 def _versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Without what tells builds of one version apart, such as +cpu."""
+    """Return the libraries' versions without build tags such as +cpu."""
     return {name: importlib.metadata.version(name).partition("+")[0] for name in names}
 
 
 def _config(component: Component) -> dict[str, Any]:
-    """A component's configuration with its class's defaults, and without what a computation does not depend on."""
+    """Return a component's configuration with its class's defaults, without entries that the network ignores."""
     if component.role == ADAPTERS:
         return component.config
     full = full_config(component.role, component.config, component.name)
-    return {name: value for name, value in full.items() if not name.startswith("_") and name not in _NO_STRUCTURE}
+    return {name: value for name, value in full.items() if not name.startswith("_") and name not in _IGNORED_CONFIG}
 
 
 def _hashed(identity: dict[str, Any]) -> str:

@@ -1,10 +1,10 @@
-"""A network's graph for TensorRT 10.3, which JetPack 6 has: neither `Attention` nor anything newer than opset 20.
+"""Rewrite a network's graph for TensorRT 10.3 (JetPack 6): no `Attention`, and nothing newer than opset 20.
 
-What is known to be understood is what that release's parser documents (docs/operators.md of onnx-tensorrt at
-release/10.3-GA: "opset 9 to opset 20"). The page names two things that ONNX itself has only later: INT4 weights of
-`DequantizeLinear`, with a scale for each block (opset 21), and bfloat16 for `Conv`, `Sin`, `Cos` and others (opset
-22). Graphs that use these import that opset, as the operators in `DOCUMENTED` mean the same in all three, and as the
-parser asks for the opset only to tell an operator's older forms apart.
+The supported forms are those that the release's parser documents (docs/operators.md of onnx-tensorrt at
+release/10.3-GA: "opset 9 to opset 20"). Two of them are newer in ONNX itself: INT4 weights of `DequantizeLinear` with
+a scale per block (opset 21), and bfloat16 for `Conv`, `Sin`, `Cos` and others (opset 22). Graphs that use these import
+that opset: operators in `DOCUMENTED` mean the same in all three, and the parser reads the opset only to tell an
+operator's older forms apart.
 """
 
 import math
@@ -17,8 +17,8 @@ import onnx
 import onnx.inliner
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
-# The page's operators, but for those with graphs inside (If, Loop, Scan), into which nothing here looks, those that
-# ONNX no longer has, and GroupNormalization, which takes a scale for each group there, for each channel in opset 21.
+# The documented operators, without those with subgraphs (If, Loop, Scan), which are not checked here, those that ONNX
+# no longer has, and GroupNormalization, whose scale is per group there and per channel in opset 21.
 DOCUMENTED = frozenset(
     """
     Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast CastLike Ceil Celu
@@ -47,17 +47,17 @@ _LOWEST = MappingProxyType(
 
 
 class LoweringError(AssertionError):
-    """The exporter wrote what is not known to be understood by TensorRT 10.3: a defect of this project."""
+    """The exported graph uses a form that TensorRT 10.3 does not document: a defect of this project."""
 
 
 def write_lowered(full: Path, lowered: Path) -> None:
     """Write the graph `full` to `lowered`, in the same folder, in forms that TensorRT 10.3 documents.
 
-    Inputs, outputs and what is computed are the same. Weights outside the graph are not read; both files refer to
-    them. The file is written plainly: whoever may be killed meanwhile does this in a folder that has no name yet.
+    Inputs, outputs and results are the same. Weights outside the graph are not read; both files refer to them. The
+    write is not atomic, so write to a temporary folder if the process may be killed.
 
     Raises:
-        LoweringError: names an operator that has no such form, or whose form is not known.
+        LoweringError: an operator, named in the message, has no documented form or no known rewrite.
     """
     model = onnx.inliner.inline_local_functions(onnx.load(full, load_external_data=False))
     opset = next(entry.version for entry in model.opset_import if not entry.domain)
@@ -77,10 +77,7 @@ def write_lowered(full: Path, lowered: Path) -> None:
 
 
 class _Graph:
-    """The graph being written, and what is known of its values: every dtype, and every shape that `source` knew.
-
-    A dimension that is not fixed is None.
-    """
+    """The graph being written, the dtypes of all its values, and the shapes of those in `source` (None: dynamic)."""
 
     def __init__(self, source: GraphProto) -> None:
         self.nodes: list[NodeProto] = []
@@ -95,13 +92,13 @@ class _Graph:
         self._biases: dict[tuple[str, int], str] = {}
 
     def declare(self, name: str, dtype: int) -> str:
-        """A name for a new value."""
+        """Register the dtype of a new value, and return its name."""
         assert name not in self.dtypes, f"a value is called {name} already"
         self.dtypes[name] = dtype
         return name
 
     def constant(self, dtype: int, shape: Sequence[int], values: Sequence[float]) -> str:
-        """The name of a constant; equal ones are one."""
+        """Return the name of a constant; equal constants share one."""
         key = (dtype, tuple(shape), tuple(values))
         if key not in self._constants:
             name = self._constants[key] = self.declare(f"lowered.constant_{len(self._constants)}", dtype)
@@ -109,10 +106,10 @@ class _Graph:
         return self._constants[key]
 
     def bias(self, mask: str, dtype: int) -> str:
-        """What is added to scores where a boolean mask is given: one for all layers that share it.
+        """Return the bias to add to scores for a boolean mask; layers with the same mask share it.
 
-        The lowest number, not -inf, which may become NaN in kernels that read a row in parts. So a query that may see
-        nothing averages everything.
+        Masked keys get the lowest finite number, not -inf, which may become NaN in kernels that read a row in parts.
+        A query whose keys are all masked therefore averages all values.
         """
         if (mask, dtype) not in self._biases:
             zero, lowest = (self.constant(dtype, (), [value]) for value in (0.0, _LOWEST[dtype]))
@@ -121,7 +118,7 @@ class _Graph:
         return self._biases[mask, dtype]
 
     def first_opset(self) -> int:
-        """The first opset in which every node is valid.
+        """Return the first opset in which every node is valid.
 
         Raises:
             LoweringError: a node is valid in none, or TensorRT 10.3 does not document its form.
@@ -130,7 +127,7 @@ class _Graph:
         for node in self.nodes:
             _check_documented(node, self.initializers.keys())
             inputs, outputs = (tuple(self.dtypes.get(x) for x in names) for names in (node.input, node.output))
-            # Thousands of nodes have some tens of forms.
+            # Thousands of nodes have only tens of distinct forms.
             forms[node.op_type, tuple(a.name for a in node.attribute), inputs, outputs] = node
         return max((_first_opset(node, form[2], form[3]) for form, node in forms.items()), default=OPSETS[0])
 
@@ -139,13 +136,13 @@ def _check_documented(node: NodeProto, initializers: Any) -> None:
     if node.domain or node.op_type not in DOCUMENTED:
         raise _error(node, "TensorRT 10.3 does not document it")
     if node.op_type in _FIXED_AXES and len(node.input) > 1 and node.input[1] not in initializers:
-        raise _error(node, "TensorRT 10.3 documents it with constant axes alone")
+        raise _error(node, "TensorRT 10.3 documents it with constant axes only")
     if node.op_type == "LayerNormalization" and len(node.output) > 1:
-        raise _error(node, "TensorRT 10.3 documents its first output alone")
+        raise _error(node, "TensorRT 10.3 documents its first output only")
 
 
 def _first_opset(node: NodeProto, inputs: tuple[int | None, ...], outputs: tuple[int | None, ...]) -> int:
-    """The first opset that has the operator with the node's attributes, and these dtypes; None is an input left out."""
+    """Return the first opset whose operator takes the node's attributes and these dtypes (None: an omitted input)."""
     for version in OPSETS:
         schema = onnx.defs.get_schema(node.op_type, version, "")
         known = all(attribute.name in schema.attributes for attribute in node.attribute)
@@ -171,7 +168,7 @@ def _error(node: NodeProto, why: str) -> LoweringError:
 
 
 class _Rewrite:
-    """One node of a graph in opset `opset`, and the writing of what stands for it, named after its first output."""
+    """Writes the replacement of one node of a graph in opset `opset`; new values are named after its first output."""
 
     def __init__(self, graph: _Graph, node: NodeProto, opset: int) -> None:
         self.graph, self.node, self.opset = graph, node, opset
@@ -179,7 +176,7 @@ class _Rewrite:
         self._count = 0
 
     def expect(self, condition: bool, otherwise: str) -> None:
-        """Raises LoweringError unless `condition` holds."""
+        """Raise LoweringError unless `condition` holds."""
         if not condition:
             raise _error(self.node, otherwise)
 
@@ -190,15 +187,15 @@ class _Rewrite:
         return self.graph.shapes[name]
 
     def ints(self, *values: int) -> str:
-        """A constant shape, constant indices or constant axes."""
+        """Return an int64 constant for a shape, indices or axes."""
         return self.graph.constant(TensorProto.INT64, [len(values)], values)
 
     def add(self, op_type: str, *inputs: str, dtype: int | None = None, **attributes: Any) -> str:
-        """Write a node, and return its output; it has the first input's dtype unless told otherwise."""
+        """Write a node, and return its output; `dtype` defaults to the first input's."""
         return self._add(op_type, inputs, 1, dtype, **attributes)[0]
 
     def halves(self, name: str) -> list[str]:
-        """Write what splits the last axis in two."""
+        """Split the last axis into two halves."""
         return self._add("Split", (name,), 2, None, axis=-1, num_outputs=2)
 
     def _add(
@@ -213,17 +210,17 @@ class _Rewrite:
         return names
 
     def cast(self, name: str, dtype: int) -> str:
-        """Write a conversion where one is needed."""
+        """Cast to `dtype` if needed."""
         return name if self.dtype(name) == dtype else self.add("Cast", name, dtype=dtype, to=dtype)
 
     def finish(self, op_type: str, *inputs: str, **attributes: Any) -> None:
-        """Write the node that has the original's name and output."""
+        """Write the last node, which has the original's name and output."""
         node = onnx.helper.make_node(op_type, inputs, self.node.output, self.node.name, **attributes)
         self.graph.nodes.append(node)
 
 
 def _keep(r: _Rewrite) -> None:
-    """As it is, but without attributes that opset 20 does not know and that have their default."""
+    """Copy the node, without attributes that opset 20 does not know and that have their default value."""
     node = NodeProto()
     node.CopyFrom(r.node)
     r.graph.nodes.append(node)
@@ -237,7 +234,7 @@ def _keep(r: _Rewrite) -> None:
 
 
 def _constant(r: _Rewrite) -> None:
-    """To an initializer, for the parser's documentation asks for that where axes are meant."""
+    """Replace a constant by an initializer, which the parser's documentation requires for axes."""
     (attribute,) = r.node.attribute
     (name,) = r.node.output
     tensor = TensorProto()
@@ -252,15 +249,15 @@ def _constant(r: _Rewrite) -> None:
 
 
 def _attention(r: _Rewrite) -> None:
-    """`softmax(scale · q · kᵀ + bias) · v` for each head, of q, k and v as [B, S, C] or as [B, heads, S, D].
+    """Write `softmax(scale · q · kᵀ + bias) · v` per head, for q, k and v of [B, S, C] or [B, heads, S, D].
 
-    q is scaled first: products of wide heads overflow fp16, and some hold a mask of fp16's lowest number.
+    q is scaled first: unscaled products of wide heads overflow fp16, as can their sum with a mask of its lowest number.
     """
     q, k, v = r.node.input[:3]
     mask = r.node.input[3] if len(r.node.input) > 3 else ""
     known = {"scale", "q_num_heads", "kv_num_heads", "is_causal", "softcap", "qk_matmul_output_mode"}
-    r.expect(r.attributes.keys() <= known and not r.attributes.get("softcap"), "an attribute of it is not known here")
-    r.expect(not any(r.node.input[4:]) and len(r.node.output) == 1, "keys and values of the past are not known here")
+    r.expect(r.attributes.keys() <= known and not r.attributes.get("softcap"), "it has an unsupported attribute")
+    r.expect(not any(r.node.input[4:]) and len(r.node.output) == 1, "past keys and values are not supported")
     dtype, width, flat = r.dtype(q), r.shape(q)[-1], "q_num_heads" in r.attributes
     q_length, k_length = (r.shape(name)[1 if flat else 2] for name in (q, k))
     if flat:
@@ -272,7 +269,7 @@ def _attention(r: _Rewrite) -> None:
     if None not in (q_heads, kv_heads) and q_heads != kv_heads:
         served_by = r.ints(*(head * kv_heads // q_heads for head in range(q_heads)))
         k, v = (r.add("Gather", name, served_by, axis=1) for name in (k, v))
-    r.expect("scale" in r.attributes or width is not None, "neither its scale nor its width is fixed")
+    r.expect("scale" in r.attributes or width is not None, "it has no scale, and its head width is dynamic")
     scale = r.attributes["scale"] if "scale" in r.attributes else 1 / math.sqrt(width)
     scaled = r.add("Mul", q, r.graph.constant(dtype, [], [scale]))
     scores = r.add("MatMul", scaled, r.add("Transpose", k, perm=[0, 1, 3, 2]))
@@ -280,7 +277,7 @@ def _attention(r: _Rewrite) -> None:
         is_bool = r.dtype(mask) == TensorProto.BOOL
         scores = r.add("Add", scores, r.graph.bias(mask, dtype) if is_bool else r.cast(mask, dtype))
     if r.attributes.get("is_causal"):
-        r.expect(None not in (q_length, k_length), "it is causal, and its lengths are not fixed")
+        r.expect(None not in (q_length, k_length), "it is causal, and its lengths are dynamic")
         causal = [0.0 if key <= query else _LOWEST[dtype] for query in range(q_length) for key in range(k_length)]
         scores = r.add("Add", scores, r.graph.constant(dtype, [q_length, k_length], causal))
     probabilities = r.add("Softmax", scores, axis=-1)
@@ -292,12 +289,12 @@ def _attention(r: _Rewrite) -> None:
 
 
 def _by_head(r: _Rewrite, name: str, heads: int) -> str:
-    """[B, S, C] to [B, heads, S, D]."""
+    """Reshape [B, S, C] to [B, heads, S, D]."""
     return r.add("Transpose", r.add("Reshape", name, r.ints(0, 0, heads, -1)), perm=[0, 2, 1, 3])
 
 
 def _group_normalization(r: _Rewrite) -> None:
-    """Every group as a channel of InstanceNormalization, in the precision of `stash_type`; then scale and bias.
+    """Write InstanceNormalization with groups as channels, in the precision of `stash_type`; then scale and bias.
 
     The parser refuses bfloat16 for InstanceNormalization, although its documentation names it.
     """
@@ -314,7 +311,7 @@ def _group_normalization(r: _Rewrite) -> None:
 
 
 def _rms_normalization(r: _Rewrite) -> None:
-    """`x / √(mean(x²) + ε)` in the precision of `stash_type`; then the scale."""
+    """Write `x / √(mean(x²) + ε)` in the precision of `stash_type`; then the scale."""
     x, scale = r.node.input
     stash, rank = r.attributes.get("stash_type", TensorProto.FLOAT), len(r.shape(x))
     axes = r.ints(*range(r.attributes.get("axis", -1) % rank, rank))
@@ -326,18 +323,18 @@ def _rms_normalization(r: _Rewrite) -> None:
 
 
 def _rotary_embedding(r: _Rewrite) -> None:
-    """x of [B, heads, S, D] as complex numbers, real parts in its first half, turned by the angles of [B, S, D/2]."""
+    """Rotate x [B, heads, S, D], whose halves are real and imaginary parts, by the angles of cos, sin [B, S, D/2]."""
     r.expect(
-        len(r.node.input) == 3 and len(r.shape(r.node.input[0])) == 4, "only one of [B, heads, S, D] is known here"
+        len(r.node.input) == 3 and len(r.shape(r.node.input[0])) == 4, "only [B, heads, S, D] inputs are supported"
     )
     whole = not r.attributes.get("interleaved") and not r.attributes.get("rotary_embedding_dim")
-    r.expect(whole, "only one that turns both halves is known here")
+    r.expect(whole, "only rotation of both halves is supported")
     x, cos, sin = r.node.input
     cos, sin = (r.add("Unsqueeze", name, r.ints(1)) for name in (cos, sin))
     real, imaginary = r.halves(x)
-    turned_real = r.add("Sub", r.add("Mul", real, cos), r.add("Mul", imaginary, sin))
-    turned_imaginary = r.add("Add", r.add("Mul", real, sin), r.add("Mul", imaginary, cos))
-    r.finish("Concat", turned_real, turned_imaginary, axis=-1)
+    rotated_real = r.add("Sub", r.add("Mul", real, cos), r.add("Mul", imaginary, sin))
+    rotated_imaginary = r.add("Add", r.add("Mul", real, sin), r.add("Mul", imaginary, cos))
+    r.finish("Concat", rotated_real, rotated_imaginary, axis=-1)
 
 
 _RULES: MappingProxyType[str, Callable[[_Rewrite], None]] = MappingProxyType(

@@ -1,8 +1,8 @@
-"""Which weights a network has, in which files they lie, and how they come there.
+"""Write a network's weights to files, and make its graph refer to them.
 
-A file holds a group of tensors by the names that the exported module gives them. Denoiser and subject encoder share the
-group of the UNet; every other group is of one network. A file is made once for its content: its key names the sources
-and the tensors, and neither the network nor the backend that reads it.
+A file holds a group of tensors under the names that the exported module gives them. Denoiser and subject encoder share
+the UNet's group; every other group belongs to one network. A file's key depends on its checkpoints and tensors, not on
+the network or backend that reads it, so equal content is stored once.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ from export.streaming import Projection, WeightSource
 from moma_rt.bundle.specs import Geometry, Precision
 
 WEIGHTS_NAME = "weights.safetensors"
-# Raise it when the same sources and tensors would give other bytes.
+# Raise it when the same checkpoints and tensors would give other bytes.
 _VERSION = 1
-# Diffusers' path of what MoMA adds to an attention of the UNet.
+# In diffusers' path of a weight that MoMA adds to an attention of the UNet.
 _ADAPTER_PART = ".processor."
 
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Tensors that are one file; `key` names their content."""
+    """The tensors of one file; `key` identifies their content."""
 
     name: str
     key: str
@@ -47,8 +47,8 @@ class WeightGroup:
 
     @property
     def location(self) -> str:
-        """The file, from the folder of all weights."""
-        return f"{self.artifact.place.removeprefix(f'{WEIGHTS_FOLDER}/')}/{WEIGHTS_NAME}"
+        """The file's path relative to the folder of all weights."""
+        return f"{self.artifact.folder.removeprefix(f'{WEIGHTS_FOLDER}/')}/{WEIGHTS_NAME}"
 
     def write(self, folder: Path) -> None:
         """Write the file into a folder, reading the checkpoint."""
@@ -57,35 +57,35 @@ class WeightGroup:
 
 @dataclass(frozen=True)
 class ExternalWeights:
-    """Weights files that lie below `root`, by their location there."""
+    """A network's weights files: their common root and their locations relative to it."""
 
     root: Path
     locations: tuple[str, ...]
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files."""
+        """The files' paths."""
         return tuple(self.root / location for location in self.locations)
 
-    def lend(self, model: onnx_ir.Model) -> None:
-        """Give a graph's initializers the files' content, so that what is computed of them alone can be folded.
+    def map_into(self, model: onnx_ir.Model) -> None:
+        """Memory-map the files as a graph's initializers, so that constant folding can read them.
 
-        The library's own external tensors refuse a file with several links, which files of a store are.
+        onnx_ir's external tensors refuse files with several hard links, which the files of a store have.
         """
-        for location, name, place, value in self._of(model):
+        for location, name, place, value in self._initializers(model):
             mapped = np.memmap(self.root / location, np.uint8, "r", place.offset, place.length)
             array = mapped.view(value.dtype.numpy()).reshape([int(size) for size in value.shape])
             value.const_value = onnx_ir.Tensor(array, value.dtype, name=name)
 
     def refer(self, model: onnx_ir.Model) -> None:
-        """Make a graph's initializers refer to the files."""
-        for location, name, place, value in self._of(model):
+        """Make a graph's initializers refer to the files as external data."""
+        for location, name, place, value in self._initializers(model):
             value.const_value = onnx_ir.ExternalTensor(
                 location, place.offset, place.length, value.dtype, shape=value.shape, name=name, base_dir=self.root
             )
 
-    def _of(self, model: onnx_ir.Model) -> Iterator[tuple[str, str, Place, Any]]:
-        """Location, name, place and value of every initializer of a graph that one of the files has."""
+    def _initializers(self, model: onnx_ir.Model) -> Iterator[tuple[str, str, Place, Any]]:
+        """Yield location, name, place and value of every initializer of a graph whose content is in the files."""
         for location in self.locations:
             for name, place in places(self.root / location).items():
                 value = model.graph.initializers.get(name)
@@ -96,7 +96,7 @@ class ExternalWeights:
 def weight_groups(
     network: Network, checkpoint: Checkpoint, geometry: Geometry, precision: Precision
 ) -> tuple[WeightGroup, ...]:
-    """The groups of a network's weights. Nothing is read of the checkpoint before one is written."""
+    """Return the groups of a network's weights. The checkpoint's weights are read only when a group is written."""
     stored = _stored_tensors(network, checkpoint, geometry, precision)
     groups: dict[str, list[StoredTensor]] = {}
     for tensor in stored:
@@ -125,19 +125,19 @@ def _stored_tensors(
     structure = network.structure(checkpoint, geometry, precision)
     source = None if network.source is None else network.source(checkpoint)
     transposed = {f"{name}.weight" for name, part in structure.named_modules() if isinstance(part, Projection)}
-    whole = _Whole(network, checkpoint, geometry, precision)
+    state = _LazyState(network, checkpoint, geometry, precision)
     found = []
     for name, tensor in structure.state_dict().items():
         if source is not None and precision.is_weight_only and name in source.quantized:
             found += _quantized(name, tuple(tensor.shape), source, precision)
             continue
-        read = whole.reader(name) if source is None else _single_reader(source, name, tensor.dtype, name in transposed)
+        read = state.reader(name) if source is None else _single_reader(source, name, tensor.dtype, name in transposed)
         found.append(StoredTensor(name, from_torch_dtype(tensor.dtype), tuple(tensor.shape), read))
     return found
 
 
-class _Whole:
-    """The network's module with all its weights, loaded when the first of them is read."""
+class _LazyState:
+    """The state dict of a network's module, loaded when its first tensor is read."""
 
     def __init__(self, network: Network, checkpoint: Checkpoint, geometry: Geometry, precision: Precision) -> None:
         self._load = lambda: network.module(checkpoint, geometry, precision).state_dict()
@@ -163,20 +163,20 @@ def _single_reader(source: WeightSource, name: str, dtype: Any, is_transposed: b
 def _quantized(
     name: str, shape_kn: tuple[int, ...], source: WeightSource, precision: Precision
 ) -> tuple[StoredTensor, StoredTensor]:
-    """The integers and scales of a matrix, as `export.streaming.dequantized_weights` names them."""
+    """Return the integers and scales of a matrix, named as by `export.streaming.quantize_weights`."""
     inputs, outputs = shape_kn
     is_int4 = precision is Precision.INT4
     dtype = onnx_ir.DataType.INT4 if is_int4 else onnx_ir.DataType.INT8
     scale_shape = (inputs // BLOCK, outputs) if is_int4 else (outputs,)
-    pair = _Pair(name, source, precision)
+    matrix = _QuantizedMatrix(name, source, precision)
     return (
-        StoredTensor(f"{name}.values", dtype, shape_kn, pair.values),
-        StoredTensor(f"{name}.scales", onnx_ir.DataType.FLOAT16, scale_shape, pair.scales),
+        StoredTensor(f"{name}.values", dtype, shape_kn, matrix.values),
+        StoredTensor(f"{name}.scales", onnx_ir.DataType.FLOAT16, scale_shape, matrix.scales),
     )
 
 
-class _Pair:
-    """A matrix's integers and scales, of which the integers are written first: the scales are kept from then on."""
+class _QuantizedMatrix:
+    """A matrix's integers and scales. Reading the integers keeps the scales, which are usually read next."""
 
     def __init__(self, name: str, source: WeightSource, precision: Precision) -> None:
         self._name, self._source, self._precision = name, source, precision

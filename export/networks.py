@@ -1,4 +1,4 @@
-"""The one table of networks: for each its tensors and the module that computes it.
+"""The table of all networks: the tensors of each, and the module that computes it.
 
 ONNX names and axes, example inputs, optimization profiles and runtime buffers all follow from the specs made here.
 """
@@ -31,7 +31,7 @@ MAX_BATCH = 4
 MAX_LANGUAGE_TOKENS = 2048
 
 _BATCH = Dim("batch", 1, 1, MAX_BATCH)
-# Two guidance halves, or one: the shape says which.
+# One or two guidance halves per sample; the shape says which.
 _GUIDED_BATCH = Dim("guided_batch", 1, 2, 2 * MAX_BATCH)
 _DTYPES = MappingProxyType(
     {
@@ -48,9 +48,9 @@ _DTYPES = MappingProxyType(
 class Network:
     """One row of the table.
 
-    `tensors` makes the spec, with the dtype of the tensors that are large and pass between networks; `parts` the
-    module, of weights that were converted to a dtype; `arguments` turns the flat inputs, in the spec's order, into the
-    module's positional arguments. One whose weights are too large to be held has a `source` of single weights.
+    `tensors` makes the spec, given the dtype of the large tensors that pass between networks; `parts` makes the module
+    with weights converted to a dtype; `arguments` turns the flat inputs, in the spec's order, into the module's
+    positional arguments; `source` reads single weights of a network whose weights do not fit in memory.
     """
 
     name: str
@@ -64,19 +64,19 @@ class Network:
         return self.tensors(geometry, precision.edge_dtype)
 
     def module(self, checkpoint: Checkpoint, geometry: Geometry, precision: Precision = Precision.FP32) -> nn.Module:
-        """The network in PyTorch, with the checkpoint's weights, those of linear layers as [inputs, outputs]."""
+        """The network in PyTorch with the checkpoint's weights; linear layers store theirs as [inputs, outputs]."""
         module = self.parts(checkpoint, geometry, _DTYPES[precision])
         use_projections(module)
         return module
 
     def structure(self, checkpoint: Checkpoint, geometry: Geometry, precision: Precision = Precision.FP32) -> nn.Module:
-        """The same module on the meta device: all that tracing needs, of a checkpoint whose weights are not read."""
+        """The same module on the meta device, for tracing: the checkpoint's weights are not read."""
         return self.module(_placeholders(checkpoint), geometry, precision)
 
 
 @dataclass(frozen=True)
 class Precisions:
-    """What a bundle's networks compute in: the language model, and all others."""
+    """The precisions of a bundle's networks: of the language model, and of all others."""
 
     networks: Precision = Precision.FP32
     language: Precision = Precision.FP32
@@ -84,10 +84,10 @@ class Precisions:
     def __post_init__(self) -> None:
         if self.networks.is_weight_only:
             allowed = ", ".join(p.value for p in Precision if not p.is_weight_only)
-            raise InputError(f"{self.networks.value} is a precision of the language model alone; others have {allowed}")
+            raise InputError(f"{self.networks.value} is for the language model only; other networks take {allowed}")
 
     def of(self, name: str) -> Precision:
-        """The precision of a network. The context projector's 3 million weights are not worth a rounding."""
+        """The precision of a network. The context projector's 3 million weights are too few to be worth rounding."""
         if name == "context_projector":
             return Precision.FP32
         return self.language if name == "language_model" else self.networks
@@ -110,7 +110,7 @@ def _latents(name: str, g: Geometry, batch: int | Dim = 1) -> TensorSpec:
 
 
 def _reference(g: Geometry, edge: str, batch: int | Dim, tokens: Mapping[int, int | Dim]) -> tuple[TensorSpec, ...]:
-    """K of every layer, then V of every layer."""
+    """The reference's K of every layer, then V of every layer."""
     return tuple(
         _float(f"reference_{kind}.{layer.name}", batch, tokens[layer.grid], layer.channels, dtype=edge)
         for kind in ("k", "v")
@@ -196,7 +196,7 @@ def _denoiser_spec(g: Geometry, edge: str) -> NetworkSpec:
 
 
 def denoiser_arguments(flat: tuple[Any, ...], g: Geometry) -> tuple[Any, ...]:
-    """The denoiser's flat inputs with the masks, the keys and the values gathered into three tuples."""
+    """Gather the masks, the keys and the values of the denoiser's flat inputs into three tuples."""
     grids, layers = len(g.grids), len(g.self_attention)
     fixed = len(flat) - grids - 2 * layers
     masks, keys = flat[fixed : fixed + grids], flat[fixed + grids : fixed + grids + layers]
@@ -219,7 +219,7 @@ def _weights(component: Component | None, dtype: torch.dtype) -> dict[str, Tenso
         raise CheckpointError("a component that this network needs was not given")
     weights = component.load()
     for name in weights:
-        # One after another, so that a tensor's stored form is freed as soon as it was converted.
+        # One at a time, so that each stored tensor is freed as soon as it is converted.
         weights[name] = weights[name].to(dtype)
     return weights
 
@@ -286,7 +286,7 @@ def _language_source(c: Checkpoint) -> WeightSource:
     def read(name: str) -> Tensor:
         return (adapters if name.startswith("mapping.") else language).load([name])[name]
 
-    # The decoder's matrices; embeddings are looked up, and norms are vectors.
+    # Only the decoder's matrices are quantized: embeddings are looked up, and norms are vectors.
     return WeightSource(read, frozenset(n for n in shapes if n.startswith("layers.") and n.endswith("_proj.weight")))
 
 

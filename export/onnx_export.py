@@ -1,4 +1,4 @@
-"""One network to ONNX: its spec's names and axes, our operators kept whole, weights in files beside the graphs."""
+"""Export one network to ONNX: its spec's names and axes, MoMA's operators as functions, weights in external files."""
 
 import logging
 import warnings
@@ -24,7 +24,7 @@ LOWERED_NAME = "lowered.onnx"
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is traced: a network of a checkpoint, whose weights are not read, and the files that they lie in."""
+    """A network to trace, and the files that hold its weights; the checkpoint's own weights are not read."""
 
     checkpoint: Checkpoint
     network: Network
@@ -36,7 +36,7 @@ class ExportRequest:
 def export_network(request: ExportRequest, folder: Path) -> None:
     """Write `folder/model.onnx`, with the spec's names and dynamic axes, and `folder/lowered.onnx`.
 
-    Both refer to the weights files relative to their root.
+    Both refer to the weights files by paths relative to `request.weights.root`.
     """
     network, precision = request.network, request.precision
     module = network.structure(request.checkpoint, request.geometry, precision)
@@ -46,7 +46,7 @@ def export_network(request: ExportRequest, folder: Path) -> None:
         register_schema(operator.schema)
     arguments, shapes = tracing_arguments(network, spec, request.geometry, "meta")
     with warnings.catch_warnings(), torch.inference_mode():
-        # The exporter warns of optional packages and of axes that share a size, which is what the specs ask for.
+        # The exporter warns about optional packages and about axes that share a size, as the specs intend.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
@@ -62,19 +62,19 @@ def export_network(request: ExportRequest, folder: Path) -> None:
             optimize=False,
         )
     assert program is not None
-    request.weights.lend(program.model)
+    request.weights.map_into(program.model)
     program.optimize()
     if precision.is_weight_only and network.source is not None:
         quantize_weights(program.model, network.source(request.checkpoint), precision)
     request.weights.refer(program.model)
     _finish(program.model, spec, operators)
-    # What the exporter computed of weights, such as a part of an embedding, is small and in the graph itself.
+    # Constants folded from weights, such as a part of an embedding, are small and stay in the graph itself.
     (folder / MODEL_NAME).write_bytes(onnx_ir.to_proto(program.model).SerializeToString(deterministic=True))
     write_lowered(folder / MODEL_NAME, folder / LOWERED_NAME)
 
 
 def _finish(model: onnx_ir.Model, spec: NetworkSpec, operators: tuple[OnnxOperator, ...]) -> None:
-    """Add the functions that the graph uses, name its axes, and drop what speaks of the machine it was made on."""
+    """Add the functions that the graph uses, name its axes, and drop metadata about the exporting machine."""
     used = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
     for operator in operators:
         if operator.schema.name in used:
@@ -88,7 +88,7 @@ def _finish(model: onnx_ir.Model, spec: NetworkSpec, operators: tuple[OnnxOperat
     public = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
     for value in (value for node in model.graph.all_nodes() for value in node.outputs):
         value.metadata_props.clear()
-        # The exporter names values after torch's operators, which may be what the spec calls an output.
+        # The exporter names values after torch's operators, which may clash with the spec's names.
         if value.name in public and not value.is_graph_output():
             value.name += "_value"
     for tensor, value in zip((*spec.inputs, *spec.outputs), (*model.graph.inputs, *model.graph.outputs), strict=True):

@@ -1,7 +1,7 @@
-"""One network to a package of PyTorch's inductor: code that was compiled ahead of time, and none of the weights.
+"""Compile one network to an AOTInductor package: code compiled ahead of time, without weights.
 
-The code is compiled from the network's structure, with random numbers in place of the weights, so that it serves every
-checkpoint of this structure. The weights are read from their files when a package is loaded.
+The network is compiled with random numbers in place of its weights, so the package serves every checkpoint of the same
+structure. The weights are read from their files when a package is loaded.
 """
 
 import contextlib
@@ -40,12 +40,12 @@ PACKAGE_NAME = "engine.pt2"
 
 @dataclass(frozen=True)
 class PackageOptions:
-    """How packages are compiled.
+    """Compile options of a package.
 
-    is_measured: where a kernel may be chosen, what this machine's device says; False: by the rules of `export.cross`.
-    max_autotune: measure several kernels of each product and of what is fused, and take the fastest.
-    channels_last: convolutions' weights are stored with their channels last, as tensor cores read them.
-    wrapper_level: of the C++ compiler, for the code that calls the kernels.
+    max_autotune: benchmark several kernels for each matrix product and fused operation, and take the fastest.
+    channels_last: store convolution weights with channels last, as tensor cores read them.
+    wrapper_level: the C++ optimization level of the code that launches the kernels.
+    is_measured: choose kernels by measuring on this machine's device; False: by the rules of `export.cross`.
     """
 
     max_autotune: bool
@@ -55,28 +55,29 @@ class PackageOptions:
 
     @classmethod
     def of(cls, network: str, capability: int, is_measured: bool = True) -> "PackageOptions":
-        """What pays: on a CPU, where nothing is served, that compiling is quick; on a GPU, care with what every picture
-        is made with, and not with what runs once a subject or a prompt.
+        """Return the options for a network: tuned if it runs for every picture on a GPU, else quick to compile.
+
+        Networks that run once per subject or prompt, and CPUs, which serve no requests, do not repay long compiling.
         """
         on_gpu = capability != CPU_CAPABILITY
-        with_care = on_gpu and network in GENERATION_NETWORKS
-        return cls(with_care, on_gpu, "O1" if with_care else "O0", is_measured)
+        is_tuned = on_gpu and network in GENERATION_NETWORKS
+        return cls(is_tuned, on_gpu, "O1" if is_tuned else "O0", is_measured)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """In the words of `torch._inductor.config`."""
+        """The options as entries of `torch._inductor.config`."""
         return {
             "max_autotune": self.max_autotune,
-            # cuDNN alone: measuring inductor's own convolutions beside it takes minutes.
+            # cuDNN only: benchmarking inductor's own convolutions too takes minutes.
             "max_autotune_conv_backends": "ATEN",
             "aot_inductor.compile_wrapper_opt_level": self.wrapper_level,
-            # The kernels are part of the code, which can be loaded without a folder of them.
+            # With embedded kernels the code loads without a folder of kernel files.
             "aot_inductor.embed_kernel_binary": True,
-            # They are kept elsewhere for ever, and take as long to make as they save.
+            # Precompiled headers stay in another cache forever, and take as long to make as they save.
             "aot_inductor.precompile_headers": False,
-            # As many threads as there are where it runs, not where it was compiled.
+            # Use the thread count of the machine that runs the code, not of the one that compiles it.
             "cpp.dynamic_threads": True,
-            # The weights stay outside, and no value of theirs becomes part of the code.
+            # Keep weights out of the package, and their values out of the code.
             "aot_inductor.package_constants_in_so": False,
             "always_keep_tensor_constants": True,
             "joint_graph_constant_folding": False,
@@ -86,7 +87,7 @@ class PackageOptions:
 
 @dataclass(frozen=True)
 class PackageRequest:
-    """A network to compile: of the checkpoint nothing but its configurations is read."""
+    """A network to compile; of the checkpoint, only the configurations are read."""
 
     checkpoint: Checkpoint
     network: Network
@@ -97,18 +98,18 @@ class PackageRequest:
 
     @property
     def options(self) -> PackageOptions:
-        """How it is compiled."""
+        """The network's compile options."""
         return PackageOptions.of(self.network.name, self.capability, self.is_measured)
 
     def structure(self) -> nn.Module:
-        """The module on the meta device, convolutions' weights laid out as the package wants them."""
+        """Return the module on the meta device, with convolution weights in the package's memory format."""
         module = self.network.structure(self.checkpoint, self.geometry, self.precision)
         _drop_placeholders(module)
-        # Only what has four dimensions has channels; inputs keep their layout, which is that of the buffers.
+        # This changes four-dimensional weights only; inputs keep the layout of the runtime's buffers.
         return module.to(memory_format=torch.channels_last) if self.options.channels_last else module
 
     def inductor_configs(self) -> dict[str, Any]:
-        """The options, and what the package is to say of itself."""
+        """Return inductor's settings, with a description of the package's tensors as metadata."""
         spec = self.network.spec(self.geometry, self.precision)
         return {**self.options.settings, "aot_inductor.metadata": {TENSORS_NOTE: tensors_note(spec)}}
 
@@ -122,7 +123,7 @@ def write_package(request: PackageRequest, folder: Path) -> None:
     try:
         with quiet(), torch.no_grad(), tempfile.TemporaryDirectory(prefix="moma-rt-") as place:
             _compile(request, folder / PACKAGE_NAME, Path(place))
-    except (RuntimeError, subprocess.CalledProcessError) as error:  # such as: no C++ compiler, no memory left
+    except (RuntimeError, subprocess.CalledProcessError) as error:  # such as a missing C++ compiler, or out of memory
         raise BundleError(
             f"{request.network.name}: PyTorch {torch.__version__} cannot compile it: {reason(error)}"
         ) from None
@@ -150,11 +151,11 @@ def _compile(request: PackageRequest, path: Path, place: Path) -> None:
 def add_to_package(
     path: Path, state: Mapping[str, Tensor], constants: Mapping[str, Any], options: PackageOptions
 ) -> None:
-    """Note in a package which weights it may ask for, and add the tensors that the module made itself.
+    """Add to a package the list of weights that it may ask for, and the tensors that the module itself creates.
 
     Args:
-        state: the module's weights; of these only dtypes and shapes count.
-        constants: those of the traced program, by name.
+        state: the module's weights; only their dtypes and shapes are used.
+        constants: the traced program's constants, by name.
     """
     weights = {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in state.items()}
     own = {name: t.cpu().contiguous() for name, t in constants.items() if isinstance(t, Tensor) and name not in weights}
@@ -164,9 +165,9 @@ def add_to_package(
 
 
 def tune_for_usual_sizes(program: torch.export.ExportedProgram, spec: NetworkSpec) -> None:
-    """Have kernels chosen and measured for a network's usual sizes, such as one picture with both halves of guidance.
+    """Make inductor choose and measure kernels for a network's usual sizes, such as one picture with guidance.
 
-    Tracing needs other ones: it takes a size of 1 for a constant.
+    Tracing needs other sizes, since it takes a size of 1 for a constant.
     """
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     for name, tensor in zip(program.graph_signature.user_inputs, spec.inputs, strict=True):
@@ -177,7 +178,7 @@ def tune_for_usual_sizes(program: torch.export.ExportedProgram, spec: NetworkSpe
 
 
 def fill_with_noise(module: nn.Module) -> None:
-    """Random numbers for weights: inductor would fold a tensor of equal values, and a GPU is faster on zeros."""
+    """Fill weights with random numbers: inductor would fold constant tensors, and GPUs are faster on zeros."""
     generators: dict[torch.device, torch.Generator] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
@@ -188,13 +189,13 @@ def fill_with_noise(module: nn.Module) -> None:
 
 
 def reason(error: Exception) -> str:
-    """What a compiler said, without the long command that it was called with; else all that the error says."""
+    """Return a compiler's error line without its long command line, or else the whole error in one line."""
     said = f"{error}\n{getattr(error, 'stderr', None) or ''}"
     return one_line(next((line for line in said.splitlines() if "error: " in line), said))
 
 
 def _drop_placeholders(module: nn.Module) -> None:
-    """Drop the buffers that no weights are for, and no `forward` of ours reads."""
+    """Delete non-persistent buffers, which have no weights and are read by no `forward` here."""
     for part in module.modules():
         for name in [name for name, _ in part.named_buffers(recurse=False)]:
             if name in part._non_persistent_buffers_set:
@@ -203,7 +204,7 @@ def _drop_placeholders(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without PyTorch's notices of its own deprecations and of kernels that it measured and did not take."""
+    """Silence PyTorch's deprecation warnings and its messages about kernels that it measured and rejected."""
     loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch.export")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

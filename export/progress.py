@@ -1,4 +1,4 @@
-"""The build's progress: a bar on a terminal, a line a network elsewhere."""
+"""The build's progress: a bar on a terminal, one line per network elsewhere."""
 
 import sys
 from types import TracebackType
@@ -28,10 +28,10 @@ class Progress:
         self._bar.close()
 
     def report(self, network: str, state: str) -> None:
-        """Called by the build when a network enters a stage; "kept", "built" and "refitted" end it."""
+        """Show the stage that a network enters; stages that begin with "kept", "built" or "refitted" are its last."""
         if state.startswith((*_ENDS, "kernels", "dropped", "note")):
             tqdm.write(f"{network:<18} {state}", file=self._stream)
         if state.startswith(_ENDS):
             self._bar.update()
-        # Last, since it always redraws: an update right after another drawing does not.
+        # Last, because it always redraws the bar, while `update` right after another drawing does not.
         self._bar.set_description_str(f"{network}: {state}")

@@ -1,8 +1,8 @@
-"""Weights of 8 and 4 bits for products whose arithmetic stays 16-bit: one matrix at a time.
+"""Quantize weights to 8 or 4 bits, one matrix at a time; arithmetic stays 16-bit.
 
-A language model that reads one prompt is bound by reading its weights, so fewer bits are less time as well as less
-memory. Rounding needs nothing but the matrix itself; tools that calibrate hold the whole model, which at 7 billion
-weights does not fit the machines that export here.
+A language model that reads one prompt is bound by reading its weights, so fewer bits save time as well as memory.
+Rounding needs only the matrix itself; tools that calibrate hold the whole model, which at 7 billion weights may not
+fit the memory of the machine that exports.
 """
 
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from torch import Tensor
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import CheckpointError
 
-# Inputs that share a scale in INT4: TensorRT takes 64 and 128, and 64 halves the error of the larger outliers' block.
+# Inputs that share a scale in INT4. TensorRT takes 64 and 128; with 64, an outlier coarsens half as many weights.
 BLOCK = 64
-# Of a block's largest weight, what the largest code stands for: rounding all others finer is worth clipping one.
+# Values to try for the largest code, as fractions of a block's largest weight: clipping it rounds all others finer.
 _CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)
-# What fits a core's cache, with what is made of it on the way.
+# Weights quantized at once: with their intermediate results they fit a core's cache.
 _CHUNK_WEIGHTS = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A matrix [K, N], of which inputs are multiplied by columns, as integers and scales.
+    """A weight matrix of K inputs and N outputs, as the product of integers and scales.
 
-    `values` int8 [K, N], from -128 to 127 in INT8 and from -8 to 7 in INT4; `scales` float16, [N] in INT8 and
-    [K / BLOCK, N] in INT4. The matrix is their product.
+    `values_kn`: int8 [K, N], from -128 to 127 in INT8 and from -8 to 7 in INT4; `scales`: float16, [N] in INT8 and
+    [K / BLOCK, N] in INT4.
     """
 
     precision: Precision
@@ -44,8 +44,8 @@ def quantize(weight_nk: Tensor, precision: Precision, name: str) -> Quantized:
         name: for messages.
 
     Raises:
-        CheckpointError: NaN or infinity, inputs that are no multiple of `BLOCK` (INT4), or weights too large for
-            float16 scales.
+        CheckpointError: NaN or infinity, a number of inputs that is no multiple of `BLOCK` (INT4), or weights too
+            large for float16 scales.
     """
     if precision is Precision.INT4 and weight_nk.shape[1] % BLOCK:
         raise CheckpointError(f"{name} has {weight_nk.shape[1]} inputs; int4 takes a multiple of {BLOCK}")
@@ -71,7 +71,7 @@ def dequantize(quantized: Quantized) -> Tensor:
 
 
 def packed_int4(values: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Pairs of 4-bit integers, in the order of memory, as bytes; the first of a pair in the low half."""
+    """Pack pairs of 4-bit integers, in memory order, into bytes; the first of a pair is the low half."""
     pairs = values.reshape(-1, 2).view(np.uint8) & 0xF
     packed: NDArray[np.uint8] = pairs[:, 0] | pairs[:, 1] << 4
     return packed
@@ -83,7 +83,7 @@ def _int8_rows(weight_nk: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4_rows(weight_nk: Tensor) -> tuple[Tensor, Tensor]:
-    """The clipping that leaves the least squared error is chosen for each block."""
+    """Quantize rows block by block, each with the clipping of the least squared error."""
     blocks = weight_nk.unflatten(1, (-1, BLOCK))
     largest = blocks.abs().amax(2, keepdim=True)
     best_error = torch.full_like(largest, torch.inf)
@@ -100,7 +100,7 @@ def _int4_rows(weight_nk: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _half(scale: Tensor) -> Tensor:
-    """The scale as float16 holds it, so that values are rounded for what they will be multiplied by; 1 for zeros."""
+    """Return the scale rounded to float16, so that values are rounded for the scale in use; 1 in place of 0."""
     held = scale.half().float()
     return torch.where(held == 0, 1.0, held)
 

@@ -1,7 +1,7 @@
-"""A safetensors file written one tensor after another, so that a model of 7 billion weights is never held.
+"""Write a safetensors file one tensor at a time, so that a model of 7 billion weights is never in memory as a whole.
 
-The `safetensors` library writes what is in memory already. Its format is a length, a JSON header with the place of each
-tensor, and their bytes: ONNX graphs refer to these places as their external data.
+The `safetensors` library writes only what is in memory already. Its format is a length, a JSON header with the place
+of each tensor, and the tensors' bytes; ONNX graphs refer to these places as external data.
 """
 
 import json
@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Every tensor whose size allows it begins at a multiple of this: vector loads are fastest so.
+# In bytes. Tensors whose size is a multiple of it also begin at one, which makes vector loads fastest.
 _ALIGNMENT = 64
-# Names in the format. It has none for 4-bit integers: pairs of them are bytes.
+# The format's names of dtypes. It has none for 4-bit integers, so pairs of them are stored as bytes.
 _NAMES = {
     onnx_ir.DataType.FLOAT: "F32",
     onnx_ir.DataType.FLOAT16: "F16",
@@ -32,7 +32,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a weights file: `read` gives its content, C-contiguous, when its turn to be written has come."""
+    """A tensor of a weights file; `read` returns its content, C-contiguous, and is called only when it is written."""
 
     name: str
     dtype: onnx_ir.DataType
@@ -46,7 +46,7 @@ class StoredTensor:
 
     @property
     def described(self) -> dict[str, Any]:
-        """Dtype and shape as the file's header has them."""
+        """Dtype and shape as in the file's header."""
         shape = list(self.shape) if self.dtype is not onnx_ir.DataType.INT4 else [self.nbytes]
         return {"dtype": _NAMES[self.dtype], "shape": shape}
 
@@ -60,12 +60,12 @@ class Place:
 
 
 def write_safetensors(path: Path, tensors: Iterable[StoredTensor]) -> None:
-    """Write tensors to a file, in their order but for those of odd sizes, which come last.
+    """Write tensors to a file in their order, except that sizes that are no multiple of the alignment come last.
 
-    The file is written plainly: whoever may be killed meanwhile does this in a folder that has no name yet.
+    The write is not atomic, so write to a temporary folder if the process may be killed.
 
     Raises:
-        ValueError: a tensor whose content is not what it was said to be.
+        ValueError: a tensor's content has another size than described, or is not contiguous.
     """
     ordered = sorted(tensors, key=lambda tensor: tensor.nbytes % _ALIGNMENT != 0)
     header, end = dict[str, Any](), 0
@@ -79,12 +79,12 @@ def write_safetensors(path: Path, tensors: Iterable[StoredTensor]) -> None:
         for tensor in ordered:
             content = tensor.read()
             if content.nbytes != tensor.nbytes or not content.flags.c_contiguous:
-                raise ValueError(f"{tensor.name} has {content.nbytes} bytes, not {tensor.nbytes} in one piece")
+                raise ValueError(f"{tensor.name} has {content.nbytes} bytes, not {tensor.nbytes} contiguous bytes")
             file.write(content.reshape(-1).view("uint8").data)
 
 
 def places(path: Path) -> dict[str, Place]:
-    """Where each tensor of a safetensors file is."""
+    """Return where each tensor of a safetensors file is."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -97,6 +97,6 @@ def places(path: Path) -> dict[str, Place]:
 
 
 def as_bytes(tensor: Tensor) -> NDArray[Any]:
-    """A tensor's content as NumPy has it; bfloat16, which NumPy lacks, as bytes."""
+    """Return a tensor's content as a NumPy array; bfloat16, which NumPy lacks, as bytes."""
     tensor = tensor.detach().contiguous()
     return (tensor.reshape(-1).view(torch.uint8) if tensor.dtype is torch.bfloat16 else tensor).numpy()

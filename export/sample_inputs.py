@@ -1,4 +1,4 @@
-"""Inputs on which networks are compared and measured: random, but such as a generation would make them."""
+"""Inputs for comparing and benchmarking networks: random, but shaped like those of a real generation."""
 
 import numpy as np
 
@@ -8,22 +8,22 @@ from moma_rt.schedulers.tables import Column, schedule
 
 _STEPS, _STEP_NUMBER, _GUIDANCE_SCALE = 50, 25, 7.5
 _SUBJECT_TOKENS = [4, 7]
-# Ids that every vocabulary has.
-_WORDS = 256
+# Every vocabulary has the token ids below this.
+_COMMON_TOKEN_IDS = 256
 
 Sizes = dict[str, int]
 
 
 def usual_sizes(spec: NetworkSpec) -> Sizes:
-    """The size of each dynamic dimension for which the network is tuned."""
+    """Return the size of each dynamic dimension for which the network is tuned."""
     return {d.name: d.opt for tensor in spec.inputs for d in tensor.dynamic_axes.values()}
 
 
 def sample_inputs(spec: NetworkSpec, geometry: Geometry, sizes: Sizes, seed: int = 0) -> dict[str, Array]:
-    """One array an input, in the spec's dtypes; the same on every call.
+    """Return one array per input, in the spec's dtypes; the same on every call.
 
-    A step is one in the middle of a generation, with the whole of its reference inside the mask; a prompt's tokens
-    follow what is in the past.
+    A denoising step is from the middle of a generation, with all reference tokens inside the object mask; a prompt's
+    positions follow those of the past K/V.
     """
     random = np.random.default_rng(seed)
     return {t.name: _sample(t, geometry, sizes, random).astype(t.dtype, copy=False) for t in spec.inputs}
@@ -36,7 +36,7 @@ def _sample(tensor: TensorSpec, geometry: Geometry, sizes: Sizes, random: np.ran
         assert row[Column.INJECTION] == 1.0
         return row
     if name == "token_ids":
-        ids = random.integers(3, _WORDS, shape)
+        ids = random.integers(3, _COMMON_TOKEN_IDS, shape)
         if geometry.language is not None and "image_sequence" in sizes:
             count = min(shape[1] // 2, sizes["image_sequence"])
             ids[:, :count] = geometry.language.vocabulary + np.arange(count)

@@ -1,7 +1,7 @@
-"""What lets a graph be traced without weights: linear layers in the graph's own layout, and weights read one by one.
+"""Trace graphs without weights: linear layers in the graph's own layout, and weights read one at a time.
 
-A language model of 7 billion weights is never held: a graph needs its shapes only, and a weight is in memory while it
-passes from its shard to the weights file.
+A language model of 7 billion weights is never in memory as a whole: tracing needs only shapes, and a weight is in
+memory only while it is copied from its shard to the weights file.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from export.quantize import BLOCK
 from moma_rt.bundle.specs import Precision
 
-# Of DequantizeLinear: the axis of the scales, for matrices [K, N].
+# The axis of DequantizeLinear's scales, for matrices [K, N].
 _PER_COLUMN, _PER_BLOCK = 1, 0
 
 
 class Projection(nn.Module):
-    """A linear layer whose weight is kept as a graph multiplies by it, [inputs, outputs]."""
+    """A linear layer whose weight is stored as a graph multiplies by it, [inputs, outputs]."""
 
     def __init__(self, weight_kn: Tensor, bias_n: Tensor | None) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Projection(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         if not torch.onnx.is_in_onnx_export():
-            # A product of three-dimensional states may be traced as one of matrices for each sample; this never is.
+            # `@` on three-dimensional states may be traced as a product per sample; `linear` never is.
             return nn.functional.linear(states, self.weight.t(), self.bias)
         product = states @ self.weight
         return product if self.bias is None else product + self.bias
@@ -36,10 +36,10 @@ class Projection(nn.Module):
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where the weights of a module on the meta device are.
+    """The source of the weights of a module on the meta device.
 
-    `read` gives the stored tensor of a parameter, of which those of `Projection` are stored [outputs, inputs];
-    `quantized` are the names of the projections that a weight-only precision rounds.
+    `read` returns the stored tensor of a parameter; those of `Projection` are stored as [outputs, inputs].
+    `quantized` names the projection weights that a weight-only precision rounds.
     """
 
     read: Callable[[str], Tensor]
@@ -47,7 +47,7 @@ class WeightSource:
 
 
 def use_projections(module: nn.Module) -> None:
-    """Replace every `Linear` inside a module, so that no transposed weight is in its graph."""
+    """Replace every `Linear` inside a module by a `Projection`, so that its graph transposes no weight."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, Projection(child.weight.t().contiguous(), child.bias))
@@ -56,7 +56,7 @@ def use_projections(module: nn.Module) -> None:
 
 
 def quantize_weights(model: onnx_ir.Model, source: WeightSource, precision: Precision) -> None:
-    """Put `DequantizeLinear` of integers in the place of each quantized weight: `<name>.values` and `<name>.scales`."""
+    """Replace each quantized weight by `DequantizeLinear` of `<name>.values` and `<name>.scales`."""
     for name in sorted(source.quantized & model.graph.initializers.keys()):
         weight = model.graph.initializers[name]
         assert weight.shape is not None
@@ -71,7 +71,7 @@ def quantize_weights(model: onnx_ir.Model, source: WeightSource, precision: Prec
         node.outputs[0].name = f"{name}.dequantized"
         node.outputs[0].shape, node.outputs[0].dtype = weight.shape, onnx_ir.DataType.FLOAT16
         for initializer in (values, scales):
-            # The graph's own tensors come when it is attached to its weights file.
+            # Their content is set when the graph is made to refer to its weights file.
             model.graph.initializers[initializer.name] = initializer
         model.graph.insert_before(model.graph[0], node)
         onnx_ir.convenience.replace_all_uses_with(weight, node.outputs[0])

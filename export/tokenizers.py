@@ -1,7 +1,7 @@
-"""Checkpoints' tokenizers as `tokenizers` objects, the one format the runtime reads, and small synthetic ones.
+"""Convert checkpoints' tokenizers to `tokenizers` objects, whose format the runtime reads, and make synthetic ones.
 
-Built from the vocabulary and merge rules themselves, not through a library's tokenizer classes: what those make of
-the same files has changed between versions, and the ids a checkpoint was trained with have not.
+They are built directly from vocabulary and merge rules. A library's tokenizer classes have changed, between versions,
+what they make of the same files, while the ids that a checkpoint was trained with have not changed.
 """
 
 import functools
@@ -27,7 +27,7 @@ _END_OF_WORD = "</w>"
 _SPACE = "▁"
 _LLAMA_UNKNOWN, _LLAMA_BEGIN, _LLAMA_END = "<unk>", "<s>", "</s>"
 
-# Each is one token of both synthetic tokenizers; all other words fall apart into letters and shared beginnings.
+# Each is one token of both synthetic tokenizers; other words are split into letters and common prefixes.
 _WORDS = (
     *("photo", "of", "a", "an", "the", "car", "teddy", "bear", "dog", "cat", "hat", "in", "on", "with", "and", "new"),
     *("image", "same", "sculpture", "autumn", "leaves", "falling", "beach", "snow", "street", "table", "red", "blue"),
@@ -36,9 +36,9 @@ _LANGUAGE_MODEL_WORDS = ("USER", "ASSISTANT", "A", "Describe")
 
 
 def text_tokenizer(folder: Path) -> Tokenizer:
-    """CLIP's tokenizer from a diffusers `tokenizer/` folder: vocab.json and merges.txt, else tokenizer.json.
+    """Read CLIP's tokenizer from a diffusers `tokenizer/` folder: vocab.json and merges.txt, else tokenizer.json.
 
-    It lowercases, adds the begin and end tokens, and names the pad token in its padding (length not fixed).
+    It lowercases, adds the begin and end tokens, and has padding enabled with the pad token, but no fixed length.
 
     Raises:
         CheckpointError: files are missing, corrupt or not CLIP's.
@@ -66,9 +66,9 @@ def text_tokenizer(folder: Path) -> Tokenizer:
 
 
 def language_tokenizer(folder: Path) -> Tokenizer:
-    """Llama's tokenizer from a LLaVA folder: sentencepiece's tokenizer.model, else tokenizer.json.
+    """Read Llama's tokenizer from a LLaVA folder: sentencepiece's tokenizer.model, else tokenizer.json.
 
-    It adds the begin token only, splits at no space, and spells unknown characters in bytes.
+    It adds only the begin token, does not split at spaces, and encodes unknown characters as bytes.
 
     Raises:
         CheckpointError: files are missing, corrupt or not Llama's.
@@ -94,7 +94,7 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def synthetic_text_tokenizer() -> Tokenizer:
-    """A CLIP-like tokenizer of some 610 ids that knows a few words, always the same."""
+    """Make a CLIP-like tokenizer of some 610 ids that knows a few words, always the same."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [[*word[:-1], word[-1] + _END_OF_WORD] for word in _WORDS]
     merges = _merges_of(words)
@@ -104,7 +104,7 @@ def synthetic_text_tokenizer() -> Tokenizer:
 
 
 def synthetic_language_tokenizer() -> Tokenizer:
-    """A Llama-like tokenizer of some 480 ids that knows a few words, always the same."""
+    """Make a Llama-like tokenizer of some 480 ids that knows a few words, always the same."""
     merges = _merges_of([_SPACE, *word] for word in (*_WORDS, *_LANGUAGE_MODEL_WORDS))
     control = [_LLAMA_UNKNOWN, _LLAMA_BEGIN, _LLAMA_END]
     characters = [_SPACE, *map(chr, range(0x21, 0x7F))]
@@ -114,7 +114,7 @@ def synthetic_language_tokenizer() -> Tokenizer:
 
 
 def _clip(vocabulary: Vocabulary, merges: Merges, names: Mapping[str, str]) -> Tokenizer:
-    """`names`: the content of bos_token, eos_token and pad_token."""
+    """Build CLIP's tokenizer; `names` maps bos_token, eos_token and pad_token to their text."""
     end, begin, pad = names["eos_token"], names["bos_token"], names["pad_token"]
     model = BPE(dict(vocabulary), merges, unk_token=end, continuing_subword_prefix="", end_of_word_suffix=_END_OF_WORD)
     tokenizer = Tokenizer(model)
@@ -138,7 +138,7 @@ def _clip(vocabulary: Vocabulary, merges: Merges, names: Mapping[str, str]) -> T
 
 def _llama(vocabulary: Vocabulary, merges: Merges, special: list[AddedToken], begin: str) -> Tokenizer:
     tokenizer = Tokenizer(BPE(dict(vocabulary), merges, unk_token=_LLAMA_UNKNOWN, fuse_unk=True, byte_fallback=True))
-    # Sentencepiece reads a text as one piece: rules may join characters across a space.
+    # Sentencepiece does not split text before merging: rules may join characters across a space.
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [
@@ -156,7 +156,7 @@ def _llama(vocabulary: Vocabulary, merges: Merges, special: list[AddedToken], be
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:
-    # Imported here: its protobuf descriptors are needed by nothing else.
+    # Imported here, since nothing else needs its protobuf descriptors.
     from sentencepiece import sentencepiece_model_pb2 as sentencepiece
 
     model = sentencepiece.ModelProto()
@@ -181,7 +181,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
 
 
 def _merges_of_scores(scores: Mapping[str, float]) -> Merges:
-    """Sentencepiece's rule (join the neighbours whose union scores highest) as an ordered list of pairs."""
+    """Convert sentencepiece's rule (merge the neighbors whose union scores highest) to an ordered list of pairs."""
     merges: Merges = []
     # sorted is stable: pieces of equal score stay in the order of their ids.
     for piece in sorted(scores, key=lambda p: -scores[p]):
@@ -191,7 +191,7 @@ def _merges_of_scores(scores: Mapping[str, float]) -> Merges:
 
 
 def _merges_of(words: Iterable[list[str]]) -> Merges:
-    """The rules that join each word's symbols from its start, longest words first so that none is cut by another."""
+    """Return rules that merge each word's symbols from its start, longest words first so that no other cuts them."""
     merges: dict[tuple[str, str], None] = {}
     for symbols in sorted(words, key=lambda s: (-len(s), s)):
         for i in range(1, len(symbols)):
@@ -204,7 +204,7 @@ def _numbered(tokens: Iterable[str]) -> Vocabulary:
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """bos_token, eos_token and pad_token, as far as the folder's special_tokens_map.json names them."""
+    """Return those of bos_token, eos_token and pad_token that the folder's special_tokens_map.json names."""
     path = folder / "special_tokens_map.json"
     if not path.is_file():
         return {}
@@ -221,7 +221,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _parsed(parse: Callable[[], _Result], what: str) -> _Result:
-    """The result of a parser whose library raises bare Exception and protobuf's own kinds."""
+    """Call a parser whose library raises bare Exception or protobuf's own errors; turn these into CheckpointError."""
     try:
         return parse()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A bundle's networks in PyTorch: what their outputs should be, and which of their parts a precision changes most."""
+"""Run a bundle's networks in PyTorch, for reference outputs and for each module's error in a lower precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,27 +24,27 @@ class TorchRuns:
         self._checkpoint, self._network, self._geometry, self._inputs = checkpoint, network, geometry, inputs
 
     def outputs(self) -> Arrays:
-        """The outputs in fp32."""
+        """Return the network's outputs in fp32."""
         outputs = self._run(self._module(Precision.FP32), Precision.FP32)
         tensors = self._network.spec(self._geometry).outputs
         return {tensor.name: output.numpy() for tensor, output in zip(tensors, outputs, strict=True)}
 
     def module_differences(self, precision: Precision) -> list[tuple[str, float]]:
-        """Each module's path and the relative L2 error of its output in a precision, worst first.
+        """Return each module's path and the relative L2 error of its output in a precision, worst first.
 
-        Every operation rounds. Errors add up along the network: a module's own part is the step from those before it.
-        A module that is called twice is two rows.
+        Every operation rounds, and errors accumulate along the network: a module's own share is the increase over the
+        modules before it. A module that is called twice has two rows.
         """
-        exact, rounded = self._recorded(Precision.FP32), self._recorded(precision)
+        exact, rounded = self._module_outputs(Precision.FP32), self._module_outputs(precision)
         pairs = ((path, _relative(found, wanted)) for (path, found), (_, wanted) in zip(rounded, exact, strict=True))
         return sorted(pairs, key=lambda pair: -pair[1])
 
-    def _recorded(self, precision: Precision) -> list[tuple[str, Tensor]]:
-        """What every innermost module returned, in the order of the calls; all of it is held at once."""
-        module, recorded = self._module(precision), list[tuple[str, Tensor]]()
-        with _recording(module, recorded):
+    def _module_outputs(self, precision: Precision) -> list[tuple[str, Tensor]]:
+        """Return the output of every innermost module call, in order; all are in memory at once."""
+        module, outputs = self._module(precision), list[tuple[str, Tensor]]()
+        with _collecting(module, outputs):
             self._run(module, precision)
-        return recorded
+        return outputs
 
     def _module(self, precision: Precision) -> nn.Module:
         module = self._network.module(self._checkpoint, self._geometry, precision)
@@ -61,19 +61,19 @@ class TorchRuns:
 
 
 def _round_weights(module: nn.Module, source: WeightSource, precision: Precision) -> None:
-    """Give projections the weights that a bundle's integers stand for."""
+    """Replace the projections' weights by the values that a bundle's integers stand for."""
     for name in source.quantized:
         module.get_parameter(name).copy_(dequantize(quantize(source.read(name), precision, name)))
 
 
 @contextmanager
-def _recording(module: nn.Module, recorded: list[tuple[str, Tensor]]) -> Iterator[None]:
+def _collecting(module: nn.Module, outputs: list[tuple[str, Tensor]]) -> Iterator[None]:
     def hook(path: str) -> Any:
-        def record(_: nn.Module, __: Any, output: Any) -> None:
+        def collect(_: nn.Module, __: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                recorded.append((path, output.float()))
+                outputs.append((path, output.float()))
 
-        return record
+        return collect
 
     leaves = [(path, m) for path, m in module.named_modules() if path and not any(True for _ in m.children())]
     handles = [leaf.register_forward_hook(hook(path)) for path, leaf in leaves]

@@ -1,4 +1,4 @@
-"""What tracing a network needs beside its module: example inputs, and which of their sizes may vary."""
+"""The inputs for tracing a network: example tensors, and which of their sizes may vary."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ from moma_rt.bundle.specs import Dim, Geometry, NetworkSpec, TensorSpec
 def tracing_arguments(
     network: Network, spec: NetworkSpec, geometry: Geometry, device: str
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """A network's positional arguments on a device, and the dynamic dimensions of each as `torch.export` takes them."""
+    """Return a network's positional arguments on a device, and their dynamic dimensions for `torch.export`."""
     dims: dict[str, Any] = {}
     arguments = network.arguments(tuple(t.to(device) for t in example_inputs(spec)), geometry)
     return arguments, network.arguments(tuple(_dynamic_shape(tensor, dims) for tensor in spec.inputs), geometry)
 
 
 def example_inputs(spec: NetworkSpec, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Inputs of a small size for each dynamic dimension, never 0 or 1 where the spec allows more.
+    """Return inputs with small sizes for dynamic dimensions, never 0 or 1 where the spec allows more.
 
-    Tracing takes a size of 0 or 1 for a constant, and equal sizes for one dimension; so the sizes here differ.
+    Tracing takes a size of 0 or 1 for a constant, and equal sizes for one dimension, so the sizes here differ.
     """
     generator = torch.Generator().manual_seed(seed)
     return tuple(_example(tensor, generator) for tensor in spec.inputs)

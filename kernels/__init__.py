@@ -1,1 +1,1 @@
-"""The two fused attention operators. Each folder holds one operator in several forms with one meaning."""
+"""The two fused attention operators, a folder each: definition, Triton kernel, ONNX function and TensorRT plugin."""

@@ -1,4 +1,4 @@
-"""`python -m kernels.compile`: the kernels of SD1.5's attention layers to PTX, without a GPU."""
+"""Compile the kernels of SD1.5's attention layers to PTX, without a GPU: `python -m kernels.compile --out DIR`."""
 
 import argparse
 import os
@@ -20,17 +20,18 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="python -m kernels.compile",
-        description="Compile both operators' kernels for every attention layer of SD1.5 at 512², in fp16 and bf16, to "
-        "PTX. No GPU is needed.",
+        description="Compile both operators' kernels to PTX, for every attention layer of SD1.5 at 512², in fp16 and "
+        "bf16, and print each kernel's threads, shared memory, registers and spills. Needs no GPU.",
     )
     default = ",".join(map(str, DEFAULT_CAPABILITIES))
     p.add_argument(
         "--capabilities",
         default=default,
         metavar="LIST",
-        help=f"separated by commas, of {', '.join(map(str, CAPABILITIES))} (default: %(default)s)",
+        help="compute capabilities to compile for, separated by commas, out of "
+        f"{', '.join(map(str, CAPABILITIES))} (default: %(default)s)",
     )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must be new or empty")
     return p
 
 
@@ -44,24 +45,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         p.error(f"--capabilities: no {', '.join(map(repr, unknown))}; there are: {', '.join(map(str, CAPABILITIES))}")
     if not HAS_TRITON:
         p.error("Triton is not installed: pip install triton")
-    # Now, for it imports Triton.
+    # Imported late, because kernels.ptx needs Triton.
     from kernels.ptx import DTYPES, SD15_LAYERS, CompileError, write_kernels
 
-    out = options.out.absolute()
-    if out.exists():
-        p.error(f"--out {options.out}: exists already")
+    # A folder cannot be renamed to a symlink.
+    out = Path(os.path.realpath(options.out))
     try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            p.error(f"--out {options.out}: is not an empty folder; give a new or an empty one")
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out.parent))
     except OSError as error:
         p.error(f"--out {options.out}: cannot be written: {error.strerror}")
     try:
-        say = _progress if sys.stderr.isatty() else _silent
-        compiled = write_kernels(partial, SD15_LAYERS, DTYPES, [int(text) for text in asked], say)
+        report = _show_progress if sys.stderr.isatty() else _ignore
+        compiled = write_kernels(partial, SD15_LAYERS, DTYPES, [int(text) for text in asked], report)
         partial.chmod(0o755)
         for path in (*partial.iterdir(), partial):
             _fsync(path)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except OSError as error:
+            p.error(f"--out {options.out}: cannot be written: {error.strerror}")
     except CompileError as error:
         p.error(str(error))
     finally:
@@ -78,12 +83,12 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _progress(text: str) -> None:
+def _show_progress(text: str) -> None:
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _silent(_: str) -> None:
-    """Where nobody watches."""
+def _ignore(_: str) -> None:
+    """Show no progress where stderr is not a terminal."""
 
 
 def _print_table(compiled: "Iterable[CompiledKernel]") -> None:

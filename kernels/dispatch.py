@@ -1,4 +1,4 @@
-"""What both torch operators share: how they are declared, and when a kernel takes the place of the definition."""
+"""Shared by both torch operators: declaration, size checks, and the choice between Triton and plain PyTorch."""
 
 import contextlib
 import importlib.util
@@ -15,47 +15,47 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def torch_operator(name: str) -> Callable[..., Any]:
-    """The decorator that makes a function of tensors a torch operator.
+    """Return the decorator that declares a function of tensors as a torch operator.
 
-    With Triton it is one that PyTorch's compilers look into: `torch.export` keeps it whole, and inductor compiles the
-    kernel that the function launches, or what it computes where it launches none.
+    With Triton it is a `triton_op`, which PyTorch's compilers can see into: `torch.export` keeps it as one node, and
+    inductor compiles the kernel that the function launches, or its PyTorch code if it launches none.
     """
     declare = torch.library.triton_op if HAS_TRITON else torch.library.custom_op
     return declare(name, mutates_args=())
 
 
-def takes_kernel(q_gsc: Tensor) -> bool:
-    """Whether a call with these queries runs the Triton kernel: on a GPU it is made for, in a precision that it has."""
+def uses_triton_kernel(q_gsc: Tensor) -> bool:
+    """Return whether a call with these queries runs the Triton kernel: it needs a supported GPU and dtype."""
     if not HAS_TRITON or not q_gsc.is_cuda or q_gsc.dtype not in _KERNEL_DTYPES:
         return False
     return compute_capability(q_gsc) >= min(CAPABILITIES)
 
 
 def compute_capability(tensor: Tensor) -> int:
-    """That of the tensor's device, 90 for 9.0."""
+    """Return the compute capability of the tensor's device, 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's device the current one, on which Triton launches, where there are several."""
+    """Make the tensor's device current if there are several: Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
 
 
 def check_sizes(num_heads: int, layouts: str, tensors: tuple[Tensor, ...]) -> None:
-    """Refuse tensors whose sizes do not go together: a kernel would read beyond them.
+    """Refuse tensors whose sizes do not match, since a kernel would read out of bounds.
 
     Args:
-        layouts: what the tensors' axes are, a word a tensor: "gsc gsc bn" where the same letter is the same size.
+        layouts: the axes of each tensor, one word per tensor: "gsc gsc bn". Equal letters stand for equal sizes.
 
     Raises:
-        ValueError: an axis of another size, or of none; or sizes that heads or samples do not divide.
+        ValueError: axes whose sizes differ or are 0, or sizes that heads or samples do not divide.
     """
     sizes: dict[str, Any] = {}
     for layout, tensor in zip(layouts.split(), tensors, strict=True):
         if tensor.dim() != len(layout):
             raise ValueError(
-                f"a tensor of {list(tensor.shape)} is given for one of layout [{', '.join(layout.upper())}]"
+                f"a tensor of shape {list(tensor.shape)} was given for layout [{', '.join(layout.upper())}]"
             )
         for letter, size in zip(layout, tensor.shape, strict=True):
             known = sizes.setdefault(letter, size)

@@ -1,11 +1,11 @@
-"""What both operators' kernels share: one head's attention of a block of queries, in one pass over the tokens.
+"""Device functions of both kernels: attention of a block of queries in one head, in one pass over the tokens.
 
 Online softmax (Milakov and Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691) with statistics and accumulators in
 fp32, and powers of two instead of e. A head's width is split into a main part and a tail, each a power of two, so that
-40 = 32 + 8, 80 = 64 + 16 and 160 = 128 + 32 move no padding; only a tail of 8 is computed as 16 columns, the least that
-tensor cores take.
+40 = 32 + 8, 80 = 64 + 16 and 160 = 128 + 32 load no padding; only a tail of 8 is computed as 16 columns, the minimum of
+tensor cores.
 
-Names: `p_` pointer, `o_` offset, `m_` mask of what a load may touch, `i_` index; a tile's shape stands above it.
+Names: `p_` pointer, `o_` offset, `m_` bounds mask of a load, `i_` index; a comment above a tile gives its shape.
 """
 
 import triton
@@ -25,9 +25,9 @@ def load_rows(
     PART: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Columns FIRST to FIRST + PART of a head for some tokens, [tokens, PART]; zeros outside the width and the mask.
+    """Load columns FIRST to FIRST + PART of a head for some tokens, [tokens, PART]; zeros outside width and mask.
 
-    EVEN: the mask holds every token.
+    EVEN: `m_token` is true for every token.
     """
     o_column = FIRST + tl.arange(0, PART)
     p_tile = p_rows + o_token[:, None] * CHANNELS + o_column[None, :]
@@ -51,7 +51,7 @@ def store_rows(
     FIRST: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """The inverse of `load_rows`, in the dtype that is stored there."""
+    """Store a tile to where `load_rows` loads it from, converted to the pointer's dtype."""
     o_column = FIRST + tl.arange(0, PART)
     m_tile = m_token[:, None] & (o_column < WIDTH)[None, :]
     tl.store(p_rows + o_token[:, None] * CHANNELS + o_column[None, :], tile.to(p_rows.dtype.element_ty), mask=m_tile)
@@ -76,21 +76,21 @@ def attend(
     KIND: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Σ exp(q·kᵀ · scale) v over the tokens from `begin` to `end`, still to be divided by the softmax's sum.
+    """Return Σ exp(q·kᵀ · scale) v over the tokens from `begin` to `end`, not yet divided by the softmax denominator.
 
-    The first block must hold a token that counts: without one a row has no maximum to subtract.
+    The first block must hold an unmasked token: without one a row has no finite maximum to subtract.
 
     Args:
         q_main, q_tail: [queries, MAIN] and [queries, TAIL]; the latter is not read where TAIL is 0.
         p_k, p_v: this head's columns of the first token.
-        p_token: one value a token, of which KIND says what it means. "plain": it is not read. "masked": 0 leaves the
-            token out; from `mask_end` on it is not read, and no token left out. "weighted": the token's weight in the
-            last result.
+        p_token: one value per token, used according to KIND. "plain": not read. "masked": 0 masks the token; from
+            `mask_end` on the values are not read and no token is masked. "weighted": the token's weight in the last
+            result.
         scale_log2: what q·k is multiplied by, times log2(e); positive, or 0 for the uniform average.
-        EVEN: the last block is a full one.
+        EVEN: the last block is full.
 
     Returns:
-        Main part and tail of the sum, both fp32; the softmax's sum [queries]; Σ exp · weight [queries].
+        Main part and tail of the sum, both fp32; the softmax denominator [queries]; Σ exp · weight [queries].
     """
     maximum = tl.full([q_main.shape[0]], float("-inf"), tl.float32)
     total = tl.zeros([q_main.shape[0]], tl.float32)
@@ -114,20 +114,20 @@ def attend(
                 m_kept = m_token & (kept != 0)
             bias = tl.where(m_kept, 0.0, float("-inf"))
             scores = scores * scale_log2 + bias[None, :]
-            highest = tl.maximum(maximum, tl.max(scores, 1))
-            exponentials = tl.exp2(scores - highest[:, None])
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+            exponentials = tl.exp2(scores - new_maximum[:, None])
         else:
-            highest = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
-            exponentials = tl.exp2(scores * scale_log2 - highest[:, None])
-        faded = tl.exp2(maximum - highest)
-        maximum = highest
-        total = total * faded + tl.sum(exponentials, 1)
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
+            exponentials = tl.exp2(scores * scale_log2 - new_maximum[:, None])
+        alpha = tl.exp2(maximum - new_maximum)
+        maximum = new_maximum
+        total = total * alpha + tl.sum(exponentials, 1)
         if KIND == "weighted":
             weight = tl.load(p_token + o_token, mask=m_token, other=0.0).to(tl.float32)
-            weighted = weighted * faded + tl.sum(exponentials * weight[None, :], 1)
+            weighted = weighted * alpha + tl.sum(exponentials * weight[None, :], 1)
         v_main = load_rows(p_v, o_token, m_token, CHANNELS, WIDTH, 0, MAIN, EVEN)
-        sum_main = tl.dot(exponentials.to(v_main.dtype), v_main, sum_main * faded[:, None], input_precision="ieee")
+        sum_main = tl.dot(exponentials.to(v_main.dtype), v_main, sum_main * alpha[:, None], input_precision="ieee")
         if TAIL > 0:
             v_tail = load_rows(p_v, o_token, m_token, CHANNELS, WIDTH, MAIN, TAIL, EVEN)
-            sum_tail = tl.dot(exponentials.to(v_tail.dtype), v_tail, sum_tail * faded[:, None], input_precision="ieee")
+            sum_tail = tl.dot(exponentials.to(v_tail.dtype), v_tail, sum_tail * alpha[:, None], input_precision="ieee")
     return sum_main, sum_tail, total, weighted

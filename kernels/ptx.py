@@ -1,8 +1,8 @@
-"""The Triton kernels to PTX, ahead of time and without a GPU.
+"""Compiles the Triton kernels to PTX ahead of time, without a GPU.
 
-PTX is for one compute capability; the driver of such a device finishes its compilation. What a launch needs stands in
-`kernels.json` beside it, so whoever launches a kernel needs neither Triton nor PyTorch. The same sources and the same
-Triton give the same bytes.
+A PTX file is for one compute capability; the driver of such a device compiles it to machine code. `kernels.json` beside
+it holds the launch parameters, so a launch needs neither Triton nor PyTorch. The same sources and Triton version give
+the same bytes.
 """
 
 import json
@@ -35,7 +35,7 @@ from kernels.launch import (
 INDEX_NAME = "kernels.json"
 FORMAT_VERSION = 1
 SELF, CROSS = "InjectedSelfAttention", "ContextCrossAttention"
-# The oldest PTX that knows the capability, and so the oldest driver: 8.0 is CUDA 12.0's, 8.7 is CUDA 12.8's.
+# The oldest PTX version that supports the capability, for the oldest drivers: 8.0 is CUDA 12.0's, 8.7 CUDA 12.8's.
 _PTX_VERSIONS = MappingProxyType({100: 86, 103: 88, 120: 87, 121: 88})
 _OLDEST_PTX = 80
 _TRITON_DTYPES = MappingProxyType({"float16": "fp16", "bfloat16": "bf16"})
@@ -44,12 +44,12 @@ _ELEMENT_BYTES = 2
 
 
 class CompileError(Exception):
-    """A kernel that this Triton cannot compile for a device, or not within the limits of a launch; one line."""
+    """This Triton cannot compile a kernel for a device, or not within a launch's limits. The message is one line."""
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """The sizes that a kernel is compiled for; batch, guidance halves and reference tokens are free.
+    """The sizes that a kernel is compiled for; batch, guidance halves and reference tokens stay dynamic.
 
     `tokens`: text and context tokens of ContextCrossAttention; empty for InjectedSelfAttention.
     """
@@ -73,8 +73,8 @@ SD15_LAYERS = tuple(
 class CompiledKernel:
     """One kernel as `kernels.json` lists it.
 
-    Its block is `threads` x 1 x 1, with `shared_bytes` of dynamic shared memory. `registers` (a thread) and
-    `spill_bytes` are from the assembler's report.
+    A block has `threads` x 1 x 1 threads and `shared_bytes` of dynamic shared memory. `registers` per thread and
+    `spill_bytes` come from ptxas.
     """
 
     operator: str
@@ -100,14 +100,15 @@ def write_kernels(
     capabilities: Iterable[int],
     report: Callable[[str], None],
 ) -> tuple[CompiledKernel, ...]:
-    """Write `folder/kernels.json` and a PTX file a kernel; layers that are alike share one.
+    """Write `folder/kernels.json` and a PTX file for each kernel; equal layers share one.
 
     Args:
-        dtypes: of `DTYPES`. capabilities: of `kernels.launch.CAPABILITIES`.
-        report: called with what is being compiled.
+        dtypes: from `DTYPES`.
+        capabilities: from `kernels.launch.CAPABILITIES`.
+        report: called with the kernel being compiled.
 
     Raises:
-        CompileError: a kernel that cannot be compiled.
+        CompileError: a kernel cannot be compiled.
     """
     compiled = []
     layers = tuple(dict.fromkeys(layers))
@@ -124,39 +125,39 @@ def write_kernels(
 
 
 def compile_kernel(layer: AttentionLayer, dtype: str, capability: int) -> tuple[CompiledKernel, str]:
-    """A layer's kernel, and its PTX.
+    """Compile a layer's kernel, and return it with its PTX.
 
     Raises:
-        CompileError: it cannot be compiled.
+        CompileError: the kernel cannot be compiled.
     """
-    kernel, config, constants = _specialized(layer, capability)
-    made = _compiled(kernel, config, constants, dtype, capability)
-    while made.metadata.shared > PORTABLE_SHARED_BYTES and config.num_stages > 1:
-        # Another version of Triton than the table was made with may lay its buffers out differently.
+    kernel, config, constants = _specialize(layer, capability)
+    binary = _compile(kernel, config, constants, dtype, capability)
+    while binary.metadata.shared > PORTABLE_SHARED_BYTES and config.num_stages > 1:
+        # A Triton version other than the tables' may lay out its buffers differently.
         config = replace(config, num_stages=config.num_stages - 1)
-        made = _compiled(kernel, config, constants, dtype, capability)
-    if made.metadata.shared > PORTABLE_SHARED_BYTES:
+        binary = _compile(kernel, config, constants, dtype, capability)
+    if binary.metadata.shared > PORTABLE_SHARED_BYTES:
         raise CompileError(
-            f"{layer.operator} of width {layer.width} needs {made.metadata.shared} bytes of shared memory"
+            f"{layer.operator} of width {layer.width} needs {binary.metadata.shared} bytes of shared memory"
         )
-    ptx = _without_hidden_parameters(made.asm["ptx"], len(kernel.arg_names) - len(constants))
-    registers, spill_bytes = _assembled(ptx, capability)
+    ptx = _without_hidden_parameters(binary.asm["ptx"], len(kernel.arg_names) - len(constants))
+    registers, spill_bytes = _assemble(ptx, capability)
     tokens = "".join(f"-{count}" for count in layer.tokens)
     return CompiledKernel(
         **asdict(layer),
         capability=capability,
         dtype=dtype,
         block_queries=config.block_queries,
-        entry=made.metadata.name,
+        entry=binary.metadata.name,
         file=f"{layer.operator}-{dtype}-{layer.heads}x{layer.width}-{layer.queries}{tokens}-sm{capability}.ptx",
         threads=32 * config.num_warps,
-        shared_bytes=made.metadata.shared,
+        shared_bytes=binary.metadata.shared,
         registers=registers,
         spill_bytes=spill_bytes,
     ), ptx
 
 
-def _compiled(kernel: Any, config: LaunchConfig, constants: dict[str, int], dtype: str, capability: int) -> Any:
+def _compile(kernel: Any, config: LaunchConfig, constants: dict[str, int], dtype: str, capability: int) -> Any:
     names = kernel.arg_names
     types = {name: "*" + _TRITON_DTYPES[dtype] if name.startswith("p_") else "i32" for name in names}
     source = ASTSource(
@@ -172,17 +173,17 @@ def _compiled(kernel: Any, config: LaunchConfig, constants: dict[str, int], dtyp
         "enable_fp_fusion": True,
     }
     with triton.knobs.compilation.scope():
-        # Line information would name the folder that the sources lie in.
+        # Line information would contain the path of the sources.
         triton.knobs.compilation.disable_line_info = True
         try:
             return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        except Exception as error:  # its passes and the assembler raise what they please
+        except Exception as error:  # compiler passes and ptxas raise all kinds of exceptions
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CompileError(f"Triton {triton.__version__} cannot compile for sm{capability}: {reason}") from error
 
 
-def _specialized(layer: AttentionLayer, capability: int) -> tuple[Any, LaunchConfig, dict[str, int]]:
-    """The kernel of a layer's operator, its launch, and its compile-time constants."""
+def _specialize(layer: AttentionLayer, capability: int) -> tuple[Any, LaunchConfig, dict[str, int]]:
+    """Return the kernel of a layer's operator, its launch configuration, and its compile-time constants."""
     shape = AttentionShape(layer.queries, layer.width, _ELEMENT_BYTES)
     main, tail = split_width(layer.width)
     constants = {"HEADS": layer.heads, "WIDTH": layer.width, "MAIN": main, "TAIL": tail, "QUERIES": layer.queries}
@@ -195,9 +196,9 @@ def _specialized(layer: AttentionLayer, capability: int) -> tuple[Any, LaunchCon
 
 
 def _without_hidden_parameters(ptx: str, count: int) -> str:
-    """The PTX with its first `count` parameters alone: Triton appends pointers to memory that these kernels never use.
+    """Return the PTX with its first `count` parameters only.
 
-    A launcher other than Triton's would have to pass them.
+    Triton appends pointers to scratch memory that these kernels never use, and other launchers would have to pass.
     """
     head, opening, rest = ptx.partition(".visible .entry ")
     parameters, closing, body = rest.partition(")")
@@ -211,18 +212,18 @@ def _without_hidden_parameters(ptx: str, count: int) -> str:
     return f"{head}{opening}{name}{bracket}\n{kept}\n{closing}{body}"
 
 
-def _assembled(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers a thread and spilled bytes, by the assembler's report."""
+def _assemble(ptx: str, capability: int) -> tuple[int, int]:
+    """Return registers per thread and spilled bytes, as ptxas reports them."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx, encoding="ascii")
         architecture = f"--gpu-name={sm_arch_from_capability(capability)}"
         command = [get_ptxas(capability).path, "-v", architecture, str(source), "-o", os.devnull]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-    said = done.stderr
-    if done.returncode != 0:
-        raise CompileError(f"the assembler refuses it for sm{capability}: {(said.splitlines() or ['no reason'])[0]}")
-    registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+        finished = subprocess.run(command, check=False, capture_output=True, text=True)
+    output = finished.stderr
+    if finished.returncode != 0:
+        raise CompileError(f"ptxas rejects the kernel for sm{capability}: {(output.splitlines() or ['no reason'])[0]}")
+    registers, spilled = re.search(r"Used (\d+) registers", output), re.search(r"(\d+) bytes spill stores", output)
     if registers is None or spilled is None:
-        raise AssertionError(f"the assembler did not report registers and spills: {said}")
+        raise AssertionError(f"ptxas did not report registers and spills: {output}")
     return int(registers[1]), int(spilled[1])

@@ -1,8 +1,7 @@
-"""What an operator needs to pass through `torch.onnx.export` as one node with a model-local function.
+"""Registers operators so that `torch.onnx.export` emits each as one node with a model-local function.
 
-The exporter keeps a custom torch op whole when the op's ONNX schema is known to `onnx.defs` and a translation emits
-the node; the node's meaning then travels in the same file as a `FunctionProto`, so that every runtime without our
-kernel inlines standard operators instead.
+The exporter keeps a custom torch op as one node if `onnx.defs` knows its schema and a translation emits the node. The
+same file defines the node as a `FunctionProto`, so a runtime without our kernel inlines standard operators instead.
 """
 
 from collections.abc import Callable
@@ -16,13 +15,13 @@ import torch
 DOMAIN = "moma"
 DOMAIN_VERSION = 1
 STANDARD_OPSET = 23
-# The attribute by which TensorRT's parser looks a node's plugin up.
+# The attribute by which TensorRT's parser looks up a node's plugin.
 PLUGIN_NAMESPACE = "plugin_namespace"
 
 
 @dataclass(frozen=True)
 class OnnxOperator:
-    """One operator's ONNX side: its schema, its meaning in standard operators, and the torch op it translates."""
+    """An operator in ONNX: its schema, its function of standard operators, and the translation from its torch op."""
 
     torch_op: torch._ops.OpOverload
     schema: onnx.defs.OpSchema
@@ -31,12 +30,12 @@ class OnnxOperator:
 
 
 def make_schema(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], doc: str) -> onnx.defs.OpSchema:
-    """A schema over floating-point tensors, with the three attributes both operators have.
+    """Make a schema over floating-point tensors, with the three attributes that both operators have.
 
-    `num_heads` is the number of heads; `softmax_scale` is what q·k is multiplied by, 1/√(head width). The latter
-    follows from the former and the width, but a function's body has no way to compute an attribute.
-    `plugin_namespace` has no part in the meaning: where it is given, TensorRT takes the plugin registered there in
-    place of the function, and everything else inlines the function.
+    `num_heads` is the number of heads; `softmax_scale`, 1/√(head width), is the factor of q·k. The latter follows from
+    the former and the width, but a function body cannot compute an attribute. `plugin_namespace` does not affect the
+    result: if it is set, TensorRT uses the plugin registered there in place of the function; other runtimes inline the
+    function.
     """
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     kind = onnx.defs.OpSchema.AttrType
@@ -57,22 +56,22 @@ def make_schema(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], do
 
 
 def register_schema(schema: onnx.defs.OpSchema) -> None:
-    """Make a schema known to this process; the exporter refuses operators it cannot look up."""
+    """Register a schema in this process; the exporter refuses operators that it cannot look up."""
     if not onnx.defs.has(schema.name, schema.domain):
         onnx.defs.register_schema(schema)
 
 
 def parse_function(text: str) -> onnx.FunctionProto:
-    """A function from ONNX's textual form, with this domain's opsets and the attribute without a part in it."""
+    """Parse a function in ONNX's textual form; adds this domain's opsets and the `plugin_namespace` attribute."""
     header = f'<opset_import: ["" : {STANDARD_OPSET}], domain: "{DOMAIN}">\n'
     function = onnx.parser.parse_function(header + text)
-    # A node may have no attribute that its function does not declare; one with a default may be left out.
+    # A node may only have attributes that its function declares. Those with a default may be omitted.
     function.attribute_proto.append(onnx.helper.make_attribute(PLUGIN_NAMESPACE, DOMAIN))
     return function
 
 
 def make_translation(name: str) -> Callable[..., Any]:
-    """What the exporter calls for a torch op whose arguments are tensors and, last, `num_heads`."""
+    """Make the exporter's translation of a torch op whose arguments are tensors and, last, `num_heads`."""
 
     def translate(*arguments: Any) -> Any:
         *tensors, num_heads = arguments

@@ -26,7 +26,7 @@ MOMENTS = 10
 SERVER = """
 import json, os, signal, sys
 from pathlib import Path
-from engines.build import EnginePlan, build_engines
+from engines.builder import EnginePlan, build_engines
 from engines.store import SharedStore
 from engines.targets import Machine, resolve
 from export.bundling import ExportPlan, build_bundle
@@ -86,7 +86,7 @@ def incomplete(root: Path) -> list[str]:
                 wrong.append(str(path))
     if (root / "manifest.json").is_file():
         bundle = Bundle.open(root)
-        bundle.verified(bundle.manifest.files)
+        bundle.verify(bundle.manifest.files)
     return wrong
 
 

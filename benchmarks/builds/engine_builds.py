@@ -1,9 +1,9 @@
-"""Engines at full size on this machine, with or without a GPU: how long their builds take, and how much memory.
+"""Measure time and peak memory of engine builds at full size, with or without a GPU.
 
     python -m benchmarks.builds.engine_builds --out DIR [--only bases|int4|int8|fp16]
 
-Random weights at the real geometry: neither times nor sizes depend on their values. Each build runs in a process of its
-own, so that its peak of memory is its own.
+Weights are random at the real geometry: neither times nor sizes depend on their values. Each build runs in its own
+process, so its memory peak is measured separately.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.builds.full_size import file_bytes
+from benchmarks.builds.full_size import file_bytes, used_folder
 from benchmarks.environment import environment, write_results
 from moma_rt.bundle.manifest import Bundle
 
@@ -27,15 +27,22 @@ _LINE = re.compile(r"(\w+) +(kept|built)(?: for \S+ \S+)?(?: in ([\d.]+) s)?")
 
 
 def main() -> int:
-    """Run the parts, print a table, write a JSON file for each."""
+    """Run the parts, print a table, and write a JSON file for each."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.builds.engine_builds", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the bundles; must not exist")
-    parser.add_argument("--only", choices=PARTS, help="one part (default: bases, int4 and int8)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the bundles; must be new or empty"
+    )
+    parser.add_argument(
+        "--only",
+        choices=PARTS,
+        help="build one part: two bases without language model, or the 7B language model in a precision (default: "
+        "bases, int4 and int8)",
+    )
     options = parser.parse_args()
-    if options.out.exists():
-        parser.error(f"--out {options.out} exists: what is finished there would not be built, and not be measured")
+    if problem := used_folder(options.out):
+        parser.error(problem)
     for part in (options.only,) if options.only else PARTS[:3]:
         results = {
             "environment": environment(f"python -m benchmarks.builds.engine_builds --out DIR --only {part}"),
@@ -49,26 +56,26 @@ def main() -> int:
 
 
 def bases(out: Path) -> list[dict[str, Any]]:
-    """One base from nothing, then a second one beside it."""
+    """Build one base from nothing, then a second one beside it."""
     builds = []
     for base, what in (("rev_animated", "a base from nothing"), ("anything_v4", "a second base")):
         command = ("export.build", "--base", base, "--weights", "random", *WITHOUT_LANGUAGE, "--out", str(out / base))
-        builds.append({"what": what, **measured(*command), **verified(out / base)})
+        builds.append({"what": what, **measured(*command), **verify(out / base)})
     return builds
 
 
 def language_model(out: Path, precision: str) -> list[dict[str, Any]]:
-    """The 7B language model: its export, then its engine."""
+    """Export the 7B language model, then build its engine."""
     folder = str(out / precision)
     export = ("--base", "sd15", "--weights", "random", "--only", "language_model", "--mllm-precision", precision)
     builds = [{"what": f"{precision} export", **measured("export.build", *export, "--out", folder)}]
     engine = measured("engines.build", folder, "--target", TARGETS)
-    builds.append({"what": f"{precision} engine", **engine, **verified(Path(folder))})
+    builds.append({"what": f"{precision} engine", **engine, **verify(Path(folder))})
     return builds
 
 
 def measured(*command: str) -> dict[str, Any]:
-    """Run a module of this repository: seconds, the peak of its memory in GB, and what it said of each network."""
+    """Run a module of this repository; returns seconds, peak memory in GB, and its line about each network."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -84,10 +91,10 @@ def measured(*command: str) -> dict[str, Any]:
     return {"seconds": round(seconds, 1), "peak_gb": round(peak, 2), "steps": steps}
 
 
-def verified(root: Path) -> dict[str, Any]:
-    """Hash every file of a bundle; the bytes of its graphs and weights, and what the manifest says of its engines."""
+def verify(root: Path) -> dict[str, Any]:
+    """Hash every file of a bundle; returns the bytes of its graphs and weights, and its engines' sizes."""
     bundle = Bundle.open(root)
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     files = bundle.manifest.files
     return {
         "bytes": file_bytes(bundle.manifest),

@@ -1,8 +1,8 @@
-"""SD1.5's real geometry with random weights: the export's time and memory, and one step against PyTorch eager.
+"""Measure the export of SD1.5's geometry with random weights, and one denoising step against PyTorch eager.
 
     python -m benchmarks.builds.full_size --out DIR
 
-Each part runs in a process of its own, so that its peak of memory is its own; the steps take turns.
+Each part runs in its own process, so its memory peak is measured separately; the steps alternate.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from moma_rt.bundle.manifest import Bundle, Manifest
 from moma_rt.bundle.specs import Geometry
 
 NETWORKS = "denoiser,subject_encoder,vae_encoder,vae_decoder,text_encoder"
-# The share of reference tokens inside the object mask.
+# The fraction of reference tokens inside the object mask.
 OBJECT_SHARE = 0.4
 
 Arrays = dict[str, np.ndarray]
@@ -32,13 +32,17 @@ Step = Callable[[], Arrays]
 
 
 def main() -> int:
-    """Run everything, print a table, write benchmarks/results/full_size_cpu.json."""
+    """Run everything, print a table, and write benchmarks/results/full_size_cpu.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.builds.full_size", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the bundle; must not exist")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps after one warm-up (default: 5)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the bundle; must be new or empty"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="number of timed steps after one warm-up (default: 5)"
+    )
     options = parser.parse_args()
-    if options.out.exists():
-        parser.error(f"--out {options.out} exists: what is finished there would not be built, and not be measured")
+    if problem := used_folder(options.out):
+        parser.error(problem)
     results: dict[str, Any] = {
         "environment": environment(f"python -m benchmarks.builds.full_size --out DIR --repeats {options.repeats}"),
         "export": export(options.out),
@@ -61,8 +65,18 @@ def main() -> int:
     return 0
 
 
+def used_folder(out: Path) -> str:
+    """Return what is wrong with `--out`, in one line; empty for a new or an empty folder."""
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return ""
+    except OSError as error:
+        return f"--out {out}: cannot be read: {error.strerror}"
+    return f"--out {out}: is not an empty folder; finished parts in it would not be built again and measured"
+
+
 def export(out: Path) -> dict[str, Any]:
-    """Build the bundle in a process of its own: seconds, the peak of its memory in GB, and the bytes of its files."""
+    """Build the bundle in its own process; returns seconds, peak memory in GB, and the bytes of its files."""
     command = [sys.executable, "-m", "export.build", "--base", "sd15", "--weights", "random", "--only", NETWORKS]
     start = time.perf_counter()
     subprocess.run([*command, "--out", str(out)], check=True)
@@ -73,7 +87,7 @@ def export(out: Path) -> dict[str, Any]:
 
 
 def file_bytes(manifest: Manifest) -> dict[str, int]:
-    """The bytes of a bundle's files by what they are: those of all graphs, and those of each group of weights."""
+    """Return the bytes of a bundle's graphs, and of each group of weights."""
     sizes = {
         "graphs": sum(manifest.files[graph].size for entry in manifest.networks.values() for graph in entry.graphs)
     }
@@ -84,7 +98,7 @@ def file_bytes(manifest: Manifest) -> dict[str, int]:
 
 
 def pytorch_step(out: Path) -> Step:
-    """The module that was exported, in PyTorch eager."""
+    """Return one step of the exported module in PyTorch eager."""
     import torch
 
     from export.checkpoints.load import CheckpointRequest, load_checkpoint
@@ -107,7 +121,7 @@ def pytorch_step(out: Path) -> Step:
 
 
 def onnxruntime_step(out: Path) -> Step:
-    """The bundle's denoiser on the runtime's CPU backend."""
+    """Return one step of the bundle's denoiser on the runtime's CPU backend."""
     from moma_rt.backends import create
 
     bundle = Bundle.open(out)
@@ -129,13 +143,13 @@ def onnxruntime_step(out: Path) -> Step:
 
 
 def step_sizes(geometry: Geometry) -> dict[str, int]:
-    """One sample, both guidance halves, a mask of `OBJECT_SHARE`."""
+    """Return the dynamic sizes of a step: one sample, both guidance halves, a mask of `OBJECT_SHARE`."""
     tokens = {f"reference_tokens_{g}": max(1, round(OBJECT_SHARE * g * g)) for g in geometry.grids}
     return {"batch": 1, "guided_batch": 2, **tokens}
 
 
 def alternate(contenders: Sequence[Callable[[Path], Step]], out: Path, repeats: int) -> list[dict[str, Any]]:
-    """Time the contenders' steps in turns, so that what else the machine does falls on all of them alike."""
+    """Time the contenders' steps alternately, so that other load on the machine affects all alike."""
     pipes, processes, context = [], [], get_context("spawn")
     for contender in contenders:
         pipe, far = context.Pipe()
@@ -161,7 +175,7 @@ def alternate(contenders: Sequence[Callable[[Path], Step]], out: Path, repeats: 
 
 
 def serve(contender: Callable[[Path], Step], out: Path, pipe: Connection) -> None:
-    """A contender's process: a step each time it is asked for one; at the end its outputs and its peak of memory."""
+    """Run a contender's process: one step per "step" message; finally send its outputs and its peak memory in GB."""
     run = contender(out)
     outputs: Arrays = {}
     while pipe.recv() == "step":
@@ -172,12 +186,12 @@ def serve(contender: Callable[[Path], Step], out: Path, pipe: Connection) -> Non
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """‖found − expected‖ / ‖expected‖."""
+    """Return ‖found − expected‖ / ‖expected‖."""
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def print_table(results: dict[str, Any], path: Path) -> None:
-    """The results for a person."""
+    """Print the results as a table."""
     step, exported = results["denoiser_step"], results["export"]
     print(f"\nexport           {exported['seconds']:8.1f} s, peak {exported['peak_gb']:.2f} GB")
     for what, size in exported["bytes"].items():

@@ -1,1 +1,1 @@
-"""What runs while a GPU machine is lent for minutes: `lease.sh`, `lease_2.sh`, and a module for each of their steps."""
+"""Benchmarks for a GPU machine that is available for minutes: `lease.sh`, `lease_2.sh`, and a module for each step."""

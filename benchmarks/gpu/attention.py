@@ -1,8 +1,8 @@
-"""Step 5: both attention operators at every level of SD1.5 against PyTorch: `python -m benchmarks.gpu.attention`.
+"""Step 5: time both attention operators at every level of SD1.5 against PyTorch: `python -m benchmarks.gpu.attention`.
 
-In this order, each case written when it was measured: the fused kernels and eager PyTorch at all cases; the same at a
-head width of 64, which is what 40 would be if it were padded; a few launches that kernels/launch.py does not choose;
-and last what torch.compile makes of the baselines.
+Measures in this order, and writes the results after each case: the fused kernels and eager PyTorch in all cases; the
+same at a head width of 64, to which 40 would be padded; a few launches that kernels/launch.py does not choose; and the
+baselines in torch.compile.
 """
 
 import sys
@@ -29,7 +29,7 @@ from moma_rt.errors import run_command
 
 PROGRAM = "benchmarks.gpu.attention"
 _SAMPLES = 30
-# Candidates of a choice in kernels/launch.py, and the seconds that compiling and measuring them may take.
+# Candidates per entry in kernels/launch.py, and the seconds needed to compile and time them.
 _LAUNCHES, _LAUNCH_SECONDS = 4, 30
 _REHEARSED_LEVEL = Level(4, 16, 3)
 _PADDED_WIDTH = 64
@@ -37,7 +37,7 @@ _PADDED_WIDTH = 64
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the step; returns the exit code."""
-    options = step_options(PROGRAM, sys.argv[1:] if arguments is None else arguments)
+    options = step_options(PROGRAM, sys.argv[1:] if arguments is None else arguments, description=__doc__)
     return run_command(PROGRAM, lambda: _measure(options))
 
 
@@ -56,7 +56,7 @@ def _measure(options: StepOptions) -> int:
         try:
             found = measure(case, bench)
         except SystemExit as wrong:
-            # The others are worth knowing.
+            # Continue with the other cases.
             results.add("wrong", str(wrong))
             continue
         measured.append(case)
@@ -73,7 +73,7 @@ def _measure(options: StepOptions) -> int:
 
         tuned(timer, dtype, this_device(), _LAUNCHES, lambda found: results.put(tuning=found))
     compiled = 0
-    # A rehearsal has seconds, and a compiler takes more for a case.
+    # Too slow for a rehearsal.
     for case, result in zip([] if options.rehearse else measured, results["cases"], strict=False):
         if options.is_over(5.0):
             break
@@ -81,7 +81,7 @@ def _measure(options: StepOptions) -> int:
         compiled += 1
         results.put(steps=summary(results["cases"]))
     wrong = len(results["wrong"])
-    said = step_said(summary(results["cases"]))
+    said = describe_step(summary(results["cases"]))
     results.finish(
         f"{len(measured)} of {len(cases)} cases right, {wrong} wrong, {compiled} compiled; {said}", is_right=not wrong
     )
@@ -89,7 +89,7 @@ def _measure(options: StepOptions) -> int:
 
 
 def chosen_cases(rehearse: bool) -> list[Case]:
-    """Every case, those of a whole step first; in a rehearsal one of each operator and form."""
+    """Return all cases, those of a step's summary first; in a rehearsal one of each operator and form."""
     if not rehearse:
         return all_cases()
     level = _REHEARSED_LEVEL
@@ -100,7 +100,7 @@ def chosen_cases(rehearse: bool) -> list[Case]:
 
 
 def padded_cases(rehearse: bool) -> list[Case]:
-    """The largest level with heads of 64 columns in place of 40."""
+    """Return cases of the largest level with a head width of 64 in place of 40."""
     largest = _REHEARSED_LEVEL if rehearse else SD15_LEVELS[0]
     level = Level(largest.grid, HEADS * (8 if rehearse else _PADDED_WIDTH), largest.layers)
     return [
@@ -109,8 +109,8 @@ def padded_cases(rehearse: bool) -> list[Case]:
     ]
 
 
-def step_said(steps: Sequence[Mapping[str, Any]]) -> str:
-    """A step's attention with packed reference tokens and a soft gate."""
+def describe_step(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Describe a step's attention with packed reference tokens and a soft gate."""
     step = next(row for row in steps if (row["form"], row["gate"]) == ("packed", "soft"))
     eager, own = step["eager_ms"], step["moma_ms"]
     return (

@@ -1,11 +1,11 @@
-"""Step 4: what a user of PyTorch has today, on the bundle's weights: `python -m benchmarks.gpu.baselines --bundle DIR
+"""Step 4: time the PyTorch baselines with the bundle's weights: `python -m benchmarks.gpu.baselines --bundle DIR
 [eager|compiled]`.
 
     eager       the original MoMA and plain Stable Diffusion, in fp16 and bf16, with channels first and last, 50 steps
                 of ddim with guidance and 4 of lcm without; then plain Stable Diffusion with its UNet in a CUDA graph
     compiled    both with torch.compile (reduce-overhead)
 
-Each case is written when it was measured; those in the bundle's precision come first.
+The results are written after each case; those in the bundle's precision come first.
 """
 
 import sys
@@ -40,7 +40,7 @@ _SAMPLES = 3
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run one algorithm: `execution` as `benchmarks.latency.original` names it."""
+    """A way to run an algorithm. `execution` is that of `PlainDiffusion`; `formats` are values of channels_last."""
 
     kind: str
     precision: Precision
@@ -53,7 +53,7 @@ class Variant:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the step; returns the exit code."""
-    options = step_options(PROGRAM, sys.argv[1:] if arguments is None else arguments, PARTS)
+    options = step_options(PROGRAM, sys.argv[1:] if arguments is None else arguments, PARTS, description=__doc__)
     return run_command(PROGRAM, lambda: _measure(options))
 
 
@@ -74,10 +74,10 @@ def _measure(options: StepOptions) -> int:
 
 
 def variants(part: str, precision: Precision, rehearse: bool) -> Iterator[Variant]:
-    """What is measured, the bundle's precision first. A rehearsal has that alone, and eager calls for graphs."""
+    """Yield the variants, the bundle's precision first. A rehearsal has only that one, and eager calls for graphs."""
     others = [] if rehearse else [p for p in (Precision.FP16, Precision.BF16) if p is not precision]
     if part == "compiled":
-        # What takes the longest to compile comes last.
+        # The variant that takes longest to compile comes last.
         yield from (
             Variant(kind, precision, "eager" if rehearse else "compiled", (True,)) for kind in ("plain", "moma")
         )
@@ -92,10 +92,10 @@ def variants(part: str, precision: Precision, rehearse: bool) -> Iterator[Varian
 def measured(
     variant: Variant, checkpoint: Checkpoint, bundle: Bundle, options: StepOptions
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Pictures of every schedule ("cases") and single guided steps of the UNet ("unet_steps"), as they are measured."""
+    """Measure pictures of every schedule ("cases") and guided UNet steps ("unet_steps"); yields each result."""
     schedules = _REHEARSED_SCHEDULES if options.rehearse else _SCHEDULES
     if options.part == "compiled":
-        # Without guidance the batch is another one, which would be compiled for as long again.
+        # Without guidance the batch size differs, which would need a second compilation.
         schedules = schedules[:1]
     embedding = random_embedding(bundle.manifest.geometry.embedding_width)
     settings = Settings(bundle.root, "none", 1, "ddim", embedding, Namespace(), baseline_precision=variant.precision)
@@ -117,11 +117,11 @@ def measured(
 
 
 def pictures(baseline: PlainDiffusion, options: StepOptions) -> dict[str, Any]:
-    """Milliseconds of pictures after the first, which is told apart: libraries choose or compile what they run."""
+    """Time pictures in milliseconds; the first is reported separately, because libraries tune or compile in it."""
     made = requests(0)["warm"]
     first = baseline.answer(made)
     if baseline.compiled:
-        # PyTorch records CUDA graphs when a function runs for the second time.
+        # PyTorch captures CUDA graphs in a function's second call.
         baseline.answer(made)
     answers: list[Answer] = []
     for _ in range(1 if options.rehearse else _SAMPLES):
@@ -140,15 +140,15 @@ def pictures(baseline: PlainDiffusion, options: StepOptions) -> dict[str, Any]:
 
 
 def unet_step(baseline: PlainDiffusion, options: StepOptions) -> dict[str, float]:
-    """Milliseconds of the UNet alone on both halves of guidance; on a GPU as a CUDA graph, whatever runs pictures.
+    """Time the UNet alone on both guidance halves, in milliseconds; on a GPU always as a CUDA graph.
 
-    What was compiled has graphs of its own.
+    A compiled UNet captures its own graphs.
     """
     geometry, device, dtype = baseline.geometry, baseline.device, baseline.dtype
     latents = torch.randn(1, geometry.latent_channels, geometry.latent_size, geometry.latent_size, device=device)
     text = torch.randn(2, geometry.text_tokens, geometry.text_width, device=device).to(dtype)
     timestep = torch.tensor(500, device=device)
-    # As a picture's latents are given: other strides would be compiled once more.
+    # Expanded as in a picture, because other strides would trigger a recompilation.
     latents = latents.to(dtype).expand(2, -1, -1, -1)
     unet = baseline.step if baseline.compiled else baseline.unet
 
@@ -169,7 +169,7 @@ def unet_step(baseline: PlainDiffusion, options: StepOptions) -> dict[str, float
 
 
 def summary(cases: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], left_out: int) -> str:
-    """One line: the fastest of each kind and schedule, and the UNet's fastest step."""
+    """Return one line: the fastest of each kind and schedule, and the fastest UNet step."""
     fastest: dict[str, float] = {}
     for case in cases:
         name = f"{case['kind']} {case['scheduler']} {case['steps']}"

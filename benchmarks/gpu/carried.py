@@ -1,8 +1,8 @@
-"""Names that who packs for a GPU machine and who unpacks there have in common."""
+"""File names that benchmarks.gpu.pack writes and the steps on the GPU machine read."""
 
-# A tar of a folder `bundle`, without weights.
+# A tar archive of the folder `bundle`, without weights.
 BUNDLE_ARCHIVE, BUNDLE_FOLDER = "bundle.tar.xz", "bundle"
-# The beginning of the names of the parts of one archive with TensorRT-RTX's modules and libraries.
+# Name prefix of the parts of an archive with TensorRT-RTX's modules and libraries.
 RTX_PART = "rtx.tar.xz."
-# In the folder that is kept from one call to the next.
+# In the work folder, which is kept between calls.
 PACKAGES, SUBJECT_FILE = "packages", "cup.subject"

@@ -1,7 +1,7 @@
-"""Hardware counters of the three kernels that take the longest, by Nsight Compute: `python -m benchmarks.gpu.counters
+"""Read hardware counters of the three slowest kernels with Nsight Compute: `python -m benchmarks.gpu.counters
 --bundle DIR [measure|steps]`.
 
-Which kernels those are stands in profile.json, which the step "profile" wrote. `steps` is what Nsight Compute runs: two
+The kernels' names come from profile.json, which the step "profile" writes. Nsight Compute runs the part `steps`: two
 guided denoiser steps.
 """
 
@@ -27,12 +27,12 @@ PROGRAM = "benchmarks.gpu.counters"
 PARTS = ("measure", "steps")
 _KERNELS = 3
 _SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats")
-_SHOWN = "Compute (SM) Throughput"
+_SUMMARY_METRIC = "Compute (SM) Throughput"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the step; returns the exit code."""
-    options = step_options(PROGRAM, sys.argv[1:] if arguments is None else arguments, PARTS)
+    options = step_options(PROGRAM, sys.argv[1:] if arguments is None else arguments, PARTS, description=__doc__)
     return run_command(PROGRAM, lambda: _measure(options) if options.part == "measure" else _steps(options))
 
 
@@ -41,15 +41,15 @@ def _measure(options: StepOptions) -> int:
     results = StepResults("counters", options, kernels=[])
     command = [sys.executable, "-m", PROGRAM, "steps", *options.given]
     if options.rehearse:
-        # What Nsight Compute would run.
+        # The command that Nsight Compute would run.
         _output(command)
     for name in [] if options.rehearse else names:
         if options.is_over(20.0):
             break
         results.add("kernels", {"name": name, "metrics": metrics(_output([*profiler(name), *command]))})
     found = results["kernels"]
-    said = ", ".join(f"{one['name'][:40]} {one['metrics'].get(_SHOWN, '?')}" for one in found)
-    results.finish(f"{len(found)} of {len(names)} kernels, {_SHOWN}: {said or 'none measured'}")
+    said = ", ".join(f"{one['name'][:40]} {one['metrics'].get(_SUMMARY_METRIC, '?')}" for one in found)
+    results.finish(f"{len(found)} of {len(names)} kernels, {_SUMMARY_METRIC}: {said or 'none measured'}")
     return 0
 
 
@@ -66,24 +66,24 @@ def _steps(options: StepOptions) -> int:
 def _profile() -> str:
     path = results_path("profile")
     if not path.is_file():
-        raise InputError(f"{path} is not there: run the step profile first")
+        raise InputError(f"{path} does not exist: run the step profile first")
     return path.read_text(encoding="utf-8")
 
 
 def slowest(profile: Mapping[str, Any]) -> list[str]:
-    """The names of the kernels that take the longest in a step."""
+    """Return the names of the slowest kernels of a step."""
     return [kernel["name"] for kernel in profile["slowest"][:_KERNELS]]
 
 
 def profiler(name: str) -> list[str]:
-    """The command of Nsight Compute for the second launch of one kernel, as CSV.
+    """Return the Nsight Compute command that profiles the second launch of one kernel and prints CSV.
 
     Raises:
-        InputError: it is not installed.
+        InputError: Nsight Compute is not installed.
     """
     command = shutil.which("ncu")
     if command is None:
-        raise InputError("there is no ncu on the path; it comes with CUDA's toolkit")
+        raise InputError("ncu is not on the PATH; it is part of the CUDA toolkit")
     escaped = re.sub(r"([.^$*+?()\[\]{}|\\])", r"\\\1", name)
     which = ["--kernel-name-base", "demangled", "--kernel-name", f"regex:^{escaped}$"]
     sections = [word for section in _SECTIONS for word in ("--section", section)]
@@ -99,7 +99,7 @@ def _output(command: Sequence[str]) -> str:
 
 
 def metrics(text: str) -> dict[str, str]:
-    """Value and unit by name, of what Nsight Compute wrote; other programs' lines are before it."""
+    """Parse Nsight Compute's CSV, after other output, into "value unit" by metric name."""
     lines = text.splitlines()
     start = next((index for index, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows = csv.DictReader(io.StringIO("\n".join(lines[start:])))

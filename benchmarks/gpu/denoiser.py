@@ -1,8 +1,8 @@
-"""Step 2: the bundle's denoiser on the runtime's own objects: `python -m benchmarks.gpu.denoiser --bundle DIR`.
+"""Step 2: time and check the bundle's denoiser in the runtime: `python -m benchmarks.gpu.denoiser --bundle DIR`.
 
-Times of one step and of a whole generation with the decoding, each as one CUDA graph, with and without guidance; then
-the error of a step against the eager module of the same weights in fp32, and that of the eager module in the bundle's
-precision beside it. Ends with 1 where the package's error is more than twice that of eager PyTorch.
+Times one step, and a whole generation with decoding, each as one CUDA graph, with and without guidance. Then computes
+the error of a step against the eager module with the same weights in fp32, and, for comparison, the error of the eager
+module in the bundle's precision. Exits with 1 if the package's error is more than twice that of eager PyTorch.
 """
 
 import sys
@@ -23,14 +23,14 @@ from moma_rt.schedulers.tables import schedule
 PROGRAM = "benchmarks.gpu.denoiser"
 Arrays = Mapping[str, Array]
 _GUIDANCE = {2: 7.5, 1: 1.0}
-# What rounding alone may do to the next latents, where eager PyTorch happens to be closer than that.
+# The error of the next latents that is always allowed, because it is within rounding.
 _LEAST_ALLOWED = {Precision.FP32: 1e-4, Precision.FP16: 2e-3, Precision.BF16: 2e-2}
 _JUDGED = "next_latents"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the step; returns the exit code."""
-    options = step_options(PROGRAM, sys.argv[1:] if arguments is None else arguments)
+    options = step_options(PROGRAM, sys.argv[1:] if arguments is None else arguments, description=__doc__)
     return run_command(PROGRAM, lambda: _measure(options))
 
 
@@ -66,7 +66,7 @@ def _measure(options: StepOptions) -> int:
 
 
 def not_captured(cases: Sequence[Mapping[str, Any]]) -> str:
-    """Which graphs of which cases were not captured and why; empty where all were."""
+    """Return which graphs were not captured and why; empty if all were."""
     halves = {2: "guided", 1: "unguided"}
     return "; ".join(
         f"{halves[case['halves']]} {what}: {why}" for case in cases for what, why in case["why_not"].items()
@@ -74,7 +74,7 @@ def not_captured(cases: Sequence[Mapping[str, Any]]) -> str:
 
 
 def times(generation: Generation, halves: int, steps: int, samples: int) -> dict[str, Any]:
-    """Milliseconds of a step and of a generation with this number of guidance halves.
+    """Time a step and a generation with this number of guidance halves, in milliseconds.
 
     Raises:
         MomaError: the latents became NaN or infinity.
@@ -88,19 +88,19 @@ def times(generation: Generation, halves: int, steps: int, samples: int) -> dict
             buffers.step(index, halves)
         buffers.decode()
 
-    # This prepares what the libraries choose when they first run; without graphs the first run does.
-    recording = buffers.graph([halves] * steps)
+    # Capturing lets libraries select their algorithms; without graphs the first run does.
+    whole_graph = buffers.graph([halves] * steps)
     generation.milliseconds(whole, samples=1)
 
     def enqueue_step() -> None:
         buffers.step(0, halves)
 
-    of_one = None if recording is None else generation.backend.capture(enqueue_step)
-    graphs = (("generation", recording, whole), ("step", of_one, enqueue_step))
-    one = enqueue_step if of_one is None else of_one.replay
-    of_step = generation.milliseconds(one, samples, at_once=1 if of_one is None else 5)
+    step_graph = None if whole_graph is None else generation.backend.capture(enqueue_step)
+    graphs = (("generation", whole_graph, whole), ("step", step_graph, enqueue_step))
+    one = enqueue_step if step_graph is None else step_graph.replay
+    of_step = generation.milliseconds(one, samples, at_once=1 if step_graph is None else 5)
     buffers.start(latents)
-    run = whole if recording is None else lambda: buffers.replay(recording, steps)
+    run = whole if whole_graph is None else lambda: buffers.replay(whole_graph, steps)
     of_generation = []
     for _ in range(samples):
         buffers.start(latents)
@@ -112,8 +112,8 @@ def times(generation: Generation, halves: int, steps: int, samples: int) -> dict
     return {
         "halves": halves,
         "steps": steps,
-        "is_captured": recording is not None and of_one is not None,
-        # Of the graphs that were not captured.
+        "is_captured": whole_graph is not None and step_graph is not None,
+        # The reason for each graph that was not captured.
         "why_not": {name: generation.why_not_captured(work) for name, graph, work in graphs if graph is None},
         "step_ms": percentiles(of_step),
         "generation_ms": percentiles(of_generation),
@@ -122,16 +122,16 @@ def times(generation: Generation, halves: int, steps: int, samples: int) -> dict
 
 
 def errors(package: Arrays, eager: Arrays, exact: Arrays, precision: Precision) -> dict[str, Any]:
-    """Errors of a package's outputs and of eager PyTorch's in the same precision, and whether the former are right."""
+    """Return the errors of the package and of eager PyTorch in the same precision, and whether the package is right."""
     of_package, of_eager = relative_errors(package, exact), relative_errors(eager, exact)
     allowed = max(2 * of_eager[_JUDGED], _LEAST_ALLOWED[precision])
-    # A NaN is not right either.
+    # False for NaN.
     is_right = of_package[_JUDGED] <= allowed
     return {"package": of_package, "eager": of_eager, "allowed": allowed, "is_right": is_right}
 
 
 def relative_errors(found: Arrays, exact: Arrays) -> dict[str, float]:
-    """‖found − exact‖ / ‖exact‖ of every output."""
+    """Return ‖found − exact‖ / ‖exact‖ of every output."""
     return {
         name: float(np.linalg.norm((found[name] - wanted).astype(np.float64)) / max(np.linalg.norm(wanted), 1e-30))
         for name, wanted in exact.items()

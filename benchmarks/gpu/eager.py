@@ -1,4 +1,4 @@
-"""The denoiser that a bundle was exported from, in eager PyTorch on plain operators: what a package should compute."""
+"""The denoiser that a bundle was exported from, in eager PyTorch: the expected result of a package."""
 
 import argparse
 import dataclasses
@@ -20,10 +20,10 @@ from moma_rt.bundle.specs import Geometry, Precision
 
 
 def checkpoint_of_bundle(bundle: Bundle, names: tuple[str, ...]) -> Checkpoint:
-    """The checkpoint of random weights that some of a bundle's networks were made of. Weights are made once and kept.
+    """Return the random checkpoint that the named networks of a bundle were built from. Its weights are cached.
 
     Raises:
-        CheckpointError: it was made of other weights.
+        CheckpointError: the bundle was built from other weights.
     """
     parser = argparse.ArgumentParser()
     add_checkpoint_options(parser, base_required=False)
@@ -31,7 +31,7 @@ def checkpoint_of_bundle(bundle: Bundle, names: tuple[str, ...]) -> Checkpoint:
 
 
 def with_weights_kept(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint whose components load their weights once. Who takes them must not write into them."""
+    """Return a checkpoint whose components cache their weights, which callers must not modify."""
 
     def kept(component: Component) -> Component:
         load = functools.cache(component.load)
@@ -48,13 +48,13 @@ def with_weights_kept(checkpoint: Checkpoint) -> Checkpoint:
 
 
 class EagerDenoiser:
-    """One step in one precision. In fp32 nothing is rounded to TF32, and no fused kernel runs."""
+    """A denoising step in one precision. Uses neither TF32 nor fused kernels."""
 
     def __init__(self, checkpoint: Checkpoint, geometry: Geometry, precision: Precision, device: str) -> None:
         self._network, self._geometry = NETWORKS["denoiser"], geometry
         self._spec = self._network.spec(geometry, precision)
         module = self._network.module(checkpoint, self._geometry, precision)
-        # Placeholders that no forward reads cannot be moved.
+        # Meta buffers, which no forward reads, cannot be moved to a device.
         for part in module.modules():
             for name, buffer in list(part.named_buffers(recurse=False)):
                 if buffer.is_meta:
@@ -62,7 +62,7 @@ class EagerDenoiser:
         self._module, self._device = module.to(device), device
 
     def outputs(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        """The outputs for these inputs, by name."""
+        """Return the outputs for these inputs, by name, in fp32."""
         flat = tuple(torch.from_numpy(inputs[t.name].astype(t.dtype)).to(self._device) for t in self._spec.inputs)
         with torch.inference_mode(), plain_operators():
             outputs: Any = self._module(*self._network.arguments(flat, self._geometry))
@@ -71,7 +71,7 @@ class EagerDenoiser:
 
 @contextmanager
 def plain_operators() -> Iterator[None]:
-    """Operators run their definition instead of a Triton kernel, and fp32 is fp32."""
+    """Make the custom operators run their PyTorch definition instead of a Triton kernel, and disable TF32."""
     had_triton, tf32 = kernels.dispatch.HAS_TRITON, torch.backends.cudnn.allow_tf32
     kernels.dispatch.HAS_TRITON = torch.backends.cudnn.allow_tf32 = False
     try:

@@ -1,7 +1,6 @@
-"""Step 0: what the machine is, and AOTInductor of one Linear compiled, loaded and run on it: `python -m
-benchmarks.gpu.facts`.
+"""Step 0: describe the machine, and compile and run one Linear with AOTInductor: `python -m benchmarks.gpu.facts`.
 
-What every later step needs of the toolchain (headers, the linker, the driver, Triton) fails here within seconds.
+If the toolchain lacks something that later steps need (headers, linker, driver, Triton), this step fails in seconds.
 """
 
 import os
@@ -26,13 +25,13 @@ PROGRAM = "benchmarks.gpu.facts"
 _CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
 _WIDTH, _ROWS = 64, 8
 _QUICKLY = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
-# Of a product of 64 numbers in fp16 on a GPU, fp32 on a CPU, relative to the largest.
+# For dot products of 64 numbers in fp16 on a GPU, fp32 on a CPU, relative to the largest output.
 _TOLERANCE = {"cuda": 5e-3, "cpu": 1e-5}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the step; returns the exit code."""
-    options = step_options(PROGRAM, sys.argv[1:] if arguments is None else arguments)
+    options = step_options(PROGRAM, sys.argv[1:] if arguments is None else arguments, description=__doc__)
     return run_command(PROGRAM, lambda: _measure(options))
 
 
@@ -52,7 +51,7 @@ def _measure(options: Any) -> int:
 
 
 def torch_facts(device: str) -> dict[str, Any]:
-    """What PyTorch says of the device."""
+    """Return PyTorch's description of the device."""
     facts: dict[str, Any] = {"cuda": torch.version.cuda, "threads": torch.get_num_threads()}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -66,7 +65,7 @@ def torch_facts(device: str) -> dict[str, Any]:
 
 
 def tools() -> dict[str, str | None]:
-    """What is found of the tools that steps call, and what compilers are told."""
+    """Return the paths of tools that steps call, and environment variables that compilers read."""
     found = {name: shutil.which(name) for name in ("nvcc", "ncu", "compute-sanitizer", "g++", "nvidia-smi")}
     found |= {name: os.environ.get(name) for name in ("CUDA_HOME", "LIBRARY_PATH")}
     if found["nvcc"]:
@@ -76,7 +75,7 @@ def tools() -> dict[str, str | None]:
 
 
 def clocks() -> dict[str, str]:
-    """Clocks in MHz, the limit of power in W and the temperature, as the driver says; empty where it says nothing."""
+    """Return clocks in MHz, power limit in W and temperature, as nvidia-smi reports them; empty without nvidia-smi."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return {}
@@ -87,10 +86,10 @@ def clocks() -> dict[str, str]:
 
 
 def linear_error(device: str) -> float:
-    """Compile one Linear with its activation ahead of time, load it and run it: its relative error.
+    """Compile a Linear with activation ahead of time, load it and run it; returns the relative error.
 
     Raises:
-        MomaError: it cannot be compiled or run, or what it computes is wrong.
+        MomaError: it cannot be compiled or run, or its result is wrong.
     """
     dtype = torch.float16 if device == "cuda" else torch.float32
     torch.manual_seed(0)

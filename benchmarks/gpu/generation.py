@@ -1,4 +1,4 @@
-"""A bundle's denoiser and decoder on the runtime's own objects, with random inputs: for the steps of a lease."""
+"""Runs a bundle's denoiser and decoder with random inputs on the runtime's classes, for several steps."""
 
 import time
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from moma_rt.memory.networks import Networks, run_once
 from moma_rt.messages import one_line
 from moma_rt.timing import StageTimer
 
-# What makes pictures of a context embedding.
+# The networks that generate pictures from a context embedding.
 NETWORKS = ("text_encoder", "context_projector", *GENERATION_NETWORKS)
 
 
 def first_usable(options: StepOptions) -> tuple[Bundle, Choice]:
-    """The first of the step's bundles that makes pictures of an embedding on its backend, and what that loads.
+    """Return the first of the step's bundles that can generate pictures from an embedding, and its backend choice.
 
     Raises:
-        MomaError: none does; it says what is wrong with the last one.
+        MomaError: none can; the message is about the last one.
     """
     problem = MomaError("no bundle was given: --bundle DIR")
     for folder in options.bundles:
@@ -41,7 +41,7 @@ def first_usable(options: StepOptions) -> tuple[Bundle, Choice]:
 
 
 class Generation:
-    """One picture's steps and decoding: batch 1, 40 % of the reference inside the mask."""
+    """The steps and decoding of one picture: batch 1, 40 % of the reference tokens inside the mask."""
 
     def __init__(self, bundle: Bundle, choice: Choice) -> None:
         self.bundle = bundle
@@ -52,17 +52,17 @@ class Generation:
         self.load_seconds = round(time.perf_counter() - start, 2)
 
     def inputs(self, halves: int) -> dict[str, Array]:
-        """The denoiser's inputs in the middle of a generation, by name."""
+        """Return random denoiser inputs, as in the middle of a generation, by name."""
         geometry = self.bundle.manifest.geometry
         sizes = {**step_sizes(geometry), "guided_batch": halves}
         return sample_inputs(self.denoiser.spec, geometry, sizes)
 
     def outputs(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        """What one step makes of them."""
+        """Return the outputs of one step."""
         return run_once(self.backend, self.denoiser, inputs)
 
     def buffers(self, halves: int, rows: Array) -> GenerationBuffers:
-        """Buffers whose steps follow the schedule `rows`, float32 [steps,64], ready to run."""
+        """Return filled buffers whose steps follow the schedule `rows`, float32 [steps,64]."""
         sizes = step_sizes(self.bundle.manifest.geometry)
         made = GenerationBuffers(self.backend, self.denoiser, self.decoder, sizes, (halves,), GRAPH_MEMORY)
         inputs = self.inputs(halves)
@@ -76,8 +76,8 @@ class Generation:
         return made
 
     def why_not_captured(self, enqueue: Callable[[], None]) -> str:
-        """What PyTorch says when this, which a backend that captures did not, is captured; empty if nothing is said."""
-        # The runtime runs such work without a graph, and keeps the reason to itself.
+        """Try again to capture work that the backend did not capture; returns PyTorch's error, or why there is none."""
+        # The runtime then runs the work without a graph, and does not report the reason.
         stream = getattr(getattr(self.backend, "_queue", None), "stream", None)
         if stream is None:
             return "" if not self.backend.supports_capture else f"{self.backend.name} does not say"
@@ -88,12 +88,12 @@ class Generation:
                 enqueue()
         except (RuntimeError, MomaError) as error:
             return one_line(error.__context__ or error)
-        return "at the second attempt it was captured"
+        return "it was captured at the second attempt"
 
     def milliseconds(self, run: Callable[[], None], samples: int, at_once: int = 1) -> list[float]:
-        """How long each of `samples` runs takes, by the host's clock until the device is done.
+        """Time `samples` runs after a warm-up, by the host's clock, until the device is done.
 
-        at_once: runs that are enqueued without waiting in between; a sample is their mean.
+        at_once: the number of runs enqueued without waiting in between; a sample is their mean.
         """
         taken = []
         for _ in range(1 + samples):

@@ -1,7 +1,7 @@
-"""Step 3: where the time of a denoiser step goes: `python -m benchmarks.gpu.kernel_profile --bundle DIR`.
+"""Step 3: profile the kernels of a denoiser step: `python -m benchmarks.gpu.kernel_profile --bundle DIR`.
 
-Steps are enqueued one by one under torch.profiler. Kernels are summed up by what they do, and the twenty that take the
-longest are named, with the number of launches a step.
+Steps are enqueued one by one under torch.profiler. The times of kernels are summed by group, and the twenty slowest
+kernels are listed, with the number of launches per step.
 """
 
 import re
@@ -22,15 +22,15 @@ from moma_rt.schedulers.tables import schedule
 
 PROGRAM = "benchmarks.gpu.kernel_profile"
 HALVES = 2
-_SHOWN = 20
-# The first that fits a kernel's name says what it does. A Triton kernel of inductor is named after all that was fused
-# into it: a pointwise one after a convolution adds its bias, and is no convolution.
+_LISTED_KERNELS = 20
+# The first pattern that matches a kernel's name gives its group. Inductor names a Triton kernel after all operations
+# fused into it: a pointwise kernel named after a convolution adds its bias, and is not a convolution.
 _GROUPS = (
     ("attention", r"injected_self_attention|context_cross_attention|flash|fmha|sdpa|attention"),
     ("gemm", r"triton_tem"),
     ("norm", r"triton_(red|per)_.*(norm|welford|var_mean)|native_group_norm|native_layer_norm|layer_norm_kernel"),
     ("other", r"^triton_"),
-    # Before products: convolutions are computed as such.
+    # Before gemm, because convolutions may be computed as matrix products.
     ("conv", r"conv|fprop|implicit_gemm|winograd|cudnn|nchwtonhwc|nhwctonchw"),
     ("gemm", r"gemm|nvjet|cublas|splitk|addmm|aten::b?mm|linear"),
 )
@@ -40,7 +40,7 @@ GROUPS = ("conv", "gemm", "attention", "norm", _OTHER)
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel by its name: how often it ran in a step, and microseconds of a step."""
+    """A kernel: its name, launches per step, and microseconds per step."""
 
     name: str
     launches: float
@@ -49,7 +49,7 @@ class Kernel:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the step; returns the exit code."""
-    options = step_options(PROGRAM, sys.argv[1:] if arguments is None else arguments)
+    options = step_options(PROGRAM, sys.argv[1:] if arguments is None else arguments, description=__doc__)
     return run_command(PROGRAM, lambda: _measure(options))
 
 
@@ -58,7 +58,7 @@ def _measure(options: StepOptions) -> int:
     results = StepResults("profile", options, bundle=bundle_facts(bundle), backend=choice.backend)
     kernels = profiled(Generation(bundle, choice), steps=1 if options.rehearse else 10, on_gpu=not options.rehearse)
     if not kernels and not options.rehearse:
-        raise MomaError("the profiler saw no kernel: CUPTI may not be allowed to trace on this machine")
+        raise MomaError("the profiler saw no kernel: CUPTI may lack the permission to trace on this machine")
     found = summed(kernels)
     shares = ", ".join(f"{name} {found['groups'][name]['share']:.0%}" for name in GROUPS)
     results.finish(f"{found['launches']:.0f} launches a step, {found['milliseconds']:.3f} ms: {shares}", **found)
@@ -66,9 +66,9 @@ def _measure(options: StepOptions) -> int:
 
 
 def profiled(generation: Generation, steps: int, on_gpu: bool) -> list[Kernel]:
-    """The kernels of a guided step, those that take the longest first; on a CPU, PyTorch's operators."""
+    """Return the kernels of a guided step, the slowest first; on a CPU, PyTorch's operators."""
     buffers = generation.buffers(HALVES, schedule("ddim", 50, 7.5))
-    # Libraries choose among their kernels when they first run.
+    # Libraries select their kernels in the first runs.
     for index in range(2):
         buffers.step(index, HALVES)
     generation.backend.synchronize()
@@ -81,7 +81,7 @@ def profiled(generation: Generation, steps: int, on_gpu: bool) -> list[Kernel]:
     microseconds: dict[str, float] = defaultdict(float)
     wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     for event in trace.events():
-        # A range that somebody named is on the device as well, and holds kernels.
+        # User annotations also appear as device events, and span kernels.
         if event.device_type == wanted and not getattr(event, "is_user_annotation", False):
             launches[event.name] += 1
             microseconds[event.name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -90,12 +90,12 @@ def profiled(generation: Generation, steps: int, on_gpu: bool) -> list[Kernel]:
 
 
 def group_of(name: str) -> str:
-    """What a kernel of this name does: one of `GROUPS`."""
+    """Return the group of a kernel, one of `GROUPS`, by its name."""
     return next((group for group, pattern in _GROUPS if re.search(pattern, name, re.IGNORECASE)), _OTHER)
 
 
 def summed(kernels: Sequence[Kernel]) -> dict[str, Any]:
-    """Launches and milliseconds of a step, in all and by group, and the kernels that take the longest."""
+    """Return launches and milliseconds per step, in total and by group, and the slowest kernels."""
     total = sum(kernel.microseconds for kernel in kernels)
     groups: dict[str, Mapping[str, float]] = {}
     for group in GROUPS:
@@ -117,7 +117,7 @@ def summed(kernels: Sequence[Kernel]) -> dict[str, Any]:
                 "launches": round(kernel.launches, 1),
                 "microseconds": round(kernel.microseconds, 1),
             }
-            for kernel in kernels[:_SHOWN]
+            for kernel in kernels[:_LISTED_KERNELS]
         ],
     }
 

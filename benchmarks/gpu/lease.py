@@ -1,23 +1,24 @@
-"""A GPU machine that is lent for minutes, used well: `python -m benchmarks.gpu.lease first|second [STEP ...]`.
+"""Run all benchmarks on a GPU machine that is available for minutes: `python -m benchmarks.gpu.lease first|second
+[STEP ...]`.
 
-    first     590 s: the machine's facts; the kernels' tests; a denoiser that was carried as code; a profile; baselines;
-              attention; a build that measures; whole requests
-    second    130 s: TensorRT-RTX on this GPU, where it was carried; whole requests; compiled baselines
+    first     590 s: facts about the machine; the kernels' tests; the denoiser of the packed bundle; a profile;
+              baselines; attention; a build with autotuning; whole requests
+    second    130 s: TensorRT-RTX on this GPU, if it was packed; whole requests; compiled baselines
 
-Named steps run alone, in their order; `--list` names all, also those that belong to no call. Every step has its own
-limit, writes its JSON after every case, and prints one line. Environment variables:
+Given step names, only these run, in their usual order; `--list` lists all steps, also those in neither call. Every step
+has a time limit, writes its JSON after every case, and prints one line. Environment variables:
 
-    OUT         folder that gets two files, what became of each step and an archive of all results and logs
+    OUT         folder for two files: the status of each step, and an archive of all results and logs
                 (default: build/lease)
-    WORK        folder outside the sources, kept from one call to the next, with each result in WORK/results
+    WORK        folder outside the sources that is kept between calls; results are in WORK/results
                 (default: /var/tmp/moma-rt-lease)
-    SHIP        folder of what benchmarks.gpu.pack made to be carried (default: .ship/first, .ship/second)
-    BUNDLE      default: WORK/bundle
-    BACKEND     of the runtime (default: inductor)
-    TARGET      of the carried bundle, as export.build's --target (default: inductor:smNN of this GPU)
-    PRECISION   of bundles and baselines (default: fp16)
-    REHEARSE=1  every step on a CPU with the tiny geometry, eager calls in place of CUDA graphs
-    MOMA_RT_COMMIT  the commit, where the sources have no history
+    SHIP        folder that benchmarks.gpu.pack wrote (default: .ship/first, .ship/second)
+    BUNDLE      folder that the packed bundle is unpacked to (default: WORK/bundle)
+    BACKEND     backend of the runtime (default: inductor)
+    TARGET      --target of export.build for the packed bundle (default: inductor:smNN of this GPU)
+    PRECISION   precision of bundles and baselines (default: fp16)
+    REHEARSE=1  run every step on a CPU with the tiny geometry, and eager calls in place of CUDA graphs
+    MOMA_RT_COMMIT  the commit of the sources, if they have no git history
 """
 
 import argparse
@@ -36,23 +37,23 @@ from moma_rt.errors import print_output, run_command
 PROGRAM = "benchmarks.gpu.lease"
 # Long enough that no step of a rehearsal is skipped.
 _REHEARSAL_SECONDS = 3600.0
-# Threads of PyTorch spin while they wait: where cores are shared, small networks take ten times as long.
+# PyTorch's threads spin while they wait, which makes small networks ten times slower on shared cores.
 _ON_FEW_CORES = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 1 where a step did not pass."""
+    """Run the command line; returns the exit code, 1 if a step did not pass."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("call", nargs="?", choices=CALLS, help="(with --list: either)")
-    p.add_argument("steps", nargs="*", metavar="STEP", help="(default: those of the call)")
-    p.add_argument("--seconds", type=float, metavar="N", help="of all of it (default: those of the call)")
+    p.add_argument("call", nargs="?", choices=CALLS, help="which set of steps to run; optional with --list")
+    p.add_argument("steps", nargs="*", metavar="STEP", help="steps to run (default: those of the call)")
+    p.add_argument("--seconds", type=float, metavar="N", help="time limit of the whole run (default: that of the call)")
     p.add_argument("--list", action="store_true", help="print every step and its command, and run nothing")
     options = p.parse_args(given)
     if options.call is None and not options.list:
-        p.error(f"which call is it: {' or '.join(CALLS)}?")
+        p.error(f"name the call: {' or '.join(CALLS)}")
     return run_command(PROGRAM, lambda: _run(options, given))
 
 
@@ -62,7 +63,7 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> int:
         print_output("\n".join(f"{name:<18}{' '.join(step.command)}" for name, step in all_steps(setup).items()))
         return 0
     chosen = groups(setup, options.call, options.steps)
-    # Steps are children in sessions of their own, which have to be ended as well.
+    # Steps run in process groups of their own, which must end with this process.
     signal.signal(signal.SIGTERM, _stop)
     usual = _REHEARSAL_SECONDS if setup.rehearse else CALLS[options.call]
     setup.work.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,7 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _environment(setup: Setup) -> dict[str, str]:
-    """Of every step."""
+    """Return the environment variables of every step."""
     path = (str(ROOT), str(setup.packages), os.environ.get("PYTHONPATH"))
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),

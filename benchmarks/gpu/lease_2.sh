@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The second call on a GPU machine that is lent for minutes; `python3 -m benchmarks.gpu.lease --help` says the rest.
+# The second call on a GPU machine that is available for minutes; see `python3 -m benchmarks.gpu.lease --help`.
 #   [REHEARSE=1] bash benchmarks/gpu/lease_2.sh [STEP]...
 # PYTHON: the interpreter (default: python3).
 cd "$(dirname "$0")/../.." || exit 1

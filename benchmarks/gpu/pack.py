@@ -1,11 +1,12 @@
-"""Puts what a GPU machine lacks where it is carried from: `python -m benchmarks.gpu.pack --bundle DIR [--rtx]`.
+"""Pack the files that a GPU machine lacks: `python -m benchmarks.gpu.pack --bundle DIR [--rtx]`.
 
-    .ship/first     diffusers' wheel and those that it cannot be imported without; the bundle without weights, as
-                    bundle.tar.xz; a first part of TensorRT-RTX
+    .ship/first     diffusers' wheel and the wheels that its import needs; the bundle without weights, as bundle.tar.xz;
+                    the first part of TensorRT-RTX
     .ship/second    the other parts of TensorRT-RTX
 
-A call carries 64 MiB with the sources, so TensorRT-RTX, which takes that much as xz, is divided between two. Says how
-much each call has to carry, and ends with 2 where that is too much. Needs a package index, and no GPU.
+A call can carry 64 MiB including the sources, so TensorRT-RTX, which is that large as xz, is split between two calls.
+Replaces what an earlier run packed, prints the size of each call, and exits with 2 if one is too large. Needs access to
+a package index, and no GPU.
 """
 
 import argparse
@@ -21,13 +22,14 @@ from pathlib import Path, PurePosixPath
 
 from benchmarks.gpu.carried import BUNDLE_ARCHIVE, BUNDLE_FOLDER, RTX_PART
 from benchmarks.gpu.plan import FIRST, ROOT, SECOND
+from engines.store import PARTIAL_PREFIX
 from moma_rt.bundle.manifest import MANIFEST_NAME, RECORD_NAME, Bundle, read_manifest
 from moma_rt.errors import BundleError, InputError, MomaError, print_output, run_command
 from moma_rt.files import atomic_write
 
 PROGRAM = "benchmarks.gpu.pack"
 MOST_MIB = 64.0
-# diffusers, and what it looks for when it is imported and the machine may lack: pure Python all of them.
+# diffusers, and the packages that its import needs and the machine may lack; all are pure Python.
 _WHEELS = (
     "diffusers==0.42.1",
     "requests==2.34.2",
@@ -37,12 +39,12 @@ _WHEELS = (
     "charset-normalizer==3.5.3",
 )
 _RTX = ("tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116")
-# Of the interpreter there.
+# pip options for the machine's interpreter.
 _PURE = ("--python-version", "3.12", "--implementation", "py", "--abi", "none", "--platform", "any")
 _FOR = ("--python-version", "3.12", "--implementation", "cp", "--platform", "manylinux_2_28_x86_64")
 _SHIM = "from tensorrt_rtx_bindings import *\nfrom tensorrt_rtx_bindings import __version__\n"
 _PART_BYTES = 15 * 2**20
-# Of TensorRT-RTX's parts, those that go with the first call.
+# The number of TensorRT-RTX's parts in the first call.
 _FIRST_PARTS = 1
 _WEIGHTS = "weights/"
 
@@ -52,20 +54,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--bundle", type=Path, metavar="DIR", help="made with --target inductor:smNN (default: none)")
-    p.add_argument("--rtx", action="store_true", help="TensorRT-RTX, for the step rtx_probe")
-    p.add_argument("--no-wheels", action="store_true", help="the machine has diffusers")
-    p.add_argument("--out", type=Path, default=ROOT / ".ship", metavar="DIR", help="(default: .ship)")
+    p.add_argument(
+        "--bundle", type=Path, metavar="DIR", help="bundle built with --target inductor:smNN to pack (default: none)"
+    )
+    p.add_argument("--rtx", action="store_true", help="also pack TensorRT-RTX, for the step rtx_probe")
+    p.add_argument("--no-wheels", action="store_true", help="leave out the wheels, if the machine has diffusers")
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / ".ship",
+        metavar="DIR",
+        help="folder to write; must be new, empty or packed before (default: .ship)",
+    )
     options = p.parse_args(arguments)
     return run_command(PROGRAM, lambda: _pack(options))
 
 
 def _pack(options: argparse.Namespace) -> int:
     first, second = (options.out / call for call in (FIRST, SECOND))
+    packed_before = packed_files(options.out)
     for folder in (first, second):
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():
-            old.unlink()
+    for old in packed_before:
+        old.unlink()
     if options.bundle is not None:
         pack_bundle(options.bundle, first / BUNDLE_ARCHIVE)
     if not options.no_wheels:
@@ -90,12 +101,28 @@ def _pack(options: argparse.Namespace) -> int:
     return 0
 
 
-def pack_bundle(bundle: Path, out: Path) -> None:
-    """Write the files that a bundle's manifest names but for the weights, and their records, as a .tar.xz.
+def packed_files(out: Path) -> list[Path]:
+    """Return the files in `out` that an earlier run packed.
 
     Raises:
-        BundleError: it is no bundle, or one of these files is missing.
-        InputError: it has no engines, so that nothing of it could run there.
+        InputError: `out` holds other files.
+    """
+    found: list[Path] = []
+    for path in out.iterdir() if out.exists() else ():
+        found += path.iterdir() if path.is_dir() and path.name in (FIRST, SECOND) else [path]
+    for path in found:
+        is_packed = path.suffix == ".whl" or path.name.startswith((BUNDLE_ARCHIVE, RTX_PART, PARTIAL_PREFIX))
+        if path.parent == out or not is_packed:
+            raise InputError(f"--out {out}: holds other files, such as {path.name}; give a new or an empty folder")
+    return found
+
+
+def pack_bundle(bundle: Path, out: Path) -> None:
+    """Write a bundle's files, except the weights, and their build records to a .tar.xz.
+
+    Raises:
+        BundleError: `bundle` is not a bundle, or one of its files is missing.
+        InputError: the bundle has no engines, so nothing in it could run on the machine.
     """
     manifest = read_manifest(bundle)
     if not manifest.engines:
@@ -104,7 +131,7 @@ def pack_bundle(bundle: Path, out: Path) -> None:
     named = [name for name in manifest.files if not name.startswith(_WEIGHTS)]
     if missing := [name for name in named if not opened.path(name).is_file()]:
         raise BundleError(f"{bundle}: {missing[0]} is missing; build the bundle again")
-    # Without its record a build keeps no folder. Other files are those of builds that were stopped.
+    # A build only reuses folders with a record. Other files are leftovers of interrupted builds.
     records = {f"{PurePosixPath(name).parent}/{RECORD_NAME}" for name in named}
     chosen = sorted([MANIFEST_NAME, *named, *(name for name in records if (bundle / name).is_file())])
     with atomic_write(out) as temporary, lzma.open(temporary, "wb", preset=7) as stream:
@@ -114,7 +141,7 @@ def pack_bundle(bundle: Path, out: Path) -> None:
 
 
 def rtx_archive() -> bytes:
-    """TensorRT-RTX's modules and libraries in the root of a .tar.xz.
+    """Return a .tar.xz with TensorRT-RTX's modules and libraries in its root.
 
     Raises:
         MomaError: they cannot be downloaded.
@@ -133,15 +160,15 @@ def rtx_archive() -> bytes:
 
 
 def parts_of(data: bytes, size: int) -> Iterable[bytes]:
-    """The data in parts of at most `size` bytes."""
+    """Split the data into parts of at most `size` bytes."""
     return (data[start : start + size] for start in range(0, len(data), size))
 
 
 def download(what: Sequence[str], folder: Path) -> None:
-    """Download wheels, without what they depend on.
+    """Download wheels with pip, without their dependencies.
 
     Raises:
-        MomaError: pip cannot.
+        MomaError: pip failed.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run([*command, "--only-binary", ":all:", "-d", str(folder), *what], check=False)
@@ -150,7 +177,7 @@ def download(what: Sequence[str], folder: Path) -> None:
 
 
 def sources_mib(root: Path) -> float:
-    """The size of what is carried of the sources: tracked files, and those that git does not ignore."""
+    """Return the size in MiB of the sources: tracked files, and untracked ones that git does not ignore."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, capture_output=True, check=False)
     paths = {root / name for name in done.stdout.decode().split("\0") if name}

@@ -1,7 +1,7 @@
-"""Step 7: latency of whole requests: `python -m benchmarks.gpu.pictures --bundle DIR --bundle DIR --subject FILE`.
+"""Step 7: time whole requests: `python -m benchmarks.gpu.pictures --bundle DIR --bundle DIR --subject FILE`.
 
-`benchmarks.latency` with 50 steps of ddim and with 4 of lcm, an enrolled subject, and no baselines, on the first of the
-bundles that makes pictures: the one that was measured on this machine, or else the one that was carried.
+Runs `benchmarks.latency` with 50 steps of ddim and with 4 of lcm, an enrolled subject, and no baselines, on the first
+usable bundle: the one built on this machine with autotuning, or else the packed one.
 """
 
 import argparse
@@ -23,8 +23,13 @@ _REHEARSED_SCHEDULES = (("ddim", 1, 1), ("lcm", 1, 1))
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the step; returns the exit code."""
-    p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}")
-    p.add_argument("--subject", type=str, required=True, metavar="FILE", help="that was enrolled for these bundles")
+    p = argparse.ArgumentParser(
+        prog=f"python -m {PROGRAM}",
+        description=__doc__,
+        epilog="Further options are those of the other steps: python -m benchmarks.gpu.denoiser --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--subject", type=str, required=True, metavar="FILE", help="subject enrolled for these bundles")
     own, others = p.parse_known_args(arguments)
     options = step_options(PROGRAM, others)
     return run_command(PROGRAM, lambda: _measure(options, own.subject))
@@ -39,12 +44,12 @@ def _measure(options: StepOptions, subject: str) -> int:
             said.append(f"{scheduler} left out")
             continue
         name = f"latency_{scheduler}"
-        # The schedules that follow have as much.
+        # Divides the remaining time equally between the remaining schedules.
         minutes = (options.end - time.monotonic()) / (len(schedules) - index) / 60
         command = ["--bundle", str(bundle.root), "--backend", options.backend, "--scheduler", scheduler]
         command += ["--steps", str(steps), "--repeats", str(repeats), "--minutes", f"{minutes:.2f}"]
         command += ["--baselines", "none", "--context-embedding", "random", "--subject", subject, "--out", name]
-        # 1 where a replayed picture is another one than it should be, which is written all the same.
+        # Exit code 1 means that a replayed picture differs; the results are written all the same.
         code = latency.main([*command, "--requests", "warm" if options.rehearse else "warm,warm_watched"])
         failed = max(failed, code)
         if code > 1:

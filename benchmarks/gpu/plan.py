@@ -1,4 +1,4 @@
-"""The steps of both calls, in their order with their limits, and those that run only when they are named."""
+"""Defines the steps of both calls with their order and time limits, and steps that only run when named."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from types import MappingProxyType
 from benchmarks.environment import gpu_facts
 from benchmarks.gpu.carried import PACKAGES, SUBJECT_FILE
 from benchmarks.gpu.runner import Group, Step
-from engines.targets import listed
+from engines.targets import parse_list
 from moma_rt import backends
 from moma_rt.errors import InputError
 
@@ -21,22 +21,22 @@ EVERYTHING = f"{GENERATION_NETWORKS},vae_encoder,subject_encoder"
 FIRST, SECOND = "first", "second"
 # Seconds from the start to the end of a call.
 CALLS = MappingProxyType({FIRST: 590.0, SECOND: 130.0})
-# cuBLAS alone: measuring inductor's own matrix products beside it takes minutes.
+# Only cuBLAS, because timing inductor's own matrix products as well takes minutes.
 _GEMM = MappingProxyType({"TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS": "ATEN"})
 _NO_CACHE = MappingProxyType({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Where everything lies, and what is measured.
+    """The folders of a run, and what it measures.
 
     Attributes:
-        out: of what goes back.
-        work: outside the sources; kept from the first call to the second.
-        carried: what came with the sources: wheels, and a bundle without weights.
-        bundle: that was carried; it is completed here.
-        rehearse: on a CPU, with the tiny geometry.
-        target: of the carried bundle, as export.build's --target.
+        out: folder for the status and the archive of results.
+        work: folder outside the sources that is kept between calls.
+        carried: folder of packed files: wheels, and a bundle without weights.
+        bundle: folder that the packed bundle is unpacked to and completed in.
+        rehearse: run on a CPU with the tiny geometry.
+        target: --target of export.build for the packed bundle.
     """
 
     out: Path
@@ -50,12 +50,13 @@ class Setup:
 
     @classmethod
     def of(cls, environ: Mapping[str, str], call: str, *, needs_gpu: bool = True) -> "Setup":
-        """For a call, from environment variables of the same names in capitals; SHIP is `carried`.
+        """Read the setup of a call from environment variables, named as the fields in capitals; SHIP is `carried`.
 
-        needs_gpu: False where nothing is run.
+        Args:
+            needs_gpu: False if no step will run.
 
         Raises:
-            InputError: one that cannot be used, or there is neither a GPU nor REHEARSE=1.
+            InputError: a variable has an invalid value, or there is neither a GPU nor REHEARSE=1.
         """
         rehearse = environ.get("REHEARSE", "0")
         if rehearse not in ("0", "1"):
@@ -82,49 +83,49 @@ class Setup:
 
     @property
     def places(self) -> dict[str, str]:
-        """What records have in place of this machine's paths: the variables that name them."""
+        """Placeholders for this machine's paths in the results: the variables that set them."""
         variables = {self.out: "$OUT", self.work: "$WORK", self.carried: "$SHIP"}
-        # The default is inside WORK.
+        # The default is inside WORK, and needs no placeholder.
         bundle = {} if self.bundle.is_relative_to(self.work) else {self.bundle: "$BUNDLE"}
         named = {str(path): name for path, name in (variables | bundle).items()}
         return {str(ROOT): ".", **named, sys.executable: "python3"}
 
     @property
     def results(self) -> Path:
-        """Results and logs of every step."""
+        """Folder of the results and logs of every step."""
         return self.work / "results"
 
     @property
     def subject(self) -> Path:
-        """A subject of random keys and values, which the first call writes."""
+        """File of a subject with random keys and values, which the first call writes."""
         return self.work / SUBJECT_FILE
 
     @property
     def measured(self) -> Path:
-        """The bundle that is compiled on this machine."""
+        """Folder of the bundle that is built on this machine with autotuning."""
         return self.work / "measured"
 
     @property
     def whole(self) -> Path:
-        """The bundle that can enroll as well."""
+        """Folder of the bundle that can also enroll."""
         return self.work / "whole"
 
     @property
     def packages(self) -> Path:
-        """Where wheels are installed."""
+        """Folder that wheels are installed into."""
         return self.work / PACKAGES
 
 
 def groups(setup: Setup, call: str, names: Sequence[str]) -> list[Group]:
-    """The steps of a call, those of a group at the same time; or the named ones, one after the other.
+    """Return the steps of a call, in groups that run in parallel; or only the named steps, one after the other.
 
     Raises:
-        InputError: a name that no step has.
+        InputError: an unknown step.
     """
     steps = all_steps(setup)
     if not names:
         return [tuple(steps[name] for name in group) for group in _CALLS[call]]
-    chosen = listed("the steps", "step", ",".join(names), tuple(steps))
+    chosen = parse_list("the steps", "step", ",".join(names), tuple(steps))
     return [(steps[name],) for name in steps if name in chosen]
 
 
@@ -132,7 +133,7 @@ _CALLS: Mapping[str, Sequence[Sequence[str]]] = MappingProxyType(
     {
         FIRST: (
             ("facts",),
-            # One computes on the GPU, the other on the CPU.
+            # In parallel, because one uses the GPU and the other the CPU.
             ("kernel_tests", "prepare"),
             ("denoiser",),
             ("profile",),
@@ -147,7 +148,7 @@ _CALLS: Mapping[str, Sequence[Sequence[str]]] = MappingProxyType(
 
 
 def all_steps(setup: Setup) -> dict[str, Step]:
-    """Every step by its name, in the order in which they run."""
+    """Return every step by name, in the order in which they run."""
     step = _Steps(setup)
     shared = ("--bundle", setup.bundle)
     either = ("--bundle", setup.measured, "--bundle", setup.bundle)
@@ -165,7 +166,7 @@ def all_steps(setup: Setup) -> dict[str, Step]:
         Step("rtx_probe", step.rtx_probe(), 60, 10),
         Step("latency_again", step.latency(either), 45, 25),
         Step("compiled", step.module("baselines", shared, "compiled"), 100, 30),
-        # By name alone.
+        # Only when named.
         Step("timer_tests", step.pytest("tests/benchmarks/test_timer.py"), 60),
         Step("ptx", step.pytest("tests/kernels/test_ptx_on_gpu.py"), 240),
         Step("launches", step.sanitized(), 120),
@@ -185,7 +186,7 @@ def all_steps(setup: Setup) -> dict[str, Step]:
 
 @dataclass(frozen=True)
 class _Steps:
-    """Makes the commands of steps."""
+    """Builds the command lines of steps."""
 
     setup: Setup
 
@@ -198,7 +199,7 @@ class _Steps:
         return self.python(f"benchmarks.gpu.{name}", *arguments, *bundles, *backend, *rehearse)
 
     def rehearsed(self, step: Step) -> Step:
-        """Nothing is in a hurry in a rehearsal, and a smaller machine may be slow."""
+        """Raise the time limit in a rehearsal, since a smaller machine may be slow."""
         if not self.setup.rehearse:
             return step
         return Step(step.name, step.command, 10 * step.seconds, environment=step.environment)
@@ -206,7 +207,7 @@ class _Steps:
     def pytest(self, *arguments: str) -> tuple[str, ...]:
         workers = min(8, len(os.sched_getaffinity(0)))
         parallel = ("-n", workers) if importlib.util.find_spec("xdist") and not self.setup.rehearse else ()
-        # Tests that need a GPU are skipped, and still collected, where none is.
+        # Without a GPU these tests are collected and skipped.
         return self.python("pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *parallel, *arguments)
 
     def prepare(self) -> tuple[str, ...]:
@@ -216,12 +217,12 @@ class _Steps:
         return self.python("benchmarks.gpu.prepare", *places, "--", *options)
 
     def build(self, out: Path, names: str) -> tuple[str, ...]:
-        # In a rehearsal the network that compiles the fastest.
+        # A rehearsal only builds the network that compiles fastest.
         options = self._build_options("context_projector" if self.setup.rehearse else names)
         return self.python("export.build", *options, "--target", self._local_target(), "--out", out)
 
     def _local_target(self) -> str:
-        """What export.build --target is for this machine, measured on it."""
+        """Return the --target of export.build for a build with autotuning on this machine."""
         return {"tensorrt": "local", "tensorrt_rtx": "local", "inductor": "inductor"}.get(self.setup.backend, "cpu")
 
     def _build_options(self, names: str) -> tuple[str, ...]:
@@ -233,7 +234,7 @@ class _Steps:
 
     def compared(self, baselines: str) -> tuple[str, ...]:
         setup, (steps, repeats) = self.setup, (1, 1) if self.setup.rehearse else (50, 10)
-        # CUDA graphs of PyTorch need a GPU.
+        # A rehearsal leaves out baselines with CUDA graphs, which need a GPU.
         names = ",".join(name for name in baselines.split(",") if not setup.rehearse or name in ("eager", "plain"))
         return self.python(
             *("benchmarks.latency", "--bundle", setup.bundle, "--backend", setup.backend, "--subject", setup.subject),

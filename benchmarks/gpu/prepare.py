@@ -1,8 +1,8 @@
-"""Step 1: what was carried becomes a bundle that runs: `python -m benchmarks.gpu.prepare --bundle DIR ...`.
+"""Step 1: complete the packed bundle so that it runs: `python -m benchmarks.gpu.prepare --bundle DIR ...`.
 
-Wheels that the machine lacks are installed into a folder outside the sources; a bundle that was carried without
-weights is unpacked, and export.build writes its random weights and keeps its engines; and a subject of random keys and
-values is saved, so that pictures can be made by networks that enroll nobody.
+Installs wheels that the machine lacks into a folder outside the sources; unpacks the bundle, which was packed without
+weights, and has export.build write its random weights and keep its engines; saves a subject with random keys and
+values, so that pictures can be generated without the networks that enroll.
 """
 
 import argparse
@@ -33,19 +33,21 @@ from moma_rt.messages import one_line
 from moma_rt.subject import Origin, Subject
 
 PROGRAM = "benchmarks.gpu.prepare"
-# The share of reference tokens inside the mask.
+# The fraction of reference tokens inside the mask.
 _SHARE = 0.4
-# What a build that was stopped may have left.
+# Files that an interrupted build may have left.
 _OF_A_BUILD = (NETWORKS_FOLDER, WEIGHTS_FOLDER, ENGINES_FOLDER, KERNELS_FOLDER, "tokenizers", LOCK_NAME)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the step; returns the exit code."""
-    p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}")
-    p.add_argument("--carried", type=Path, required=True, metavar="DIR", help="with wheels and the bundle, if any")
-    p.add_argument("--work", type=Path, required=True, metavar="DIR", help="that is kept, outside the sources")
-    p.add_argument("--bundle", type=Path, required=True, metavar="DIR")
-    p.add_argument("build", nargs="+", help="after --: the options of export.build that make the bundle")
+    p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.partition(": `")[0] + ".")
+    p.add_argument("--carried", type=Path, required=True, metavar="DIR", help="folder that benchmarks.gpu.pack wrote")
+    p.add_argument(
+        "--work", type=Path, required=True, metavar="DIR", help="folder outside the sources, kept between calls"
+    )
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="folder to unpack the bundle to")
+    p.add_argument("build", nargs="+", help="after --: options of export.build that build the bundle")
     options = p.parse_args(arguments)
     return run_command(PROGRAM, lambda: _prepare(options))
 
@@ -60,8 +62,8 @@ def _prepare(options: argparse.Namespace) -> int:
         write_results("prepare", {"complete": name == "subject", "seconds": seconds})
 
     timed("wheels", lambda: install(sorted(options.carried.glob("*.whl")), options.work / PACKAGES))
-    # The second call has no room for all of it.
-    timed("parts", lambda: kept(sorted(options.carried.glob(f"{RTX_PART}*")), options.work))
+    # Kept for the second call, which cannot carry all parts.
+    timed("parts", lambda: keep_parts(sorted(options.carried.glob(f"{RTX_PART}*")), options.work))
     archive = options.carried / BUNDLE_ARCHIVE
     timed("unpacking", lambda: unpack(archive, options.bundle))
     if archive.exists():
@@ -76,10 +78,10 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def install(wheels: Sequence[Path], folder: Path) -> None:
-    """Install the wheels of packages that cannot be imported, without what they depend on.
+    """Install wheels whose packages cannot be imported, without their dependencies.
 
     Raises:
-        MomaError: pip cannot.
+        MomaError: pip failed.
     """
     missing = [wheel for wheel in wheels if importlib.util.find_spec(wheel.name.split("-")[0]) is None]
     if not missing:
@@ -97,24 +99,24 @@ def install(wheels: Sequence[Path], folder: Path) -> None:
     run([*command, "--target", str(folder), *map(str, missing)])
 
 
-def kept(parts: Sequence[Path], folder: Path) -> None:
-    """Copy files that a later call needs to where they are kept."""
+def keep_parts(parts: Sequence[Path], folder: Path) -> None:
+    """Copy files that a later call needs to the folder that is kept."""
     for part in parts:
         shutil.copyfile(part, folder / part.name)
 
 
 def unpack(archive: Path, bundle: Path) -> None:
-    """Unpack the bundle that was carried to its place, unless there is one or none was carried.
+    """Unpack the packed bundle to `bundle`, unless there is a bundle already or no archive.
 
-    What a build that was stopped left there is replaced.
+    Replaces what an interrupted build left there.
 
     Raises:
-        MomaError: it is no archive with a folder `bundle`, or something else is in its place.
+        MomaError: the archive has no folder `bundle` or is damaged, or `bundle` holds other files.
     """
     if (bundle / MANIFEST_NAME).exists() or not archive.exists():
         return
     if others := sorted(path.name for path in _entries(bundle) if not _is_of_a_build(path.name)):
-        raise MomaError(f"{bundle} is in the way, and no bundle: it has {others[0]}; move it, or give another BUNDLE")
+        raise MomaError(f"{bundle} is not a bundle: it holds {others[0]}; move it, or set BUNDLE to another folder")
     folder = bundle.parent / f"{PARTIAL_PREFIX}{bundle.name}"
     try:
         shutil.rmtree(folder, ignore_errors=True)
@@ -140,17 +142,19 @@ def _is_of_a_build(name: str) -> bool:
 
 
 def check_engines(manifest: Manifest) -> None:
-    """Refuse a carried bundle whose engines a build here would drop: compiling takes all the time that there is.
+    """Refuse a packed bundle whose engines a build here would replace, since there is no time to compile.
 
     Raises:
-        MomaError: another version of the library made every one of them.
+        MomaError: all engines were built by another version of their library.
     """
     here = {flavour: _version_here(flavour) for flavour in {engine.flavour for engine in manifest.engines}}
     if any(engine.version == here[engine.flavour] for engine in manifest.engines):
         return
     made = sorted({(engine.flavour.value, engine.version, here[engine.flavour]) for engine in manifest.engines})
-    said = ", ".join(f"those of {name} by version {version}, and here is {found}" for name, version, found in made)
-    raise MomaError(f"the carried bundle's engines cannot be kept: {said or 'it has none'}; build it with what is here")
+    said = ", ".join(f"those of {name} are from version {version}, here is {found}" for name, version, found in made)
+    raise MomaError(
+        f"the packed bundle's engines cannot be kept: {said or 'it has none'}; build it with the version here"
+    )
 
 
 def _version_here(flavour: Flavour) -> str:
@@ -161,19 +165,19 @@ def _version_here(flavour: Flavour) -> str:
 
 
 def build(options: Sequence[str]) -> None:
-    """Run export.build.
+    """Run export.build with these options.
 
     Raises:
-        MomaError: it failed; what it says is printed.
+        MomaError: it failed; it has printed the reason.
     """
     run([sys.executable, "-m", "export.build", *options])
 
 
 def run(command: Sequence[str]) -> None:
-    """Run a command whose output is this process's.
+    """Run a command that shares this process's output.
 
     Raises:
-        MomaError: it did not end with 0.
+        MomaError: its exit code was not 0.
     """
     done = subprocess.run(command, check=False, env=dict(os.environ), preexec_fn=end_with_parent)
     if done.returncode:
@@ -181,7 +185,7 @@ def run(command: Sequence[str]) -> None:
 
 
 def random_subject(bundle: Bundle) -> Subject:
-    """A subject of the bundle's weights with random keys and values: it makes pictures of nothing, as fast as any."""
+    """Return a subject with random keys and values for the bundle: pictures are noise, but take as long as any."""
     geometry = bundle.manifest.geometry
     random = np.random.default_rng(0)
     counts = {grid: max(1, round(_SHARE * grid * grid)) for grid in geometry.grids}

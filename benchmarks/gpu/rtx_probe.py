@@ -1,9 +1,9 @@
-"""Does TensorRT-RTX run on this GPU? `python -m benchmarks.gpu.rtx_probe --carried DIR --work DIR`.
+"""Test whether TensorRT-RTX runs on this GPU: `python -m benchmarks.gpu.rtx_probe --carried DIR --work DIR`.
 
-A small fp16 network is built for several devices, run, compared with PyTorch and captured in a CUDA graph; which of
-the engines this GPU takes is the result. Without a GPU they are built alone.
+Builds a small fp16 network for several devices, and runs each engine, compares it with PyTorch and captures it as a
+CUDA graph. The result is which of the engines this GPU accepts. Without a GPU the engines are only built.
 
-TensorRT-RTX comes from `rtx.tar.xz.*` in --carried and --work, parts of one archive that benchmarks.gpu.pack made, or
+TensorRT-RTX comes from `rtx.tar.xz.*` in --carried and --work, parts of an archive that benchmarks.gpu.pack wrote, or
 from an installed package.
 """
 
@@ -30,18 +30,18 @@ PROGRAM = "benchmarks.gpu.rtx_probe"
 MODULE = "tensorrt_rtx"
 _BATCH, _HEADS, _GRID, _WIDTH = 2, 8, 64, 40
 _CHANNELS, _TOKENS = _HEADS * _WIDTH, _GRID * _GRID
-# Of the builder; None leaves it to the library.
+# Devices to build for; None leaves the choice to the library.
 _CAPABILITIES = (None, "CURRENT", "SM80", "SM89", "SM120")
 _RUNS, _WARM_UPS = 50, 20
-# Of the mean over 4096 tokens in fp16, relative L2.
+# For attention over 4096 tokens in fp16, relative L2.
 _TOLERANCE = 2e-2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the step; returns the exit code: 0 also where TensorRT-RTX refuses this GPU, which is a result."""
-    p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}")
-    p.add_argument("--carried", type=Path, required=True, metavar="DIR")
-    p.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the library is unpacked")
+    """Run the step; returns the exit code, which is also 0 if TensorRT-RTX refuses this GPU."""
+    p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.partition(": `")[0] + ".")
+    p.add_argument("--carried", type=Path, required=True, metavar="DIR", help="folder that benchmarks.gpu.pack wrote")
+    p.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder to unpack the library into")
     options = p.parse_args(arguments)
     return run_command(PROGRAM, lambda: _probe(options))
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _probe(options: argparse.Namespace) -> int:
     trt = library(options.carried, options.work)
     if trt is None:
-        print_output(f"TensorRT-RTX was not carried: no {RTX_PART}* in {options.carried}, and it is not installed")
+        print_output(f"TensorRT-RTX was not packed: no {RTX_PART}* in {options.carried}, and it is not installed")
         return 0
     where = environment(f"python -m {PROGRAM} --carried DIR --work DIR")
     cases: list[dict[str, Any]] = []
@@ -63,12 +63,12 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def library(carried: Path, work: Path) -> Any:
-    """The module, unpacked from the parts of its archive if there are any; None where there is none.
+    """Import TensorRT-RTX, after unpacking the parts of its archive if there are any; None if it is missing.
 
     Raises:
-        MomaError: the parts are no archive.
+        MomaError: the parts are not a complete archive.
     """
-    # Where both folders are one call's, a part is in both: carried, and kept for the next call.
+    # In the call that carried it, a part is in both folders.
     parts = list({path.name: path for folder in (work, carried) for path in folder.glob(f"{RTX_PART}*")}.values())
     if parts:
         site = work / "rtx"
@@ -82,10 +82,10 @@ def library(carried: Path, work: Path) -> Any:
 
 
 def unpack(parts: Sequence[Path], site: Path) -> None:
-    """Put the parts together, in the order of their names, and unpack them.
+    """Concatenate the parts in the order of their names, and unpack the archive.
 
     Raises:
-        MomaError: they are no archive, or not all of it.
+        MomaError: the parts are not a complete archive.
     """
     site.parent.mkdir(parents=True, exist_ok=True)
     whole, partial = site.parent / ".partial-rtx.tar.xz", site.parent / ".partial-rtx"
@@ -97,13 +97,13 @@ def unpack(parts: Sequence[Path], site: Path) -> None:
             files.extractall(partial, filter="data")
     except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
         names = ", ".join(sorted(path.name for path in parts))
-        raise MomaError(f"{names} are not all of an archive: {one_line(error)}") from None
+        raise MomaError(f"{names} are not a complete archive: {one_line(error)}") from None
     partial.replace(site)
     whole.unlink()
 
 
 def model() -> tuple[onnx.ModelProto, Callable[[torch.Tensor], torch.Tensor]]:
-    """[2,320,64,64] → convolution → self-attention over 4096 tokens, 8 heads of 40; and the same in PyTorch in fp32."""
+    """Return [2,320,64,64] → convolution → self-attention with 8 heads of width 40, and the same in fp32 PyTorch."""
     random = np.random.default_rng(0)
     kernel = (random.standard_normal((_CHANNELS, _CHANNELS, 3, 3)) * 0.02).astype(np.float16)
     weight = (random.standard_normal((_WIDTH, _WIDTH)) * 0.1).astype(np.float16)
@@ -135,7 +135,7 @@ def model() -> tuple[onnx.ModelProto, Callable[[torch.Tensor], torch.Tensor]]:
 
 
 def tried(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What came of a case; an error of the library is a result."""
+    """Run a case; an error of the library is its result."""
     try:
         return run()
     except (RuntimeError, TypeError, AttributeError, MomaError) as error:
@@ -145,10 +145,10 @@ def tried(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def case(
     trt: Any, proto: onnx.ModelProto, reference: Callable[..., torch.Tensor], capability: str | None
 ) -> dict[str, Any]:
-    """Build for a device, and run where there is a GPU.
+    """Build the engine for a device, and run it if there is a GPU.
 
     Raises:
-        MomaError: at which stage the library returned nothing.
+        MomaError: the library returned nothing; the message names the stage.
     """
     logger = trt.Logger(trt.Logger.WARNING)
     plan = built(trt, logger, proto, capability)
@@ -165,10 +165,10 @@ def case(
 
 
 def built(trt: Any, logger: Any, proto: onnx.ModelProto, capability: str | None) -> Any:
-    """The serialized engine.
+    """Build and return the serialized engine.
 
     Raises:
-        MomaError: it cannot be parsed or built.
+        MomaError: the graph cannot be parsed or built.
     """
     builder = trt.Builder(logger)
     network = builder.create_network(0)
@@ -186,11 +186,11 @@ def built(trt: Any, logger: Any, proto: onnx.ModelProto, capability: str | None)
 
 
 def ran(context: Any, reference: Callable[..., torch.Tensor]) -> dict[str, Any]:
-    """Error and milliseconds of a loaded engine, and whether a CUDA graph of it can be captured and replayed."""
+    """Run an engine: its error, milliseconds, and whether a CUDA graph of it can be captured and replayed."""
     stream: Any = torch.cuda.Stream()
     x = torch.randn(_BATCH, _CHANNELS, _GRID, _GRID, device="cuda", dtype=torch.half)
     y = torch.full((_BATCH, _HEADS, _TOKENS, _WIDTH), float("nan"), device="cuda", dtype=torch.half)
-    # They are made on the current stream, and read on another one.
+    # The tensors are written on the current stream and read on another one.
     stream.wait_stream(torch.cuda.current_stream())
     for name, tensor in (("x", x), ("y", y)):
         context.set_tensor_address(name, tensor.data_ptr())
@@ -217,7 +217,7 @@ def ran(context: Any, reference: Callable[..., torch.Tensor]) -> dict[str, Any]:
 
 
 def captured_error(enqueue: Callable[[], None], stream: Any, y: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
-    """The error of what a replayed CUDA graph leaves in `y`."""
+    """Capture and replay a CUDA graph, and return the error of its output `y`."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         enqueue()
@@ -228,7 +228,7 @@ def captured_error(enqueue: Callable[[], None], stream: Any, y: torch.Tensor, wa
 
 
 def described(found: dict[str, Any]) -> str:
-    """A case in a few words."""
+    """Describe a case in a few words."""
     if "refused" in found:
         return f"refused ({found['refused'][:80]})"
     if "ms" not in found:

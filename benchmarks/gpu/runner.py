@@ -1,8 +1,8 @@
-"""Runs the steps of a lease, each in a process with a time limit, all of them under one deadline.
+"""Runs steps, each in a process with a time limit, all under one deadline.
 
-A step that fails, or is killed at its limit, does not stop the next one. What became of each step is in one JSON file,
-which is rewritten whenever a step starts or ends. All results and logs are also in one archive, which is rewritten
-every few seconds: a lent machine gives few files back.
+A step that fails or times out does not stop the next one. One JSON file holds the status of each step, and is rewritten
+whenever a step starts or ends. One archive holds all results and logs, and is rewritten every few seconds, so that two
+files are enough to copy from the machine.
 """
 
 import ctypes
@@ -23,9 +23,9 @@ from benchmarks.environment import write_results
 from moma_rt.files import atomic_write
 from moma_rt.messages import one_line
 
-# Between SIGTERM and SIGKILL, in seconds, and how much earlier than the deadline the last step has to end.
+# Seconds between SIGTERM and SIGKILL, and between the last step's end and the deadline.
 GRACE = 3.0
-# Tells a step how many seconds it has.
+# The variable that gives a step its time limit.
 SECONDS_VARIABLE = "MOMA_RT_SECONDS"
 _POLL = 0.02
 _ARCHIVED_EVERY = 2.0
@@ -37,14 +37,14 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a lease.
+    """A command with time limits.
 
     Attributes:
         command: the program and its arguments. The last line that it prints is the step's summary.
-        seconds: at most; then it is killed.
-        least: seconds; it is skipped where less is left.
-        leaves: seconds of the lease that are kept for the steps after it.
-        environment: variables that it gets beside those of the lease.
+        seconds: time limit, after which it is killed.
+        least: seconds that it needs; it is skipped if fewer are left.
+        leaves: seconds reserved for the steps after it.
+        environment: variables in addition to those of the lease.
     """
 
     name: str
@@ -55,22 +55,22 @@ class Step:
     environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
-# Steps that run at the same time.
+# Steps that run in parallel.
 Group = tuple[Step, ...]
 
 
 @dataclass(frozen=True)
 class Lease:
-    """Where and how long steps run.
+    """The folders and the deadline of a run.
 
     Attributes:
-        name: of the JSON file with what became of each step, and of the archive.
+        name: file name of the JSON file with each step's status, and of the archive.
         out: folder of these two.
-        results: folder of the results and logs of the steps.
-        seconds: from the start to the end of all of it.
-        environment: of every step.
-        facts: written into the JSON file as they are.
-        places: what the JSON file has in place of this machine's paths, by these.
+        results: folder of the steps' results and logs.
+        seconds: time limit of the whole run.
+        environment: variables of every step.
+        facts: entries of the JSON file, written as they are.
+        places: placeholders for this machine's paths in the JSON file, by path.
     """
 
     name: str
@@ -82,14 +82,14 @@ class Lease:
     places: Mapping[str, str] = field(default_factory=dict)
 
     def shown(self, text: str) -> str:
-        """The text without this machine's paths."""
+        """Return the text with placeholders for this machine's paths."""
         for path in sorted(self.places, key=len, reverse=True):
             text = re.sub(rf"{re.escape(path)}(?![\w.-])", lambda _, path=path: self.places[path], text)
         return text
 
 
 def run_steps(lease: Lease, groups: Iterable[Group], clock: Callable[[], float] = time.monotonic) -> bool:
-    """Run all groups, one after the other; whether every step passed. Prints one line for each step when it ends."""
+    """Run all groups in order; returns whether every step passed. Prints one line for each step when it ends."""
     return _Run(lease, clock).all(groups)
 
 
@@ -100,7 +100,7 @@ class _Run:
         self._start = clock()
         self._records: dict[str, dict[str, Any]] = {}
         self._archived = 0.0
-        self._said = ""
+        self._last_error = ""
 
     @property
     def _left(self) -> float:
@@ -110,14 +110,14 @@ class _Run:
         for folder in (self._lease.out, self._lease.results):
             folder.mkdir(parents=True, exist_ok=True)
         for group in groups:
-            running = [started for step in group if (started := self._begun(step)) is not None]
+            running = [started for step in group if (started := self._start_step(step)) is not None]
             try:
-                while not all([self._ended(each) for each in running]):
+                while not all([self._has_ended(each) for each in running]):
                     time.sleep(_POLL)
                     if self._clock() > self._archived + _ARCHIVED_EVERY:
                         self._archive()
             finally:
-                # Only where this process is told to end.
+                # Steps are still running only if this process was told to end.
                 for each in running:
                     each.kill()
                 self._archive()
@@ -129,7 +129,7 @@ class _Run:
             print(f"not passed: {', '.join(others)}", flush=True)
         return not others
 
-    def _begun(self, step: Step) -> "_Running | None":
+    def _start_step(self, step: Step) -> "_Running | None":
         limit = min(step.seconds, self._left - step.leaves - 2 * GRACE)
         if limit < step.least:
             told = f"needs {step.least:.0f} s, {max(0.0, limit):.0f} s are left for it"
@@ -142,7 +142,7 @@ class _Run:
             self._note(step, {"status": "failed", "summary": f"{step.command[0]}: {error.strerror}"})
             return None
 
-    def _ended(self, running: "_Running") -> bool:
+    def _has_ended(self, running: "_Running") -> bool:
         if running.is_done:
             return True
         if not running.poll():
@@ -159,18 +159,18 @@ class _Run:
         try:
             with atomic_write(lease.out / f"{lease.name}.tar.gz") as target, tarfile.open(target, "w:gz") as archive:
                 for path in sorted(lease.results.iterdir()):
-                    # Others may be half-written, or gone before they are read.
+                    # Other files may be incomplete, or deleted before they are read.
                     if path.suffix in _KEPT and not path.name.startswith("."):
                         archive.add(path, path.name)
         except OSError as error:
-            self._not_written(error)
+            self._report_write_error(error)
 
-    def _not_written(self, error: OSError) -> None:
-        """A full disk does not end the lease; said once, since it is tried again every few seconds."""
+    def _report_write_error(self, error: OSError) -> None:
+        """Print an error such as a full disk, which does not end the run; only once, since writing is retried."""
         said = f"{self._lease.name}: {one_line(error)}: not written"
-        if said != self._said:
+        if said != self._last_error:
             print(said, flush=True)
-        self._said = said
+        self._last_error = said
 
     def _note(self, step: Step, record: Mapping[str, Any], *, is_final: bool = True) -> None:
         shown = {name: self._lease.shown(value) if isinstance(value, str) else value for name, value in record.items()}
@@ -178,14 +178,14 @@ class _Run:
         try:
             write_results(self._lease.name, {**self._lease.facts, "steps": self._records}, self._lease.out)
         except OSError as error:
-            self._not_written(error)
+            self._report_write_error(error)
         if is_final:
             taken = f" ({record['seconds']:.0f} s)" if "seconds" in record else ""
             print(f"{step.name:<14}{record['status']}{taken}: {record['summary']}", flush=True)
 
 
 class _Running:
-    """A step's process, which leads a group of its own, and its log."""
+    """A step's process, which leads its own process group, and its log."""
 
     def __init__(self, step: Step, limit: float, lease: Lease, clock: Callable[[], float]) -> None:
         self.step = step
@@ -193,7 +193,7 @@ class _Running:
         self.is_done = False
         self.seconds = 0.0
         self._clock, self._start, self._limit = clock, clock(), limit
-        self._was_told: float | None = None
+        self._terminated_at: float | None = None
         self._log = lease.results / f"{step.name}.log"
         told = {SECONDS_VARIABLE: f"{limit:.1f}"}
         environment = {**os.environ, **lease.environment, **step.environment, **told}
@@ -210,40 +210,40 @@ class _Running:
 
     @property
     def status(self) -> str:
-        if self._was_told is not None:
+        if self._terminated_at is not None:
             return "timed out"
         return "passed" if self.exit_code == 0 else "failed"
 
     def poll(self) -> bool:
-        """Whether it has ended; kills it where its time is up."""
+        """Return whether the process has ended; terminates it if its time is up."""
         self.exit_code = self._process.poll()
         self.seconds = self._clock() - self._start
         if self.exit_code is None:
-            if self._was_told is None and self.seconds > self._limit:
-                self._was_told = self.seconds
+            if self._terminated_at is None and self.seconds > self._limit:
+                self._terminated_at = self.seconds
                 self._signal(signal.SIGTERM)
-            elif self._was_told is not None and self.seconds > self._was_told + GRACE:
+            elif self._terminated_at is not None and self.seconds > self._terminated_at + GRACE:
                 self._signal(signal.SIGKILL)
             return False
-        # What the process started and left.
+        # Kills child processes that it left running.
         self._signal(signal.SIGKILL)
         self.is_done = True
         return True
 
     def kill(self) -> None:
-        """End the process and all that it started."""
+        """Kill the process and its children."""
         if not self.is_done:
             self._signal(signal.SIGKILL)
             self._process.wait()
             self.is_done = True
 
     def summary(self) -> str:
-        """The last line that it printed."""
+        """Return the last line that it printed."""
         lines = self._lines()
         return lines[-1][:_SUMMARY_CHARACTERS] if lines else "printed nothing"
 
     def tail(self) -> str:
-        """The last lines that it printed, indented."""
+        """Return the last lines that it printed, indented."""
         return "\n".join(f"    {line[:_SUMMARY_CHARACTERS]}" for line in self._lines()[-_TAIL_LINES:])
 
     def _lines(self) -> Sequence[str]:
@@ -258,9 +258,9 @@ class _Running:
 
 
 def end_with_parent() -> None:
-    """Have Linux end this process when the one that started it is killed: it would hold the GPU.
+    """Make Linux kill this process when its parent dies, since it would keep using the GPU.
 
-    To be called in the new process, as `preexec_fn`.
+    Call it in the child process, as `preexec_fn`.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What the steps of a lease have in common: their options, and results that are written after every case."""
+"""Shared by all steps: command-line options, and results that are written after every case."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import environment, repeatable, write_results
+from benchmarks.environment import environment, shareable_command, write_results
 from benchmarks.gpu.runner import GRACE, SECONDS_VARIABLE
 from moma_rt import backends
 from moma_rt.errors import print_output
@@ -19,12 +19,12 @@ class StepOptions:
     """How a step runs.
 
     Attributes:
-        program: its module.
-        given: its arguments.
-        bundles: folders of bundles; of several the first that will do is meant.
-        rehearse: on a CPU, eager calls in place of CUDA graphs, and as little of everything as shows that it runs.
-        end: of the clock `time.monotonic`; no case is started later.
-        part: of the step, where it has several.
+        program: the step's module.
+        given: its command-line arguments.
+        bundles: folders of bundles; the first usable one counts.
+        rehearse: run on a CPU, with eager calls in place of CUDA graphs, and only a minimum of cases.
+        end: time of `time.monotonic` after which no case starts.
+        part: the part of the step to run, if it has several.
     """
 
     program: str
@@ -40,22 +40,37 @@ class StepOptions:
         return "cpu" if self.rehearse else "cuda"
 
     def is_over(self, needed: float = 0.0) -> bool:
-        """Whether less than `needed` seconds are left."""
+        """Return whether less than `needed` seconds are left."""
         return time.monotonic() + needed > self.end
 
 
-def step_options(program: str, arguments: Sequence[str], parts: Sequence[str] = ()) -> StepOptions:
-    """Parse the arguments that every step takes, and which of `parts` is meant, the first where none is named."""
-    p = argparse.ArgumentParser(prog=f"python -m {program}")
-    p.add_argument("--bundle", type=Path, action="append", default=[], metavar="DIR")
-    p.add_argument("--backend", default="inductor", choices=backends.NAMES, help="of the runtime (default: inductor)")
-    p.add_argument("--rehearse", action="store_true", help="run on a CPU, as little as shows that every line runs")
+def step_options(
+    program: str, arguments: Sequence[str], parts: Sequence[str] = (), *, description: str | None = None
+) -> StepOptions:
+    """Parse the arguments that every step takes, and the part to run, by default the first of `parts`."""
+    p = argparse.ArgumentParser(
+        prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--bundle",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="bundle to measure; may be repeated, then the first usable one counts",
+    )
+    p.add_argument(
+        "--backend", default="inductor", choices=backends.NAMES, help="backend of the runtime (default: inductor)"
+    )
+    p.add_argument("--rehearse", action="store_true", help="run a minimal version on a CPU, to test the step")
     if parts:
-        p.add_argument("part", nargs="?", choices=parts, default=parts[0], help="(default: %(default)s)")
+        p.add_argument(
+            "part", nargs="?", choices=parts, default=parts[0], help="part of the step to run (default: %(default)s)"
+        )
     seconds = float(os.environ.get(SECONDS_VARIABLE, "600"))
-    p.add_argument("--seconds", type=float, default=seconds, help=f"that there are (default: ${SECONDS_VARIABLE})")
+    p.add_argument("--seconds", type=float, default=seconds, help=f"time limit (default: ${SECONDS_VARIABLE}, or 600)")
     options = p.parse_args(arguments)
-    # What runs when time is up takes a moment to end, and so does the process.
+    # Leaves time for the running case and the process to end.
     end = time.monotonic() + options.seconds - GRACE
     given = tuple(str(argument) for argument in arguments)
     part = options.part if parts else ""
@@ -63,11 +78,11 @@ def step_options(program: str, arguments: Sequence[str], parts: Sequence[str] = 
 
 
 class StepResults:
-    """Results of a step, in one JSON file that is complete after every call."""
+    """The results of a step, in a JSON file that is rewritten by every call."""
 
     def __init__(self, name: str, options: StepOptions, **facts: Any) -> None:
         self._name = name
-        where = environment(repeatable(options.program, options.given))
+        where = environment(shareable_command(options.program, options.given))
         self._data: dict[str, Any] = {"environment": where, "rehearsal": options.rehearse, "complete": False, **facts}
         self._write()
 
@@ -75,7 +90,7 @@ class StepResults:
         return self._data[key]
 
     def put(self, **values: Any) -> None:
-        """Replace some values."""
+        """Set some values."""
         self._data.update(values)
         self._write()
 
@@ -85,7 +100,7 @@ class StepResults:
         self._write()
 
     def finish(self, summary: str, **values: Any) -> None:
-        """Say that nothing follows, and print the one line that sums it up."""
+        """Mark the results as complete, and print the summary in one line."""
         self.put(**values, complete=True, summary=summary)
         print_output(" ".join(summary.splitlines()))
 

@@ -1,4 +1,4 @@
-"""What compiling for CUDA needs to find: CUDA's headers, and a driver library that a linker can name."""
+"""Locates what AOTInductor needs to compile for CUDA: headers, and a driver library that can be linked."""
 
 import importlib.util
 import os
@@ -12,11 +12,11 @@ _DRIVER = "libcuda.so"
 
 
 def toolchain(link_folder: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Environment variables with which AOTInductor compiles for a GPU on this machine.
+    """Return environment variables with which AOTInductor can compile for a GPU on this machine.
 
-    CUDA_HOME is a folder that has include/cuda.h; `nvcc` on the path may be a wrapper that says nothing of it. The
-    driver brings libcuda.so.1 alone, and a linker looks for libcuda.so: a link of that name is made in `link_folder`,
-    which is put on LIBRARY_PATH. What cannot be found is left out.
+    CUDA_HOME is a folder with include/cuda.h, which a wrapper called `nvcc` on the PATH may not reveal. The driver only
+    installs libcuda.so.1, but a linker looks for libcuda.so: a symlink of that name is created in `link_folder`, which
+    is added to LIBRARY_PATH. Variables whose values cannot be found are left out.
     """
     found = {}
     home = next((folder for folder in _candidates(environ) if (folder / "include" / "cuda.h").is_file()), None)
@@ -43,7 +43,7 @@ def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
     yield Path("/usr/local/cuda")
     # The newest first.
     yield from sorted(Path("/usr/local").glob("cuda-*"), key=_version, reverse=True)
-    # PyTorch's wheels for CUDA bring the headers.
+    # PyTorch's CUDA wheels contain the headers.
     spec = importlib.util.find_spec("nvidia")
     for folder in () if spec is None else spec.submodule_search_locations or ():
         yield from sorted(Path(folder).glob("cu*"), key=_version, reverse=True)
@@ -54,7 +54,7 @@ def _version(folder: Path) -> tuple[int, ...]:
 
 
 def _driver_library() -> Path | None:
-    """libcuda.so.1, as the dynamic linker finds it."""
+    """Return the path of libcuda.so.1 in the dynamic linker's cache."""
     ldconfig = shutil.which("ldconfig") or "/sbin/ldconfig"
     try:
         listed = subprocess.run([ldconfig, "-p"], capture_output=True, text=True, check=False).stdout

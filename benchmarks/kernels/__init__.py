@@ -1,1 +1,1 @@
-"""The two fused attention kernels on a GPU: checked, timed and tuned."""
+"""Checks, times and tunes the two fused attention kernels on a GPU."""

@@ -1,7 +1,7 @@
-"""What both operators are measured against: the same functions as a user of PyTorch would write them.
+"""The baselines of both operators: the same functions, written as a PyTorch user would write them.
 
-Each takes the operator's tensors as one tuple. What does not change from step to step is made of them beforehand, in
-the baseline's favour: what stands for the object mask.
+Each takes the operator's tensors as one tuple. In the baselines' favour, what does not change between steps, which is
+the form of the object mask, is computed before the timing.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Call = Callable[[], Outputs]
 
 @dataclass(frozen=True)
 class Baseline:
-    """A function of what `arguments` makes of an operator's tensors."""
+    """A baseline: a function, and `arguments`, which converts the operator's tensors to the function's."""
 
     name: str
     function: Callable[[Inputs], Outputs]
@@ -31,52 +31,52 @@ class Baseline:
     is_compiled: bool = False
 
     def prepare(self, inputs: Inputs) -> Call:
-        """The call to measure; raises whatever a compiler raises that cannot do it, at the latest when called."""
+        """Return the call to measure. This or the first call raises whatever a failing compiler raises."""
         function = compiled(self.function) if self.is_compiled else self.function
         arguments = self.arguments(inputs)
         return lambda: function(arguments)
 
 
 def baselines(case: Case) -> tuple[Baseline, ...]:
-    """Those of a case; the first is "sdpa"."""
+    """Return the baselines of a case; the first one is "sdpa"."""
     if not isinstance(case, SelfCase):
         return CROSS
     return PACKED_SELF if case.form == "packed" else MASKED_SELF
 
 
 def compiled(function: Callable[[Inputs], Outputs]) -> Callable[[Inputs], Outputs]:
-    """`function` by torch.compile, for the shapes that it is first called with and no others."""
-    # What other shapes left behind counts towards the limit on recompilations.
+    """Compile `function` by torch.compile, for the shapes of its first call only."""
+    # Compilations for other shapes would count towards the recompilation limit.
     torch.compiler.reset()
     return torch.compile(function, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
 
 
 def worst_errors(found: Outputs, wanted: Outputs) -> list[float]:
-    """Of each output the largest distance."""
+    """Return the largest absolute error of each output."""
     return [float((f.float() - w).abs().max()) for f, w in zip(found, wanted, strict=True)]
 
 
 def allowed_errors(case: Case, inputs: Inputs, wanted: Outputs) -> list[float]:
-    """Of each output twice the error of "sdpa", and at least the rounding of the largest value."""
+    """Return the allowed error of each output: twice that of "sdpa", and at least the rounding of the largest value."""
     plain = baselines(case)[0].prepare(inputs)()
     rounding = [torch.finfo(found.dtype).eps * float(w.abs().max()) for found, w in zip(plain, wanted, strict=True)]
     return [max(2 * error, least) for error, least in zip(worst_errors(plain, wanted), rounding, strict=True)]
 
 
 def is_within(errors: list[float], allowed: list[float]) -> bool:
-    """Whether no error is too large, and none is NaN."""
+    """Return whether no error is too large or NaN."""
     return all(error <= limit for error, limit in zip(errors, allowed, strict=True))
 
 
 def self_composition(inputs: Inputs) -> Outputs:
-    """`moma::InjectedSelfAttention`; in the mask's place None, or [G·B, 1, 1, N] to be added to the scores."""
+    """Compute `moma::InjectedSelfAttention`; the mask is None, or [G·B, 1, 1, N] to be added to the scores."""
     q_gsc, k_gsc, v_gsc, ref_k_bnc, ref_v_bnc, bias_g11n, gate_bs, scale = inputs
     injected = _attention(q_gsc, _for_all_groups(ref_k_bnc), _for_all_groups(ref_v_bnc), bias_g11n)
     return (_attention(q_gsc, k_gsc, v_gsc) + _for_all_groups(gate_bs * scale)[..., None] * injected,)
 
 
 def flex_composition(inputs: Inputs) -> Outputs:
-    """`self_composition` with a BlockMask in the mask's place; blocks of tokens that it does not hold are skipped."""
+    """Compute `self_composition` with a BlockMask as mask, which skips fully masked blocks of tokens."""
     q_gsc, k_gsc, v_gsc, ref_k_bnc, ref_v_bnc, block_mask, gate_bs, scale = inputs
     ref_k_ghnd, ref_v_ghnd = (_by_head(_for_all_groups(t)) for t in (ref_k_bnc, ref_v_bnc))
     injected = flex_attention(_by_head(q_gsc), ref_k_ghnd, ref_v_ghnd, block_mask=block_mask)
@@ -85,9 +85,9 @@ def flex_composition(inputs: Inputs) -> Outputs:
 
 
 def cross_composition(inputs: Inputs) -> Outputs:
-    """`moma::ContextCrossAttention` with fused attention, which keeps its probabilities to itself.
+    """Compute `moma::ContextCrossAttention` with fused attention.
 
-    So those of the saliency are computed on their own.
+    Fused attention does not return its probabilities, so those of the saliency are computed separately.
     """
     q_gsc, text_k_gtc, text_v_gtc, context_k_gmc, context_v_gmc, gate_bs, weights_bt = inputs
     context_gsc = _attention(q_gsc, context_k_gmc, context_v_gmc)
@@ -98,7 +98,7 @@ def cross_composition(inputs: Inputs) -> Outputs:
 
 
 def cross_definition(inputs: Inputs) -> Outputs:
-    """The operator's definition: the saliency's probabilities make the output, too."""
+    """Compute the operator's definition, which uses the same probabilities for saliency and output."""
     return context_cross_attention(*inputs, HEADS)
 
 

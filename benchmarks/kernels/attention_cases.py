@@ -1,4 +1,4 @@
-"""Both operators at every attention layer of Stable Diffusion 1.5: inputs to measure with, and the work they need."""
+"""Benchmark cases: both operators at every attention layer of Stable Diffusion 1.5, with inputs and required work."""
 
 import math
 from abc import ABC, abstractmethod
@@ -21,12 +21,12 @@ TEXT_TOKENS = 77
 CONTEXT_TOKENS = 4
 ROWS = (2, 8)
 SHARES = (0.1, 0.4, 1.0)
-# What a step is summed up for.
+# The cases whose times add up to those of a denoising step.
 SUMMARY_ROWS, SUMMARY_SHARE = 2, 0.4
-# How a subject's tokens outside the object mask are dealt with: enrolment leaves them out; the original keeps them all
+# What happens to reference tokens outside the object mask: enrollment removes them ("packed"); the original keeps them
 # and masks them in every step.
 FORMS = ("packed", "masked")
-# The foreground covers a blob of half the picture, outside of which gates are 0; or every gate is open.
+# "soft": gates are 0 outside a blob that covers half the picture. "open": no gate is 0.
 GATES = ("soft", "open")
 FOREGROUND_SHARE = 0.5
 _ELEMENT_BYTES = 2
@@ -34,7 +34,7 @@ _ELEMENT_BYTES = 2
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of the UNet: tokens of a row, channels, and how many layers of each operator are there."""
+    """One resolution of the UNet: tokens per row, channels, and the number of layers of each operator."""
 
     grid: int
     channels: int
@@ -64,28 +64,28 @@ class Case(ABC):
 
     @property
     def open_queries(self) -> int:
-        """Of one row, those with a gate that is not 0."""
+        """The number of queries in a row whose gate is not 0."""
         return self.level.tokens if self.gate == "open" else covered(self.level.tokens, FOREGROUND_SHARE)
 
     @abstractmethod
     def inputs(self, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-        """The operator's tensors, in its order; random, the same every time on one kind of device."""
+        """Return random tensors in the operator's order; the same on every call on one kind of device."""
 
     @abstractmethod
     def definition(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the operator means, in the inputs' precision."""
+        """Compute the operator's definition in the inputs' precision."""
 
     @abstractmethod
     def work(self) -> Work:
-        """What is needed in half precision; a softmax's exponentials and sums are not counted."""
+        """Return the work needed in half precision, without a softmax's exponentials and sums."""
 
     def moma(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """This project's operator."""
+        """Compute this project's operator."""
         found = getattr(torch.ops.moma, self.operator)(*inputs, HEADS)
         return found if isinstance(found, tuple) else (found,)
 
     def _gates(self, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-        """[B, S] in [0, 1]: none of those inside the foreground is 0."""
+        """Return gates [B, S] in [0, 1]; no gate inside the foreground is 0."""
         size = (self.samples, self.level.tokens)
         gate = 0.1 + 0.9 * torch.rand(size, generator=generator, device=generator.device)
         if self.gate == "soft":
@@ -95,7 +95,7 @@ class Case(ABC):
 
 @dataclass(frozen=True)
 class SelfCase(Case):
-    """`moma::InjectedSelfAttention` with an object mask over `share` of the reference, in one of `FORMS`."""
+    """`moma::InjectedSelfAttention` with an object mask over a fraction `share` of the reference, in one of `FORMS`."""
 
     form: str
     share: float
@@ -103,12 +103,12 @@ class SelfCase(Case):
 
     @property
     def kept_tokens(self) -> int:
-        """Reference tokens inside the mask."""
+        """The number of reference tokens inside the mask."""
         return covered(self.level.tokens, self.share)
 
     @property
     def reference_tokens(self) -> int:
-        """Reference tokens that the operator is given."""
+        """The number of reference tokens passed to the operator."""
         return self.kept_tokens if self.form == "packed" else self.level.tokens
 
     def inputs(self, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
@@ -166,23 +166,23 @@ class CrossCase(Case):
 
 
 def all_cases(levels: tuple[Level, ...] = SD15_LEVELS) -> list[Case]:
-    """Every case, those of the summary first, then by rows."""
+    """Return all cases, those of the summary first, then by rows."""
     cases = list(_cases(levels))
     return sorted(cases, key=lambda case: (not in_summary(case), case.rows))
 
 
 def in_summary(case: Case) -> bool:
-    """Whether a case is one that a step is summed up from."""
+    """Return whether a case is part of the summary of a step."""
     return case.rows == SUMMARY_ROWS and (not isinstance(case, SelfCase) or case.share == SUMMARY_SHARE)
 
 
 def covered(tokens: int, share: float) -> int:
-    """How many of `tokens` a mask over `share` of them covers."""
+    """Return how many of `tokens` a mask over a fraction `share` of them covers."""
     return math.ceil(share * tokens)
 
 
 def blob(grid: int, share: float) -> Tensor:
-    """[grid²], bool: the `covered(grid², share)` tokens that are nearest to the middle of the grid."""
+    """Return a bool mask [grid²] of the `covered(grid², share)` tokens nearest to the middle of the grid."""
     axis = torch.arange(grid) - (grid - 1) / 2
     distance = (axis[:, None] ** 2 + axis**2).flatten()
     inside = torch.zeros(grid * grid, dtype=torch.bool)

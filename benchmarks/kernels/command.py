@@ -1,10 +1,10 @@
-"""Both fused kernels on a CUDA GPU, at every attention layer of Stable Diffusion 1.5, against PyTorch.
+"""Time both fused kernels on a CUDA GPU, at every attention layer of Stable Diffusion 1.5, against PyTorch.
 
     python -m benchmarks.kernels [--out NAME] [--dtype float16|bfloat16] [--quick] [--minutes N] [--tune]
 
-Every result is checked before it is timed; one that is wrong ends the run. Writes benchmarks/results/NAME.json, anew
-after every case; what has to be compiled comes after all other baselines of all cases. What the columns are measured
-against stands in attention_baselines.py, what counts as work in attention_cases.py.
+Every result is checked before it is timed; a wrong one ends the run. Rewrites benchmarks/results/NAME.json after every
+case; compiled baselines come after all others of all cases. attention_baselines.py defines the baselines,
+attention_cases.py the cases and their work.
 """
 
 import argparse
@@ -38,13 +38,13 @@ SAMPLES = 60
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float16": torch.float16, "bfloat16": torch.bfloat16})
 EAGER = ("sdpa", "definition")
 COMPILED = ("sdpa_compiled", "definition_compiled")
-# How many times faster than PyTorch, eager and compiled, a step's attention is to be.
+# The target speedups of a step's attention over PyTorch, eager and compiled.
 TARGETS = (2.0, 1.3)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What cases are measured with."""
+    """How cases are measured."""
 
     dtype: torch.dtype
     device: str
@@ -53,7 +53,7 @@ class Bench:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 2 without a GPU."""
+    """Run the command line; returns the exit code, 2 without a GPU."""
     options = parser().parse_args(arguments)
     device_name = gpu_name()
     if device_name is None:
@@ -96,22 +96,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
-    p.add_argument("--out", type=_name, metavar="NAME", help="of the results (default: after the GPU)")
-    p.add_argument("--dtype", choices=DTYPES, default="float16", help="(default: %(default)s)")
-    p.add_argument("--quick", action="store_true", help="only the cases that a step is summed up from")
-    p.add_argument("--minutes", type=float, metavar="N", help="start no case after that; the summary's come first")
-    p.add_argument("--tune", action="store_true", help="instead, measure other launches than kernels/launch.py's")
+    p.add_argument(
+        "--out", type=_name, metavar="NAME", help="write benchmarks/results/NAME.json (default: named after the GPU)"
+    )
+    p.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of the tensors (default: %(default)s)")
+    p.add_argument("--quick", action="store_true", help="measure only the cases that a step's summary needs")
+    p.add_argument(
+        "--minutes", type=float, metavar="N", help="start no case after N minutes; those of the summary come first"
+    )
+    p.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure launch configurations other than those of kernels/launch.py instead",
+    )
     return p
 
 
 def default_name(device: str, options: argparse.Namespace) -> str:
-    """Such as kernels_nvidia_h200_bfloat16_tuning."""
+    """Return the default name of the results, such as kernels_nvidia_h200_bfloat16_tuning."""
     parts = ["kernels", *re.findall("[a-z0-9]+", device.lower())]
     return "_".join([*parts, *[options.dtype] * (options.dtype != "float16"), *["tuning"] * options.tune])
 
 
 def command_line(options: argparse.Namespace) -> str:
-    """What repeats this run."""
+    """Return the command line that repeats this run."""
     flags = [f"--{name}" for name in ("quick", "tune") if getattr(options, name)]
     values = [f"--{name} {value}" for name in ("out", "minutes") if (value := getattr(options, name)) is not None]
     return " ".join(["python -m benchmarks.kernels", f"--dtype {options.dtype}", *values, *flags])
@@ -120,11 +128,12 @@ def command_line(options: argparse.Namespace) -> str:
 def measured(
     cases: Sequence[Case], bench: Bench, deadline: float, keep: Callable[[list[dict[str, Any]]], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """Each case's results, printed as they come, until time.monotonic() is past `deadline`.
+    """Measure and print each case, until `time.monotonic()` passes `deadline`.
 
-    Those of the compiled baselines, which may take minutes, come after all others.
+    The compiled baselines, which may take minutes, come after all others.
 
-    keep: called with the results so far whenever some were added.
+    Args:
+        keep: called with the results so far whenever some were added.
     """
     found: list[dict[str, Any]] = []
     print(f"{'case':<52}{'floor':>8}" + "".join(f"{name:>21}" for name in ("moma", *EAGER, *COMPILED, "flex_compiled")))
@@ -144,10 +153,10 @@ def measured(
 
 
 def measure(case: Case, bench: Bench) -> dict[str, Any]:
-    """One case: this project's operator and every baseline that is not compiled.
+    """Measure this project's operator and every eager baseline of a case.
 
     Raises:
-        SystemExit: the operator's error is over twice that of PyTorch in the same precision.
+        SystemExit: the operator's error is more than twice that of PyTorch in the same precision.
     """
     inputs = case.inputs(bench.dtype, bench.device)
     wanted = case.definition(tuple(tensor.float() for tensor in inputs))
@@ -166,7 +175,7 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
 
 
 def measure_compiled(case: Case, bench: Bench) -> dict[str, Any]:
-    """The compiled baselines of a case, as `measure` has the others in "measured"."""
+    """Measure the compiled baselines of a case, for its entry "measured"."""
     inputs = case.inputs(bench.dtype, bench.device)
     wanted = case.definition(tuple(tensor.float() for tensor in inputs))
     return {one.name: _measured(one, case, inputs, wanted, bench) for one in baselines(case) if one.is_compiled}
@@ -182,7 +191,7 @@ def _measured(
     except Exception as error:
         if not contender.is_compiled:
             raise
-        # Compilers refuse what they cannot do with all kinds of errors; why is a result.
+        # Compilers fail with all kinds of exceptions; the reason is part of the results.
         return {"refused": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
     work, median = case.work(), timing.median
     return {
@@ -197,7 +206,7 @@ def _measured(
 
 
 def described(case: Case) -> dict[str, Any]:
-    """A case as the results hold it."""
+    """Return a case's parameters for the results."""
     facts = {
         "operator": case.operator,
         "grid": case.level.grid,
@@ -215,10 +224,10 @@ def described(case: Case) -> dict[str, Any]:
 
 
 def summary(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Milliseconds of a step's attention layers: one sample, both guidance halves, 40 % of the reference.
+    """Sum up the milliseconds of a step's attention layers: one sample, both guidance halves, 40 % of the reference.
 
-    Of a layer's baselines of one kind the fastest counts; None where none of them could do a layer. "layers": how many
-    were measured, of 32.
+    The fastest baseline of a kind counts for each layer; None if none of them could compute a layer. "layers" is the
+    number of layers measured, out of 32.
     """
     counted = [c for c in cases if c["rows"] == SUMMARY_ROWS and c.get("share", SUMMARY_SHARE) == SUMMARY_SHARE]
     rows = []
@@ -248,7 +257,7 @@ def _ratio(baseline: float | None, ours: float | None) -> float | None:
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """One case for the screen: milliseconds at the median, and for this project's operator the share of the floor."""
+    """Format one case: median milliseconds, and for this project's operator the fraction of the roofline."""
     name = f"{result['operator'].rpartition('_attention')[0]} {result['grid']}² x {result['rows']} {result['gate']}"
     if "form" in result:
         name += f" {result['form']} {result['share']:.0%}"
@@ -263,7 +272,7 @@ def line(result: Mapping[str, Any]) -> str:
 
 
 def print_summary(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The table that comes last."""
+    """Print the summary as a table."""
     names = ("moma_ms", "eager_ms", "compiled_ms", "over_eager", "over_compiled")
     print(f"\nattention of one step, ms (targets: {TARGETS[0]}x over eager, {TARGETS[1]}x over compiled)")
     print(f"{'form':<8}{'gate':<6}{'layers':>7}" + "".join(f"{name:>15}" for name in names))
@@ -274,5 +283,5 @@ def print_summary(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _name(text: str) -> str:
     if re.fullmatch(r"\w[\w.-]*", text) is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of letters, digits, '_', '-' and '.'")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name of letters, digits, '_', '-' and '.'")
     return text

@@ -1,6 +1,6 @@
-"""Launches that kernels/launch.py does not choose, on this GPU: `python -m benchmarks.kernels --tune`.
+"""Tunes launch configurations on this GPU: `python -m benchmarks.kernels --tune`.
 
-What is measured is what the product runs: a step of one sample, both guidance halves, 40 % of the reference, packed.
+Measures the layers of a denoising step: one sample, both guidance halves, 40 % of the reference, packed.
 """
 
 import itertools
@@ -38,23 +38,23 @@ from kernels.launch import (
     split_width,
 )
 
-# Queries and warps. A warp takes 16 rows of queries, and more warps may still be faster.
+# Queries and warps of a program. A warp needs 16 rows of queries, but more warps may still be faster.
 _FEW_QUERIES = 256
 _LARGE_BLOCKS = ((64, 4), (64, 8), (128, 4), (128, 8))
-# Where there are few queries, or a program goes through all heads, larger ones leave most of a device idle.
+# For few queries, or programs that loop over all heads, larger blocks leave most of a device idle.
 _SMALL_BLOCKS = ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4))
 _TOKENS = (16, 32, 64, 128)
 _STAGES = (1, 2, 3, 4)
-# Of a thread's 255: what accumulators and scores may take before the compiler has to spill.
+# Registers for accumulators and scores, out of a thread's 255, above which the compiler probably spills.
 _REGISTERS = 200
 _ELEMENT_BYTES = 2
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A choice in kernels/launch.py and the levels of SD1.5 that it decides.
+    """A table entry in kernels/launch.py, and the levels of SD1.5 that use it.
 
-    `is_portable`: it must keep within PORTABLE_SHARED_BYTES on every device, so there is no second choice.
+    `is_portable`: the launch must fit in PORTABLE_SHARED_BYTES on every device, so the entry is a single launch.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Entry:
         return SelfCase(level, SUMMARY_ROWS, "soft", "packed", SUMMARY_SHARE)
 
     def present(self, capability: int) -> tuple[LaunchConfig, LaunchConfig]:
-        """What is chosen now: where shared memory is to be had, and within PORTABLE_SHARED_BYTES."""
+        """Return the current launches: with all shared memory, and within PORTABLE_SHARED_BYTES."""
         level = self.levels[0]
         shape = AttentionShape(level.tokens, level.channels // HEADS, _ELEMENT_BYTES)
         if self.is_cross:
@@ -78,7 +78,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One launch to compile."""
+    """A launch to compile."""
 
     case: Case
     config: LaunchConfig
@@ -87,7 +87,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of an attempt: its shared memory, or why it cannot be launched."""
+    """The outcome of an attempt: its shared memory, or why it cannot be launched."""
 
     shared_bytes: int
     refused: str = ""
@@ -95,7 +95,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Device:
-    """The GPU: its compute capability (90 for 9.0) and the shared memory that a block may have there."""
+    """A GPU: its compute capability (90 for 9.0) and the largest shared memory of a block."""
 
     name: str
     capability: int
@@ -103,14 +103,14 @@ class Device:
 
 
 def this_device() -> Device:
-    """The current CUDA device."""
+    """Describe the current CUDA device."""
     properties = torch.cuda.get_device_properties()
     capability = 10 * properties.major + properties.minor
     return Device("cuda", capability, properties.shared_memory_per_block_optin)
 
 
 def entries(capability: int, levels: tuple[Level, ...] = SD15_LEVELS) -> tuple[Entry, ...]:
-    """The choices that SD1.5 at 512² makes use of, on a device of this compute capability."""
+    """Return the table entries that SD1.5 at 512² uses on a device of this compute capability."""
     table = "_SELF_WGMMA" if capability // 10 in (9, 10) else "_SELF_MMA"
     return (
         Entry(f"{table}[48]", False, levels[:1], is_portable=False),
@@ -122,21 +122,21 @@ def entries(capability: int, levels: tuple[Level, ...] = SD15_LEVELS) -> tuple[E
 
 
 def candidates(entry: Entry, shared_limit: int) -> Iterator[LaunchConfig]:
-    """Launches whose tiles have a chance to fit registers and shared memory at every level of an entry."""
+    """Yield launches whose tiles may fit in registers and shared memory at every level of an entry."""
     columns = max(sum(split_width(level.channels // HEADS)) for level in entry.levels)
     has_few_programs = entry.is_cross or entry.levels[0].tokens <= _FEW_QUERIES
     blocks = _SMALL_BLOCKS if has_few_programs else _LARGE_BLOCKS
     for (queries, warps), tokens, stages in itertools.product(blocks, _TOKENS, _STAGES):
-        # Both kernels hold a branch's sum while they compute the other's.
+        # Both kernels hold one branch's accumulator while they compute the other's.
         registers = queries * (2 * columns + tokens) // (32 * warps)
         buffers = max(stages - 1, 1) * 2 * tokens * columns * _ELEMENT_BYTES
-        # Text tokens end within a block or two; more stages would wait for nothing.
+        # The text tokens fit in a block or two, so more stages have nothing to load.
         if registers <= _REGISTERS and buffers <= shared_limit and not (entry.is_cross and stages > 2):
             yield LaunchConfig(queries, tokens, warps, stages)
 
 
 def compile_attempt(attempt: Attempt) -> Compiled:
-    """Compile and launch once, which leaves the kernel in Triton's cache on disk."""
+    """Compile and launch once; the kernel stays in Triton's cache on disk."""
     shared: list[int] = []
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.listener = lambda **told: shared.append(told["metadata"]["shared"])
@@ -144,20 +144,20 @@ def compile_attempt(attempt: Attempt) -> Compiled:
             launched(attempt.case, attempt.case.inputs(attempt.dtype, "cuda"), attempt.config)
             torch.cuda.synchronize()
         except Exception as error:
-            # Whatever the compiler cannot do with a launch, another launch will do.
+            # A launch that does not compile is only skipped.
             return Compiled(0, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
     return Compiled(shared[-1])
 
 
 def compile_all(attempts: Sequence[Attempt]) -> list[Compiled]:
-    """`compile_attempt` in as many processes as there are cores, up to 12."""
+    """Run `compile_attempt` in as many processes as there are cores, up to 12."""
     workers = min(12, len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_attempt, attempts))
 
 
 def launched(case: Case, inputs: tuple[Tensor, ...], config: LaunchConfig) -> tuple[Tensor, ...]:
-    """The case's kernel with this launch."""
+    """Launch the case's kernel with this configuration."""
     if isinstance(case, SelfCase):
         return (own.launch(inputs, HEADS, config),)
     return cross.launch(inputs, HEADS, config)
@@ -170,14 +170,15 @@ def tuned(
     most: int | None = None,
     keep: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """For each entry what is chosen now, what is best, and everything that was tried.
+    """Return for each entry the current launches, the best ones, and all that were tried.
 
-    most: candidates of an entry, spread over all of them; None tries all.
-    keep: called with the results so far after every entry.
+    Args:
+        most: the number of candidates per entry, spread over all candidates; None tries all.
+        keep: called with the results so far after every entry.
     """
     plan = {
         entry: tuple(
-            dict.fromkeys((*entry.present(device.capability), *_few(candidates(entry, device.shared_bytes), most)))
+            dict.fromkeys((*entry.present(device.capability), *_spread(candidates(entry, device.shared_bytes), most)))
         )
         for entry in entries(device.capability)
     }
@@ -200,15 +201,15 @@ def tuned(
     return results
 
 
-def _few(configs: Iterable[LaunchConfig], most: int | None) -> list[LaunchConfig]:
-    """At most so many of them, spread over all."""
+def _spread(configs: Iterable[LaunchConfig], most: int | None) -> list[LaunchConfig]:
+    """Return at most `most` of the launches, spread evenly."""
     found = list(configs)
     return found if most is None else found[:: -(-len(found) // most) or 1]
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A case, its inputs, what its outputs have to be, and how far off they may be."""
+    """A case, its inputs, expected outputs and allowed errors."""
 
     case: Case
     inputs: tuple[Tensor, ...]
@@ -224,14 +225,14 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class _Measurement:
-    """Times an entry's launches."""
+    """Checks and times an entry's launches."""
 
     entry: Entry
     prepared: tuple[_Prepared, ...]
     timer: Timer
 
     def wrong(self, config: LaunchConfig) -> str:
-        """Why a launch's outputs are not right, or nothing."""
+        """Return why a launch's outputs are wrong; empty if they are right."""
         for each in self.prepared:
             errors = worst_errors(launched(each.case, each.inputs, config), each.wanted)
             if not is_within(errors, each.allowed):
@@ -239,7 +240,7 @@ class _Measurement:
         return ""
 
     def total_ms(self, config: LaunchConfig) -> float:
-        """Of all the entry's layers in a step."""
+        """Return the milliseconds of all the entry's layers in a step."""
         return sum(
             each.case.level.layers * self.timer(lambda e=each: launched(e.case, e.inputs, config)).median
             for each in self.prepared
@@ -257,9 +258,9 @@ def _tried(measure: _Measurement, config: LaunchConfig, outcomes: Sequence[Compi
 def _chosen(
     measure: _Measurement, tried: Sequence[dict[str, Any]], present: tuple[LaunchConfig, LaunchConfig]
 ) -> dict[str, Any]:
-    """The fastest launches, and how they compare with the present ones when both are measured once more.
+    """Choose the fastest launches, and measure them and the present ones again to compare them.
 
-    Once more, since the best of many is the luckiest of many as well.
+    They are measured again because the fastest of many samples is partly luck.
     """
     fastest = sorted((one for one in tried if "step_ms" in one), key=lambda one: one["step_ms"])
     portable = [one for one in fastest if one["shared_bytes"] <= PORTABLE_SHARED_BYTES]
@@ -273,7 +274,7 @@ def _chosen(
 
 
 def print_tuning(results: Sequence[Mapping[str, Any]]) -> None:
-    """Rows for the tables in kernels/launch.py, and what they gain."""
+    """Print rows for the tables in kernels/launch.py, with their speedups."""
     for result in results:
         launches = [f"LaunchConfig{choice['launch']}" for choice in result["choices"]]
         text = launches[0] if result["is_portable"] else f"({', '.join(launches)})"

@@ -1,1 +1,1 @@
-"""Latency of whole requests against what a user of MoMA runs today."""
+"""Latency of whole requests, compared with the original implementation in PyTorch."""

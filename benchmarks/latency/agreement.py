@@ -1,4 +1,4 @@
-"""How close the contenders' pictures of one request are."""
+"""Compares the contenders' pictures of the same requests."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +11,12 @@ from benchmarks.picture_difference import difference, psnr
 
 
 def agreement(warm: Mapping[str, Sequence[Answer]]) -> dict[str, float] | None:
-    """The worst of all pairs of runtime and original: PSNR of the pictures, mean difference of the foreground masks.
+    """Compare the runtime with the original: lowest PSNR of pictures, largest mean difference of foreground masks.
 
-    None where no baseline makes the same picture.
+    Returns None if no baseline generates the same picture.
 
-    warm: the answers of each contender to the same requests.
+    Args:
+        warm: the answers of each contender to the same requests.
     """
     pairs = [pair for name in ORIGINALS if name in warm for pair in zip(warm[RUNTIME], warm[name], strict=True)]
     if not pairs:
@@ -29,10 +30,10 @@ def agreement(warm: Mapping[str, Sequence[Answer]]) -> dict[str, float] | None:
 
 
 def replays(answers: Mapping[str, Sequence[Answer]], steps: int) -> dict[str, Any] | None:
-    """Of requests that were replayed: how many, and microseconds of the host a step; None where none was.
+    """Summarize requests that replayed a CUDA graph: their number, and host microseconds per step; None without any.
 
-    `largest_difference` is that of the pictures of "warm" from those of "warm_watched", in steps of 1/255; None where
-    the latter was not asked for.
+    `largest_difference` compares the pictures of "warm" and "warm_watched", in steps of 1/255; None if the latter was
+    not measured.
     """
     seconds = [a.replay_seconds for of_kind in answers.values() for a in of_kind if a.replay_seconds is not None]
     if not seconds:

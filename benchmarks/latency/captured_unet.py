@@ -1,4 +1,4 @@
-"""diffusers' UNet in a CUDA graph."""
+"""Runs diffusers' UNet as a CUDA graph."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +21,10 @@ class _Captured:
 
 
 class CapturedUnet:
-    """Called as the UNet is: captured by the first call with inputs of some shapes, replayed by those that follow.
+    """Replaces a UNet in calls: the first call with inputs of some shapes captures a graph, later ones replay it.
 
-    What a call returns is overwritten by the next one. Without attention arguments, which a graph could not be given.
+    Each call overwrites the tensor that the previous one returned. Takes no attention arguments, which a graph cannot
+    receive.
 
     Raises:
         InputError: there is no CUDA GPU.
@@ -44,7 +45,7 @@ class CapturedUnet:
         cross_attention_kwargs: None = None,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        """The noise that the UNet predicts, in a tuple, as it returns it with `return_dict=False`."""
+        """Return the predicted noise in a tuple, as the UNet does with `return_dict=False`."""
         given = (latents, timestep, encoder_hidden_states)
         shapes = tuple(tensor.shape for tensor in given)
         if shapes not in self._captured:

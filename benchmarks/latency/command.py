@@ -1,29 +1,29 @@
-"""How long a picture takes, against what a user of MoMA runs today: `python -m benchmarks.latency --bundle DIR`.
+"""Measure how long a picture takes, compared with PyTorch: `python -m benchmarks.latency --bundle DIR`.
 
 Requests of the runtime:
 
-    cold                  photo, mask and prompt, all new: enroll and generate; the networks were loaded before
+    cold                  new photo, mask and prompt: enroll and generate; the networks are already loaded
     warm                  an enrolled subject and a new prompt
-    warm_cached_prompt    an enrolled subject and a prompt that was asked for before, with another seed
-    warm_watched          warm's picture once more with a callback after each step; only on a GPU, unless asked for.
-                          Its steps are enqueued one by one, while those of the others are replayed from a recording:
-                          the two pictures are compared, and how long a replay takes the host is told.
+    warm_cached_prompt    an enrolled subject and a prompt used before, with another seed
+    warm_watched          the warm picture again, with a callback after each step; by default only on a GPU. Its steps
+                          are enqueued one by one, while the other requests replay a captured CUDA graph: compares the
+                          two pictures, and reports the host time of a replay.
 
-Baselines make the same picture as the warm request, of the same weights and noises, in PyTorch, in the bundle's
+Baselines generate the same picture as the warm request in PyTorch, with the same weights and noise, and in the bundle's
 precision unless another one is given:
 
-    eager           the original's algorithm, which computes everything anew for every picture
-    compiled        the same, with the UNet of the steps and the decoder compiled (reduce-overhead)
+    eager           the original's algorithm, which recomputes everything for every picture
+    compiled        the same, with the UNet of the steps and the decoder in torch.compile (reduce-overhead)
     plain           Stable Diffusion alone, without a photo
-    plain_compiled  the same, compiled likewise
-    plain_graph     the same, with the UNet in a CUDA graph
+    plain_compiled  plain Stable Diffusion, compiled likewise
+    plain_graph     plain Stable Diffusion, with the UNet in a CUDA graph
 
-All contenders are loaded at once, in a process each, and take turns request by request, so that what else the machine
-does falls on all of them alike; results are written after every turn. Where that is too much memory, name fewer
-baselines, or leave the cold request out: then the subject is enrolled by a process that ends, and the networks for it
-are not held. With --subject none is enrolled, and the bundle needs no networks for that; baselines still read their own
-photo. A bundle of random weights is compared as it is; for others the options that it was built with say where the
-weights are, as for export.compare.
+All contenders are loaded at the same time, each in its own process, and alternate request by request, so that other
+load on the machine affects all alike; results are written after every turn. If that needs too much memory, name fewer
+baselines, or leave out the cold request: then a separate process enrolls the subject, and the networks for that are
+not kept loaded. With --subject nothing is enrolled, and the bundle needs no networks for it; baselines still read
+their own photo. Bundles of random weights need no further options; for others, give the options that the bundle was
+built with, which say where the weights are, as for export.compare.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import bundle_facts, environment, repeatable, results_path, write_results
+from benchmarks.environment import bundle_facts, environment, results_path, shareable_command, write_results
 from benchmarks.latency.agreement import agreement, replays
 from benchmarks.latency.contenders import BASELINES, ContenderProcess
 from benchmarks.latency.requests import RUNTIME, SUBJECT, Answer, Settings, random_embedding, requests
 from benchmarks.latency.summary import Samples, summary, table
 from benchmarks.memory import device_mib_used
-from engines.targets import listed
+from engines.targets import parse_list
 from export.build import add_checkpoint_options
 from moma_rt import backends
 from moma_rt.backends.selection import Host, choose
@@ -56,14 +56,14 @@ PROGRAM = "benchmarks.latency"
 KINDS = ("cold", "warm", "warm_cached_prompt", "warm_watched")
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
 _USUAL_BASELINES = ("eager", "compiled", "plain")
-# Those that the baselines have as well.
+# The schedulers that the baselines support.
 SCHEDULERS = ("ddim", "lcm")
-# Below it the baseline is not the same algorithm, and no comparison means anything.
+# Below this PSNR the baseline is not the same algorithm, and a comparison is meaningless.
 LEAST_AGREEMENT_DB = 30.0
-# Of a replayed picture from the one whose steps were enqueued one by one, in steps of 1/255.
+# Between a replayed picture and one whose steps were enqueued one by one, in steps of 1/255.
 MOST_REPLAY_DIFFERENCE = 2
 
-# On a GPU the first request records or compiles, and PyTorch records a function when it runs for the second time.
+# On a GPU the first request captures or compiles, and PyTorch captures a function in its second call.
 _WARM_UPS, _WARM_UPS_ON_GPU = 1, 3
 
 
@@ -72,45 +72,53 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--bundle", type=Path, required=True, metavar="DIR")
-    p.add_argument("--backend", default=backends.AUTO, metavar="NAME", help="of the runtime (default: auto)")
-    p.add_argument("--steps", type=int, default=50, help="of denoising (default: 50)")
-    p.add_argument("--repeats", type=int, default=5, help="samples of each, after the warm-up (default: 5)")
+    p.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="bundle to measure")
+    p.add_argument("--backend", default=backends.AUTO, metavar="NAME", help="backend of the runtime (default: auto)")
+    p.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    p.add_argument("--repeats", type=int, default=5, help="samples of each request after the warm-up (default: 5)")
     p.add_argument(
         "--baselines",
         default=",".join(_USUAL_BASELINES),
         metavar="NAMES",
-        help=f"separated by commas, or none (default: {','.join(_USUAL_BASELINES)}; all: {','.join(BASELINES)})",
+        help="baselines to compare with, separated by commas, or none "
+        f"(default: {','.join(_USUAL_BASELINES)}; all: {','.join(BASELINES)})",
     )
     p.add_argument(
         "--baseline-precision",
         choices=[precision.value for precision in Precision if not precision.is_weight_only],
-        help="(default: the bundle's)",
+        help="precision of the baselines (default: the bundle's)",
     )
     p.add_argument(
         "--memory-format",
         choices=(CHANNELS_FIRST, CHANNELS_LAST),
-        help=f"of the baselines' convolutions (default: {CHANNELS_LAST} on a GPU, where it is the faster one)",
+        help=f"memory format of the baselines' convolutions (default: {CHANNELS_LAST} on a GPU, where it is faster)",
     )
     p.add_argument(
-        "--subject", type=Path, metavar="FILE", help="enrolled before, by moma-rt enroll; then there is no cold request"
+        "--subject", type=Path, metavar="FILE", help="subject saved by moma-rt enroll; excludes the cold request"
     )
     p.add_argument(
-        "--requests", metavar="KINDS", help=f"separated by commas; warm is always among them (all: {','.join(KINDS)})"
+        "--requests",
+        metavar="KINDS",
+        help=f"kinds of request, separated by commas; warm is always measured (all: {','.join(KINDS)})",
     )
     p.add_argument(
-        "--minutes", type=float, metavar="M", help="begin no further turn once this has run so long (default: make all)"
+        "--minutes", type=float, metavar="M", help="start no further turn after M minutes (default: no limit)"
     )
-    p.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="lcm goes without guidance (default: ddim)")
     p.add_argument(
-        "--threads", type=int, metavar="N", help="of the CPU, on both sides (default: what libraries choose)"
+        "--scheduler", choices=SCHEDULERS, default="ddim", help="scheduler; lcm runs without guidance (default: ddim)"
+    )
+    p.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of runtime and baselines (default: the libraries' choice)"
     )
     p.add_argument(
         "--context-embedding",
         choices=("random",),
-        help="instead of the language model, on both sides; so it is where the bundle has none",
+        help="use a random embedding in place of the language model, in runtime and baselines; the default if the "
+        "bundle has no language model",
     )
-    p.add_argument("--out", default="latency", metavar="NAME", help="of the JSON in benchmarks/results")
+    p.add_argument(
+        "--out", default="latency", metavar="NAME", help="write benchmarks/results/NAME.json (default: latency)"
+    )
     add_checkpoint_options(p, base_required=False)
     return p
 
@@ -126,15 +134,15 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
     start = time.monotonic()
     if options.repeats < 1:
         raise InputError(f"--repeats {options.repeats}: at least 1 is needed")
-    names = () if options.baselines == "none" else listed("--baselines", "baseline", options.baselines, BASELINES)
+    names = () if options.baselines == "none" else parse_list("--baselines", "baseline", options.baselines, BASELINES)
     kinds = _kinds(options.requests, options.subject)
     schedule(options.scheduler, options.steps, 1.0)
     backends.check(options.backend, options.threads)
     bundle = Bundle.open(options.bundle)
     backend = choose(options.backend, bundle.manifest, Host()).backend
     settings = _settings(options, bundle, backend)
-    # Before the minutes of measuring: the commit is that of the code that is loaded now.
-    where = environment(repeatable(PROGRAM, given))
+    # Taken before the measurements, since the commit is that of the code loaded now.
+    where = environment(shareable_command(PROGRAM, given))
 
     def keep(samples: Mapping[str, Samples]) -> dict[str, Any]:
         results = {
@@ -159,10 +167,10 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _settings(options: argparse.Namespace, bundle: Bundle, backend: str) -> Settings:
-    """What all requests share.
+    """Return what all requests share.
 
     Raises:
-        SubjectError: a subject that cannot be read, or does not fit the bundle.
+        SubjectError: the subject cannot be read, or does not fit the bundle.
     """
     has_language_model = options.context_embedding is None and bundle.has("vision_encoder", "language_model")
     name = SUBJECT
@@ -203,12 +211,12 @@ def _described(settings: Settings, bundle: Bundle, repeats: int) -> dict[str, An
 def _agreement(
     samples: Mapping[str, "Samples"], options: argparse.Namespace, precision: Precision
 ) -> dict[str, float] | None:
-    """How far the pictures are from the original's; None where they are not to be the same.
+    """Compare the pictures with the original's; returns None if they need not be equal.
 
     Raises:
-        MomaError: the baseline makes other pictures than the runtime.
+        MomaError: the baseline generates different pictures than the runtime.
     """
-    # Schedulers other than ddim draw noise of their own at every step, and a saved subject has another photo.
+    # Schedulers other than ddim draw their own noise in every step, and a saved subject has another photo.
     if options.scheduler != "ddim" or options.subject is not None:
         return None
     found = agreement({name: of_contender.answers["warm"] for name, of_contender in samples.items()})
@@ -218,10 +226,10 @@ def _agreement(
 
 
 def _kinds(asked: str | None, subject: Path | None = None) -> tuple[str, ...]:
-    """The kinds of request, in the order of `KINDS`; only on a GPU is anything replayed.
+    """Return the kinds of request to measure, in the order of `KINDS`; CUDA graphs are replayed only on a GPU.
 
     Raises:
-        InputError: a kind that there is not, or cold ones of a subject that was enrolled before.
+        InputError: an unknown kind, or "cold" together with a saved subject.
     """
     if asked is None:
         left_out = {"cold"} if subject is not None else set()
@@ -229,8 +237,8 @@ def _kinds(asked: str | None, subject: Path | None = None) -> tuple[str, ...]:
             left_out.add("warm_watched")
         return tuple(kind for kind in KINDS if kind not in left_out)
     if subject is not None and "cold" in asked.split(","):
-        raise InputError(f"--requests {asked}: with --subject nothing is enrolled; leave cold out, or --subject")
-    chosen = listed("--requests", "request", asked, KINDS)
+        raise InputError(f"--requests {asked}: with --subject nothing is enrolled; leave out cold, or --subject")
+    chosen = parse_list("--requests", "request", asked, KINDS)
     return tuple(kind for kind in KINDS if kind in chosen or kind == "warm")
 
 
@@ -239,7 +247,7 @@ def _is_over(start: float, minutes: float | None) -> Callable[[], bool]:
 
 
 def enrolled(settings: Settings, out: Path) -> Path:
-    """Enroll the subject of the warm requests into a file, in a process that gives its memory back."""
+    """Enroll the subject of the warm requests and save it, in a process that ends and so frees its memory."""
     request = requests(0)["warm"]
     command = [sys.executable, "-m", "moma_rt", "enroll", settings.bundle, request.photo, request.mask, "--quiet"]
     command += ["--name", request.name, "--seed", request.subject_seed, "--backend", settings.backend, "--out", out]
@@ -257,10 +265,10 @@ def measure(
     is_over: Callable[[], bool],
     keep: Callable[[Mapping[str, Samples]], object] = lambda _: None,
 ) -> dict[str, Samples]:
-    """Answers of the runtime to each kind of request, and of the baselines, in turns; a turn has one set of requests.
+    """Measure the runtime and the baselines alternately; each turn makes one set of requests.
 
-    To a baseline all kinds are the same, so it has the warm request alone. After the first turn none is begun once
-    `is_over` says so. `keep` is called with the samples so far after every turn.
+    A baseline does the same work for all kinds, so it only gets the warm request. After the first turn, no turn starts
+    once `is_over` returns True. `keep` is called with the samples so far after every turn.
     """
     asked = {RUNTIME: kinds} | dict.fromkeys(baselines, ("warm",))
     warm_ups = _WARM_UPS if device_mib_used() is None else _WARM_UPS_ON_GPU
@@ -269,13 +277,13 @@ def measure(
     for name in (RUNTIME, *baselines):
         contenders[name] = ContenderProcess(name, settings)
         for turn in range(warm_ups):
-            take_turn(contenders[name], turn, asked[name], settings.subject_name)
+            make_requests(contenders[name], turn, asked[name], settings.subject_name)
         samples[name] = Samples(device_gb=contenders[name].device_gb())
     for turn in range(warm_ups, warm_ups + repeats):
         if turn > warm_ups and is_over():
             break
         for name, contender in contenders.items():
-            for kind, answer in take_turn(contender, turn, asked[name], settings.subject_name).items():
+            for kind, answer in make_requests(contender, turn, asked[name], settings.subject_name).items():
                 samples[name].answers.setdefault(kind, []).append(answer)
             samples[name].peak_gb = contender.peak_gb()
         keep(samples)
@@ -284,17 +292,17 @@ def measure(
     return samples
 
 
-def take_turn(contender: ContenderProcess, turn: int, kinds: Sequence[str], subject_name: str) -> dict[str, Answer]:
-    """An answer to each of some kinds of request."""
+def make_requests(contender: ContenderProcess, turn: int, kinds: Sequence[str], subject_name: str) -> dict[str, Answer]:
+    """Make the turn's request of each kind, and return the answers."""
     made = requests(turn, subject_name)
     return {kind: contender.answer(made[kind]) for kind in kinds}
 
 
 def _check_agreement(found: Mapping[str, float] | None) -> None:
-    """In fp32 on both sides: random weights are chaotic in lower precisions, so there the number is only reported.
+    """Check pictures of fp32 networks; random weights are chaotic in lower precisions, so these are only reported.
 
     Raises:
-        MomaError: the baseline makes other pictures than the runtime.
+        MomaError: the baseline generates different pictures than the runtime.
     """
     if found is not None and found["psnr_db"] < LEAST_AGREEMENT_DB:
         raise MomaError(
@@ -304,7 +312,7 @@ def _check_agreement(found: Mapping[str, float] | None) -> None:
 
 
 def _check_replays(found: Mapping[str, Any] | None) -> int:
-    """The exit code: 1, and a line that says so, where replayed pictures are others."""
+    """Return the exit code: 1, with a line on stderr, if replayed pictures differ."""
     apart = None if found is None else found["largest_difference"]
     if apart is None or apart <= MOST_REPLAY_DIFFERENCE:
         return 0

@@ -1,6 +1,6 @@
-"""What competes in the latency benchmark: the deployed runtime and the baselines, each in a process of its own.
+"""The contenders of the latency benchmark: the runtime and the baselines, each in its own process.
 
-So each has a peak of memory of its own, and the runtime's process never imports PyTorch, as in production.
+So memory peaks are measured separately, and the runtime's process never imports PyTorch, as in production.
 """
 
 import os
@@ -26,7 +26,7 @@ from moma_rt.memory.lru import Lru
 from moma_rt.subject import Subject
 from moma_rt.timing import LOADING
 
-# In place of a request.
+# Sent in place of a request, to ask for the memory peak.
 _TELL_PEAK = "peak"
 # How each baseline runs the UNet of its steps, as `benchmarks.latency.original` names it.
 EXECUTIONS: Mapping[str, str] = MappingProxyType(
@@ -48,7 +48,7 @@ class Contender(Protocol):
 
 
 class Deployed:
-    """The runtime. Of the subjects that it enrolled it keeps the two that were asked for last."""
+    """The runtime, with a cache of the last two subjects."""
 
     def __init__(self, settings: Settings) -> None:
         from moma_rt.runtime import Runtime
@@ -62,7 +62,7 @@ class Deployed:
         self._enrolled: Lru[tuple[str, int], Any] = Lru(2)
 
     def answer(self, request: Request) -> Answer:
-        """A picture; the time includes enrolling where the subject is a new one."""
+        """Generate a picture; the time includes enrollment if the subject is new."""
         settings, start, seconds = self._settings, time.perf_counter(), dict[str, float]()
 
         def enroll() -> Any:
@@ -94,7 +94,7 @@ class Deployed:
 
 
 def baseline(name: str, settings: Settings) -> Contender:
-    """One of `BASELINES`, of the weights that the bundle was made of."""
+    """Return one of `BASELINES`, with the weights that the bundle was built from."""
     import torch
 
     from benchmarks.latency.original import Original, PlainDiffusion
@@ -114,10 +114,10 @@ CONTENDERS: Mapping[str, Callable[[Settings], Contender]] = MappingProxyType(
 
 
 class ContenderProcess:
-    """A contender in a process that ends with this one.
+    """Runs a contender in a daemon process.
 
     Raises:
-        MomaError: from every method, what the contender raised, or that its process was killed.
+        MomaError: by every method, if the contender failed or its process was killed.
     """
 
     def __init__(self, name: str, settings: Settings) -> None:
@@ -127,26 +127,26 @@ class ContenderProcess:
         self._pipe, far = context.Pipe()
         self._process = context.Process(target=serve, args=(name, settings, far), daemon=True)
         self._process.start()
-        # Else its end, should the process die, would stay open here.
+        # Closed here, so that the pipe reports EOF if the process dies.
         far.close()
         self._receive()
 
     def answer(self, request: Request) -> Answer:
-        """Have a request answered."""
+        """Send a request and return the answer."""
         self._pipe.send(request)
         answer: Answer = self._receive()
         return answer
 
     def device_gb(self) -> float | None:
-        """Device memory in GB that was taken since before the process began, so only while no other one takes any.
+        """Return the device memory in GB in use since just before the process started; None without an NVIDIA GPU.
 
-        It includes what PyTorch and the driver keep for themselves. None without an NVIDIA GPU.
+        Only right if no other process allocates meanwhile. Includes what PyTorch and the driver reserve.
         """
         before, used = self._device_mib_before, device_mib_used()
         return None if before is None or used is None else (used - before) * 2**20 / 1e9
 
     def peak_gb(self) -> float:
-        """The peak of its memory so far, in GB."""
+        """Return the peak of its resident memory so far, in GB."""
         self._pipe.send(_TELL_PEAK)
         peak: float = self._receive()
         return peak
@@ -160,16 +160,16 @@ class ContenderProcess:
         try:
             ok, value = self._pipe.recv()
         except EOFError:
-            raise MomaError(f"{self.name}: its process was killed; there may be too little memory for it") from None
+            raise MomaError(f"{self.name}: its process was killed; it may have run out of memory") from None
         if not ok:
             raise MomaError(f"{self.name}: {value}")
         return value
 
 
 def serve(name: str, settings: Settings, pipe: Connection) -> None:
-    """A contender's process: says that it is ready, then answers requests and tells its memory until it gets None."""
-    # OpenMP's threads, those of PyTorch, would spin while they wait: they take the cores from whoever's turn it is, and
-    # where something else runs they make a baseline several times slower than it is. ONNX Runtime's stop as well.
+    """Run a contender's process: report that it is ready, then answer requests and memory queries until None comes."""
+    # By default PyTorch's OpenMP threads spin while they wait: that takes cores from the other contenders, and makes a
+    # baseline several times slower on a busy machine. ONNX Runtime's threads do not spin between requests either.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         contender = CONTENDERS[name](settings)
@@ -179,7 +179,7 @@ def serve(name: str, settings: Settings, pipe: Connection) -> None:
     except MomaError as error:
         pipe.send((False, str(error)))
     except (EOFError, BrokenPipeError):
-        return  # whoever asked is gone
+        return  # the parent process has ended
     except Exception as error:
         traceback.print_exc()
         pipe.send((False, f"{type(error).__name__}: {error}"))

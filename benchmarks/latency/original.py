@@ -1,7 +1,7 @@
-"""What a user of MoMA runs today: its algorithm in PyTorch, everything computed anew for every picture.
+"""The baselines of the latency benchmark: the original MoMA's algorithm in PyTorch, which caches nothing.
 
-Made of diffusers' and transformers' own models and schedulers, apart from the networks and operators that this project
-exports, with the checkpoint that a bundle was made of. `PlainDiffusion` is Stable Diffusion alone, the floor of both.
+Uses the models and schedulers of diffusers and transformers, not this project's networks and operators, with the
+checkpoint that a bundle was built from. `PlainDiffusion` is Stable Diffusion alone, a lower bound for both.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ _SCHEDULERS: Mapping[str, Callable[[], Any]] = MappingProxyType(
         "lcm": lambda: LCMScheduler(**_BETAS),
     }
 )
-# Nothing is injected while t is at least this.
+# The reference is injected only at timesteps below this one.
 _INJECTION_BELOW = 950
-# The original slices the last four tokens off the reference pass's text, as if they were context tokens.
+# The original drops the last four text tokens of the reference pass, as if they were context tokens.
 _REFERENCE_TEXT_TOKENS = 73
-# One that records CUDA graphs; "max-autotune" would measure convolutions for minutes and gains little on these.
+# This mode captures CUDA graphs; "max-autotune" would time convolutions for minutes and gains little on them.
 _COMPILE_MODE = "reduce-overhead"
 _DTYPES = MappingProxyType(
     {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
@@ -50,12 +50,14 @@ _DTYPES = MappingProxyType(
 class PlainDiffusion:
     """Stable Diffusion without MoMA, as diffusers runs it: text encoder, UNet steps, VAE decoder.
 
-    execution: of the UNet of the steps: "eager", "compiled" as the decoder is then, or "graph" for a CUDA graph of it.
+    Args:
+        execution: how the UNet runs in the steps: "eager", "compiled" (then the decoder is, too), or "graph" for a CUDA
+            graph.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, execution: str = "eager") -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # As what it is compared with has.
+        # As in the inductor backend, for a fair comparison.
         torch.backends.cudnn.benchmark = True
         self.settings, self.compiled = settings, execution == "compiled"
         bundle = Bundle.open(settings.bundle)
@@ -75,13 +77,13 @@ class PlainDiffusion:
             self.step = CapturedUnet(self.unet)
 
     def use_channels_last(self) -> None:
-        """Have the channels of the UNet's and the VAE's convolutions last in memory, as tensor cores read them."""
+        """Convert UNet and VAE to the channels-last memory format, which tensor cores prefer."""
         for model in (self.unet, self.vae):
             model.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def answer(self, request: Request) -> Answer:
-        """A picture from nothing but the request."""
+        """Generate a picture from the request alone."""
         stages, start = StageTimer(), time.perf_counter()
         image, mask = self._picture(request, stages)
         return Answer(time.perf_counter() - start, stages.seconds, image, mask)
@@ -95,7 +97,7 @@ class PlainDiffusion:
         return self._decoded(latents, stages), None
 
     def _texts(self, request: Request) -> tuple[str, ...]:
-        """The negative prompt, where there is guidance, and the prompt."""
+        """Return the negative prompt, if there is guidance, and the prompt."""
         prompt = text_prompt(request.name, request.prompt)
         return ("", prompt) if self.settings.is_guided else (prompt,)
 
@@ -105,7 +107,7 @@ class PlainDiffusion:
             return self.text_encoder(input_ids=ids)[0]
 
     def _start(self, request: Request) -> tuple[Any, Tensor]:
-        """A scheduler, its timesteps set, and the initial latents."""
+        """Return a scheduler with its timesteps set, and the initial latents."""
         scheduler = _SCHEDULERS[self.settings.scheduler]()
         scheduler.set_timesteps(self.settings.steps, device=self.device)
         return scheduler, self._noise(request.seed, Stream.INITIAL_LATENTS)
@@ -114,7 +116,7 @@ class PlainDiffusion:
         self, scheduler: Any, timestep: Tensor, latents: Tensor, text_gtc: Tensor, kwargs: dict[str, Any] | None
     ) -> Tensor:
         if self.compiled:
-            # What the last step left in the memory of its recording has been read.
+            # The outputs of the last step's graph have been read, and may be overwritten.
             torch.compiler.cudagraph_mark_step_begin()
         eps = self.step(
             latents.expand(len(text_gtc), -1, -1, -1),
@@ -152,7 +154,7 @@ class PlainDiffusion:
         return model.eval().requires_grad_(False)
 
     def _transformer(self, config: Any, component: Component) -> nn.Module:
-        # Not on the meta device: these models have buffers that no checkpoint holds.
+        # Not on the meta device, because these models have buffers that are in no checkpoint.
         with self.device:
             model = AutoModel.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
         weights = {n: t for n, t in self._weights(component).items() if not n.startswith("mm_projector.")}
@@ -168,7 +170,7 @@ class PlainDiffusion:
 
 
 class Original(PlainDiffusion):
-    """MoMA: photo, mask and prompt to a picture. A subject that was seen before is computed again."""
+    """The original MoMA: photo, mask and prompt to a picture. Caches nothing of a subject."""
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, execution: str = "eager") -> None:
         super().__init__(checkpoint, settings, execution)
@@ -211,14 +213,14 @@ class Original(PlainDiffusion):
         scheduler: Any,
         latents: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The final latents [1,4,h,w] and the final foreground mask [1,1,H,W]."""
+        """Return the final latents [1,4,h,w] and the final foreground mask [1,1,H,W]."""
         context_gmc, text_gtc, reference = conditions
         object_mask = torch.from_numpy(images.mask_hw[None, None]).to(self.device, self.dtype)
-        # Not like the mask: its strides are others than those of the masks of later steps.
+        # Not `ones_like` the mask, whose strides differ from those of the masks of later steps.
         foreground = torch.ones(object_mask.shape, dtype=torch.float32, device=self.device)
         subject_tokens = self._subject_tokens(request)
         injects = (scheduler.timesteps < _INJECTION_BELOW).to(self.dtype)
-        # A compiler makes a graph for each value of what is no tensor.
+        # The compiler would specialize on the value of a bool, and compile a graph for each.
         flags = injects.clone().split(1) if self.compiled else [bool(flag) for flag in injects.tolist()]
         for timestep, flag in zip(scheduler.timesteps, flags, strict=True):
             step = GenerationStep(
@@ -240,7 +242,7 @@ class Original(PlainDiffusion):
         return torch.from_numpy(np.flatnonzero(weights)).to(self.device)
 
     def _reference(self, request: Request, images: PreparedImages, stages: StageTimer) -> ReferencePass:
-        """Keys and values of the photo: its latents are sampled, noised at t = 0 and passed through the UNet."""
+        """Compute keys and values of the photo: its sampled latents are noised at t = 0 and passed through the UNet."""
         with self._timed(stages, "vae_encoder"):
             photo = torch.from_numpy(images.photo_chw).to(self.device, self.dtype)
             posterior = self.vae.encode(photo).latent_dist
@@ -256,7 +258,7 @@ class Original(PlainDiffusion):
         return reference
 
     def _context(self, request: Request, images: PreparedImages, stages: StageTimer) -> Tensor:
-        """Context tokens [G, 4, C]; the unconditional ones are the projection of zeros."""
+        """Return context tokens [G, 4, C]; the unconditional ones are the projection of zeros."""
         if self.settings.has_language_model:
             embedding = self._embedding(request, images, stages)
         else:
@@ -271,7 +273,7 @@ class Original(PlainDiffusion):
             return functional.layer_norm(tokens, scale.shape, scale, shift)
 
     def _embedding(self, request: Request, images: PreparedImages, stages: StageTimer) -> Tensor:
-        """The language model over photo and prompt, all of it; its last token through the mapping: [1, 1024]."""
+        """Run the language model on photo and prompt, and map its last token to the context embedding [1, 1024]."""
         language = self.geometry.language
         assert language is not None
         with self._timed(stages, "vision_encoder"):

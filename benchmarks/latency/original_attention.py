@@ -1,7 +1,7 @@
 """The original MoMA's attention layers, as diffusers attention processors in plain PyTorch.
 
-Nothing of this project's operators is in them: the injected attention goes over all reference tokens with an additive
-mask, and the cross-attention forms its probabilities, because the foreground mask is made of them.
+They do not use this project's operators: the injected attention runs over all reference tokens with an additive mask,
+and the cross-attention materializes its probabilities, because the foreground mask is computed from them.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate, linear, scaled_dot_product_attentio
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """The UNet on the photo. Its self-attention layers leave keys and values here: layer → [1, N, C]."""
+    """State of the UNet pass on the photo: self-attention layers store keys and values here, layer → [1, N, C]."""
 
     keys: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -23,17 +23,17 @@ class ReferencePass:
 
 @dataclass(frozen=True)
 class GenerationStep:
-    """The UNet on the new picture, G guidance halves of it, the unconditional one first.
+    """State of a UNet step on the new picture, with G guidance halves, the unconditional one first.
 
     Attributes:
-        reference: of the photo.
+        reference: keys and values of the photo.
         object_mask: [1, 1, H, W] of the photo, above 0 on the subject.
         foreground: [1, 1, H, W] of the new picture, in 0..1.
-        strength: of the injection.
-        injects: False where the step is so early that nothing is injected; or a tensor of 0 or 1, a factor of what is
-            injected, so that one graph of a compiler is every step's.
+        strength: factor of the injected attention.
+        injects: whether the reference is injected in this step; or a tensor of 0 or 1 that the injected attention is
+            multiplied by, so that all steps share one compiled graph.
         context_gmc: [G, M, C], the context tokens.
-        subject_tokens: int64 [I], where the subject stands in the prompt.
+        subject_tokens: int64 [I], indices of the subject's tokens in the prompt.
         saliency: filled by the cross-attention layers, one [G, S] each.
     """
 
@@ -51,7 +51,7 @@ Step = ReferencePass | GenerationStep
 
 
 class SelfAttention(nn.Module):
-    """Self-attention, and in the generation that to the photo's keys and values, where the new subject is."""
+    """Self-attention; while generating, plus attention to the photo's keys and values inside the foreground."""
 
     def __init__(self, layer: str, adapters: dict[str, Tensor]) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention to the text, and in the generation to the context tokens; leaves the subject's saliency."""
+    """Cross-attention to the text; while generating, also to context tokens, and stores the subject's saliency."""
 
     def __init__(self, layer: str, adapters: dict[str, Tensor]) -> None:
         super().__init__()
@@ -120,9 +120,10 @@ class CrossAttention(nn.Module):
 
 
 def set_processors(unet: UNet2DConditionModel, adapters: dict[str, Tensor]) -> None:
-    """Give every attention layer of a UNet its processor; both passes use the same ones.
+    """Set the processor of every attention layer of a UNet; both passes use the same ones.
 
-    adapters: tensors as `export.checkpoints.model.Component` names them.
+    Args:
+        adapters: tensors by their names in `export.checkpoints.model.Component`.
     """
     processors: dict[str, nn.Module] = {}
     for name in unet.attn_processors:
@@ -132,10 +133,10 @@ def set_processors(unet: UNet2DConditionModel, adapters: dict[str, Tensor]) -> N
 
 
 def next_foreground(saliency: list[Tensor], grid: int, image_size: int) -> Tensor:
-    """The mask [1, 1, H, W] of the next step, of every cross-attention layer's saliency [G, S].
+    """Compute the next step's mask [1, 1, H, W] from every cross-attention layer's saliency [G, S].
 
-    Each is scaled to [0, 1] and enlarged to `grid`; their mean is scaled over both halves; what is not above 0.2 is no
-    foreground; the conditional half is kept.
+    Each saliency is scaled to [0, 1] and enlarged to `grid`; their mean is scaled to [0, 1] over both halves; values
+    not above 0.2 become 0; only the conditional half is kept.
     """
     maps = []
     for map_gs in saliency:
@@ -150,7 +151,7 @@ def next_foreground(saliency: list[Tensor], grid: int, image_size: int) -> Tenso
 
 
 def _split(tensor: Tensor, heads: int) -> Tensor:
-    """[B, S, C] → [B, heads, S, head width]."""
+    """Split heads: [B, S, C] → [B, heads, S, head width]."""
     return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
@@ -159,5 +160,5 @@ def _join(tensor: Tensor) -> Tensor:
 
 
 def _on_grid(mask: Tensor, side: int) -> Tensor:
-    """A mask [1, 1, H, W] sampled nearest on a layer's grid: [1, side * side]."""
+    """Resize a mask [1, 1, H, W] to a layer's grid by nearest neighbor: [1, side * side]."""
     return interpolate(mask, size=(side, side), mode="nearest").flatten(1)

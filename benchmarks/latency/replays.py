@@ -1,4 +1,4 @@
-"""How long the host takes to hand a recorded generation to the device."""
+"""Times how long the host takes to launch a captured generation."""
 
 import time
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from moma_rt.backends.base import Backend, CapturedGraph
 
 
 class TimedReplays:
-    """A backend like `backend`, whose recordings append the seconds that each of their replays took to `seconds`.
+    """Wraps a backend so that every replay of a captured graph appends its seconds to `seconds`.
 
-    A replay returns when it was handed over, not when the device has run it.
+    A replay returns when the graph is enqueued, not when the device has run it.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -23,18 +23,18 @@ class TimedReplays:
 
     def capture(self, enqueue: Callable[[], None]) -> CapturedGraph | None:
         made = self._backend.capture(enqueue)
-        return None if made is None else _TimedRecording(made, self.seconds)
+        return None if made is None else _TimedGraph(made, self.seconds)
 
 
 @dataclass(frozen=True, eq=False)
-class _TimedRecording:
-    recording: CapturedGraph
+class _TimedGraph:
+    graph: CapturedGraph
     seconds: list[float]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.recording, name)
+        return getattr(self.graph, name)
 
     def replay(self) -> None:
         start = time.perf_counter()
-        self.recording.replay()
+        self.graph.replay()
         self.seconds.append(time.perf_counter() - start)

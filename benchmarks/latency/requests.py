@@ -1,4 +1,4 @@
-"""What the latency benchmark asks of each contender, and what they answer."""
+"""Requests and answers of the latency benchmark."""
 
 import argparse
 from collections.abc import Mapping
@@ -10,21 +10,21 @@ import numpy as np
 from moma_rt.bundle.specs import Precision
 
 RUNTIME = "moma-rt"
-# Those that make MoMA's picture come first.
+# The baselines that generate MoMA's picture.
 ORIGINALS = ("eager", "compiled")
-# What the subject of assets/coffee.jpg is called.
+# The name of the subject of assets/coffee.jpg.
 SUBJECT = "coffee cup"
 _ASSETS = Path(__file__).resolve().parents[2] / "assets"
-# More than the runtime keeps the texts of.
+# Their combinations are more than the runtime's prompt cache holds.
 _COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "grey", "pink")
 _MATERIALS = ("glass", "paper", "metal", "wooden", "plastic", "stone", "clay", "tin", "bone")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A picture to be made. Equal names and `subject_seed` mean one subject, which a runtime may have enrolled.
+    """A picture to generate. Equal `name` and `subject_seed` mean the same subject, which may already be enrolled.
 
-    is_watched: with a callback after each step, for which a runtime enqueues the steps one by one.
+    is_watched: generate with a callback after each step, for which the runtime enqueues the steps one by one.
     """
 
     photo: Path
@@ -41,14 +41,14 @@ class Settings:
     """What all requests share.
 
     Attributes:
-        backend: of the runtime.
-        subject: file of the subject that all requests are of; None where the runtime enrolls them.
-        subject_name: what the warm requests' prompts call their subject.
-        threads: of the CPU, on both sides; None leaves the choice to the libraries.
-        embedding: float32 [1024] in place of the language model's; None where the language model runs.
-        weights: the options that say what the bundle was made of, as `export.compare` has them.
-        baseline_precision: of the baselines; None: the bundle's.
-        channels_last: whether the baselines' convolutions have their channels last in memory.
+        backend: the runtime's backend.
+        subject: file of the subject of all requests; None if the runtime enrolls subjects.
+        subject_name: the subject's name in the prompts of warm requests.
+        threads: CPU threads of runtime and baselines; None leaves the choice to the libraries.
+        embedding: float32 [1024] in place of the language model's embedding; None to run the language model.
+        weights: the options of `export.compare` that say what the bundle was built from.
+        baseline_precision: precision of the baselines; None for the bundle's.
+        channels_last: whether the baselines' convolutions use the channels-last memory format.
     """
 
     bundle: Path
@@ -66,7 +66,7 @@ class Settings:
 
     @property
     def guidance_scale(self) -> float:
-        """1.0, which is none, where it is built into the weights that the scheduler is for."""
+        """The guidance scale: 1.0 (no guidance) for lcm, whose weights include it."""
         return 1.0 if self.scheduler == "lcm" else 7.5
 
     @property
@@ -80,9 +80,9 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """How long a request took in all and by stage, and its picture: uint8 [H,W,3], foreground mask float32 [H,W].
+    """Total seconds and seconds by stage of a request, its picture uint8 [H,W,3], and foreground mask float32 [H,W].
 
-    replay_seconds: how long the host took to hand all its steps to the device, where that replayed a recording.
+    replay_seconds: host time to launch the captured graph of all steps; None if nothing was replayed.
     """
 
     seconds: float
@@ -93,9 +93,10 @@ class Answer:
 
 
 def requests(turn: int, subject_name: str = SUBJECT) -> dict[str, Request]:
-    """A request of each kind, in an order in which it is what it is named. Other turns have other texts and seeds.
+    """Return a request of each kind, to be made in this order. Texts and seeds differ between turns.
 
-    subject_name: of the warm ones.
+    Args:
+        subject_name: the subject's name in the warm requests.
     """
     photo, mask = _ASSETS / "coffee.jpg", _ASSETS / "coffee_mask.png"
     colour, material = _COLOURS[turn % len(_COLOURS)], _MATERIALS[turn // len(_COLOURS) % len(_MATERIALS)]
@@ -109,5 +110,5 @@ def requests(turn: int, subject_name: str = SUBJECT) -> dict[str, Request]:
 
 
 def random_embedding(width: int) -> np.ndarray:
-    """Stands for the language model's reading of photo and prompt: float32 [width], the same on every call."""
+    """Return a random context embedding, float32 [width], the same on every call."""
     return np.random.default_rng(0).standard_normal(width, dtype=np.float32)

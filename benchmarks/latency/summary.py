@@ -1,4 +1,4 @@
-"""What the latency benchmark makes of its samples: times, memory, ratios, and a table of them."""
+"""Summarizes the samples of the latency benchmark: times, memory, speedups, and a table."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from benchmarks.latency.requests import RUNTIME, Answer
 
 @dataclasses.dataclass
 class Samples:
-    """What one contender was measured at: answers by kind of request, and memory in GB."""
+    """The samples of one contender: answers by kind of request, and memory in GB."""
 
     answers: dict[str, list[Answer]] = dataclasses.field(default_factory=dict)
     peak_gb: float = 0.0
@@ -18,7 +18,7 @@ class Samples:
 
 
 def summary(samples: Mapping[str, Samples]) -> dict[str, Any]:
-    """Times in milliseconds, memory in GB, and how many times as long as the runtime each baseline takes."""
+    """Return times in milliseconds, memory in GB, and each baseline's time as a multiple of the runtime's."""
     ours = samples[RUNTIME]
     baselines = {}
     for name, theirs in samples.items():
@@ -34,7 +34,7 @@ def summary(samples: Mapping[str, Samples]) -> dict[str, Any]:
 
 
 def times(answers: Sequence[Answer]) -> dict[str, Any]:
-    """p20, p50 and p80 in milliseconds, in all and by stage; a stage that an answer did not need took it none."""
+    """Return p20, p50 and p80 in milliseconds, in total and by stage; a stage that an answer skipped counts as 0."""
     stages = dict.fromkeys(stage for answer in answers for stage in answer.stages)
     return {
         "total": _milliseconds([answer.seconds for answer in answers]),
@@ -43,7 +43,7 @@ def times(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results for a person."""
+    """Format the results as a table."""
     runtime = results["runtime"]
     rows = [(f"{RUNTIME} {kind}", measured, runtime, None) for kind, measured in runtime["requests"].items()]
     for name, found in results["baselines"].items():

@@ -1,1 +1,1 @@
-"""A long mixed run from many threads: each picture checked, memory watched."""
+"""Soak test: a long run of mixed requests from many threads, which checks each picture and the memory."""

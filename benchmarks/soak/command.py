@@ -1,17 +1,17 @@
-"""A long mixed run from many threads, each picture checked, and memory watched: `python -m benchmarks.soak`.
+"""Soak-test one runtime with mixed requests from many threads, and check each picture: `python -m benchmarks.soak`.
 
 Requests are drawn from a pool: several subjects with different numbers of reference tokens, prompts, strengths, seeds,
-one or two pictures, three schedules, callbacks that let all steps pass or cancel, mistakes, and new enrolments. Before
-the run another process makes each request of the pool alone, and where requests are made together also in batches of
-every size that there will be. In the run
+one or two pictures, three schedules, callbacks that cancel or do not, invalid requests, and new enrollments. Before the
+run, another process generates each request of the pool alone, and, where requests are batched, also in batches of every
+size that occurs. The run counts
 
-    wrong     is a picture that differs by more than --tolerance from each of those, a call that fails and should not,
-              and one that does not fail and should. With --max-batch 1 a picture has to be the same to the bit
-    growth    is how much more memory was in use after some request than ever after the first 50: of the GPU, by
-              whichever process, or of this process where the backend runs on the CPU. Less than the captured graphs
-              that the runtime keeps may take is none, unless it goes on to the end
+    wrong     pictures that differ from all of these by more than --tolerance, calls that fail and should not, and calls
+              that should fail and do not. With --max-batch 1 pictures must be bit-identical
+    growth    the maximum of the memory in use after later requests, minus the maximum after the first 50: memory of the
+              GPU, used by any process, or of this process if the backend runs on the CPU. Growth up to the budget of
+              the runtime's captured graphs is allowed, unless it continues until the end
 
-Either ends with exit code 1. Without --bundle the tiny bundle is built, which takes about a minute.
+Anything wrong or too much growth gives exit code 1. Without --bundle, first builds the tiny bundle in about a minute.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks.environment import bundle_facts, environment, percentiles, repeatable, write_results
+from benchmarks.environment import bundle_facts, environment, percentiles, shareable_command, write_results
 from benchmarks.memory import device_mib_in_process, device_mib_used, resident_mib
-from benchmarks.soak.references import load_repeatable, references, subject_file
-from benchmarks.soak.requests import SUBJECTS, Drawn, Kind, draw_requests, pool
-from benchmarks.soak.run import Answered, Asker, Judge, run
+from benchmarks.soak.references import load_deterministic, references, subject_file
+from benchmarks.soak.requests import SUBJECTS, DrawnRequest, Kind, draw_requests, pool
+from benchmarks.soak.run import Checker, Client, Outcome, run
 from moma_rt import backends
 from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.manifest import Bundle
@@ -41,18 +41,18 @@ from moma_rt.memory.limits import GRAPH_MEMORY, Limits
 from moma_rt.subject import Subject
 
 PROGRAM = "benchmarks.soak"
-# The requests after which memory is to stay as it is.
+# The number of requests after which memory should no longer grow.
 SETTLED = 50
 _CPU_BACKEND = "onnxruntime"
-# On a GPU the captured graphs that the runtime keeps: which of them are there at a time is chance. On a CPU ONNX
-# Runtime's arena, which grows until the largest batch has been made, and what the C library keeps.
+# On a GPU, the budget of captured graphs, since chance decides which are cached at a time. On a CPU, ONNX Runtime's
+# arena, which grows until the largest batch has run, and memory that the C library does not return.
 _GROWTH_MIB, _GROWTH_MIB_ON_CPU = GRAPH_MEMORY / 2**20, 256.0
-# Growth in every one of so many parts of a run in a row, by more than so many MiB each, is growth without end.
+# Growth by more than so many MiB in each of the last so many parts of a run counts as a leak.
 _GROWING_PARTS, _GROWING_MIB = 5, 1.0
-# Where memory can only be asked of a process of its own: after every so many requests.
+# Memory is sampled after every so many requests where a sample starts a process.
 _SAMPLED_EVERY = 10
-# How far rounding takes a picture of a batch from the same one in a batch of that size with others, in steps of 1/255:
-# bf16 rounds eight times as coarsely as fp16.
+# How much rounding changes a picture between batches of one size but with other samples, in steps of 1/255: bf16 rounds
+# eight times as coarsely as fp16.
 _TOLERANCES = MappingProxyType({Precision.FP32: 1, Precision.FP16: 2, Precision.BF16: 16})
 _SHOWN_WRONG, _KEPT_WRONG = 5, 50
 
@@ -62,33 +62,33 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--bundle", type=Path, metavar="DIR", help="default: the tiny one, built now")
-    p.add_argument("--backend", default=backends.AUTO, metavar="NAME", help="of the runtime (default: auto)")
-    p.add_argument("--requests", type=int, default=1000, metavar="N", help="of the run (default: 1000)")
-    p.add_argument("--threads", type=int, default=8, metavar="N", help="that ask (default: 8)")
-    p.add_argument("--max-batch", type=int, default=4, metavar="N", help="of the runtime (default: 4)")
-    p.add_argument("--distinct", type=int, default=48, metavar="N", help="different requests (default: 48)")
-    p.add_argument("--seed", type=int, default=0, help="of the pool and of the draw (default: 0)")
+    p.add_argument("--bundle", type=Path, metavar="DIR", help="bundle to run (default: build the tiny one)")
+    p.add_argument("--backend", default=backends.AUTO, metavar="NAME", help="backend of the runtime (default: auto)")
+    p.add_argument("--requests", type=int, default=1000, metavar="N", help="requests to make (default: 1000)")
+    p.add_argument("--threads", type=int, default=8, metavar="N", help="threads that make requests (default: 8)")
+    p.add_argument("--max-batch", type=int, default=4, metavar="N", help="max_batch of the runtime (default: 4)")
+    p.add_argument("--distinct", type=int, default=48, metavar="N", help="distinct requests in the pool (default: 48)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the pool and of the draw (default: 0)")
     p.add_argument(
         "--tolerance",
         type=int,
         metavar="N",
-        help="in steps of 1/255 (default: 0 with --max-batch 1, else "
+        help="allowed difference of a picture in steps of 1/255 (default: 0 with --max-batch 1, else "
         f"{', '.join(f'{n} in {p.value}' for p, n in _TOLERANCES.items())})",
     )
     p.add_argument(
         "--growth",
         type=float,
         metavar="MIB",
-        help=f"that is allowed (default: {_GROWTH_MIB:.0f} on a GPU, {_GROWTH_MIB_ON_CPU:g} on a CPU)",
+        help=f"allowed growth of memory (default: {_GROWTH_MIB:.0f} on a GPU, {_GROWTH_MIB_ON_CPU:g} on a CPU)",
     )
     p.add_argument(
         "--minutes",
         type=float,
         metavar="M",
-        help="begin no request later than so long after the start (default: make all)",
+        help="start no request later than M minutes after the start (default: no limit)",
     )
-    p.add_argument("--out", default="soak", metavar="NAME", help="of the JSON in benchmarks/results (default: soak)")
+    p.add_argument("--out", default="soak", metavar="NAME", help="write benchmarks/results/NAME.json (default: soak)")
     return p
 
 
@@ -102,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _soak(options: argparse.Namespace, given: Sequence[str]) -> int:
     start = time.monotonic()
     _check_options(options)
-    # Before the minutes of running: the commit is that of the code that is loaded now.
-    where = environment(repeatable(PROGRAM, given))
+    # Taken before the run, since the commit is that of the code loaded now.
+    where = environment(shareable_command(PROGRAM, given))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bundle = Bundle.open(_tiny_bundle(folder / "bundle") if options.bundle is None else options.bundle)
@@ -111,17 +111,17 @@ def _soak(options: argparse.Namespace, given: Sequence[str]) -> int:
         plan = Plan.of(options, bundle, backend, start)
         requests = pool(options.distinct, bundle.has("vision_encoder", "language_model"), options.seed)
         made = references(bundle.root, backend, requests, folder, plan.batches)
-        judge = Judge(requests, made, plan.tolerance)
-        print_output(f"{len(requests)} requests made alone; {time.monotonic() - start:.0f} s since the start")
-        apart, one, other = judge.closest_pair()
+        checker = Checker(requests, made, plan.tolerance)
+        print_output(f"{len(requests)} requests generated alone; {time.monotonic() - start:.0f} s since the start")
+        apart, one, other = checker.closest_pair()
         results = {
             "environment": where,
             "bundle": bundle_facts(bundle),
             "backend": backend,
             "settings": {**plan.described(), "distinct": options.distinct},
             "closest_pair": {"difference": apart, "of": [one, other]},
-            "together": {"difference": judge.largest_difference(), "allowed": plan.rounding},
-            **soak(plan, bundle.root, backend, judge, folder),
+            "together": {"difference": checker.largest_difference(), "allowed": plan.rounding},
+            **soak(plan, bundle.root, backend, checker, folder),
         }
     path = write_results(options.out, results)
     print_output(f"{path}\n{table(results)}")
@@ -131,7 +131,7 @@ def _soak(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """Refuse numbers out of range before anything is built or made."""
+    """Refuse numbers out of range before anything is built or generated."""
     allowed = {
         "requests": (SETTLED + 1, 10**6),
         "threads": (1, 64),
@@ -151,9 +151,13 @@ def _check_options(options: argparse.Namespace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The run, to a time `end` of the clock. Memory, of the GPU where `on_gpu`, may grow by `growth_mib`.
+    """The run's settings.
 
-    tolerance: of pictures in the run. rounding: of one picture in batches of several sizes, before the run.
+    Attributes:
+        tolerance: allowed difference of pictures in the run, in steps of 1/255.
+        rounding: allowed difference of one picture between batch sizes, before the run, in steps of 1/255.
+        growth_mib: allowed growth of memory, of the GPU if `on_gpu`, else of this process.
+        end: time of `time.monotonic` after which no request starts.
     """
 
     requests: int
@@ -168,7 +172,7 @@ class Plan:
 
     @classmethod
     def of(cls, options: argparse.Namespace, bundle: Bundle, backend: str, start: float) -> "Plan":
-        """What was asked for, and for the rest what suits the bundle and what it runs on."""
+        """Take the options, with defaults that suit the bundle and the device."""
         rounding = _TOLERANCES[bundle.network("denoiser").precision]
         tolerance = 0 if options.max_batch == 1 else rounding
         on_gpu = backend != _CPU_BACKEND and device_mib_used() is not None
@@ -186,12 +190,12 @@ class Plan:
         )
 
     def described(self) -> dict[str, Any]:
-        """All but the time of the clock, which says nothing to others."""
+        """Return the settings for the results, without `end`, which is only meaningful in this process."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "end"}
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """In how many pictures at a time requests may be made together, beside 1: on a GPU they are rounded up."""
+        """Batch sizes above 1 for the references: on a GPU, where batches are padded to powers of two."""
         powers = (1 << exponent for exponent in range(1, self.max_batch.bit_length()))
         return tuple(power for power in powers if self.on_gpu and power <= self.max_batch)
 
@@ -199,7 +203,7 @@ class Plan:
         return time.monotonic() > self.end
 
     def used_mib(self, number: int) -> float | None:
-        """Memory in use after the `number`th request; None where it was not asked for."""
+        """Return the memory in use after the `number`th request; None if it is not sampled then."""
         if not self.on_gpu:
             return resident_mib()
         used = device_mib_in_process()
@@ -214,23 +218,23 @@ def _tiny_bundle(out: Path) -> Path:
     return out
 
 
-def soak(plan: Plan, bundle: Path, backend: str, judge: Judge, folder: Path) -> dict[str, Any]:
-    """Make the run of subjects that lie in `folder`; what became of it."""
-    drawn = draw_requests(plan.requests, len(judge.pool), plan.seed)
+def soak(plan: Plan, bundle: Path, backend: str, checker: Checker, folder: Path) -> dict[str, Any]:
+    """Run with the subjects saved in `folder`, and return the results."""
+    drawn = draw_requests(plan.requests, len(checker.pool), plan.seed)
     before = plan.used_mib(0)
-    runtime = load_repeatable(bundle, backend, max_batch=plan.max_batch)
-    asker = Asker(runtime, {name: Subject.load(subject_file(folder, name)) for name in SUBJECTS}, judge)
+    runtime = load_deterministic(bundle, backend, max_batch=plan.max_batch)
+    client = Client(runtime, {name: Subject.load(subject_file(folder, name)) for name in SUBJECTS}, checker)
 
-    def ask(number: int, chosen: Drawn) -> Answered:
-        return dataclasses.replace(asker.ask(number, chosen), used_mib=plan.used_mib(number))
+    def ask(number: int, chosen: DrawnRequest) -> Outcome:
+        return dataclasses.replace(client.ask(number, chosen), used_mib=plan.used_mib(number))
 
     start = time.monotonic()
     answers = run(ask, drawn, plan.threads, plan.is_over)
     return {**summary(answers, time.monotonic() - start), "memory": memory(before, [a.used_mib for a in answers])}
 
 
-def summary(answers: Sequence[Answered], seconds: float) -> dict[str, Any]:
-    """Counts, latencies in milliseconds, and what was wrong."""
+def summary(answers: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+    """Return counts, latencies in milliseconds, and what was wrong."""
     pictures = [answer for answer in answers if answer.differences]
     differences = Counter(apart for answer in pictures for apart in answer.differences)
     made = sum(differences.values())
@@ -242,9 +246,9 @@ def summary(answers: Sequence[Answered], seconds: float) -> dict[str, Any]:
         "pictures": made,
         "wrong": len(wrong),
         "what_is_wrong": wrong[:_KEPT_WRONG],
-        # How many pictures differ so much, in steps of 1/255, from those made alone.
+        # The number of pictures by their difference from those generated alone, in steps of 1/255.
         "differences": {str(apart): differences[apart] for apart in sorted(differences)},
-        "pictures_at_a_time": round(made / max(1, len({answer.made_with for answer in pictures})), 2),
+        "pictures_at_a_time": round(made / max(1, len({answer.batch_id for answer in pictures})), 2),
         "seconds": round(seconds, 1),
         "requests_per_second": round(len(answers) / seconds, 2),
         "latency_ms": percentiles([1000 * answer.seconds for answer in pictures] or [0.0], (50, 99)),
@@ -252,10 +256,9 @@ def summary(answers: Sequence[Answered], seconds: float) -> dict[str, Any]:
 
 
 def memory(before: float | None, samples: Sequence[float | None]) -> dict[str, Any]:
-    """Of the samples after each request, in MiB: the most of the first 50, the most of all, the last, the growth.
+    """Summarize the memory samples after each request, in MiB: maximum of the first 50, of all, the last, the growth.
 
-    Also the most of every 50 requests, which tells growth that ends from growth that does not. Samples that failed are
-    left out.
+    Also gives the maximum of every 50 requests, which tells growth that ends from a leak. Missing samples are skipped.
     """
     early, late = ([used for used in part if used is not None] for part in (samples[:SETTLED], samples[SETTLED:]))
     if not early or not late:
@@ -268,42 +271,42 @@ def memory(before: float | None, samples: Sequence[float | None]) -> dict[str, A
 
 
 def verdict(results: Mapping[str, Any]) -> str:
-    """What the run failed for, on one line; empty where it did not."""
+    """Return why the run failed, in one line; empty if it passed."""
     growth, allowed = results["memory"]["growth"], results["settings"]["growth_mib"]
     said = [f"{results['wrong']} wrong: {results['what_is_wrong'][0]}"] if results["wrong"] else []
     closest, tolerance = results["closest_pair"], results["settings"]["tolerance"]
     if closest["difference"] <= 2 * tolerance:
         one, other = closest["of"]
-        said.append(f"with a tolerance of {tolerance}, {one} and {other} could be mixed up without being seen")
+        said.append(f"with a tolerance of {tolerance}, {one} and {other} could be mixed up unnoticed")
     together = results["together"]
     if together["difference"] > together["allowed"]:
         said.append(
-            f"a picture that is made with others is {together['difference']}/255 from the one made alone, "
+            f"a picture generated in a batch is {together['difference']}/255 from the one generated alone, "
             f"{together['allowed']} are allowed"
         )
     parts = [part for part in results["memory"][f"most_of_each_{SETTLED}"] if part]
     if still_grows(parts):
-        said.append(f"memory grew in each of the last {_GROWING_PARTS} times {SETTLED} requests, to {parts[-1]:g} MiB")
+        said.append(f"memory grew in each of the last {_GROWING_PARTS} x {SETTLED} requests, to {parts[-1]:g} MiB")
     if growth > allowed:
         said.append(f"memory grew by {growth:g} MiB after the first {SETTLED} requests, {allowed:g} are allowed")
     return "; ".join(said)
 
 
 def still_grows(parts: Sequence[float]) -> bool:
-    """Whether memory, the most of each part of a run, grew in every one of the last parts."""
+    """Return whether memory, given as the maximum of each part of a run, grew in all of the last parts."""
     last = parts[-_GROWING_PARTS - 1 :]
     return len(last) > _GROWING_PARTS and all(after - before > _GROWING_MIB for before, after in pairwise(last))
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results for a person."""
+    """Format the results as a table."""
     settings, found, latency = results["settings"], results["memory"], results["latency_ms"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in results["kinds"].items())
     differences = list(results["differences"])
     rows = {
         "requests": f"{results['answered']} of {settings['requests']} ({kinds})",
         "pictures": f"{results['pictures']}, {results['pictures_at_a_time']} at a time",
-        "wrong": f"{results['wrong']}; at most {differences[-1] if differences else 0}/255 from those made alone, "
+        "wrong": f"{results['wrong']}; at most {differences[-1] if differences else 0}/255 from those generated alone, "
         f"{settings['tolerance']} allowed; no two of those are closer than {results['closest_pair']['difference']}",
         "rate": f"{results['requests_per_second']} requests/s from {settings['threads']} threads, "
         f"latency p50 {latency['p50']:.0f} ms, p99 {latency['p99']:.0f} ms",

@@ -1,4 +1,4 @@
-"""What the pictures of the soak benchmark have to be: each request of the pool, made when there is no other."""
+"""Reference pictures of the soak test: each request of the pool, generated while no other request runs."""
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,10 +19,12 @@ Images = Sequence[np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A request's pictures as they are when it is the only one: all at once, as they were asked for.
+    """A request's pictures, generated while no other request runs.
 
-    singly: each of them asked for by itself.
-    batched: each as the first of a batch of others, for each of some sizes of batches.
+    Attributes:
+        asked: generated in one call, as the request asks for them.
+        singly: each generated in a call of its own.
+        batched: each as the first picture of a batch, for several batch sizes.
     """
 
     asked: Images
@@ -30,64 +32,65 @@ class Reference:
     batched: Sequence[Images] = ()
 
     def of(self, index: int) -> list[np.ndarray]:
-        """Everything that one of the pictures may be."""
+        """Return all references of one of the pictures."""
         return [images[index] for images in (self.asked, self.singly, *self.batched) if images]
 
 
 def references(
     bundle: Path, backend: str, requests: Sequence[PictureRequest], folder: Path, batches: Sequence[int] = ()
 ) -> list[Reference]:
-    """The pictures of each request, made one request at a time by a process that ends; it leaves its subjects in
-    `folder`.
+    """Generate the pictures of each request, one request at a time, in a process that ends afterwards.
 
-    batches: numbers of pictures that may be made together.
+    Args:
+        folder: receives the enrolled subjects.
+        batches: batch sizes to generate each picture in as well.
 
     Raises:
-        MomaError: what went wrong there.
+        MomaError: the process failed or was killed.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         try:
-            return process.submit(_made_alone, bundle, backend, requests, folder, batches).result()
+            return process.submit(_generate_alone, bundle, backend, requests, folder, batches).result()
         except BrokenProcessPool:
             raise MomaError(
-                "the process that makes each request alone was killed; there may be too little memory"
+                "the process that generates the reference pictures was killed; there may be too little memory"
             ) from None
 
 
 def subject_file(folder: Path, name: str) -> Path:
-    """Where one of `SUBJECTS` is saved."""
+    """Return the path that one of `SUBJECTS` is saved to."""
     return folder / f"{SUBJECTS.index(name)}.subject"
 
 
-def load_repeatable(bundle: Path, backend: str, **limits: int) -> Runtime:
-    """A runtime whose pictures are, to the bit, those of another process that loads one this way."""
+def load_deterministic(bundle: Path, backend: str, **limits: int) -> Runtime:
+    """Load a runtime whose pictures are bit-identical in every process that loads it this way."""
     runtime = Runtime.load(bundle, backend, **limits)
     if backend == "inductor":
         import torch
 
-        # On a GPU it has cuDNN measure which convolutions are the fastest: two processes may choose others, which round
-        # otherwise. No network is loaded yet, so all are chosen by rule now; the soak may be a little slower for it.
+        # On a GPU this backend lets cuDNN time convolution algorithms: two processes may choose different ones, which
+        # round differently. No network is loaded yet, so all are now chosen by rule, at a small cost in speed.
         torch.backends.cudnn.benchmark = False
     return runtime
 
 
-def _made_alone(
+def _generate_alone(
     bundle: Path, backend: str, requests: Sequence[PictureRequest], folder: Path, batches: Sequence[int]
 ) -> list[Reference]:
-    runtime = load_repeatable(bundle, backend)
+    runtime = load_deterministic(bundle, backend)
     width = runtime.bundle.manifest.geometry.embedding_width
     subjects = {name: runtime.enroll(*photo_and_mask(name), name) for name in SUBJECTS}
     for name, subject in subjects.items():
         subject.save(subject_file(folder, name))
 
-    def made(request: PictureRequest, count: int) -> Images:
+    def generated(request: PictureRequest, count: int) -> Images:
         options = {**request.options(width), "num_images": count}
         return [np.asarray(image) for image in runtime.generate(subjects[request.subject], **options).images]
 
     found = []
     for request in requests:
         singles = request.single()
-        asked = made(request, request.num_images)
-        singly = asked if len(singles) == 1 else [made(one, 1)[0] for one in singles]
-        found.append(Reference(asked, singly, [[made(one, count)[0] for one in singles] for count in batches]))
+        asked = generated(request, request.num_images)
+        singly = asked if len(singles) == 1 else [generated(one, 1)[0] for one in singles]
+        found.append(Reference(asked, singly, [[generated(one, count)[0] for one in singles] for count in batches]))
     return found

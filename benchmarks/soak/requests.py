@@ -1,4 +1,4 @@
-"""What the soak benchmark asks for: a pool of different requests, and a long mixed draw from it. Pure data."""
+"""Requests of the soak test: a pool of distinct requests, and a random sequence drawn from it."""
 
 import enum
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,25 +14,25 @@ _ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 class Kind(enum.Enum):
-    """What becomes of a request that was drawn."""
+    """The kind of a drawn request: how it is made, and how it should end."""
 
     PICTURE = "picture"
-    WATCHED = "watched"  # with a callback that lets every step pass
-    CANCELLED = "cancelled"  # by its callback
-    REFUSED = "refused"  # for a mistake in it
-    ENROLLED = "enrolled"  # its subject, once more
+    WATCHED = "watched"  # with a callback that never cancels
+    CANCELLED = "cancelled"  # with a callback that cancels
+    REFUSED = "refused"  # with an invalid argument
+    ENROLLED = "enrolled"  # enrolls its subject again
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What requests must have in common to be made together."""
+    """What requests must share to be batched."""
 
     scheduler: str
     steps: int
     guidance_scale: float
 
 
-# Few, so that requests meet others of their schedule; with and without guidance, history and noise at every step.
+# Few, so that requests can be batched; with and without guidance, multistep history, and noise in every step.
 SCHEDULES = (Schedule("ddim", 6, 7.5), Schedule("dpmpp_2m", 4, 7.5), Schedule("lcm", 4, 1.0))
 SUBJECTS = ("coffee cup", "mug", "red cup", "saucer")
 _PROMPTS = (
@@ -42,13 +42,13 @@ _PROMPTS = (
     "Snow on a mountain, early morning, long shadows over the valley, a photograph.",
 )
 _STRENGTHS = (0.4, 0.8, 1.0, 1.4)
-# Requests of two pictures have seeds of their own: no picture belongs to two requests.
+# Requests for two pictures use separate seeds, so that no picture belongs to two requests.
 _SEEDS, _FIRST_SEED_OF_TWO = 16, 1000
 
 
 @dataclass(frozen=True)
 class PictureRequest:
-    """One or two pictures. `embedding`, if any, is a seed of the numbers given in the language model's place."""
+    """A request for one or two pictures. `embedding` is the seed of a random context embedding, or None."""
 
     schedule: Schedule
     subject: str = SUBJECTS[0]
@@ -60,7 +60,7 @@ class PictureRequest:
     embedding: int | None = None
 
     def options(self, embedding_width: int) -> dict[str, Any]:
-        """What `Runtime.generate` is given beside the subject."""
+        """Return the arguments of `Runtime.generate` other than the subject."""
         schedule, embedding = self.schedule, None
         if self.embedding is not None:
             embedding = np.random.default_rng(self.embedding).standard_normal(embedding_width, dtype=np.float32)
@@ -77,20 +77,20 @@ class PictureRequest:
         }
 
     def single(self) -> list["PictureRequest"]:
-        """The same pictures, each asked for alone."""
+        """Return one request for each of the pictures."""
         return [replace(self, seed=self.seed + index, num_images=1) for index in range(self.num_images)]
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A request of the mixed run: which one of the pool, and what becomes of it."""
+class DrawnRequest:
+    """A request of the run: its index in the pool, its kind, and its index in `MISTAKES` if it is to be refused."""
 
     kind: Kind
     chosen: int
     mistake: int = 0
 
 
-# Each is a mistake of a kind of its own; the last one is found in the call's turn, beside others that are fine.
+# One of each kind of mistake; the last is only detected when its batch runs, together with valid requests.
 MISTAKES: Sequence[Mapping[str, Any]] = tuple(
     MappingProxyType(mistake)
     for mistake in (
@@ -103,20 +103,20 @@ MISTAKES: Sequence[Mapping[str, Any]] = tuple(
         {"prompt": "x" * 20000, "context_embedding": None},
     )
 )
-# Out of a hundred requests.
+# Percentages of requests.
 _SHARES = MappingProxyType({Kind.WATCHED: 5, Kind.CANCELLED: 2, Kind.REFUSED: 2, Kind.ENROLLED: 1})
 
 
 def pool(count: int, has_language_model: bool, seed: int) -> list[PictureRequest]:
-    """`count` different requests.
+    """Return `count` distinct requests.
 
-    First, of every schedule, those that differ from its first one in a single thing, so that mixing up that thing alone
-    would be seen; then whatever is drawn. With a language model some have an embedding in its place, else all do.
+    The first ones of each schedule differ in a single argument, so that mixing up just that argument would be noticed;
+    the others are random. Without a language model all have an embedding, else some.
     """
     found = dict[PictureRequest, None]()
     for candidate in _candidates(np.random.default_rng(seed)):
         if not has_language_model and candidate.embedding is None:
-            # One a prompt: it stands for a reading of the prompt.
+            # One for each prompt, since it replaces the language model's embedding of the prompt.
             candidate = replace(candidate, embedding=_PROMPTS.index(candidate.prompt))
         found[candidate] = None
         if len(found) == count:
@@ -135,7 +135,7 @@ def _candidates(rng: np.random.Generator) -> Iterator[PictureRequest]:
         {"embedding": len(_PROMPTS)},
     ):
         yield from (replace(first, **changed) for first in firsts)
-    # Without guidance the one is not read, and random weights hardly show the other.
+    # Without guidance the negative prompt is unused, and random weights hardly react to the strength.
     for changed in ({"negative_prompt": "blurry"}, {"strength": 0.4}):
         yield from (replace(first, **changed) for first in firsts if first.schedule.guidance_scale != 1.0)
     while True:
@@ -151,19 +151,19 @@ def _candidates(rng: np.random.Generator) -> Iterator[PictureRequest]:
         )
 
 
-def draw_requests(count: int, pool_size: int, seed: int) -> list[Drawn]:
-    """`count` requests in the order in which they are made; equal numbers draw the same ones."""
+def draw_requests(count: int, pool_size: int, seed: int) -> list[DrawnRequest]:
+    """Draw `count` requests, in the order in which they are made; the same arguments give the same requests."""
     rng = np.random.default_rng(seed)
     shares = {Kind.PICTURE: 100 - sum(_SHARES.values()), **_SHARES}
     by_share = [kind for kind, share in shares.items() for _ in range(share)]
     return [
-        Drawn(by_share[rng.integers(100)], int(rng.integers(pool_size)), int(rng.integers(len(MISTAKES))))
+        DrawnRequest(by_share[rng.integers(100)], int(rng.integers(pool_size)), int(rng.integers(len(MISTAKES))))
         for _ in range(count)
     ]
 
 
 def photo_and_mask(subject: str) -> tuple[Image.Image, Image.Image]:
-    """What a subject of `SUBJECTS` is enrolled of: the first two leave about as many reference tokens, others more."""
+    """Return the photo and mask of one of `SUBJECTS`: the first two give about equally many reference tokens."""
     photo, mask = (Image.open(_ASSETS / name) for name in ("coffee.jpg", "coffee_mask.png"))
     mask = mask.convert("L")
     if subject == SUBJECTS[0]:

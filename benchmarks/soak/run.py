@@ -1,4 +1,4 @@
-"""The run of the soak benchmark: threads that ask one runtime, and what is found in each answer."""
+"""Runs the soak test: threads make requests of one runtime, and each result is checked."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.picture_difference import difference
 from benchmarks.soak.references import Images, Reference
-from benchmarks.soak.requests import MISTAKES, Drawn, Kind, PictureRequest, photo_and_mask
+from benchmarks.soak.requests import MISTAKES, DrawnRequest, Kind, PictureRequest, photo_and_mask
 from moma_rt.errors import BundleError, Cancelled, InputError
 from moma_rt.runtime import Runtime
 from moma_rt.subject import Subject
@@ -20,31 +20,31 @@ _EXPECTED = {Kind.CANCELLED: (Cancelled,), Kind.REFUSED: (InputError, BundleErro
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What one request came to.
+class Outcome:
+    """The outcome of one request.
 
     Attributes:
-        seconds: until the answer, the waiting included.
-        differences: of each picture from the one made alone, the largest of all values, in steps of 1/255.
-        wrong: what is wrong with it, a line each.
-        made_with: equal for the calls that were made together; None for those without pictures.
-        used_mib: memory in use after it, where that was asked for.
+        seconds: latency, including the time in the queue.
+        differences: largest difference of each picture from its reference, in steps of 1/255.
+        wrong: what is wrong with the outcome, one line each.
+        batch_id: equal for calls that ran in one batch; None for calls without pictures.
+        used_mib: memory in use after the request, if it was sampled.
     """
 
     kind: Kind
     seconds: float
     differences: tuple[int, ...] = ()
     wrong: tuple[str, ...] = ()
-    made_with: float | None = None
+    batch_id: float | None = None
     used_mib: float | None = None
 
 
 @dataclass(frozen=True)
-class Judge:
-    """The pool, and what the pictures of its requests may be, within `tolerance` steps of 1/255.
+class Checker:
+    """Compares pictures with the references of the pool's requests, within `tolerance` steps of 1/255.
 
-    With a tolerance of 0 a request's pictures are those that it had when it was asked for alone; else each may also be
-    what it was by itself, or in a batch of others.
+    With a tolerance of 0 the pictures must equal those of the request made alone; otherwise a picture may also match
+    its references generated singly or in a batch.
     """
 
     pool: Sequence[PictureRequest]
@@ -52,7 +52,7 @@ class Judge:
     tolerance: int
 
     def largest_difference(self) -> int:
-        """How far a picture of the pool is at most from itself made with others, in steps of 1/255."""
+        """Return the largest difference between a picture and its other references, in steps of 1/255."""
         return max(
             difference(picture, other)
             for reference in self.references
@@ -61,9 +61,9 @@ class Judge:
         )
 
     def closest_pair(self) -> tuple[int, str, str]:
-        """How far the two pictures most alike are apart, and which they are.
+        """Return the smallest difference between two pictures of the pool, in steps of 1/255, and their names.
 
-        Within twice the tolerance one could be taken for the other.
+        If it is at most twice the tolerance, one picture could pass for the other.
         """
         named = list(self._named())
         return min(
@@ -72,8 +72,8 @@ class Judge:
             for other_name, other in named[:index]
         )
 
-    def wrong(self, chosen: int, images: Images) -> tuple[tuple[int, ...], list[str]]:
-        """The differences of a request's pictures from those made alone, and a line for each that is wrong."""
+    def check(self, chosen: int, images: Images) -> tuple[tuple[int, ...], list[str]]:
+        """Return the pictures' differences from their references, and a line for each picture that is wrong."""
         expected = self.references[chosen]
         if len(images) != len(expected.asked):
             return (), [f"{len(images)} pictures instead of {len(expected.asked)}"]
@@ -86,7 +86,7 @@ class Judge:
             if apart > self.tolerance:
                 nearest, name = min((difference(image, other), name) for name, other in self._named())
                 whose = f"; it is {nearest} from {name}" if nearest < apart else ""
-                lines.append(f"its picture {index + 1} is {apart}/255 from the one made alone{whose}")
+                lines.append(f"its picture {index + 1} is {apart}/255 from the one generated alone{whose}")
         return differences, lines
 
     def _allowed(self, reference: Reference, index: int) -> list[np.ndarray]:
@@ -98,37 +98,37 @@ class Judge:
                 yield f"picture {index + 1} of request {number} of the pool", image
 
 
-class Asker:
-    """Makes requests of one runtime, from any thread."""
+class Client:
+    """Makes requests of one runtime and checks the results; may be shared between threads."""
 
-    def __init__(self, runtime: Runtime, subjects: Mapping[str, Subject], judge: Judge) -> None:
+    def __init__(self, runtime: Runtime, subjects: Mapping[str, Subject], checker: Checker) -> None:
         self._runtime = runtime
         self._subjects = dict(subjects)
-        self._judge = judge
+        self._checker = checker
         self._width = runtime.bundle.manifest.geometry.embedding_width
 
-    def ask(self, number: int, drawn: Drawn) -> Answered:
-        """Make a request, the `number`th of the run, and judge the answer."""
+    def ask(self, number: int, drawn: DrawnRequest) -> Outcome:
+        """Make the `number`th request of the run, and check its outcome."""
         start = time.perf_counter()
         try:
-            images, made_with = self._answer(drawn)
+            images, batch_id = self._answer(drawn)
         except Exception as error:
             seconds = time.perf_counter() - start
-            as_it_should = isinstance(error, _EXPECTED.get(drawn.kind, ()))
-            lines = [] if as_it_should else [f"{type(error).__name__}: {error}"]
-            return Answered(drawn.kind, seconds, wrong=self._told(number, drawn, lines))
+            is_expected = isinstance(error, _EXPECTED.get(drawn.kind, ()))
+            lines = [] if is_expected else [f"{type(error).__name__}: {error}"]
+            return Outcome(drawn.kind, seconds, wrong=self._labeled(number, drawn, lines))
         seconds = time.perf_counter() - start
         if drawn.kind in _EXPECTED:
-            return Answered(drawn.kind, seconds, wrong=self._told(number, drawn, ["it was answered"]))
+            return Outcome(drawn.kind, seconds, wrong=self._labeled(number, drawn, ["it was answered"]))
         if drawn.kind is Kind.ENROLLED:
-            return Answered(drawn.kind, seconds)
-        differences, lines = self._judge.wrong(drawn.chosen, images)
-        return Answered(drawn.kind, seconds, differences, self._told(number, drawn, lines), made_with)
+            return Outcome(drawn.kind, seconds)
+        differences, lines = self._checker.check(drawn.chosen, images)
+        return Outcome(drawn.kind, seconds, differences, self._labeled(number, drawn, lines), batch_id)
 
-    def _answer(self, drawn: Drawn) -> tuple[Images, float | None]:
-        request = self._judge.pool[drawn.chosen]
+    def _answer(self, drawn: DrawnRequest) -> tuple[Images, float | None]:
+        request = self._checker.pool[drawn.chosen]
         if drawn.kind is Kind.ENROLLED:
-            # Later requests of it are made with what this one enrolled.
+            # Later requests use the newly enrolled subject.
             self._subjects[request.subject] = self._runtime.enroll(*photo_and_mask(request.subject), request.subject)
             return (), None
         options = request.options(self._width)
@@ -139,33 +139,36 @@ class Asker:
         elif drawn.kind is Kind.WATCHED:
             options["on_step"] = lambda info: None
         result = self._runtime.generate(self._subjects[request.subject], **options)
-        # Calls that are made together are told the same times.
+        # Calls of one batch report the same times.
         return [np.asarray(image) for image in result.images], result.seconds["denoiser"]
 
-    def _told(self, number: int, drawn: Drawn, lines: Sequence[str]) -> tuple[str, ...]:
+    def _labeled(self, number: int, drawn: DrawnRequest, lines: Sequence[str]) -> tuple[str, ...]:
         return tuple(f"request {number} ({drawn.kind.value}, {drawn.chosen} of the pool): {line}" for line in lines)
 
 
 def run(
-    ask: Callable[[int, Drawn], Answered], drawn: Sequence[Drawn], threads: int, is_over: Callable[[], bool]
-) -> list[Answered]:
-    """Have `threads` threads ask for everything that was drawn, in the order in which it was answered.
+    ask: Callable[[int, DrawnRequest], Outcome],
+    drawn: Sequence[DrawnRequest],
+    threads: int,
+    is_over: Callable[[], bool],
+) -> list[Outcome]:
+    """Make all drawn requests from `threads` threads; returns their outcomes in the order of completion.
 
-    is_over: asked before each request; once it says so no further one is begun.
+    is_over: called before each request; once it returns True no further request starts.
     """
-    numbered, lock, answers = iter(enumerate(drawn)), threading.Lock(), list[Answered]()
+    numbered, lock, answers = iter(enumerate(drawn)), threading.Lock(), list[Outcome]()
 
-    def following() -> tuple[int, Drawn] | None:
+    def next_request() -> tuple[int, DrawnRequest] | None:
         with lock:
             return None if is_over() else next(numbered, None)
 
     def work() -> None:
-        while (item := following()) is not None:
+        while (item := next_request()) is not None:
             answer = ask(*item)
             with lock:
                 answers.append(answer)
 
-    # Daemons: Ctrl-C ends the process and not only the thread that waits for these.
+    # Daemon threads, so that Ctrl-C ends the whole process.
     workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
     for worker in workers:
         worker.start()

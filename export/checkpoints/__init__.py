@@ -1,4 +1,4 @@
-"""Checkpoints in their original formats, and synthetic ones: `load_checkpoint(CheckpointRequest(...))`."""
+"""Load checkpoints in their original formats, or synthetic ones: `load_checkpoint(CheckpointRequest(...))`."""
 
 from export.checkpoints.load import CheckpointRequest, load_checkpoint
 from export.checkpoints.model import NETWORK_ROLES, ROLES, Checkpoint, Component, roles_for

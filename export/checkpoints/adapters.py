@@ -64,12 +64,12 @@ def expected_shapes(unet_config: dict[str, Any], geometry: AdapterGeometry) -> S
 
 
 def read_adapters(path: Path, unet_config: dict[str, Any], language_width: int | None) -> Component:
-    """The adapters in a file (or in a folder that has it under its usual name), for the given UNet.
+    """Read the adapters for the given UNet from a file, or from a folder that has the file under its usual name.
 
-    `language_width` is that of the language model they are to work with, None where that is not known.
+    `language_width` is the width of the language model that they will be used with, None if unknown.
 
     Raises:
-        CheckpointError: missing, damaged, unsafe, other keys than the three state dicts have, or another geometry.
+        CheckpointError: a missing, damaged or unsafe file, unexpected keys, or sizes that do not fit other networks.
     """
     path = path / _FILE_NAME if path.is_dir() else path
     if not path.is_file():
@@ -96,7 +96,7 @@ def read_adapters(path: Path, unet_config: dict[str, Any], language_width: int |
 
 
 def _read(path: Path, layers: tuple[AttentionLayer, ...]) -> StateDict:
-    """The file's tensors under their new names; any name that does not belong is an error."""
+    """Return the file's tensors under their new names; an unexpected name is an error."""
     data = load_pickle(path)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, not MoMA's adapters")

@@ -1,4 +1,4 @@
-"""What Stable Diffusion 1.5's networks must look like, and the names and shapes their configs imply."""
+"""Check that configs are of Stable Diffusion 1.5's architecture, and derive the names and shapes of their weights."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ _REQUIRED_UNET: Config = {
     "resnet_time_scale_shift": "default",
     "act_fn": "silu",
 }
-# transformers leaves these out of a config where they have CLIP's default values.
+# transformers omits these from a config if they have CLIP's default values.
 _CLIP_TEXT_DEFAULTS: Config = {
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -109,10 +109,10 @@ def _transformers(config: Config) -> Iterator[tuple[str, int]]:
 
 
 def check_unet(config: Config, where: object) -> Config:
-    """`config` with diffusers' defaults filled in, if it is a text-to-image UNet of SD1.5's architecture (any widths).
+    """Check that `config` is a text-to-image UNet of SD1.5's architecture (any widths); fill in diffusers' defaults.
 
     Raises:
-        CheckpointError: another architecture; the message says which, where it is a known one.
+        CheckpointError: another architecture, which the message names if it is a known one.
     """
     config = {**_UNET_DEFAULTS, **config}
     cross = config["cross_attention_dim"]
@@ -130,15 +130,17 @@ def check_unet(config: Config, where: object) -> Config:
     if not (isinstance(widths, list | tuple) and len(widths) == 4 and all(_is_size(w) for w in widths)):
         raise CheckpointError(f"{where} has block_out_channels {widths!r}; Stable Diffusion 1.5 has four widths")
     if not _is_size(cross) or not _is_size(size):
-        raise CheckpointError(f"{where} has cross_attention_dim {cross!r} and sample_size {size!r}; both must be whole")
+        raise CheckpointError(
+            f"{where} has cross_attention_dim {cross!r} and sample_size {size!r}; both must be positive integers"
+        )
     return config
 
 
 def check_vae(config: Config, where: object) -> Config:
-    """`config` with `scaling_factor` filled in, if it is a VAE that Stable Diffusion 1.5 can use.
+    """Check that `config` is a VAE that Stable Diffusion 1.5 can use, and fill in `scaling_factor`.
 
     Raises:
-        CheckpointError: another class, other latents (SDXL's, for one), or not a factor of 8.
+        CheckpointError: another class, other latents (such as SDXL's), or a downsampling factor other than 8.
     """
     config = {"scaling_factor": SCALING_FACTOR, **config}
     _check_class(config, "AutoencoderKL", where)
@@ -155,7 +157,7 @@ def check_vae(config: Config, where: object) -> Config:
 
 
 def check_text_encoder(config: Config, where: object, width: int) -> Config:
-    """`config` with CLIP's defaults filled in, if it is a text encoder of 77 tokens and of `width`, the UNet's.
+    """Check that `config` is a CLIP text encoder of 77 tokens and the UNet's `width`, and fill in CLIP's defaults.
 
     Raises:
         CheckpointError: another model, length or width.
@@ -190,15 +192,15 @@ def _is_size(value: object) -> bool:
 
 
 def image_size(unet_config: Config, vae_config: Config) -> int:
-    """Side of the square pictures: latent side times the VAE's factor."""
+    """The side of the square pictures in pixels: the latents' side times the VAE's factor."""
     return int(unet_config["sample_size"]) * 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
 def expected_shapes(role: str, config: Config, where: object) -> Shapes:
-    """Names and shapes of the weights that `config` implies, from the role's class built without memory.
+    """Return names and shapes of the weights that `config` implies, by building the role's class on the meta device.
 
     Raises:
-        CheckpointError: a config that the class does not accept.
+        CheckpointError: the class does not accept the config.
     """
     module = _structure(role, config, where)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -210,22 +212,22 @@ def expected_shapes(role: str, config: Config, where: object) -> Shapes:
 
 
 def full_config(role: str, config: Config, where: object) -> Config:
-    """`config` with the role's class's defaults for what it leaves out.
+    """Return `config` with the defaults of the role's class for missing entries.
 
     Raises:
-        CheckpointError: a config that the class does not accept.
+        CheckpointError: the class does not accept the config.
     """
     found = _structure(role, config, where).config
     return {**config, **(found if isinstance(found, Mapping) else found.to_dict())}
 
 
 def _structure(role: str, config: Config, where: object) -> torch.nn.Module:
-    """The role's module, built without memory."""
+    """Build the role's module on the meta device."""
     try:
         with torch.device("meta"):
             return _build(role, config)
     except Exception as error:
-        # Configs are users' files and the classes check them with errors of every type.
+        # Configs are users' files, and the classes refuse bad ones with errors of every type.
         raise CheckpointError(f"{where} does not describe a usable {role}: {first_line(error)}") from None
 
 
@@ -235,7 +237,7 @@ def llama_config(config: Config) -> Config:
 
 
 def _build(role: str, config: Config) -> torch.nn.Module:
-    """The role's module, uninitialised. The libraries are imported here: they take seconds."""
+    """Build the role's module. The libraries are imported here because importing them takes seconds."""
     if role == UNET:
         from diffusers import UNet2DConditionModel
 

@@ -1,7 +1,7 @@
-"""The CompVis layout's names for the tensors that diffusers names otherwise. Only names: nothing is read here.
+"""Map the CompVis layout's tensor names to diffusers' names; no tensors are read.
 
-diffusers can convert such checkpoints too. Its functions are private, drop what they do not know, and need the whole
-state dict in memory; from names alone every tensor is accounted for and read when it is needed.
+diffusers can convert such checkpoints too, but its functions are private, drop unknown tensors, and need the whole
+state dict in memory. With names alone, every tensor is accounted for and can be read on demand.
 """
 
 import re
@@ -25,23 +25,23 @@ _UNET_ENDS = {
     "conv_out": "out.2",
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-# Blocks are counted through in CompVis: each level has two layers and then a change of resolution on the way down,
-# three layers with the change inside the last one on the way up.
+# CompVis numbers blocks consecutively over the levels: a level has two layers and then a change of resolution on the
+# way down, and three layers, with the change inside the last one, on the way up.
 _DOWN, _UP, _LAST_VAE_LEVEL = 3, 3, 3
 
 
 def unet_names(names: Iterable[str]) -> dict[str, str]:
-    """Each CompVis name (below `model.diffusion_model.`) to its diffusers name, for the given diffusers names."""
+    """Map CompVis names (without `model.diffusion_model.`) to the given diffusers names."""
     return {_unet_name(name): name for name in names}
 
 
 def vae_names(names: Iterable[str]) -> dict[str, str]:
-    """Each CompVis name (below `first_stage_model.`) to its diffusers name, for the given diffusers names."""
+    """Map CompVis names (without `first_stage_model.`) to the given diffusers names."""
     return {_vae_name(name): name for name in names}
 
 
 def ema_name(name: str) -> str:
-    """The name of a UNet tensor's moving average: that of the tensor (below its prefix) without the dots."""
+    """Return the name of a UNet tensor's moving average: the tensor's name (without its prefix) without dots."""
     return EMA_PREFIX + name.replace(".", "")
 
 
@@ -64,7 +64,7 @@ def _unet_name(name: str) -> str:
     if part == "downsamplers":
         return f"input_blocks.{_DOWN * block + _DOWN}.0.op.{rest.removeprefix('conv.')}"
     if part == "upsamplers":
-        # After the resnet, and after the attention where the level has one: all but the coarsest have.
+        # After the resnet, and after the attention, which all levels but the coarsest have.
         return f"output_blocks.{_UP * block + _UP - 1}.{1 if block == 0 else 2}.{rest}"
     place = f"input_blocks.{_DOWN * block + 1 + index}" if way == "down" else f"output_blocks.{_UP * block + index}"
     return f"{place}.{0 if part == 'resnets' else 1}.{rest}"

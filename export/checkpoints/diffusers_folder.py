@@ -21,7 +21,7 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 def read_base(folder: Path, vae: Path | None, roles: frozenset[str]) -> BaseParts:
     """Read a diffusers folder, with the VAE from `vae` if one is given.
 
-    Weights are opened and hashed for `roles` only; other components have their configs.
+    Weights are opened and hashed for `roles` only; other components have only their configs.
 
     Raises:
         CheckpointError: not a diffusers folder, another architecture than SD1.5's, or files that are missing, damaged
@@ -42,7 +42,7 @@ def read_base(folder: Path, vae: Path | None, roles: frozenset[str]) -> BasePart
 
 
 def _unet_config(folder: Path) -> dict[str, Any]:
-    """The UNet's config, once all that the folder says about its architecture has been checked."""
+    """Return the UNet's config, after checking everything in the folder that describes the architecture."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
     index, unet = folder / "model_index.json", folder / "unet" / "config.json"
@@ -51,7 +51,7 @@ def _unet_config(folder: Path) -> dict[str, Any]:
     pipeline = str(read_json(index).get("_class_name", _PIPELINES[0])) if index.is_file() else _PIPELINES[0]
     if pipeline.startswith("StableDiffusionXL"):
         raise CheckpointError(f"{folder} is an SDXL checkpoint ({pipeline}); MoMA's adapters need Stable Diffusion 1.5")
-    # The UNet's own file names the architecture (inpainting, SD2) better than the pipeline's class, so it goes first.
+    # The UNet's own file names the architecture (inpainting, SD2) better than the pipeline's class, so check it first.
     config = check_unet(read_json(unet), folder) if unet.is_file() or pipeline in _PIPELINES else {}
     if pipeline not in _PIPELINES:
         raise CheckpointError(f"{folder} is a {pipeline}; MoMA's adapters need a {_PIPELINES[0]}")
@@ -63,10 +63,10 @@ def _unet_config(folder: Path) -> dict[str, Any]:
 
 
 def read_vae(folder: Path, roles: frozenset[str]) -> Component:
-    """The VAE in a folder of its own (config.json and weights), or in a file in the CompVis layout.
+    """Read a VAE from a folder (config.json and weights), or from a file in the CompVis layout.
 
     Raises:
-        CheckpointError: nothing there, another kind of VAE, or weights that are damaged or do not fit.
+        CheckpointError: the path does not exist, has another kind of VAE, or its weights are damaged or do not fit.
     """
     if folder.is_file():
         return read_vae_file(folder, roles)
@@ -83,7 +83,7 @@ def _vae_of_base(folder: Path, roles: frozenset[str]) -> Component:
 
 
 def _config_or_preset(folder: Path, needed: bool, check: Callable[..., Any], preset: dict[str, Any]) -> dict[str, Any]:
-    """The folder's config; SD1.5's own where the folder is absent and its weights are not needed."""
+    """Return the folder's config, or SD1.5's own if the folder is absent and its weights are not needed."""
     path = folder / "config.json"
     if not needed and not path.is_file():
         return dict(preset)
@@ -106,7 +106,7 @@ def _vae_name(name: str) -> str:
 
 
 def _text_encoder_name(name: str) -> str | None:
-    """A CLIP text tensor's name without its prefix; None for the rest of a full CLIP model."""
+    """Return a CLIP text tensor's name without its prefix, None for the other tensors of a full CLIP model."""
     if name.endswith(".position_ids") or name.startswith(("vision_model.", "visual_projection.")):
         return None
     if name in ("logit_scale", "text_projection.weight"):

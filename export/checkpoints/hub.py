@@ -1,4 +1,4 @@
-"""Downloading from huggingface.co, with its own library and into its own cache."""
+"""Download from huggingface.co with the huggingface_hub library, into its cache."""
 
 from pathlib import Path
 
@@ -8,19 +8,19 @@ from moma_rt.messages import first_line
 
 
 def download_base(base: Base, roles: frozenset[str], vae: Path | None) -> tuple[Path, Path | None]:
-    """The folder of a base's needed files, and its VAE: `vae` if given, else the folder of the one the base names.
+    """Download a base's needed files; return their folder and its VAE: `vae` if given, else the one the base names.
 
-    Files that are in the hub's cache are not downloaded again, and are found there without a network.
+    Files in the hub's cache are not downloaded again and need no network.
 
     Raises:
-        CheckpointError: no network, or the hub lacks something; the message says what to put where by hand.
+        CheckpointError: no network, or the hub lacks a file; the message says how to download by hand.
     """
     try:
         folder = _download(base.repository, base.files(roles))
         if vae is None and base.vae is not None and "vae" in roles:
             vae = _download(base.vae, VAE_FILES)
     except CheckpointError as error:
-        raise CheckpointError(f"{base.name} is not here and {error}; {base.by_hand(roles)}") from None
+        raise CheckpointError(f"{base.name} is not here and {error}; {base.download_hint(roles)}") from None
     return folder, vae
 
 
@@ -30,7 +30,7 @@ def _download(repository: str, files: tuple[str, ...]) -> Path:
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(files)))
     except Exception as error:
-        # The library, its HTTP client and the file system fail with errors of many types; none is a fault in here.
+        # The library, its HTTP client and the file system raise errors of many types.
         raise CheckpointError(f"could not be downloaded from {repository} ({first_line(error)})") from None
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:

@@ -1,7 +1,7 @@
-"""The language model and the vision encoder: LLaVA's own format, and CLIP folders.
+"""Read the language model from a folder in LLaVA's own format, and the vision encoder from a CLIP folder.
 
-The language checkpoint carries a copy of the vision tower. The original takes the vision weights from the CLIP folder
-and ignores the copy; here the copy is used only where no CLIP folder is given.
+The language checkpoint contains a copy of the vision tower. The original takes the vision weights from the CLIP folder
+and ignores the copy; here the copy is used only if no CLIP folder is given.
 """
 
 import re
@@ -16,7 +16,7 @@ from moma_rt.errors import CheckpointError
 
 _TOWER = "model.vision_tower."
 _KNOWN_TOWER = "openai/clip-vit-large-patch14-336"
-# transformers leaves these out of a config where they have CLIP's default values.
+# transformers omits these from a config if they have CLIP's default values.
 _VISION_DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -42,7 +42,7 @@ _REQUIRED = {
 
 
 def read_language_config(folder: Path) -> Config:
-    """The config of a language model in LLaVA's own format.
+    """Read the config of a language model in LLaVA's own format.
 
     Raises:
         CheckpointError: no such folder, another format or model, or a variant that MoMA does not use.
@@ -67,10 +67,10 @@ def read_language_config(folder: Path) -> Config:
 
 
 def read_language(folder: Path) -> Component:
-    """The language model with its image projection; the LM head and the vision tower are left on disk.
+    """Open the language model with its image projection, without the LM head and the vision tower.
 
     Raises:
-        CheckpointError: as `read_language_config`, no tokenizer, or weights that are damaged or do not fit.
+        CheckpointError: see `read_language_config`; or no tokenizer, or weights that are damaged or do not fit.
     """
     config = read_language_config(folder)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -81,15 +81,15 @@ def read_language(folder: Path) -> Component:
 
 
 def has_vision_tower(folder: Path) -> bool:
-    """Whether a LLaVA folder carries a copy of its vision tower."""
+    """Return whether a LLaVA folder contains a copy of its vision tower."""
     return any(name.startswith(_TOWER) for name in open_weights(folder).shapes)
 
 
 def read_vision_copy(folder: Path, sha256: str) -> Component:
-    """The copy of the vision tower inside a LLaVA folder whose content has the given hash.
+    """Open the copy of the vision tower in a LLaVA folder, whose content hash is `sha256`.
 
     Raises:
-        CheckpointError: a tower whose config is not known or does not fit; a CLIP folder (--vision) then helps.
+        CheckpointError: the tower's config is unknown or does not fit; a CLIP folder (--vision) can replace it.
     """
     config = read_language_config(folder)
     own = config.get("vision_config")
@@ -107,7 +107,7 @@ def read_vision_copy(folder: Path, sha256: str) -> Component:
 
 
 def read_vision_config(folder: Path) -> Config:
-    """The vision half's config of a CLIP folder.
+    """Read the vision encoder's config from a CLIP folder.
 
     Raises:
         CheckpointError: no such folder, or another model.
@@ -123,10 +123,10 @@ def read_vision_config(folder: Path) -> Config:
 
 
 def read_vision(folder: Path) -> Component:
-    """The vision encoder of a CLIP folder: a full CLIP model or its vision half alone.
+    """Open the vision encoder of a CLIP folder, which holds a full CLIP model or only its vision half.
 
     Raises:
-        CheckpointError: as `read_vision_config`, or weights that are damaged or do not fit.
+        CheckpointError: see `read_vision_config`; or weights that are damaged or do not fit.
     """
     vision = read_vision_config(folder)
     weights = open_weights(folder)
@@ -135,7 +135,7 @@ def read_vision(folder: Path) -> Component:
 
 
 def check_widths(language: Config, vision: Config) -> None:
-    """Check that the image projection takes what the vision encoder gives.
+    """Check that the language model's image projection takes the vision encoder's width.
 
     Raises:
         CheckpointError: their widths differ.

@@ -1,4 +1,4 @@
-"""From what the command line was given to a checkpoint: files where there are files, random weights where asked for."""
+"""Load the checkpoint that the command line describes, from files or with random weights."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -45,11 +45,11 @@ _TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 
 @dataclass(frozen=True)
 class CheckpointRequest:
-    """What to read. `roles` are those whose weights are needed (see `roles_for`).
+    """A checkpoint to load. `roles` are those whose weights are needed (see `roles_for`).
 
     base: `tiny` (synthetic), a name in bases.toml, a diffusers folder, or a single file in the CompVis layout.
-    weights: `random` makes every role not given as a file from `seed`; a folder or a file goes with a base's name,
-        which without any is downloaded.
+    weights: `random` generates every role not given as a file from `seed`; a folder or file holds the weights of a
+        named base, which is downloaded if `weights` is None.
     adapters, mllm, vision, vae: the adapter file, the LLaVA and CLIP folders, and the VAE's folder or file.
     loras: fused into the base's UNet and text encoder, in this order.
     """
@@ -67,10 +67,10 @@ class CheckpointRequest:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A request whose base and weights were resolved.
+    """A request whose base and weights are resolved.
 
-    `name` is the base's, for the manifest; `source` its folder or file, None if it is synthetic; `vae` what takes the
-    place of its own.
+    `name` is the base's name for the manifest; `source` its folder or file, None if it is synthetic; `vae` replaces
+    the base's own.
     """
 
     request: CheckpointRequest
@@ -164,7 +164,7 @@ def _base(plan: _Plan) -> BaseParts:
     if plan.source is not None:
         parts = read_single_file(plan.source, vae, roles)
         return dataclasses.replace(parts, tokenizer=_tokenizer_of_file(plan)) if plan.needs(TEXT_ENCODER) else parts
-    # Bases differ in what is trained for each of them; the other networks are the same in all, and so built once.
+    # Bases differ in UNet and text encoder; the other networks are the same in all, and so are exported once.
     model = "" if plan.name == TINY else plan.name
     return BaseParts(
         plan.random(UNET, preset.unet, model),
@@ -175,7 +175,7 @@ def _base(plan: _Plan) -> BaseParts:
 
 
 def _tokenizer_of_file(plan: _Plan) -> Path:
-    """A single file has no tokenizer; CLIP's is the same wherever it is found."""
+    """Find CLIP's tokenizer, which a single file lacks: beside the file, or the same one in the vision folder."""
     file, vision = Path(str(plan.source)), plan.request.vision
     beside = file.parent / "tokenizer"
     for folder in (beside, *((vision,) if vision is not None else ())):
@@ -231,7 +231,7 @@ def _adapters(plan: _Plan, unet_config: Config) -> Component | None:
     mllm = plan.request.mllm
     width = language_width(mllm) if mllm is not None else None
     if plan.request.adapters is not None:
-        # With a random language model beside a real adapter file, the file decides whether they fit.
+        # A random language model has the preset's width, which a real adapter file must match.
         if width is None and plan.is_random and plan.needs(LANGUAGE):
             width = int(plan.preset.language["hidden_size"])
         return read_adapters(plan.request.adapters, unet_config, width)

@@ -1,10 +1,9 @@
-"""LoRAs fused into a base: W + scale · alpha / rank · up · down, for linear and convolution layers.
+"""Fuse LoRAs into a base: W + scale · alpha / rank · up · down, for linear and convolution layers.
 
-Read are kohya's layout (`lora_unet_…`, `lora_te_…`, `.alpha`), in which LCM-LoRA, TCD and Hyper-SD are published;
-diffusers', by PEFT (`unet.….lora_A.weight`, or without `unet.`) or from before it (`.lora.down.weight`,
+Supported layouts: kohya's (`lora_unet_…`, `lora_te_…`, `.alpha`), in which LCM-LoRA, TCD and Hyper-SD are published;
+diffusers', with PEFT (`unet.….lora_A.weight`, or without `unet.`) or from before it (`.lora.down.weight`,
 `processor.to_q_lora.down.weight`); and PEFT's own (`base_model.model.….lora_A.weight`) with its `adapter_config.json`.
-What is left over in a file is an error, because a LoRA of which a part is dropped gives wrong pictures and nobody sees
-why.
+An unknown tensor in a file is an error, because a LoRA applied in part gives wrong pictures without any sign why.
 """
 
 import dataclasses
@@ -61,7 +60,7 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's part of a LoRA: the weight it changes, its stored tensors, and PEFT's configuration if it has one."""
+    """One layer of a LoRA: the weight that it changes, its stored tensors, and PEFT's configuration if it has one."""
 
     role: str
     weight: str
@@ -84,10 +83,10 @@ class _Layer:
 
 
 def parse_lora(text: str) -> LoraFile:
-    """`FILE` or `FILE:scale`.
+    """Parse `FILE` or `FILE:scale`.
 
     Raises:
-        CheckpointError: a scale that is no finite number.
+        CheckpointError: the scale is not a finite number.
     """
     path, separator, scale = text.rpartition(":")
     try:
@@ -102,7 +101,7 @@ def parse_lora(text: str) -> LoraFile:
 
 
 def fuse_loras(unet: Component, text_encoder: Component, loras: Sequence[LoraFile]) -> tuple[Component, Component]:
-    """The UNet and the text encoder with all LoRAs added; one that no LoRA changes is returned as it is.
+    """Return the UNet and the text encoder with all LoRAs added; a component that no LoRA changes is returned as is.
 
     Changed weights are loaded as float32, so that fusing into half precision rounds nothing.
 
@@ -121,19 +120,19 @@ def fuse_loras(unet: Component, text_encoder: Component, loras: Sequence[LoraFil
 
 
 def _opened(path: Path) -> Weights:
-    """A LoRA's file. PEFT's own says in a second one how strong it is, which then is one of `files`."""
+    """Open a LoRA's file; in PEFT's own layout, `files` also has the adapter_config.json with its alpha."""
     weights = open_weights(path)
     if not any(name.removeprefix("unet.").startswith(_PEFT_MODEL) for name in weights.shapes):
         return weights
     config = weights.files[0].with_name(_PEFT_CONFIG)
     if not config.is_file():
-        raise CheckpointError(f"{path} is PEFT's: it needs {_PEFT_CONFIG} beside it, which says how strong it is")
+        raise CheckpointError(f"{path} is in PEFT's layout: put its {_PEFT_CONFIG}, which holds lora_alpha, beside it")
     return dataclasses.replace(weights, files=(*weights.files, config))
 
 
 def _fused(component: Component, layers: Sequence[_Layer], weights: Weights, scale: float) -> Component:
     if not component.sha256:
-        # Its weights were not asked for, so there is nothing to fuse into.
+        # Its weights were not requested, so there is nothing to fuse into.
         return component
 
     def load(names: Iterable[str] | None = None) -> StateDict:
@@ -154,7 +153,7 @@ def _fused(component: Component, layers: Sequence[_Layer], weights: Weights, sca
 
 
 def _targets(unet: Component, text_encoder: Component) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-    """Every name a LoRA may call a layer by: its role, its weight's name in `Component.load`, and the shape."""
+    """Map every name that a LoRA may use for a layer to its role, weight name in `Component.load`, and shape."""
     found = {}
     shapes = expected_shapes(UNET, unet.config, unet.name)
     old_names = {new: old for old, new in unet_names(shapes).items()}
@@ -216,7 +215,10 @@ def _layers(weights: Weights, targets: Mapping[str, tuple[str, str, tuple[int, .
 
 
 def _alias(layer: str) -> str:
-    """Before PEFT, diffusers kept a LoRA in the attention's processor, and counted no layers inside `to_out`."""
+    """Return a layer's name as diffusers has it since PEFT.
+
+    Before, it put LoRAs in attention processors and did not number the layers in `to_out`.
+    """
     layer = layer.replace(".processor.", ".")
     return f"{layer}.0" if layer.endswith(".to_out") else layer
 
@@ -243,9 +245,9 @@ def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _peft_configs(weights: Weights) -> dict[str, Mapping[str, Any]]:
-    """How strong each network's layers are, where PEFT's configuration says it; by role.
+    """Return the entries of PEFT's configuration that set alpha, by role; empty where there are none.
 
-    It lies beside PEFT's own files, and newer versions of diffusers write it into the header.
+    The configuration is a file beside PEFT's own files; newer versions of diffusers write it into the header.
     """
     beside = weights.files[-1]
     is_file = beside.name == _PEFT_CONFIG
@@ -261,7 +263,7 @@ def _peft_configs(weights: Weights) -> dict[str, Mapping[str, Any]]:
 
 
 def _peft_config(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """What decides the strength of one network's layers; nothing where the entries of `prefix` do not say."""
+    """Return the entries that set the alpha of one network's layers; empty if `entries` has none for `prefix`."""
     if f"{prefix}lora_alpha" not in entries:
         return {}
     patterns = entries.get(f"{prefix}alpha_pattern") or {}

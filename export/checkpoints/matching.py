@@ -1,4 +1,4 @@
-"""Fitting a file's tensors to the names and shapes a network expects, strictly."""
+"""Match a file's tensors strictly to the names and shapes that a network expects."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ class Origin:
 
 
 def fit(role: str, origin: Origin, weights: Weights, expected: Shapes, rename: Rename) -> Component:
-    """The component whose tensors are `weights` under new names; `rename` gives None for what is to be left out.
+    """Return the component whose tensors are `weights` under new names; `rename` returns None for tensors to leave out.
 
-    `rename` gives names without the prefix that some versions of the libraries put before all of a class's tensors;
-    they are loaded with the prefix that `expected` has.
+    `rename` returns names without the prefix that some versions of the libraries put before all of a class's tensors;
+    they get the prefix that `expected` has.
 
     Raises:
-        CheckpointError: tensors missing, unexpected, named twice, or of another shape; the message lists them.
+        CheckpointError: tensors are missing, unexpected, named twice, or of another shape; the message lists them.
     """
     stored: dict[str, str] = {}
     prefix = class_prefix(expected)
@@ -52,7 +52,7 @@ def fit(role: str, origin: Origin, weights: Weights, expected: Shapes, rename: R
 
 
 def unread(role: str, name: str, config: dict[str, Any]) -> Component:
-    """A component of which only the config is there, because nothing asked for its weights."""
+    """Return a component that has only its config, because its weights are not needed."""
 
     def refuse(names: Iterable[str] | None = None) -> StateDict:
         raise CheckpointError(f"the weights of the {role} were not asked for")
@@ -61,7 +61,7 @@ def unread(role: str, name: str, config: dict[str, Any]) -> Component:
 
 
 def class_prefix(expected: Shapes) -> str:
-    """`text_model.` or `vision_model.` if the installed transformers puts it before all tensors of a CLIP half."""
+    """Return the prefix, if any, that the installed transformers puts before all tensor names of a CLIP half."""
     return next((p for p in _CLASS_PREFIXES if all(name.startswith(p) for name in expected)), "")
 
 

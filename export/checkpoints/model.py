@@ -1,4 +1,4 @@
-"""What a checkpoint is once read: one component a role, weights under the names today's libraries use."""
+"""The classes of an opened checkpoint: one component per role, with weights named as today's libraries name them."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -34,23 +34,23 @@ NETWORK_ROLES = MappingProxyType(
 
 
 def roles_for(networks: Iterable[str]) -> frozenset[str]:
-    """The roles whose weights the named networks are made of."""
+    """Return the roles whose weights the named networks use."""
     return frozenset().union(*(NETWORK_ROLES[network] for network in networks))
 
 
 class LoadWeights(Protocol):
-    """Reads or makes weights: all of them, or those of some names."""
+    """Reads or generates weights: all of them, or only the named ones."""
 
     def __call__(self, names: Iterable[str] | None = None) -> StateDict: ...
 
 
 @dataclass(frozen=True)
 class Component:
-    """The weights that play one role, not yet read.
+    """The weights of one role, read on demand.
 
-    `name` is the file or folder they came from, or says that they are random; `config` is the dictionary its class is
-    built from; `sha256` identifies config and weights by content. `load()` reads or makes the weights (stored dtype,
-    CPU, a new dictionary each call; of the given names alone, if any are given), under these names:
+    `name` is their file or folder, or says that they are random; `config` is the dictionary that the role's class is
+    built from; `sha256` identifies config and weights by content. `load()` reads or generates the weights, or only
+    those of the given names (stored dtype, CPU, a new dictionary each call), under these names:
 
     - unet, vae: diffusers' `UNet2DConditionModel` and `AutoencoderKL`
     - text_encoder, vision: transformers' `CLIPTextModel` and `CLIPVisionModel`, as the installed version names them
@@ -69,7 +69,7 @@ class Component:
 
 @dataclass(frozen=True)
 class BaseParts:
-    """The parts of a base model; `tokenizer` is a folder, None where the base brings none."""
+    """The parts of a base model; `tokenizer` is a folder, None if the base has none."""
 
     unet: Component
     vae: Component
@@ -81,9 +81,9 @@ class BaseParts:
 class Checkpoint:
     """Everything a bundle is exported from.
 
-    `unet`, `vae` and `text_encoder` always have their configs, since the geometry needs them; their weights are there
-    if their role is in `roles`. The other three are None unless their role is. A tokenizer folder that is None stands
-    for the synthetic tokenizer.
+    `unet`, `vae` and `text_encoder` always have their configs, which the geometry needs, and have weights if their role
+    is in `roles`. The other three are None if their role is not in `roles`. A tokenizer folder of None stands for the
+    synthetic tokenizer.
     """
 
     base: str

@@ -1,4 +1,4 @@
-"""The two built-in geometries: `sd15`, the real one, and `tiny`, small enough for seconds on a CPU."""
+"""The two built-in geometries: `sd15`, the real one, and `tiny`, which runs in seconds on a CPU."""
 
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -107,7 +107,7 @@ SD15 = Preset(
 )
 
 TINY = Preset(
-    # Heads of 16 and 32: the least that TensorRT's fused attention takes.
+    # Head widths of 16 and 32: the smallest that TensorRT's fused attention takes.
     unet=_with(
         _UNET,
         sample_size=32,

@@ -1,8 +1,8 @@
-"""A base model, or a VAE, as one `.safetensors` or `.ckpt` file in the CompVis layout.
+"""Read a base model, or a VAE, from one `.safetensors` or `.ckpt` file in the CompVis layout.
 
-Such a file has no configs: sizes come from the shapes, the rest is Stable Diffusion 1.5's. Where it holds the UNet
-twice, the plain weights are taken and their moving average (`model_ema.`) is left, as diffusers does; where it holds
-the average only, that is the UNet.
+Such a file has no configs: sizes come from the shapes, the rest is Stable Diffusion 1.5's. If it holds the UNet twice,
+the plain weights are used and their moving average (`model_ema.`) is ignored, as in diffusers; if it holds only the
+average, that is used.
 """
 
 import dataclasses
@@ -37,13 +37,13 @@ _CLIP_HEAD_WIDTH = 64
 
 
 def read_single_file(file: Path, vae: Component | None, roles: frozenset[str]) -> BaseParts:
-    """Read a checkpoint file, with `vae` in place of its own if one is given; its tokenizer is None.
+    """Read a checkpoint file, with `vae` instead of its own VAE if given; the result's tokenizer is None.
 
-    Weights are hashed for `roles` only; other components have their configs.
+    Weights are hashed for `roles` only; other components have only their configs.
 
     Raises:
-        CheckpointError: damaged, unsafe, another layout or architecture than SD1.5's, or a part that `roles` needs
-            is missing or does not fit.
+        CheckpointError: the file is damaged or unsafe, has another layout or architecture than SD1.5's, or lacks a
+            part that `roles` needs, or a part does not fit.
     """
     weights = open_weights(file)
     prefix = _unet_prefix(file, weights.shapes)
@@ -58,10 +58,10 @@ def read_single_file(file: Path, vae: Component | None, roles: frozenset[str]) -
 
 
 def read_vae_file(file: Path, roles: frozenset[str]) -> Component:
-    """The VAE in a file of its own in the CompVis layout, or in a whole checkpoint.
+    """Read the VAE from a file in the CompVis layout: a VAE alone, or a whole checkpoint.
 
     Raises:
-        CheckpointError: as `read_single_file`.
+        CheckpointError: see `read_single_file`.
     """
     weights = open_weights(file)
     prefix = _VAE_PREFIX if any(name.startswith(_VAE_PREFIX) for name in weights.shapes) else ""
@@ -71,7 +71,7 @@ def read_vae_file(file: Path, roles: frozenset[str]) -> Component:
 
 
 def _unet_prefix(file: Path, shapes: Mapping[str, Any]) -> str:
-    """The prefix of the UNet's names, if the file is a checkpoint of the right kind."""
+    """Return the prefix of the UNet's names, after checking that the file is a checkpoint of the right kind."""
     for start, kind in _OTHER_MODELS.items():
         if any(name.startswith(start) for name in shapes):
             raise CheckpointError(f"{file} is {kind}")
@@ -128,7 +128,10 @@ def _text_encoder(weights: Weights, width: int, roles: frozenset[str]) -> Compon
 
 
 def _text_name(name: str) -> str | None:
-    """Some mergers left `text_model.` out, and older versions of transformers saved position_ids as a tensor."""
+    """Return a text encoder tensor's name without its prefixes; None for other tensors.
+
+    Some merging tools omit `text_model.`, and older versions of transformers saved position_ids as a tensor.
+    """
     if not name.startswith(_TEXT_PREFIX) or name.endswith(".position_ids"):
         return None
     return name.removeprefix(_TEXT_PREFIX).removeprefix("text_model.")
@@ -175,7 +178,7 @@ def _renaming(prefix: str, to_new: Mapping[str, str]) -> Rename:
 
 
 def _component(role: str, weights: Weights, config: dict[str, Any], rename: Rename, roles: frozenset[str]) -> Component:
-    """The role's part of the file, identified by its own tensors: merges often share a VAE or a text encoder."""
+    """Return one role of the file, hashed by its own tensors: merges often share a VAE or a text encoder."""
     name = weights.location.stem
     if role not in roles:
         return unread(role, name, config)

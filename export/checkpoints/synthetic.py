@@ -1,7 +1,7 @@
 """Seeded random weights for any component, so that every path can be run without a download.
 
 A tensor's values depend only on (generator version, role, tensor name, shape, seed): not on the libraries' own
-initialisation, the order of creation or the number of threads.
+initialization, the order of creation or the number of threads.
 """
 
 import functools
@@ -25,15 +25,15 @@ _GENERATOR_VERSION = 2
 
 
 def random_component(role: str, config: Config, seed: int, model: str = "") -> Component:
-    """A UNet, VAE, text encoder, language model or vision encoder of random weights, made when it is loaded.
+    """Return a UNet, VAE, text encoder, language model or vision encoder of random weights, generated on load.
 
-    Those of different `model` differ; without one, the weights depend on the role, the config and the seed.
+    The weights depend on the role, the config, the seed and, if given, `model`.
     """
     return _random(role, dict(config), {}, f"{seed} of {model}" if model else str(seed))
 
 
 def random_adapters(unet_config: Config, language_width: int, preset: Preset, seed: int) -> Component:
-    """Adapters for a UNet and a language width; `preset` gives the mapping's inner width."""
+    """Return random adapters for a UNet and a language width; `preset` gives the mapping's inner width."""
     geometry = AdapterGeometry(
         CONTEXT_TOKENS, unet_config["cross_attention_dim"], EMBEDDING_WIDTH, language_width, preset.mapping_width
     )
@@ -59,7 +59,7 @@ def _random(role: str, config: Config, known_shapes: Shapes, seed: str) -> Compo
 
 
 def _tensor(role: str, name: str, shapes: Shapes, prefix: str, seed: str) -> torch.Tensor:
-    """Layers and embeddings that keep variance 1; norms 1 and 0; queries and keys large enough to prefer tokens."""
+    """Generate a tensor: layers and embeddings keep variance 1, norms are 1 and 0, attention is far from uniform."""
     shape = shapes[prefix + name]
     weight = shapes.get(prefix + name.removesuffix("bias") + "weight", shape) if name.endswith("bias") else shape
     if name.endswith("scale_learnable") or (len(shape) == 1 and name.endswith("weight")):
@@ -79,7 +79,7 @@ def _gain(role: str, name: str) -> float:
     if name.endswith("bias"):
         return 0.5
     if name.endswith((".to_q.weight", ".to_k.weight", ".q_proj.weight", ".k_proj.weight")):
-        # Attention that is almost uniform would hide a wrong prompt, mask or reference from every test.
+        # Almost uniform attention would hide a wrong prompt, mask or reference from every test.
         return 1.5
-    # Pictures of moderate contrast: the last norm makes the decoder's output depend on this alone.
+    # This gives pictures of moderate contrast: after the last norm, the output's scale depends on this layer only.
     return 0.5 if role == VAE and name.startswith("decoder.conv_out.") else 1.0

@@ -1,7 +1,7 @@
-"""Reading state dicts from disk: safetensors, PyTorch pickles and sharded folders, without running what they hold.
+"""Read state dicts from disk: safetensors, PyTorch pickles and sharded folders, without running code in them.
 
-Opening reads headers only (names and shapes), so that a mistake is reported before any large read; tensors are read
-when they are asked for. Pickles go through PyTorch's weights-only unpickler, which builds tensors and nothing else.
+Opening reads only headers (names and shapes), so that errors are reported before any large read; tensors are read on
+demand. Pickles are read by PyTorch's weights-only unpickler, which builds tensors and nothing else.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _SAFETENSORS = ".safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".th", ".ckpt")
 _CHUNK_BYTES = 1 << 22
 _SCANNED_PICKLE_BYTES = 1 << 26
-# What tensors and containers need. It only decides how a refusal is worded, never whether something is read.
+# Globals that pickled tensors and containers import. They decide only how a refusal is worded, not what is refused.
 _PLAIN_GLOBALS = re.compile(
     r"torch\._utils\._rebuild_\w+|torch\.(storage\.)?\w*Storage|torch\.(Size|device|nn\.parameter\.Parameter)"
     r"|torch\.(b?float|u?int|half|bool|complex)\w*|collections\.OrderedDict|(__builtin__|builtins)\.set"
@@ -39,7 +39,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Weights:
-    """An opened state dict: `location` is what the user gave, `files` everything that defines its content.
+    """An opened state dict: `location` is the path the user gave, `files` are all files that define its content.
 
     `places` and `shapes` map each tensor's stored name to its file and its shape.
     """
@@ -50,10 +50,10 @@ class Weights:
     shapes: Mapping[str, tuple[int, ...]]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The named tensors in their stored dtype, on the CPU; only their files are opened.
+        """Read the named tensors in their stored dtype, on the CPU; only their files are opened.
 
         Raises:
-            CheckpointError: a file that vanished or was damaged since it was opened.
+            CheckpointError: a file vanished or was damaged since it was opened.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -68,7 +68,7 @@ def open_weights(path: Path) -> Weights:
     """Open a weights file, or the weights of a folder (one file or shards; full precision before `fp16`).
 
     Raises:
-        CheckpointError: nothing found (the message says what was looked for), a truncated or corrupt file, a missing
+        CheckpointError: no weights found (the message says what was looked for), a truncated or corrupt file, a missing
             shard, an index that names files outside its folder, or a pickle that is not plain tensors.
     """
     found = _find(path) if path.is_dir() else path
@@ -81,7 +81,7 @@ def open_weights(path: Path) -> Weights:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The text entries in a safetensors file's header; none for other files.
+    """Read the text entries in a safetensors file's header; other files have none.
 
     Raises:
         CheckpointError: a truncated or corrupt file.
@@ -93,19 +93,19 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def load_pickle(path: Path) -> Any:
-    """The object in a PyTorch pickle, made of tensors and plain containers only; tensors are mapped, not copied.
+    """Load a PyTorch pickle of tensors and plain containers; tensors are memory-mapped, not copied.
 
     Raises:
-        CheckpointError: missing, truncated or corrupt, or holding anything but plain tensors, which is never run.
+        CheckpointError: missing, truncated or corrupt, or containing anything but plain tensors; code is never run.
     """
     head = _head(path)
     try:
         with warnings.catch_warnings():
-            # Its remarks on unusual files would come before the one line that says what is wrong.
+            # PyTorch's warnings about unusual files would precede the one-line error.
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK\x03\x04"))
     except Exception as error:
-        # The unpickler lets errors of many types escape on damaged input, so the type does not tell the cause.
+        # On damaged input the unpickler raises errors of many types, which do not tell the cause.
         foreign = _foreign_globals(path)
         if foreign or "TorchScript" in str(error):
             named = ", ".join(foreign[:3]) or "a TorchScript program"
@@ -117,7 +117,7 @@ def load_pickle(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
         CheckpointError: missing, unreadable, or not a JSON object.
@@ -134,7 +134,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def content_hash(files: Iterable[Path]) -> str:
-    """Hexadecimal SHA-256 over the names, sizes and contents of files, in the order of their names."""
+    """Return the SHA-256, in hexadecimal, of the names, sizes and contents of files, in the order of their names."""
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda f: f.name):
         try:
@@ -148,7 +148,7 @@ def content_hash(files: Iterable[Path]) -> str:
 
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hexadecimal SHA-256 over the names, dtypes, shapes and values of tensors, in the order of their names."""
+    """Return the SHA-256, in hexadecimal, of tensors' names, dtypes, shapes and values, in the order of names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -177,7 +177,7 @@ def _open_sharded(location: Path, index: Path) -> Weights:
         raise CheckpointError(f"{index} has no weight_map: it is not an index of shards")
     places: dict[str, Path] = {}
     for name, shard in entries.items():
-        # Links are followed on purpose: download caches keep every file as a link out of the folder.
+        # Symlinks are followed on purpose: in download caches, every file is a symlink to outside the folder.
         if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard or "\0" in shard:
             raise CheckpointError(f"{index} names {shard!r}, which is not a file of its own folder: refused")
         places[str(name)] = index.parent / shard
@@ -225,10 +225,10 @@ def _pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def as_state_dict(data: Any, what: str) -> dict[str, torch.Tensor]:
-    """`data` as a flat mapping of names to tensors, taken out of a training checkpoint's `state_dict` if it is one.
+    """Return `data` as a flat mapping of names to tensors; for a training checkpoint, its `state_dict`.
 
     Raises:
-        CheckpointError: it is something else; `what` names it in the message.
+        CheckpointError: `data` is something else; the message names it by `what`.
     """
     while isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
         data = data["state_dict"]
@@ -252,7 +252,7 @@ def _head(file: Path) -> bytes:
 
 
 def _foreign_globals(file: Path) -> list[str]:
-    """Names a pickle would import beyond those of plain tensors. Disassembles only: nothing is imported."""
+    """Return the names that a pickle would import beyond those of plain tensors, without importing anything."""
     names = {name for stream in _pickle_streams(file) for name in _imports(stream)}
     return sorted(name for name in names if not _PLAIN_GLOBALS.fullmatch(name))
 
@@ -272,7 +272,7 @@ def _pickle_streams(file: Path) -> Iterator[io.BytesIO]:
 
 
 def _imports(stream: io.BytesIO) -> Iterator[str]:
-    """Names that the pickles in `stream`, one after another, import (memoized names are not resolved)."""
+    """Yield the names that the consecutive pickles in `stream` import (memoized names are not resolved)."""
     end = len(stream.getbuffer())
     while stream.tell() < end:
         strings: list[str] = []

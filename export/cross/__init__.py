@@ -1,5 +1,5 @@
-"""Compiling packages of inductor for a GPU that this machine does not have.
+"""Compile AOTInductor packages for a GPU that this machine does not have.
 
-PyTorch and Triton run as they are, in a process of their own, on a driver that says what the device is and runs nothing
-(`driver.c`, `runtime.c`). So nothing is measured: kernels are chosen by rule (`rules.py`).
+PyTorch and Triton run unchanged in a child process, on stubs of the driver and the CUDA runtime that report the device
+and run nothing (`driver.c`, `runtime.c`). Kernels cannot be measured, so they are chosen by rule (`rules.py`).
 """

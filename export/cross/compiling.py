@@ -1,7 +1,7 @@
-"""Packages for a GPU that this machine does not have: what a build calls.
+"""Entry points of a build that compiles packages for a GPU that this machine does not have.
 
-Each is compiled by a process of its own, because the stubs have to be there before PyTorch is imported, and loaded once
-by another, which tells what weights its code asks for.
+A child process compiles each package, because the stubs must be loaded before PyTorch is imported. Another loads the
+package once and lists the weights that its code asks for.
 """
 
 import json
@@ -32,20 +32,20 @@ _SHOWN = 3
 
 
 def check_cross(capability: int) -> tuple[DeviceFacts, Toolchain]:
-    """What is needed to compile for devices of a capability here; before the minutes of work.
+    """Check that this machine can compile for a compute capability; return the device's properties and the tools.
 
     Raises:
         InputError: no such device is known, or something is not installed; the message says what to install.
-        BundleError: this version of PyTorch is not one that cross-compiling works with.
+        BundleError: cross-compiling does not work with this version of PyTorch.
     """
     what = f"inductor {format_capabilities([capability])}"
     facts = DEVICES.get(capability)
     if facts is None:
-        raise InputError(f"{what}: nothing is known of such a device; known are {format_capabilities(DEVICES)}")
+        raise InputError(f"{what}: no such device is known; known are {format_capabilities(DEVICES)}")
     check_host(facts, what)
     if torch.version.cuda is None:
         raise InputError(
-            f"{what}: PyTorch {torch.__version__} is a build for CPUs, which compiles for no GPU: install PyPI's own, "
+            f"{what}: PyTorch {torch.__version__} is a CPU build, which cannot compile for GPUs: install PyPI's own, "
             f"pip install torch=={torch.__version__.split('+')[0]} (5 GB with CUDA)"
         )
     if not is_installed("triton"):
@@ -59,7 +59,7 @@ def cross_compile(request: PackageRequest, folder: Path) -> None:
     """Compile a network for a GPU that this machine does not have, and write `folder/engine.pt2`.
 
     Raises:
-        InputError: as of `check_cross`.
+        InputError: see `check_cross`.
         BundleError: inductor cannot compile it, or its code asks for weights that the network does not have.
     """
     name = request.network.name
@@ -71,26 +71,26 @@ def cross_compile(request: PackageRequest, folder: Path) -> None:
         asked = _run({"constants": str(package.resolve())}, environment, name)
     if chosen == 0:
         raise BundleError(f"{name}: PyTorch {torch.__version__} compiled kernels that were not chosen by rule")
-    # A tensor that the module made itself was made on a device that computes nothing.
+    # Any other tensor was created by the module on the stubbed device, which computes nothing.
     unknown = sorted(set(asked) - _weights(package))
     if unknown:
         raise BundleError(
             f"{name}: its code asks for {len(unknown)} tensors that are not weights of the network, such as "
-            f"{', '.join(unknown[:_SHOWN])}: it can be compiled on the device itself, with --target inductor"
+            f"{', '.join(unknown[:_SHOWN])}: compile it on the device itself, with --target inductor"
         )
 
 
 def _weights(package: Path) -> set[str]:
-    """The names of a network's weights, as its package notes them."""
+    """Return the names of a network's weights that its package lists."""
     with zipfile.ZipFile(package) as archive:
         return set(json.loads(archive.read(WEIGHTS_MEMBER))["tensors"])
 
 
 def _run(job: dict[str, Any], environment: dict[str, str], name: str) -> Any:
-    """Have a process do a job, and return what it found.
+    """Run a job in a child process and return its result.
 
     Raises:
-        BundleError: it could not; the message begins with the network's name.
+        BundleError: the job failed; the message begins with the network's name.
     """
     with tempfile.TemporaryDirectory(prefix="moma-rt-") as folder:
         paths = [Path(folder, part) for part in ("job.json", "result.json")]
@@ -109,7 +109,7 @@ def _run(job: dict[str, Any], environment: dict[str, str], name: str) -> Any:
 
 
 def _why(done: "subprocess.CompletedProcess[str]") -> str:
-    """Why a process ended without a result."""
+    """Return why a process ended without a result."""
     if done.returncode == -signal.SIGKILL:
         gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
         return (

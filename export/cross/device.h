@@ -1,4 +1,4 @@
-/* The device that the stubs answer for; whoever compiles them defines every DEVICE_... that has no value here. */
+/* The device that the stubs report. The compiler's command line defines every DEVICE_... that has no value here. */
 #define DEVICE_WARP 32
 #define DEVICE_THREADS_PER_BLOCK 1024
 #define DEVICE_REGISTERS 65536

@@ -1,7 +1,7 @@
-"""What the driver says of a device that is not there: one representative device for each compute capability.
+"""Properties that the stubbed driver reports: one representative device for each compute capability.
 
-Inductor and Triton decide by these numbers how large blocks are and how reductions are split; none of them makes a
-package wrong on another device of the same capability.
+Inductor and Triton choose block sizes and split reductions by these numbers; none of them makes a package wrong on
+another device of the same capability.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ _X86, _ARM = "x86_64", "aarch64"
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """A device.
+    """The properties of a device.
 
     Attributes:
         capability: 90 for 9.0.
-        shared_bytes: of a block that asks for as much as there is.
-        machines: of the hosts that have it, as `platform.machine` calls them; a package is code for a CPU as well.
+        shared_bytes: shared memory of a block that opts in to the maximum.
+        machines: CPU architectures of its hosts, as `platform.machine` names them; a package holds host code too.
     """
 
     name: str
@@ -32,7 +32,7 @@ class DeviceFacts:
 
     @property
     def macros(self) -> dict[str, str]:
-        """The numbers as the stubs' sources take them."""
+        """The properties as macros for the stubs' C sources."""
         return {
             "DEVICE_NAME": f'"{self.name}"',
             "DEVICE_CAPABILITY": str(self.capability),

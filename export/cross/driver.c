@@ -1,6 +1,6 @@
-/* libcuda.so.1 of a device that is not there: it says what the device is, and runs nothing.
+/* A stub of libcuda.so.1 for an absent device: it reports the device's properties and runs nothing.
  *
- * Triton loads every kernel that it compiles, and an AOTInductor package its own; both are told that this went well.
+ * Triton loads every kernel that it compiles, and an AOTInductor package loads its own; the stub reports success.
  */
 #include <cuda.h>
 #include <stdio.h>
@@ -50,7 +50,7 @@ CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return CUDA_S
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
 
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
-    /* Triton asks for the address on the device, which is the pointer itself. */
+    /* Triton asks for the device address, which is the pointer itself. */
     if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return CUDA_ERROR_INVALID_VALUE;
     *(CUdeviceptr *)value = pointer;
     return CUDA_SUCCESS;
@@ -64,7 +64,7 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
     return CUDA_SUCCESS;
 }
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
-    /* Neither registers nor spills are known, so that nothing is chosen by them. */
+    /* Report no registers and no spills, so that no choice depends on them. */
     *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? DEVICE_THREADS_PER_BLOCK : 0;
     return CUDA_SUCCESS;
 }

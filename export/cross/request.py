@@ -1,4 +1,4 @@
-"""A package to compile, as the process that compiles it reads it: without weights, in JSON."""
+"""Convert a package request to JSON and back, without weights, to pass it to the process that compiles it."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +14,7 @@ _PARTS = ("unet", "vae", "text_encoder", "adapters", "language", "vision")
 
 
 def to_json(request: PackageRequest) -> dict[str, Any]:
-    """Everything a package depends on: names, configurations and sizes."""
+    """Return everything a package depends on: names, configurations and sizes."""
     checkpoint = request.checkpoint
     parts = {name: getattr(checkpoint, name) for name in _PARTS}
     return {
@@ -35,9 +35,9 @@ def to_json(request: PackageRequest) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> PackageRequest:
-    """The request; its checkpoint has no weights."""
+    """Return the request; its checkpoint has no weights."""
     parts = {
-        name: Component(**data["parts"][name], load=_nothing) if name in data["parts"] else None for name in _PARTS
+        name: Component(**data["parts"][name], load=_refuse_load) if name in data["parts"] else None for name in _PARTS
     }
     checkpoint = Checkpoint(
         base=data["base"],
@@ -57,5 +57,5 @@ def from_json(data: dict[str, Any]) -> PackageRequest:
     )
 
 
-def _nothing(names: Iterable[str] | None = None) -> dict[str, Tensor]:
+def _refuse_load(names: Iterable[str] | None = None) -> dict[str, Tensor]:
     raise RuntimeError("a package is compiled without weights")

@@ -1,7 +1,7 @@
-/* What PyTorch calls of the CUDA runtime, for a device that is not there: preloaded, so that it comes before libcudart.
+/* Stubs of the CUDA runtime functions that PyTorch calls, for an absent device; preloaded to precede libcudart.
  *
- * Memory is the host's, copied and filled as asked; kernels are not run. What is not here ends in libcudart's own, which
- * fails over the stub of the driver: so does cudaEventElapsedTime, by which kernels would be measured.
+ * Memory is allocated, copied and filled on the host; kernels are not run. Functions that are missing here resolve to
+ * libcudart's own, which fail on the stubbed driver: so does cudaEventElapsedTime, which measuring kernels would need.
  */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
@@ -50,7 +50,7 @@ cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
     return cudaSuccess;
 }
 cudaError_t cudaMalloc(void **memory, size_t size) {
-    /* Pages that nothing writes to cost nothing. */
+    /* Pages that are never written take no memory. */
     char *start = mmap(NULL, size + HEADER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) return cudaErrorMemoryAllocation;
     *(size_t *)start = size + HEADER;
@@ -72,7 +72,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyK
     return cudaSuccess;
 }
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *pointer) {
-    /* PyTorch asks this of the host's memory alone: whether it is page-locked. */
+    /* PyTorch asks only whether host memory is page-locked. */
     memset(attributes, 0, sizeof *attributes);
     attributes->type = cudaMemoryTypeUnregistered;
     return cudaSuccess;

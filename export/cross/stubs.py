@@ -1,4 +1,4 @@
-"""The driver and the CUDA runtime of a device that is not there, and the environment of a process that finds them."""
+"""Build stubs of the driver and the CUDA runtime for an absent device, and the environment that loads them."""
 
 import os
 import platform
@@ -17,15 +17,15 @@ from moma_rt.messages import one_line
 
 _SOURCES = Path(__file__).parent
 _DRIVER, _RUNTIME = "libcuda.so.1", "libmoma_cudart.so"
-# What the C++ code of a package includes, and headers of PyTorch's packages lack.
+# Headers that a package's C++ code includes; the ones that come with PyTorch are incomplete.
 _HEADERS = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h", "nv/target")
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What a package is compiled with, beside PyTorch and Triton.
+    """The tools that compile a package, besides PyTorch and Triton.
 
-    cuda_home: has the CUDA headers of PyTorch's version in `include`.
+    cuda_home: the folder whose `include` has the CUDA headers of PyTorch's version.
     """
 
     cc: str
@@ -34,14 +34,14 @@ class Toolchain:
 
     @classmethod
     def find(cls, what: str, cuda: str) -> "Toolchain":
-        """This machine's.
+        """Find this machine's compilers and CUDA headers.
 
         Args:
-            what: what is to be compiled; errors begin with it.
+            what: what will be compiled; errors begin with it.
             cuda: PyTorch's version of CUDA.
 
         Raises:
-            InputError: something is missing; the message says what to install.
+            InputError: a tool is missing; the message says what to install.
         """
         found = {name: shutil.which(name) for name in ("cc", "g++")}
         for name, path in found.items():
@@ -58,10 +58,10 @@ class Toolchain:
 
 
 def build_stubs(facts: DeviceFacts, tools: Toolchain, folder: Path) -> dict[str, str]:
-    """Compile the stubs into a folder; returns the environment in which a process finds such a device.
+    """Compile the stubs into a folder; return the environment in which a process sees the device.
 
     Raises:
-        BundleError: the compiler refuses them; the message is its own.
+        BundleError: the stubs cannot be compiled; the message is the compiler's.
     """
     include = f"-I{tools.cuda_home / 'include'}"
     macros = [f"-D{name}={value}" for name, value in facts.macros.items()]
@@ -88,9 +88,9 @@ def _environment(folder: Path, tools: Toolchain) -> dict[str, str]:
         "TRITON_LIBCUDA_PATH": str(folder),
         "CUDA_HOME": str(tools.cuda_home),
         "CXX": tools.cxx,
-        # No instructions of this CPU.
+        # Generate no instructions that only this CPU has.
         "ATEN_CPU_CAPABILITY": "default",
-        # Compilers in other processes would not choose by rule.
+        # Compile in the worker itself: its child processes would not choose by rule.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
 
@@ -100,17 +100,17 @@ def _before(folder: Path, variable: str) -> str:
 
 
 def check_host(facts: DeviceFacts, what: str) -> None:
-    """Refuse a host on which no package for a device can be compiled.
+    """Refuse a host that cannot compile packages for a device.
 
     Raises:
-        InputError: it is no Linux, or has a CPU that no host of such a device has.
+        InputError: the host does not run Linux, or its CPU architecture is not that of the device's hosts.
     """
     if sys.platform != "linux":
         raise InputError(f"{what}: packages are compiled for another machine's GPU on Linux only")
     if platform.machine() not in facts.machines:
         raise InputError(
-            f"{what}: hosts of such a device are {' or '.join(facts.machines)}, and this one is {platform.machine()}: "
-            "build on one of them"
+            f"{what}: hosts of such a device are {' or '.join(facts.machines)}, and this machine is "
+            f"{platform.machine()}: build on such a host"
         )
 
 

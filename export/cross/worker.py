@@ -1,6 +1,6 @@
-"""`python -m export.cross.worker JOB RESULT`: what runs on the stubbed driver, in a process of its own.
+"""`python -m export.cross.worker JOB RESULT`: the child process that runs PyTorch on the stubbed driver.
 
-JOB is a JSON file: {"compile": request, "folder": path} or {"constants": path of a package}. RESULT becomes one:
+JOB is a JSON file: {"compile": request, "folder": path} or {"constants": path of a package}. RESULT is written as JSON:
 {"done": ...} or {"error": one line}.
 """
 
@@ -19,8 +19,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(job_path: str, result_path: str) -> int:
-    """Do a job. Mistakes are in the result; what else fails ends this process with a traceback."""
-    # A build that is killed leaves nobody who would read the result.
+    """Run a job. A MomaError is written to the result; any other error ends this process with a traceback."""
+    # End with a parent that is killed: nobody else reads the result.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     job = json.loads(Path(job_path).read_text())
     try:
@@ -32,7 +32,7 @@ def main(job_path: str, result_path: str) -> int:
 
 
 def _compile(job: dict[str, Any]) -> int:
-    """Compile a package; returns of how many kernels one was chosen by rule."""
+    """Compile a package; return the number of kernels chosen by rule."""
     from export.cross.request import from_json
     from export.cross.rules import install
     from export.packages import write_package
@@ -43,7 +43,7 @@ def _compile(job: dict[str, Any]) -> int:
 
 
 def _constants(package: Path) -> list[str]:
-    """Load a package's code as the runtime does; returns the names of all tensors that it asks for."""
+    """Load a package's code as the runtime does; return the names of all tensors that it asks for."""
     import torch
 
     with zipfile.ZipFile(package) as archive, tempfile.TemporaryDirectory(prefix="moma-rt-") as folder:

@@ -1,7 +1,7 @@
 """MoMA's attention layers, as diffusers attention processors around this project's two operators.
 
-A processor receives what the whole step shares as one `DenoisingStep` (or `ReferencePass`) through diffusers'
-`cross_attention_kwargs`, so no state hides between calls and the UNet stays diffusers' own.
+A processor receives the data that all layers share as one `DenoisingStep` (or `ReferencePass`) through diffusers'
+`cross_attention_kwargs`, so no state is kept between calls and diffusers' UNet is used unchanged.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import kernels.injected_self_attention.operator  # noqa: F401  (both register th
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """What every attention layer of one denoising step reads; tensors by layer path or by number of tokens.
+    """The data that all attention layers of one denoising step share, keyed by layer path or by number of tokens.
 
     Attributes:
         reference_k_bnc, reference_v_bnc: layer path → [B, N, C].
@@ -43,14 +43,14 @@ class DenoisingStep:
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """Filled by the self-attention layers of the subject encoder: layer path → [B, N, C]."""
+    """Keys and values that the subject encoder's self-attention layers store here: layer path → [B, N, C]."""
 
     reference_k_bnc: dict[str, Tensor] = field(default_factory=dict)
     reference_v_bnc: dict[str, Tensor] = field(default_factory=dict)
 
 
 class InjectedSelfAttention(nn.Module):
-    """Self-attention of the generation: the layer's own plus the reference's (MoMA, section 3.3)."""
+    """Self-attention during generation: the layer's own, plus attention to the reference (MoMA, section 3.3)."""
 
     def __init__(self, path: str, scale_learnable: Tensor) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class InjectedSelfAttention(nn.Module):
 
 
 class ContextCrossAttention(nn.Module):
-    """Cross-attention of the generation: text and context tokens, decoupled (MoMA, section 3.2)."""
+    """Decoupled cross-attention to text and context tokens during generation (MoMA, section 3.2)."""
 
     def __init__(self, to_k_ip: Tensor, to_v_ip: Tensor) -> None:
         super().__init__()
@@ -111,11 +111,8 @@ class ContextCrossAttention(nn.Module):
         return attn.to_out[0](out)
 
 
-class RecordingSelfAttention(nn.Module):
-    """Self-attention of the reference pass; records keys and values through the adapter's projections.
-
-    The adapter's projections apply to the already projected keys and values.
-    """
+class ReferenceSelfAttention(nn.Module):
+    """Self-attention of the reference pass; stores the layer's keys and values, projected again by the adapter."""
 
     def __init__(self, path: str, to_k_ip: Tensor, to_v_ip: Tensor) -> None:
         super().__init__()
@@ -139,7 +136,7 @@ class RecordingSelfAttention(nn.Module):
 
 
 class PlainCrossAttention(nn.Module):
-    """Cross-attention of the reference pass: text alone."""
+    """Cross-attention of the reference pass, to text tokens only."""
 
     def __call__(
         self,
@@ -154,12 +151,12 @@ class PlainCrossAttention(nn.Module):
 
 
 def self_attention_path(processor_name: str) -> str:
-    """`down_blocks.0.attentions.0` of `down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor`."""
+    """Return `down_blocks.0.attentions.0` for `down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor`."""
     return processor_name.split(".transformer_blocks.")[0]
 
 
 def set_generation_processors(unet: UNet2DConditionModel, adapters: dict[str, Tensor]) -> None:
-    """Give every attention layer its processor of the generation, with the adapter's weights."""
+    """Set every attention layer's processor for generation, with the adapter's weights."""
     processors: dict[str, nn.Module] = {}
     for name in unet.attn_processors:
         layer = "attention." + name.removesuffix(".processor")
@@ -174,13 +171,13 @@ def set_generation_processors(unet: UNet2DConditionModel, adapters: dict[str, Te
 
 
 def set_reference_processors(unet: UNet2DConditionModel, adapters: dict[str, Tensor]) -> None:
-    """Give every attention layer its processor of the reference pass, with the adapter's weights."""
+    """Set every attention layer's processor for the reference pass, with the adapter's weights."""
     processors: dict[str, nn.Module] = {}
     for name in unet.attn_processors:
         layer = "attention." + name.removesuffix(".processor")
         if ".attn1." in name:
             k, v = adapters[f"{layer}.to_k_ip.weight"], adapters[f"{layer}.to_v_ip.weight"]
-            processors[name] = RecordingSelfAttention(self_attention_path(name), k, v)
+            processors[name] = ReferenceSelfAttention(self_attention_path(name), k, v)
         else:
             processors[name] = PlainCrossAttention()
     unet.set_attn_processor(processors)

@@ -1,9 +1,9 @@
-"""How tensors leave a network."""
+"""The conversion of tensors that leave a network."""
 
 import torch
 from torch import Tensor
 
 
 def at_edge(tensor: Tensor) -> Tensor:
-    """The tensor as it passes to another network: NumPy, which stands between them, has no bfloat16."""
+    """Convert bfloat16 to float32: networks exchange tensors as NumPy arrays, which have no bfloat16."""
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

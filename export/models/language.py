@@ -1,7 +1,7 @@
 """The language model as MoMA uses it: one forward pass whose last token becomes an embedding.
 
-There is no LM head and no decoding. From the last layer on only the last token is computed: nothing else reads the
-others. Prefix and suffix of a prompt are two calls of one network, so the weights are held once.
+There is no LM head and no decoding. From the last layer's queries on, only the last token is computed, since nothing
+reads the others. Prefix and suffix of a prompt are two calls of one network, so its weights are in memory once.
 """
 
 from typing import Any
@@ -105,8 +105,8 @@ class LanguageModel(nn.Module):
 class ContextProjector(nn.Module):
     """embedding [B, 1024] → context tokens [B, 4, width]: `Linear`, split in tokens, `LayerNorm` each.
 
-    A network of its own: the unconditional context tokens are the projection of zeros, and a user may bring an
-    embedding where there is no language model.
+    A separate network, because the unconditional context tokens are the projection of zeros, and because a user may
+    supply an embedding without a language model.
     """
 
     def __init__(self, projectors: dict[str, Tensor], text_width: int) -> None:

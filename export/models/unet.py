@@ -1,4 +1,4 @@
-"""The two networks made of the UNet: one denoising step, and the reference pass that reads the subject."""
+"""The two networks made from the UNet: one denoising step, and the reference pass that reads the subject."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ from export.models.edges import at_edge
 from moma_rt.bundle.specs import Geometry
 from moma_rt.schedulers.tables import Column, reference_noising
 
-# Saliencies at most this high are no foreground (the original's constant).
+# Saliency up to this value counts as background (the original's constant).
 FOREGROUND_THRESHOLD = 0.2
-# The original slices the last tokens off the reference pass's text, as if they were context tokens.
+# The original cuts the last tokens off the reference pass's text, as if they were context tokens.
 REFERENCE_TEXT_TOKENS = 73
 
 
 def load_unet(config: dict[str, Any], weights: dict[str, Tensor]) -> UNet2DConditionModel:
-    """diffusers' UNet around the given tensors, which are not copied."""
+    """Return diffusers' UNet with the given tensors as its weights, without copying them."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     unet.load_state_dict(weights, assign=True)
@@ -31,11 +31,11 @@ def load_unet(config: dict[str, Any], weights: dict[str, Tensor]) -> UNet2DCondi
 
 
 class Denoiser(nn.Module):
-    """A whole step: guidance, the UNet with both adapters, the scheduler update and the foreground mask.
+    """One whole denoising step: the UNet with both adapters, guidance, the scheduler update and the foreground mask.
 
     Inputs and outputs are those of the denoiser's spec in `export.networks`; the update is the schedule row's linear
-    form, see `moma_rt.schedulers.tables`. Guidance, the update and the foreground mask are float32 whatever the UNet's
-    precision, since their errors would add up over the steps.
+    form, see `moma_rt.schedulers.tables`. Guidance, the update and the foreground mask are always float32, since their
+    errors would accumulate over the steps.
     """
 
     def __init__(self, unet: UNet2DConditionModel, adapters: dict[str, Tensor], geometry: Geometry) -> None:
@@ -100,7 +100,7 @@ class Denoiser(nn.Module):
 
 
 class SubjectEncoder(nn.Module):
-    """The UNet on the photo at t = 0: keys and values of every self-attention layer, ready to be injected.
+    """The UNet on the photo at t = 0, which yields keys and values of every self-attention layer for injection.
 
     latents, noise [1, 4, h, w] (scaled latents of the photo; standard normal), text_tokens [1, 77, width] of the bare
     subject → for each layer K and V [1, N, C], keys first. The graph ends at the last self-attention.
@@ -114,23 +114,23 @@ class SubjectEncoder(nn.Module):
         self.signal, self.noise = reference_noising()
 
     def forward(self, latents: Tensor, noise: Tensor, text_tokens: Tensor) -> tuple[Tensor, ...]:
-        record, dtype = ReferencePass(), self.unet.dtype
+        reference, dtype = ReferencePass(), self.unet.dtype
         self.unet(
             (self.signal * latents + self.noise * noise).to(dtype),
             torch.zeros(1, dtype=latents.dtype, device=latents.device),
             encoder_hidden_states=text_tokens[:, :REFERENCE_TEXT_TOKENS].to(dtype),
-            cross_attention_kwargs={"step": record},
+            cross_attention_kwargs={"step": reference},
             return_dict=False,
         )
-        keys = tuple(at_edge(record.reference_k_bnc[layer.name]) for layer in self.layers)
-        return keys + tuple(at_edge(record.reference_v_bnc[layer.name]) for layer in self.layers)
+        keys = tuple(at_edge(reference.reference_k_bnc[layer.name]) for layer in self.layers)
+        return keys + tuple(at_edge(reference.reference_v_bnc[layer.name]) for layer in self.layers)
 
 
 def foreground(saliency_gs: list[Tensor], size: int, first: Tensor, last: Tensor) -> Tensor:
-    """The next step's foreground mask [B, 1, size, size] from every cross-attention layer's saliency [G·B, S].
+    """Compute the next step's foreground mask [B, 1, size, size] from all cross-attention saliencies [G·B, S].
 
-    Each layer and half is scaled to [0, 1] and brought to the finest grid; their mean is scaled to [0, 1] jointly over
-    the halves of a sample; what is not above the threshold becomes 0; the conditional half is kept.
+    Each layer and half is scaled to [0, 1] and upsampled to the finest grid; the mean over layers is scaled to [0, 1]
+    jointly over the halves of a sample; values up to the threshold become 0; the conditional half is returned.
     """
     maps = []
     for saliency in (saliency.float() for saliency in saliency_gs):
@@ -147,20 +147,20 @@ def foreground(saliency_gs: list[Tensor], size: int, first: Tensor, last: Tensor
 
 
 def _unit_range(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    # A constant map has no range; the floor turns the original's NaN into zeros and changes nothing else.
+    # A constant map has no range: the floor gives zeros where the original has NaN, and changes nothing else.
     return (values - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _half_indices(batch: int, guided_batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the unconditional half, of the conditional half (the same when there is one), and sample of each row.
+    """Return the rows of the unconditional and the conditional half (equal if there is one), and each row's sample.
 
-    Gathers by index tie the two batch sizes together without a constraint between them, which tracing could not keep.
+    Gathering by index relates the two batch sizes without a constraint between them, which tracing could not express.
     """
     first, rows = torch.arange(batch, device=device), torch.arange(guided_batch, device=device)
     return first, first + (guided_batch - batch), torch.where(rows < batch, rows, rows - batch)
 
 
 def _sampled(mask_b1hw: Tensor, grid: int) -> Tensor:
-    """The mask sampled nearest on a grid, as [B, S]."""
+    """Downsample the mask to a grid (nearest), as [B, S]."""
     stride = mask_b1hw.shape[-1] // grid
     return mask_b1hw[:, 0, ::stride, ::stride].flatten(1)

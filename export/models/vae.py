@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def load_vae(config: dict[str, Any], weights: dict[str, Tensor]) -> AutoencoderKL:
-    """diffusers' autoencoder around the given tensors, which are not copied."""
+    """Return diffusers' autoencoder with the given tensors as its weights, without copying them."""
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
     vae.load_state_dict(weights, assign=True)
@@ -18,10 +18,10 @@ def load_vae(config: dict[str, Any], weights: dict[str, Tensor]) -> AutoencoderK
 
 
 class WideHeadAttention:
-    """The autoencoder's one attention, of products and a softmax: its head is 512 wide, which no fused kernel takes.
+    """The autoencoder's attention as matrix products and a softmax: no fused kernel takes its head width of 512.
 
-    The queries are scaled before the product, which could leave float16's range otherwise, and the softmax is float32,
-    as the statistics of a fused one are.
+    The queries are scaled before the product, which could overflow float16 otherwise, and the softmax is float32, as
+    are the statistics of a fused one.
     """
 
     def __call__(
@@ -70,5 +70,5 @@ class VaeDecoder(nn.Module):
         unscaled = (latents / self.scaling_factor).to(self.post_quant_conv.weight.dtype)
         image = self.decoder(self.post_quant_conv(unscaled)).float()
         unit = (image * 0.5 + 0.5).clamp(0.0, 1.0)
-        # The conversion comes last: TensorRT knows uint8 only for a network's own inputs and outputs.
+        # The conversion comes last, because TensorRT supports uint8 only for a network's inputs and outputs.
         return (unit * 255.0).round().permute(0, 2, 3, 1).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""CLIP's vision tower and LLaVA's projector: a picture as tokens of the language model."""
+"""CLIP's vision tower and LLaVA's projector, which turn a picture into tokens of the language model."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`moma::ContextCrossAttention` in ONNX: its schema, its meaning in standard operators, and its translation."""
+"""`moma::ContextCrossAttention` in ONNX: schema, function body in standard operators, and exporter translation."""
 
 from kernels.context_cross_attention.operator import context_cross_attention
 from kernels.registration import OnnxOperator, make_schema, make_translation, parse_function
@@ -6,10 +6,9 @@ from kernels.registration import OnnxOperator, make_schema, make_translation, pa
 NAME = "ContextCrossAttention"
 INPUTS = ("q", "text_k", "text_v", "context_k", "context_v", "gate", "subject_weights")
 
-# The saliency comes out of the attention itself, so the probabilities are never materialised: every head is widened
-# by 8 columns that are zero in q and k, and of which v's first holds the subject weights. That column of the output
-# is Σ_t weight_t · probability_t, exactly. 8 keeps the width a multiple of what tensor cores want; k and v must have
-# one shape.
+# The attention itself computes the saliency, so the probabilities are never materialized: every head is widened by 8
+# columns, all zero in q and k; v's first one holds the subject weights. That column of the output is exactly
+# Σ_t weight_t · probability_t. 8 columns keep the head width aligned for tensor cores; k and v must have one shape.
 _TEXT = """
 ContextCrossAttention <num_heads, softmax_scale>
   (q, text_k, text_v, context_k, context_v, gate, subject_weights) => (out, saliency)
@@ -83,7 +82,7 @@ ContextCrossAttention <num_heads, softmax_scale>
 
 
 def onnx_operator() -> OnnxOperator:
-    """Everything an export needs to keep this operator whole."""
+    """Return what an export needs to keep this operator as one node."""
     return OnnxOperator(
         torch_op=context_cross_attention._opoverload,
         schema=make_schema(NAME, INPUTS, ("out", "saliency"), "Decoupled cross-attention with subject saliency."),

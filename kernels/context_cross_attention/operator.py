@@ -1,10 +1,10 @@
-"""`torch.ops.moma.context_cross_attention`: the kernel on a GPU, the definition elsewhere."""
+"""`torch.ops.moma.context_cross_attention`: the Triton kernel on a GPU, plain PyTorch elsewhere."""
 
 import torch
 from torch import Tensor
 
 from kernels.context_cross_attention import reference
-from kernels.dispatch import HAS_TRITON, check_sizes, takes_kernel, torch_operator
+from kernels.dispatch import HAS_TRITON, check_sizes, torch_operator, uses_triton_kernel
 
 if HAS_TRITON:
     from kernels.context_cross_attention.triton_kernel import launch
@@ -23,15 +23,15 @@ def context_cross_attention(
     subject_weights_bt: Tensor,
     num_heads: int,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.context_cross_attention`, which says what the tensors are.
+    """Compute `reference.context_cross_attention`, whose docstring describes the tensors.
 
     Raises:
-        ValueError: sizes that do not go together.
-        TypeError: on a GPU, queries, keys and values of several dtypes.
+        ValueError: the tensors' sizes do not match.
+        TypeError: on a GPU, queries, keys and values of different dtypes.
     """
     tensors = (q_gsc, text_k_gtc, text_v_gtc, context_k_gmc, context_v_gmc, gate_bs, subject_weights_bt)
     check_sizes(num_heads, _LAYOUTS, tensors)
-    if takes_kernel(q_gsc):
+    if uses_triton_kernel(q_gsc):
         return launch(tensors, num_heads)
     return reference.context_cross_attention(*tensors, num_heads)
 

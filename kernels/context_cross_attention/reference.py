@@ -15,7 +15,7 @@ def context_cross_attention(
     subject_weights_bt: Tensor,
     num_heads: int,
 ) -> tuple[Tensor, Tensor]:
-    """`CA(q, text) + gate · CA(q, context)`, and how much each query attends to the subject's words.
+    """Return `CA(q, text) + gate · CA(q, context)`, and how much each query attends to the subject's words.
 
     Decoupled cross-attention (MoMA, section 3.2) and the saliency of its foreground mask (section 3.3).
 

@@ -1,4 +1,4 @@
-"""`moma::ContextCrossAttention` as one Triton kernel: a block of queries' attention to text and to context tokens."""
+"""`moma::ContextCrossAttention` as one Triton kernel: a block of queries attends to text and context tokens."""
 
 import torch
 import triton
@@ -12,16 +12,16 @@ from kernels.online_softmax import LOG2_E, attend, load_rows, store_rows
 
 
 def launch(tensors: tuple[Tensor, ...], num_heads: int, config: LaunchConfig | None = None) -> tuple[Tensor, Tensor]:
-    """Run the kernel on the operator's tensors, in its order; they are made contiguous where they are not.
+    """Launch the kernel on the operator's tensors, in the operator's order; strided tensors are made contiguous.
 
     Args:
-        config: how to launch it; by default what `kernels.launch` chooses.
+        config: the launch configuration; by default the choice of `kernels.launch`.
 
     Returns:
         The output [G·B, S, C] and the saliency [G·B, S], contiguous.
 
     Raises:
-        TypeError: queries, keys and values of several dtypes.
+        TypeError: queries, keys and values have different dtypes.
     """
     q_gsc, text_k_gtc, context_k_gmc, gate_bs = tensors[0], tensors[1], tensors[3], tensors[5]
     if len({t.dtype for t in tensors[:5]}) > 1:
@@ -76,10 +76,10 @@ def context_cross_attention_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """Program: query block, sample, guidance half. The tensors are those of `reference.py`, contiguous.
+    """Program ids: query block, sample, guidance half. The tensors are those of `reference.py`, contiguous.
 
-    A program goes through all heads, so that the saliency, a mean over them, is complete without another kernel. The
-    context branch is skipped where all gates of the block are 0.
+    A program loops over all heads, so the saliency, which is a mean over heads, needs no second kernel. The context
+    branch is skipped if all gates of the block are 0.
     """
     CHANNELS: tl.constexpr = HEADS * WIDTH
     SCALE_LOG2: tl.constexpr = WIDTH**-0.5 * LOG2_E

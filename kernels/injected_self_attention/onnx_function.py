@@ -1,4 +1,4 @@
-"""`moma::InjectedSelfAttention` in ONNX: its schema, its meaning in standard operators, and its translation."""
+"""`moma::InjectedSelfAttention` in ONNX: schema, function body in standard operators, and exporter translation."""
 
 from kernels.injected_self_attention.operator import injected_self_attention
 from kernels.registration import OnnxOperator, make_schema, make_translation, parse_function
@@ -7,11 +7,11 @@ NAME = "InjectedSelfAttention"
 INPUTS = ("q", "k", "v", "ref_k", "ref_v", "mask", "gate", "scale")
 
 # The mask is folded into q·k: every head is widened by 8 columns, of which q's first is 1 and ref_k's first is 0 for
-# a token inside the mask and -65504 (fp16's lowest) outside. So the fused kernels that runtimes keep for unmasked
-# attention serve here, and a mask of [N] is never expanded to [S, N], which ONNX Runtime's Attention would need.
-# 8 keeps the width a multiple of what tensor cores want; k and v must have one shape. The reference of sample b
-# serves every guidance half, so row g of G·B gathers sample g mod B: tiling would leave TensorRT with B·(G·B/B) rows
-# whose most it takes for four times what it is, and with it the memory of the whole network.
+# a token inside the mask and -65504 (fp16's lowest) outside. So runtimes can use their fused kernels for unmasked
+# attention, and a mask of [N] is never expanded to the [S, N] that ONNX Runtime's Attention would need. 8 columns keep
+# the head width aligned for tensor cores; k and v must have the same shape. All guidance halves of a sample share its
+# reference, so row g of G·B gathers sample g mod B: tiling would give TensorRT B·(G·B/B) rows, whose maximum it
+# overestimates fourfold, and with it the memory of the whole network.
 _TEXT = """
 InjectedSelfAttention <num_heads, softmax_scale> (q, k, v, ref_k, ref_v, mask, gate, scale) => (out)
 {
@@ -87,7 +87,7 @@ InjectedSelfAttention <num_heads, softmax_scale> (q, k, v, ref_k, ref_v, mask, g
 
 
 def onnx_operator() -> OnnxOperator:
-    """Everything an export needs to keep this operator whole."""
+    """Return what an export needs to keep this operator as one node."""
     return OnnxOperator(
         torch_op=injected_self_attention._opoverload,
         schema=make_schema(NAME, INPUTS, ("out",), "Self-attention with masked reference injection."),

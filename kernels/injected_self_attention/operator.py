@@ -1,15 +1,15 @@
-"""`torch.ops.moma.injected_self_attention`: the kernel on a GPU, the definition elsewhere."""
+"""`torch.ops.moma.injected_self_attention`: the Triton kernel on a GPU, plain PyTorch elsewhere."""
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import HAS_TRITON, check_sizes, takes_kernel, torch_operator
+from kernels.dispatch import HAS_TRITON, check_sizes, torch_operator, uses_triton_kernel
 from kernels.injected_self_attention import reference
 
 if HAS_TRITON:
     from kernels.injected_self_attention.triton_kernel import launch
 
-# The last is a number in a tensor.
+# The last one is the axis of `scale`, a single number.
 _LAYOUTS = "gsc gsc gsc bnc bnc bn bs i"
 
 
@@ -25,15 +25,15 @@ def injected_self_attention(
     scale: Tensor,
     num_heads: int,
 ) -> Tensor:
-    """`reference.injected_self_attention`, which says what the tensors are.
+    """Compute `reference.injected_self_attention`, whose docstring describes the tensors.
 
     Raises:
-        ValueError: sizes that do not go together.
-        TypeError: on a GPU, queries, keys and values of several dtypes.
+        ValueError: the tensors' sizes do not match.
+        TypeError: on a GPU, queries, keys and values of different dtypes.
     """
     tensors = (q_gsc, k_gsc, v_gsc, ref_k_bnc, ref_v_bnc, mask_bn, gate_bs, scale)
     check_sizes(num_heads, _LAYOUTS, tensors)
-    if takes_kernel(q_gsc):
+    if uses_triton_kernel(q_gsc):
         return launch(tensors, num_heads)
     return reference.injected_self_attention(*tensors, num_heads)
 

@@ -16,13 +16,13 @@ def injected_self_attention(
     scale: Tensor,
     num_heads: int,
 ) -> Tensor:
-    """`SA(q, k, v) + scale · gate · SA(q, ref_k, ref_v | mask)`: two separate softmaxes (MoMA, section 3.3).
+    """Return `SA(q, k, v) + scale · gate · SA(q, ref_k, ref_v | mask)`: two separate softmaxes (MoMA, section 3.3).
 
     Args:
         q_gsc, k_gsc, v_gsc: [G·B, S, C], C = num_heads × head width; G guidance halves of B samples.
         ref_k_bnc, ref_v_bnc: [B, N, C]; row g of the first three uses the reference of sample g mod B.
-        mask_bn: [B, N]; reference tokens whose value is 0 take no part, any other value does. Every sample must
-            have one that does. (Zero keys with a full mask are the uniform average that the original falls back to.)
+        mask_bn: [B, N]; reference tokens with value 0 are masked, all others attended to. Every sample must have an
+            unmasked token. (Zero keys with an all-ones mask give the uniform average that the original falls back to.)
         gate_bs: [B, S], the weight of the reference branch for each query.
         scale: [1], the weight of the reference branch.
         num_heads: the number of heads.

@@ -1,7 +1,7 @@
-"""`moma::InjectedSelfAttention` as a TensorRT plugin: its shapes, its types, and how its kernel is launched.
+"""`moma::InjectedSelfAttention` as a TensorRT plugin: output shapes, types, and kernel launch.
 
-A quick deployable plugin with an ahead-of-time implementation, which TensorRT has since 10.9: the builder copies the
-kernel's PTX into the engine, and where that runs neither Python nor this file is needed.
+A quick deployable plugin with an ahead-of-time implementation, which TensorRT supports since 10.9: the builder copies
+the kernel's PTX into the engine, which then runs without Python and without this file.
 """
 
 import math
@@ -14,18 +14,18 @@ _TENSORS = 9
 
 
 def register(find: Callable[..., Any]) -> None:
-    """Make the plugin known to TensorRT in this process, which must not know it yet.
+    """Register the plugin with TensorRT in this process, where it must not be registered yet.
 
-    TensorRT calls these functions as it parses and compiles a graph. It reads their signatures: every annotation must
-    be a type and not text, and every attribute must be there, in this order, since all are given by position.
+    TensorRT calls the functions below while it parses and compiles a graph. It inspects their signatures: every
+    annotation must be a type, not a string, and all attributes are passed by position, in this order.
 
     Args:
-        find: called with the operator, TensorRT's name of the dtype (HALF, BF16), the number of heads, their width,
-            the number of queries and (); returns the kernel, of which `entry`, `ptx`, `block_queries`, `threads` and
-            `shared_bytes` are read. What it raises becomes TensorRT's error.
+        find: looks up the kernel for an operator name, TensorRT's dtype name (HALF, BF16), number of heads, head
+            width, number of queries, and (). Returns an object with `entry`, `ptx`, `block_queries`, `threads` and
+            `shared_bytes`. Its exceptions become TensorRT errors.
 
     Raises:
-        ImportError: this TensorRT has no `tensorrt.plugin`.
+        ImportError: this version of TensorRT has no `tensorrt.plugin`.
     """
     import tensorrt.plugin as trtp
 

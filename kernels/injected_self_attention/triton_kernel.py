@@ -1,4 +1,4 @@
-"""`moma::InjectedSelfAttention` as one Triton kernel: a block of queries' own attention and that to the reference."""
+"""`moma::InjectedSelfAttention` as one Triton kernel: a block of queries attends to its own and to reference tokens."""
 
 import torch
 import triton
@@ -10,21 +10,21 @@ from kernels.dispatch import compute_capability, on_device_of
 from kernels.launch import AttentionShape, LaunchConfig, self_attention_launch, split_width
 from kernels.online_softmax import LOG2_E, attend, load_rows, store_rows
 
-# Mask values that are read at a time when looking for the tokens that count.
+# Mask values per iteration of the search for unmasked tokens.
 _SCAN = tl.constexpr(1024)
 
 
 def launch(tensors: tuple[Tensor, ...], num_heads: int, config: LaunchConfig | None = None) -> Tensor:
-    """Run the kernel on the operator's tensors, in its order; they are made contiguous where they are not.
+    """Launch the kernel on the operator's tensors, in the operator's order; strided tensors are made contiguous.
 
     Args:
-        config: how to launch it; by default what `kernels.launch` chooses.
+        config: the launch configuration; by default the choice of `kernels.launch`.
 
     Returns:
         [G·B, S, C], contiguous.
 
     Raises:
-        TypeError: queries, keys and values of several dtypes.
+        TypeError: queries, keys and values have different dtypes.
     """
     q_gsc, ref_k_bnc = tensors[0], tensors[3]
     if len({t.dtype for t in tensors[:5]}) > 1:
@@ -75,11 +75,11 @@ def injected_self_attention_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """Program: query block, sample · heads + head, guidance half. The tensors are those of `reference.py`, contiguous.
+    """Program ids: query block, sample · heads + head, guidance half. Tensors as in `reference.py`, contiguous.
 
-    The number of samples is that of programs, so that nothing but pointers and the number of reference tokens is
-    passed. What is skipped contributes exactly zero: the reference where the scale or all gates of the block are 0,
-    and its tokens before the first and after the last that the mask holds.
+    The number of samples follows from the grid, so only pointers and the number of reference tokens are passed.
+    Everything skipped contributes exactly zero: the reference branch if the scale or all gates of the block are 0, and
+    the reference tokens before the first and after the last unmasked one.
     """
     CHANNELS: tl.constexpr = HEADS * WIDTH
     EVEN: tl.constexpr = QUERIES % BLOCK_TOKENS == 0
@@ -109,11 +109,11 @@ def injected_self_attention_kernel(
     if tl.max((weight != 0).to(tl.int32), 0) > 0:
         p_sample_mask = p_mask + i_sample * reference_tokens
         first, last, kept = _extent(p_sample_mask, reference_tokens)
-        # A mask without a token gives the average of all, as adding the lowest number to every score does.
+        # If all tokens are masked the result is their average, as adding the lowest number to every score gives.
         is_empty = kept == 0
         begin = tl.where(is_empty, 0, first // BLOCK_TOKENS * BLOCK_TOKENS)
         end = tl.where(is_empty, reference_tokens, last + 1)
-        # Enrolment keeps the tokens of the mask alone, so mostly nothing is left out and the mask is not read again.
+        # Enrollment keeps only tokens inside the mask, so usually none is masked here and the mask is not read again.
         mask_end = tl.where(is_empty | (kept == end - begin), begin, end)
         injected_main, injected_tail, total, _ = attend(
             q_main, q_tail, p_ref_k + o_reference, p_ref_v + o_reference, p_sample_mask, begin, end,
@@ -130,7 +130,7 @@ def injected_self_attention_kernel(
 
 @triton.jit
 def _extent(p_mask, tokens):
-    """Where the first and the last value of a mask that is not 0 stand, and how many there are."""
+    """Return the first and last index of a mask's nonzero values, and their number."""
     first = tl.full([_SCAN], 2147483647, tl.int32)
     last = tl.full([_SCAN], -1, tl.int32)
     kept = tl.zeros([_SCAN], tl.int32)

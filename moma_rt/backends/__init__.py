@@ -10,18 +10,18 @@ from moma_rt.errors import InputError
 if TYPE_CHECKING:
     from moma_rt.backends.base import Backend
 
-# The best that a bundle and this machine allow.
+# Selects the best backend that a bundle and this machine allow.
 AUTO = "auto"
-# The ONNX files, on the CPU and on a GPU.
+# ONNX Runtime, on the CPU and on a GPU.
 ONNXRUNTIME, ONNXRUNTIME_CUDA = "onnxruntime", "onnxruntime_cuda"
 NAMES = (AUTO, ONNXRUNTIME, ONNXRUNTIME_CUDA, *(flavour.value for flavour in Flavour))
 
 
 def check(name: str, threads: int | None = None) -> None:
-    """Refuse what no backend can be.
+    """Check a backend's name and its number of CPU threads.
 
     Raises:
-        InputError: a name that is not in `NAMES`, or threads out of range.
+        InputError: the name is not in `NAMES`, or threads is out of range.
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
         raise InputError(f"threads is {threads!r}: it must be an integer from 1 to 1024")
@@ -33,17 +33,17 @@ def create(name: str, threads: int | None = None) -> "Backend":
     """Create a backend.
 
     Args:
-        name: one of `NAMES`, but not `AUTO`: what that is depends on a bundle (`moma_rt.backends.selection.choose`).
+        name: one of `NAMES` except `AUTO`, which depends on a bundle (`moma_rt.backends.selection.choose`).
         threads: CPU threads a network may use, 1 to 1024; None leaves the choice to the backend. A GPU uses none.
 
     Raises:
-        InputError: no such backend, threads out of range, or a library that is not installed.
+        InputError: there is no such backend, threads is out of range, or a library is not installed.
         MomaError: the device cannot be used.
     """
     check(name, threads)
     if name == AUTO:
-        raise InputError(f"backend {AUTO} is chosen for a bundle; name one of: {', '.join(NAMES[1:])}")
-    # What comes before an import says what is missing for it.
+        raise InputError(f"backend {AUTO} depends on the bundle; name one of: {', '.join(NAMES[1:])}")
+    # The check before each import raises an error that names the missing package.
     if name == ONNXRUNTIME:
         onnx_runtime()
         from moma_rt.backends.onnxruntime import OnnxRuntimeBackend

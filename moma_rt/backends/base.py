@@ -1,7 +1,7 @@
-"""What a backend must do: hold buffers, move arrays in and out of them, and run networks on them.
+"""The interface of a backend: allocate buffers, copy arrays in and out of them, and run networks on them.
 
-A network is bound to its buffers once and then run as often as needed: addresses do not change between runs,
-so a backend can capture a run and replay it, and nothing is allocated while pictures are made.
+A network is bound to its buffers once and then run any number of times. Addresses do not change between runs, so a
+backend can capture a run and replay it, and generating pictures allocates nothing.
 """
 
 import contextlib
@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError
 
-# Networks have tensors of several dtypes; their names in a NetworkSpec say which.
+# Tensors have several dtypes, which their NetworkSpec names.
 Array = NDArray[Any]
-# What helps where memory ran out.
-OUT_OF_MEMORY_ADVICE = "end what else runs on the device, or make fewer pictures at a time"
-# Shape and dtype.
+OUT_OF_MEMORY_ADVICE = "close other programs on the device, or generate fewer pictures at a time"
+# A buffer's shape and dtype.
 Size = tuple[tuple[int, ...], str]
 K = TypeVar("K")
 
@@ -40,22 +39,22 @@ class Bound(Protocol):
     """A network together with the buffers of all its inputs and outputs; it keeps both alive."""
 
     def enqueue(self) -> None:
-        """Run once, after everything enqueued or uploaded before; may return before the run has ended."""
+        """Enqueue one run, after all earlier work and uploads; may return before it has finished."""
 
 
 class CapturedGraph(Protocol):
-    """Work that was enqueued once and can be enqueued again as a whole; it keeps alive what the work uses."""
+    """Work that was captured once and can be replayed as a whole; it keeps the networks and buffers in it alive."""
 
     @property
     def is_valid(self) -> bool:
-        """False once something that it was recorded with has moved."""
+        """False once an address in the captured work is out of date."""
 
     @property
     def size(self) -> int:
-        """About how many bytes of the device it takes, beside what it uses."""
+        """Approximate device memory of the graph in bytes, without the networks and buffers in it."""
 
     def replay(self) -> None:
-        """Enqueue all of it; it must be usable."""
+        """Enqueue the captured work; the graph must be valid."""
 
 
 class Network(Protocol):
@@ -65,84 +64,84 @@ class Network(Protocol):
     def spec(self) -> NetworkSpec: ...
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Bound:
-        """Bind a buffer to every input and output by name; further names are ignored. No two may overlap."""
+        """Bind a buffer to every input and output by name; extra names are ignored. No two may overlap."""
 
 
 class Backend(Protocol):
-    """Runs networks on one device. Everything it returns works only with itself."""
+    """Runs networks on one device. The networks and buffers it returns work only with this backend."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def supports_capture(self) -> bool:
-        """Whether work can be recorded. It pays then to have few sizes, since a recording is of one."""
+        """Whether work can be captured. A graph has fixed shapes, so a caller should then use few different ones."""
 
     @property
     def is_host(self) -> bool:
-        """Whether buffers lie in the host's own memory: another copy of what is there already is of no use then."""
+        """Whether buffers are in host memory, where caching a copy of host data is useless."""
 
     def load(self, spec: NetworkSpec, path: Path, weights: Sequence[Path] = ()) -> Network:
         """Load a network from the file that this backend runs: an ONNX graph, or an engine.
 
         Args:
-            weights: the safetensors files that hold its weights, where the file itself does not. A tensor that two
-                networks read is in memory once, as far as the library lets it.
+            weights: the safetensors files with its weights, if the file itself does not contain them. A tensor that
+                several networks read is loaded once, if the library allows it.
 
         Raises:
-            BundleError: the file is no such network, this backend cannot run it, or the weights are not the network's.
-            OutOfMemory: there is no room for it.
+            BundleError: the file is not this network, this backend cannot run it, or the weights do not match.
+            OutOfMemory: there is too little memory for it.
         """
 
     def allocate(self, wanted: Mapping[K, Size]) -> dict[K, Buffer]:
-        """Zeroed buffers that are needed as long as each other, together. A dimension may be 0.
+        """Allocate zeroed buffers that are used and freed together. A dimension may be 0.
 
         Raises:
-            OutOfMemory: there is no room for all of them.
+            OutOfMemory: there is too little memory for all of them.
         """
 
     def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
-        """Copy an array of the buffer's shape, or of that of a row of it, into it, converted to its dtype."""
+        """Copy an array of the buffer's shape, or of one row's shape to `row`, converted to the buffer's dtype."""
 
     def copy_row(self, table: Buffer, row: int, target: Buffer) -> None:
         """Enqueue a copy of a row of `table` to `target`, which has a row's shape and the table's dtype."""
 
     def fill_row(self, target: Buffer, row: int, source: Buffer) -> None:
-        """Enqueue a copy of `source`, [n,...], to the beginning of a row of `target`, [B,N,...], and zeros after it.
+        """Enqueue a copy of `source`, [n,...], to the start of a row of `target`, [B,N,...], and zero the rest of it.
 
-        n is N at most; both are of one dtype.
+        n <= N, and both have the same dtype.
         """
 
     def download(self, buffer: Buffer) -> Array:
-        """A new array with the buffer's content, once everything enqueued before has run."""
+        """Wait for all work enqueued before and return the buffer's content as a new array."""
 
     def capture(self, enqueue: Callable[[], None]) -> CapturedGraph | None:
-        """Record what `enqueue` enqueues, without running it: networks and copies of rows, all of which ran before.
+        """Capture the work that `enqueue` enqueues, without running it; None if it cannot be captured.
 
-        None where this cannot be recorded.
+        The work may be runs of networks and copies of rows, each of which has run before.
 
         Raises:
-            OutOfMemory: there is no room for the recording.
+            OutOfMemory: there is too little memory for the graph.
         """
 
     def limit_run_ahead(self) -> None:
-        """Wait until everything enqueued before the last call of this has run; returns when the first one is made.
+        """Wait until all work enqueued before the previous call has run; the first call returns at once.
 
-        So whoever calls it after each piece of work is one piece ahead of the device, which never waits for him.
+        A caller that does so after each step stays one step ahead, so the device never waits for the host.
         """
 
     def trim(self) -> None:
-        """Give back memory that is only kept to be there for the next run."""
+        """Free memory that is only cached for the next run."""
 
     def synchronize(self) -> None:
-        """Wait until everything enqueued before has run."""
+        """Wait until all work enqueued before has run."""
 
 
 def check_shape(buffer: Buffer, array: Array, row: int | None) -> None:
-    """Refuse an array that is neither of the buffer's shape nor, with `row`, of that of its rows.
+    """Check that an array has the buffer's shape or, if `row` is given, the shape of one row.
 
     Raises:
-        ValueError: another shape.
+        ValueError: it has another shape.
     """
     shape = buffer.shape if row is None else buffer.shape[1:]
     if array.shape != shape:
@@ -150,26 +149,27 @@ def check_shape(buffer: Buffer, array: Array, row: int | None) -> None:
 
 
 def nbytes(buffer: Buffer) -> int:
-    """How much memory a buffer's content takes."""
+    """Size of a buffer's content in bytes."""
     return buffer.dtype.itemsize * math.prod(buffer.shape)
 
 
 def check_tensors(path: Path, what: str, expected: Iterable[str], found: Iterable[str]) -> None:
-    """Refuse a file whose inputs or outputs are not those of the manifest.
+    """Check a file's inputs or outputs against those of the manifest.
 
     Raises:
-        BundleError: some are missing, or there are further ones.
+        BundleError: some are missing or unexpected.
     """
     want, have = set(expected), set(found)
     if want != have:
         raise BundleError(
-            f"{path}: its {what} are not the manifest's: missing {sorted(want - have)}, further {sorted(have - want)}"
+            f"{path}: its {what} differ from the manifest's: missing {sorted(want - have)}, "
+            f"unexpected {sorted(have - want)}; build the bundle again"
         )
 
 
 @contextlib.contextmanager
 def gc_disabled() -> Iterator[None]:
-    """Without the garbage collector, which may find memory of a device: a thread that captures must not free any."""
+    """Disable the garbage collector: it may free device memory, which a thread must not do during a capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

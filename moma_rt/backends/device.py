@@ -1,4 +1,4 @@
-"""This machine's GPU, asked of the driver itself: a target may have nothing else that could tell."""
+"""This machine's GPU, as the driver reports it: a target may have no other library that could."""
 
 import ctypes
 import sys

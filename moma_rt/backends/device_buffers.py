@@ -1,4 +1,4 @@
-"""What the backends on a GPU have in common: buffers in its memory, and copies in the order of one stream."""
+"""The base of the GPU backends: buffers in device memory, and copies in the order of one stream."""
 
 import itertools
 import math
@@ -14,30 +14,30 @@ from moma_rt.backends.cuda import ALIGNMENT, DeviceMemory, Stream
 
 @dataclass(frozen=True, eq=False)
 class DeviceBuffer:
-    """Device memory and what lies in it."""
+    """Device memory with a shape and a dtype."""
 
     memory: DeviceMemory
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     def row(self, index: int) -> DeviceMemory:
-        """Where a row of it lies."""
+        """The memory of one row."""
         size = nbytes(self) // self.shape[0]
         return self.memory.part(index * size, size)
 
 
-class OnDevice:
-    """The part of a backend that holds buffers and moves arrays; what it is asked for is put on `stream`."""
+class DeviceBackend:
+    """Base class of the GPU backends: allocates buffers, and enqueues copies on `stream`."""
 
     is_host = False
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        stream.ends_with(self)
+        stream.synchronize_at_end_of(self)
 
     def allocate(self, wanted: Mapping[K, Size]) -> dict[K, Buffer]:
         kinds = {key: (shape, np.dtype(dtype)) for key, (shape, dtype) in wanted.items()}
-        # The addresses TensorRT takes are multiples of this; an empty buffer has one as well.
+        # Every buffer, even an empty one, needs an address of this alignment for TensorRT.
         sizes = [
             max(1, -(-kind.itemsize * math.prod(shape) // ALIGNMENT)) * ALIGNMENT for shape, kind in kinds.values()
         ]
@@ -48,21 +48,21 @@ class OnDevice:
 
     def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
         check_shape(buffer, array, row)
-        target = on_device(buffer)
+        target = as_device_buffer(buffer)
         memory = target.memory if row is None else target.row(row)
         self._stream.copy_in(memory, array, target.dtype)
 
     def copy_row(self, table: Buffer, row: int, target: Buffer) -> None:
-        self._stream.copy_within(on_device(target).memory, on_device(table).row(row))
+        self._stream.copy_within(as_device_buffer(target).memory, as_device_buffer(table).row(row))
 
     def fill_row(self, target: Buffer, row: int, source: Buffer) -> None:
-        to, size = on_device(target).row(row), nbytes(source)
-        self._stream.copy_within(to, on_device(source).memory.part(0, size))
+        to, size = as_device_buffer(target).row(row), nbytes(source)
+        self._stream.copy_within(to, as_device_buffer(source).memory.part(0, size))
         if size < to.size:
             self._stream.clear(to.part(size, to.size - size))
 
     def download(self, buffer: Buffer) -> Array:
-        source = on_device(buffer)
+        source = as_device_buffer(buffer)
         return self._stream.copy_out(source.memory, source.dtype, math.prod(source.shape)).reshape(source.shape)
 
     def limit_run_ahead(self) -> None:
@@ -72,11 +72,11 @@ class OnDevice:
         self._stream.synchronize()
 
 
-def on_device(buffer: Buffer) -> DeviceBuffer:
-    """The buffer as what it must be.
+def as_device_buffer(buffer: Buffer) -> DeviceBuffer:
+    """Return the buffer as a `DeviceBuffer`.
 
     Raises:
-        TypeError: it is of a backend that has none of these.
+        TypeError: it belongs to another kind of backend.
     """
     if not isinstance(buffer, DeviceBuffer):
         raise TypeError(f"a {type(buffer).__name__} is not a buffer in a GPU's memory")

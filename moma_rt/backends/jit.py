@@ -1,8 +1,8 @@
-"""What TensorRT-RTX compiles on the device, and where it keeps it between processes.
+"""The cache of kernels that TensorRT-RTX compiles on the device, kept on disk between processes.
 
-An RTX engine holds kernels for no device in particular; those for this one are compiled as they are needed, which takes
-seconds to minutes. Its library marks what it compiled with its own version, the device and the driver, and refuses what
-fits none of them.
+An RTX engine contains no kernels for a particular device; they are compiled when needed, which takes seconds to
+minutes. The library stamps its cache with its own version, the device and the driver, and rejects one that does not
+match.
 """
 
 import contextlib
@@ -15,32 +15,32 @@ from moma_rt.bundle.engines import Flavour
 from moma_rt.files import atomic_write
 
 
-class JustInTime:
-    """The kernels of one engine for this device. `serialize` gives them, as they are kept in `file`, if anywhere."""
+class JitCache:
+    """The compiled kernels of one engine. `serialize` returns them; `file` caches them, unless it is None."""
 
-    def __init__(self, runtime_config: Any, serialize: Callable[[], Any], file: Path | None, known: bytes) -> None:
+    def __init__(self, runtime_config: Any, serialize: Callable[[], Any], file: Path | None, cached: bytes) -> None:
         self.runtime_config = runtime_config
         self._serialize = serialize
         self._file = file
-        self._known = known
+        self._cached = cached
 
     def save(self) -> None:
-        """Keep what was compiled since; where it cannot be written, the next process compiles it again."""
+        """Write newly compiled kernels to the file; if that fails, the next process compiles them again."""
         serialized = self._serialize()
-        # None where the library fails, which is no reason to lose what was computed.
-        found = self._known if serialized is None else bytes(memoryview(serialized))
-        if self._file is not None and found != self._known:
-            self._known = found
+        # None if the library fails, which must not fail a generation that succeeded.
+        found = self._cached if serialized is None else bytes(memoryview(serialized))
+        if self._file is not None and found != self._cached:
+            self._cached = found
             with contextlib.suppress(OSError), atomic_write(self._file) as path:
                 path.write_bytes(found)
 
 
-def just_in_time(flavour: Flavour, trt: Any, engine: Any, engine_file: Path, is_recorded: bool) -> JustInTime | None:
-    """How contexts of an engine are to compile, with what earlier processes compiled; None for TensorRT itself.
+def load_jit_cache(flavour: Flavour, trt: Any, engine: Any, engine_file: Path, is_captured: bool) -> JitCache | None:
+    """Configure how an engine's contexts compile kernels, and load the cached ones; None for TensorRT itself.
 
-    Where runs are recorded, kernels are compiled for the shapes that are bound before anything runs on them: a
-    recording must not hold the slower ones that would be run meanwhile. Others are compiled in the background, since
-    prompts come in many lengths and nobody is to wait for each.
+    If runs are captured, kernels for the bound shapes are compiled before the first run: a graph must not contain the
+    slower fallback kernels. Otherwise they are compiled in the background, since prompts come in many lengths and no
+    request should wait for each.
     """
     if flavour is not Flavour.TENSORRT_RTX:
         return None
@@ -48,32 +48,32 @@ def just_in_time(flavour: Flavour, trt: Any, engine: Any, engine_file: Path, is_
     runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     runtime_config.dynamic_shapes_kernel_specialization_strategy = (
         trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        if is_recorded
+        if is_captured
         else trt.DynamicShapesKernelSpecializationStrategy.LAZY
     )
     runtime_config.set_runtime_cache(runtime_config.create_runtime_cache())
-    file, known = _place(engine_file), b""
+    file, cached = _cache_file(engine_file), b""
     with contextlib.suppress(OSError):
-        known = b"" if file is None else file.read_bytes()
-    if known and not runtime_config.get_runtime_cache().deserialize(known):
-        known = b""
-    return JustInTime(runtime_config, runtime_config.get_runtime_cache().serialize, file, known)
+        cached = b"" if file is None else file.read_bytes()
+    if cached and not runtime_config.get_runtime_cache().deserialize(cached):
+        cached = b""
+    return JitCache(runtime_config, runtime_config.get_runtime_cache().serialize, file, cached)
 
 
 def is_capturable(flavour: Flavour, context: Any, stream_handle: int) -> bool:
-    """Whether a context, which has run on the stream, can be captured there, as far as one can ask.
+    """Whether a context that has run on the stream can be captured there.
 
-    TensorRT itself does not say: there the capture fails.
+    TensorRT itself cannot be asked: this is True, and the capture may fail.
     """
     if flavour is not Flavour.TENSORRT_RTX:
         return True
     return bool(context.is_stream_capturable(stream_handle))
 
 
-def _place(engine_file: Path) -> Path | None:
-    """In the user's own cache, not in the bundle: it is code that no manifest describes. None without a home.
+def _cache_file(engine_file: Path) -> Path | None:
+    """The file in the user's cache folder; None without a home. A bundle must not contain code outside its manifest.
 
-    The engine's folder is named after all that the engine depends on.
+    The name of the engine's folder identifies everything that the engine depends on.
     """
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

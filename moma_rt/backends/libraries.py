@@ -1,6 +1,6 @@
-"""The Python packages of TensorRT, TensorRT-RTX, PyTorch, ONNX Runtime and CUDA, imported when first asked for.
+"""The Python packages of TensorRT, TensorRT-RTX, PyTorch, ONNX Runtime and CUDA, imported on first use.
 
-TensorRT's two flavours have the same interface, so a flavour is a value: its module is named trt wherever it is used.
+TensorRT's two flavours have the same interface, so code that works with both names the module trt.
 """
 
 import functools
@@ -14,12 +14,12 @@ from moma_rt.bundle.engines import Flavour
 from moma_rt.errors import InputError
 from moma_rt.messages import one_line
 
-# The CUDA runtime, and what pip installs it by.
+# The module of the CUDA runtime, and its package for pip.
 CUDA_MODULE, CUDA_PIP_NAME = "cuda.bindings.runtime", "cuda-bindings"
-# ONNX Runtime's provider for NVIDIA's GPUs. Before 1.28 it leaves attention to the CPU, and before 1.31 runs copy from
-# page-locked memory of its own, while nobody waits for them here.
+# ONNX Runtime's provider for NVIDIA GPUs. Before 1.28 it leaves attention to the CPU. Before 1.31 its runs copy from
+# page-locked memory of its own, which is unsafe here because runs are asynchronous.
 CUDA_PROVIDER, _OLDEST_CUDA_PROVIDER = "CUDAExecutionProvider", (1, 31)
-# Both packages install the module onnxruntime, and whichever is uninstalled takes files of the other with it.
+# Both packages install the module onnxruntime, so uninstalling one deletes files of the other.
 CUDA_PROVIDER_INSTALLATION = (
     "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31'"
 )
@@ -27,7 +27,7 @@ _MEMORY_LINE = re.compile(r"Total (Activation|Weights) Memory: (\d+)")
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module could be imported; of a dotted name, its packages are."""
+    """Whether a module can be imported; imports only the packages that contain it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -35,7 +35,7 @@ def is_installed(module: str) -> bool:
 
 
 def library(flavour: Flavour) -> Any:
-    """The flavour's Python package.
+    """Import the flavour's Python package.
 
     Raises:
         InputError: it is not installed, or its native libraries cannot be loaded.
@@ -44,7 +44,7 @@ def library(flavour: Flavour) -> Any:
 
 
 def cuda_runtime() -> Any:
-    """The Python package of the CUDA runtime.
+    """Import the Python package of the CUDA runtime.
 
     Raises:
         InputError: as for `library`.
@@ -53,7 +53,7 @@ def cuda_runtime() -> Any:
 
 
 def onnx_runtime() -> Any:
-    """The Python package of ONNX Runtime, with whichever providers.
+    """Import the Python package of ONNX Runtime, with whichever providers.
 
     Raises:
         InputError: as for `library`, or parts of it are missing.
@@ -68,7 +68,7 @@ def onnx_runtime() -> Any:
 
 
 def has_cuda_provider() -> bool:
-    """Whether the ONNX Runtime that is installed is one for NVIDIA's GPUs."""
+    """Whether the installed ONNX Runtime has the CUDA provider."""
     try:
         return CUDA_PROVIDER in onnx_runtime().get_available_providers()
     except InputError:
@@ -76,14 +76,14 @@ def has_cuda_provider() -> bool:
 
 
 def check_cuda_provider() -> None:
-    """Refuse an ONNX Runtime without a CUDA provider that is new enough.
+    """Check that the installed ONNX Runtime has a CUDA provider, and that it is new enough.
 
     Raises:
-        InputError: as for `onnx_runtime`, or the one that is installed has none, or an older one.
+        InputError: as for `onnx_runtime`, or the provider is missing or too old.
     """
     ort = onnx_runtime()
     if CUDA_PROVIDER not in ort.get_available_providers():
-        raise InputError(f"the installed onnxruntime {ort.__version__} is for CPUs alone: {CUDA_PROVIDER_INSTALLATION}")
+        raise InputError(f"the installed onnxruntime {ort.__version__} is for CPUs only: {CUDA_PROVIDER_INSTALLATION}")
     if version_tuple(ort.__version__) < _OLDEST_CUDA_PROVIDER:
         raise InputError(f"onnxruntime-gpu {ort.__version__} is too old: {CUDA_PROVIDER_INSTALLATION}")
 
@@ -100,10 +100,9 @@ def _load(module: str, pip_name: str) -> ModuleType:
 
 
 def library_version(flavour: Flavour) -> str:
-    """The flavour's version, such as 10.3.0, as the package itself says it.
+    """The flavour's version, such as 10.3.0, from the package itself.
 
-    The metadata of what pip installed is under a name of the CUDA version, and absent where a Jetson has TensorRT from
-    its system.
+    pip's metadata has the CUDA version in its name, and is absent on a Jetson whose system provides TensorRT.
 
     Raises:
         InputError: as for `library`.
@@ -112,14 +111,14 @@ def library_version(flavour: Flavour) -> str:
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version."""
+    """The first numbers of a version, at most three."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def library_log(flavour: Flavour) -> Any:
-    """What a library says: `error`, the first one since `begin()`, and `memory`, bytes by what they are for.
+    """The library's logger: `error` is the first error since `begin()`, and `memory` maps a purpose to bytes.
 
-    It is the library's ILogger as well: the only one in this process, since the library ignores every further one.
+    A process has only one ILogger per library, because the library ignores every further one.
 
     Raises:
         InputError: as for `library`.

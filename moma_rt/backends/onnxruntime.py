@@ -1,4 +1,4 @@
-"""The CPU backend: ONNX Runtime on buffers that are bound once."""
+"""The CPU backend: ONNX Runtime sessions, each bound to its buffers once."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from moma_rt.messages import first_line
 LOG_FATAL = 4
 _WEIGHTS_ROOT = "session.model_external_initializers_file_folder_path"
 _ORT_ERROR = "onnxruntime"
-# How its allocators, and those of the libraries that it calls, say that memory ran out.
+# Texts of the out of memory errors of its allocators and of the libraries that it calls.
 _NO_MEMORY = re.compile(r"failed to allocate memory[\w ]*|out of memory|bad_?alloc|\w+_ALLOC_FAILED", re.IGNORECASE)
 
 
@@ -39,7 +39,7 @@ class OrtBuffer:
 
 @dataclass(frozen=True, eq=False)
 class OrtBound:
-    """A session and one binding of it. ONNX Runtime's binding does not own the memory, so the buffers are kept."""
+    """A session and one of its bindings. It keeps the buffers alive, because ONNX Runtime's binding does not."""
 
     session: ort.InferenceSession
     binding: ort.IOBinding
@@ -51,7 +51,7 @@ class OrtBound:
 
 @dataclass(frozen=True, eq=False)
 class OrtNetwork:
-    """A loaded session and what the manifest says of it."""
+    """A loaded session and the spec of its network."""
 
     spec: NetworkSpec
     session: ort.InferenceSession
@@ -60,18 +60,18 @@ class OrtNetwork:
         binding = self.session.io_binding()
         kept = []
         for tensor in self.spec.inputs:
-            buffer = _own(buffers[tensor.name])
+            buffer = _as_ort_buffer(buffers[tensor.name])
             binding.bind_ortvalue_input(tensor.name, buffer.value)
             kept.append(buffer)
         for tensor in self.spec.outputs:
-            buffer = _own(buffers[tensor.name])
+            buffer = _as_ort_buffer(buffers[tensor.name])
             binding.bind_ortvalue_output(tensor.name, buffer.value)
             kept.append(buffer)
         return OrtBound(self.session, binding, tuple(kept))
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime on the CPU, with `threads` threads a network (None: one a physical core)."""
+    """ONNX Runtime on the CPU, with `threads` threads per network (None: one per physical core)."""
 
     name = "onnxruntime"
     supports_capture = False
@@ -94,44 +94,44 @@ class OnnxRuntimeBackend:
 
     def upload(self, buffer: Buffer, array: Array, row: int | None = None) -> None:
         check_shape(buffer, array, row)
-        target = _own(buffer).array
+        target = _as_ort_buffer(buffer).array
         np.copyto(target if row is None else target[row, ...], array, casting="same_kind")
 
     def copy_row(self, table: Buffer, row: int, target: Buffer) -> None:
-        np.copyto(_own(target).array, _own(table).array[row])
+        np.copyto(_as_ort_buffer(target).array, _as_ort_buffer(table).array[row])
 
     def fill_row(self, target: Buffer, row: int, source: Buffer) -> None:
-        to, array = _own(target).array[row], _own(source).array
+        to, array = _as_ort_buffer(target).array[row], _as_ort_buffer(source).array
         to[: len(array)] = array
         to[len(array) :] = 0
 
     def capture(self, enqueue: Callable[[], None]) -> None:
-        """A CPU has nothing to replay: each network is called anyway."""
+        """Return None: on a CPU, a replay would call each network anyway."""
 
     def download(self, buffer: Buffer) -> Array:
-        return _own(buffer).array.copy()
+        return _as_ort_buffer(buffer).array.copy()
 
     def limit_run_ahead(self) -> None:
-        """A run has ended when `enqueue` returns."""
+        """Do nothing: a run has finished when `enqueue` returns."""
 
     def trim(self) -> None:
-        """ONNX Runtime gives back what it computes in when a session ends, and not before."""
+        """Do nothing: ONNX Runtime frees a session's working memory only with the session."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for: a run has ended when `enqueue` returns."""
+        """Do nothing: a run has finished when `enqueue` returns."""
 
 
-def _own(buffer: Buffer) -> OrtBuffer:
+def _as_ort_buffer(buffer: Buffer) -> OrtBuffer:
     if not isinstance(buffer, OrtBuffer):
         raise TypeError(f"a {type(buffer).__name__} is not a buffer of the onnxruntime backend")
     return buffer
 
 
 def session_options() -> ort.SessionOptions:
-    """What sessions of every device have in common."""
+    """Session options for every device."""
     options = ort.SessionOptions()
     options.log_severity_level = LOG_FATAL
-    # Memory patterns are kept for every shape ever run; prompts come in many lengths.
+    # A memory pattern is cached for every shape ever run, and prompts come in many lengths.
     options.enable_mem_pattern = False
     return options
 
@@ -139,22 +139,22 @@ def session_options() -> ort.SessionOptions:
 def open_session(
     spec: NetworkSpec, path: Path, weights: Sequence[Path], options: ort.SessionOptions, providers: Sequence[object]
 ) -> ort.InferenceSession:
-    """A session of a network's ONNX file, with tensors of the manifest's names.
+    """Open a session of a network's ONNX file, and check its tensors' names against the spec.
 
-    The graph names `weights` relative to the folder of their folders. They are mapped into memory, so sessions share
-    what they do not rearrange.
+    The graph names `weights` relative to the parent of their folders. They are memory-mapped, so sessions share the
+    weights that they use unchanged.
 
     Raises:
-        BundleError: the file is no such network, or the providers cannot run it.
-        OutOfMemory: there is no room for it.
+        BundleError: the file is not this network, or the providers cannot run it.
+        OutOfMemory: there is too little memory for it.
     """
     try:
         graph: str | bytes = str(path)
         if weights:
-            # It looks for weights elsewhere than beside the graph only where it is given the graph's bytes.
+            # Only a graph that is given as bytes can have its weights in another folder.
             graph = path.read_bytes()
             options.add_session_config_entry(_WEIGHTS_ROOT, str(weights[0].parent.parent.resolve()))
-        # Without those providers that it would try in place of the ones that failed.
+        # Without a fallback to other providers.
         session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {os_error_line(error)}") from None
@@ -162,18 +162,18 @@ def open_session(
         if not is_ort_error(error):
             raise
         problem = f"{path}: ONNX Runtime {ort.__version__} cannot load it"
-        raise out_of_memory(problem, error) or BundleError(f"{problem}: {first_line(error)}") from None
+        raise as_out_of_memory(problem, error) or BundleError(f"{problem}: {first_line(error)}") from None
     check_tensors(path, "inputs", [t.name for t in spec.inputs], [t.name for t in session.get_inputs()])
     check_tensors(path, "outputs", [t.name for t in spec.outputs], [t.name for t in session.get_outputs()])
     return session
 
 
-def out_of_memory(problem: str, error: Exception) -> OutOfMemory | None:
-    """An error of ONNX Runtime as this one, if that is what it says."""
+def as_out_of_memory(problem: str, error: Exception) -> OutOfMemory | None:
+    """Convert an error of ONNX Runtime that reports a lack of memory; None if it is another error."""
     found = _NO_MEMORY.search(str(error))
     return None if found is None else OutOfMemory(f"{problem}: {found[0].strip()}; {OUT_OF_MEMORY_ADVICE}")
 
 
 def is_ort_error(error: Exception) -> bool:
-    """Whether ONNX Runtime raised it: a dozen unrelated classes of its extension module, and RuntimeError for some."""
+    """Whether ONNX Runtime raised it: as one of a dozen unrelated classes of its extension module, or RuntimeError."""
     return isinstance(error, RuntimeError) or type(error).__module__.startswith(_ORT_ERROR)

@@ -1,6 +1,6 @@
-"""ONNX Runtime on a GPU, through its CUDA provider: what runs there without engines.
+"""ONNX Runtime on a GPU, through its CUDA provider: runs bundles without engines.
 
-A session works on our stream, on memory of ours, and returns before its work has ended.
+A session runs on the backend's stream and buffers, asynchronously to the host.
 """
 
 import contextlib
@@ -15,25 +15,25 @@ import onnxruntime as ort
 
 from moma_rt.backends.base import Buffer
 from moma_rt.backends.cuda import Stream
-from moma_rt.backends.device_buffers import DeviceBuffer, OnDevice, on_device
+from moma_rt.backends.device_buffers import DeviceBackend, DeviceBuffer, as_device_buffer
 from moma_rt.backends.libraries import CUDA_PROVIDER, CUDA_PROVIDER_INSTALLATION
-from moma_rt.backends.onnxruntime import LOG_FATAL, is_ort_error, open_session, out_of_memory, session_options
+from moma_rt.backends.onnxruntime import LOG_FATAL, as_out_of_memory, is_ort_error, open_session, session_options
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError, InputError, MomaError, OutOfMemory
 from moma_rt.messages import one_line
 
-# PCI's number of NVIDIA, by which ONNX Runtime tells memory of its devices from the host's.
+# NVIDIA's PCI vendor id, by which ONNX Runtime distinguishes device memory from host memory.
 _NVIDIA = 0x10DE
-# What takes a GPU's time. Arithmetic on shapes runs on the CPU, and is better off there.
-_FOR_THE_GPU = frozenset({"Attention", "Conv", "Gemm", "MatMul"})
+# Operators that must run on the GPU. Arithmetic on shapes is better left to the CPU.
+_GPU_OPERATORS = frozenset({"Attention", "Conv", "Gemm", "MatMul"})
 
 
 @dataclass(frozen=True, eq=False)
 class _Shared:
-    """What all networks of a backend have in common. `said` is why its provider may be missing."""
+    """State that all networks of a backend share. `preload_error` says why the provider may be missing."""
 
     library: str
-    said: str
+    preload_error: str
     stream: Stream
     networks: "weakref.WeakSet[OrtCudaNetwork]" = field(default_factory=weakref.WeakSet)
 
@@ -44,7 +44,7 @@ class _Shared:
 
 
 class _Binding:
-    """A session, and the buffers that it is bound to and does not own."""
+    """A session bound to buffers. It keeps them alive, because ONNX Runtime's binding does not."""
 
     def __init__(self, spec: NetworkSpec, session: Any, shared: _Shared, buffers: Mapping[str, DeviceBuffer]) -> None:
         self._name = spec.name
@@ -53,34 +53,34 @@ class _Binding:
         self._buffers = buffers
         self._binding = session.io_binding()
         infos = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
-        self._on_host = [tensor.name for tensor, info in infos if info.device_vendor_id != _NVIDIA]
+        self._host_inputs = [tensor.name for tensor, info in infos if info.device_vendor_id != _NVIDIA]
         for tensor in spec.inputs:
-            if tensor.name not in self._on_host:
+            if tensor.name not in self._host_inputs:
                 self._bind(self._binding.bind_input, tensor.name)
         for tensor in spec.outputs:
             self._bind(self._binding.bind_output, tensor.name)
 
     def run(self, options: Any) -> None:
-        """Put a run on the stream.
+        """Enqueue a run on the stream.
 
         Raises:
-            OutOfMemory: there is no room to compute in.
+            OutOfMemory: there is too little memory to run.
             MomaError: the session cannot run.
         """
         stream = self._shared.stream
-        if self._on_host:
-            # It copies what it wants in the host's memory when that is bound, and not when it runs.
+        if self._host_inputs:
+            # ONNX Runtime copies an input that it needs in host memory when that is bound, not when it runs.
             stream.synchronize()
-            for name in self._on_host:
+            for name in self._host_inputs:
                 self._bind(self._binding.bind_input, name)
-        stream.keep(self)
+        stream.keep_alive(self)
         try:
             self._session.run_with_iobinding(self._binding, options)
         except Exception as error:
             if not is_ort_error(error):
                 raise
             problem = f"{self._name}: {self._shared.library} cannot run it"
-            raise out_of_memory(problem, error) or MomaError(f"{problem}: {one_line(error)}") from None
+            raise as_out_of_memory(problem, error) or MomaError(f"{problem}: {one_line(error)}") from None
 
     def _bind(self, bind: Callable[..., None], name: str) -> None:
         buffer = self._buffers[name]
@@ -89,7 +89,7 @@ class _Binding:
 
 @dataclass(frozen=True, eq=False)
 class OrtCudaBound:
-    """A binding of a network that does not wait for its runs."""
+    """A bound network whose runs are asynchronous."""
 
     loaded: "OrtCudaNetwork"
     binding: _Binding
@@ -99,14 +99,14 @@ class OrtCudaBound:
         try:
             self.binding.run(self.options)
         except OutOfMemory:
-            # All networks may keep more to compute in than this one lacks.
+            # Other networks may cache more working memory than this one lacks.
             self.loaded.shared.trim()
             self.binding.run(self.options)
 
 
 @dataclass(frozen=True, eq=False)
 class OrtCudaNetwork:
-    """A loaded session and what the manifest says of it. `smallest` is bound to its smallest shapes."""
+    """A loaded session and the spec of its network. `smallest` is a binding of its smallest shapes."""
 
     spec: NetworkSpec
     session: Any
@@ -114,15 +114,16 @@ class OrtCudaNetwork:
     smallest: _Binding
 
     def bind(self, buffers: Mapping[str, Buffer]) -> OrtCudaBound:
-        own = {tensor.name: on_device(buffers[tensor.name]) for tensor in (*self.spec.inputs, *self.spec.outputs)}
+        tensors = (*self.spec.inputs, *self.spec.outputs)
+        own = {tensor.name: as_device_buffer(buffers[tensor.name]) for tensor in tensors}
         options = ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return OrtCudaBound(self, _Binding(self.spec, self.session, self.shared, own), options)
 
     def shrink(self) -> None:
-        """Have it give back the memory that it computes in.
+        """Free the session's working memory.
 
-        That is done at the end of a run, and this run ends before its first operator.
+        ONNX Runtime does so at the end of a run; this run ends before its first operator.
         """
         options = ort.RunOptions()
         options.terminate = True
@@ -131,8 +132,8 @@ class OrtCudaNetwork:
             self.smallest.run(options)
 
 
-class OnnxRuntimeCudaBackend(OnDevice):
-    """ONNX Runtime on the first GPU. Its own log is silenced in this process: what it says is in the errors.
+class OnnxRuntimeCudaBackend(DeviceBackend):
+    """ONNX Runtime on the first GPU. Its log is silenced in this process, because the errors contain its messages.
 
     Raises:
         InputError: cuda-bindings is not installed.
@@ -140,32 +141,33 @@ class OnnxRuntimeCudaBackend(OnDevice):
     """
 
     name = "onnxruntime_cuda"
-    # A session copies some sizes from memory of the host that it uses again afterwards, and a recording would read that
-    # when it is replayed. A denoiser has ten of these copies, and ONNX Runtime's own recordings refuse it as well.
+    # A session copies some sizes from host memory that it reuses afterwards, and a replayed graph would read that
+    # memory again. A denoiser has ten of these copies, and ONNX Runtime's own graph capture rejects it too.
     supports_capture = False
 
     def __init__(self) -> None:
         stream = Stream()
         super().__init__(stream)
         ort.set_default_logger_severity(LOG_FATAL)
-        said = io.StringIO()
-        # Those libraries that pip installed, which the system's linker does not find.
-        with contextlib.redirect_stdout(said):
+        output = io.StringIO()
+        # Loads the libraries that pip installed, which the system's linker does not find.
+        with contextlib.redirect_stdout(output):
             ort.preload_dlls()
-        reason = next(iter(said.getvalue().splitlines()), "")
+        reason = next(iter(output.getvalue().splitlines()), "")
         self._shared = _Shared(f"ONNX Runtime {ort.__version__}", reason, stream)
 
     def load(self, spec: NetworkSpec, path: Path, weights: Sequence[Path] = ()) -> OrtCudaNetwork:
         shared = self._shared
         session = open_session(spec, path, weights, _options(), [(CUDA_PROVIDER, _provider_options(shared.stream))])
         if CUDA_PROVIDER not in session.get_providers():
+            reason = f" ({shared.preload_error})" if shared.preload_error else ""
             raise InputError(
                 f"backend {self.name}: {shared.library} would run {spec.name} on the CPU, because its CUDA provider "
-                f"cannot be loaded{f' ({shared.said})' if shared.said else ''}: {CUDA_PROVIDER_INSTALLATION}"
+                f"cannot be loaded{reason}: {CUDA_PROVIDER_INSTALLATION}"
             )
         _check_operators(path, shared.library, session)
         wanted = {tensor.name: (tensor.min_shape, tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
-        smallest = {name: on_device(buffer) for name, buffer in self.allocate(wanted).items()}
+        smallest = {name: as_device_buffer(buffer) for name, buffer in self.allocate(wanted).items()}
         network = OrtCudaNetwork(spec, session, shared, _Binding(spec, session, shared, smallest))
         shared.networks.add(network)
         return network
@@ -179,10 +181,10 @@ class OnnxRuntimeCudaBackend(OnDevice):
 
 def _options() -> ort.SessionOptions:
     options = session_options()
-    # It would let a shape's memory be used again while the GPU's half of the graph has yet to read it: a denoiser's
-    # outputs come out empty then (microsoft/onnxruntime issue 32083).
+    # With reuse, the CPU overwrites shapes that the GPU's part of the graph has yet to read, and a denoiser's outputs
+    # are empty (microsoft/onnxruntime issue 32083).
     options.enable_mem_reuse = False
-    # The few operators on the CPU are about single numbers.
+    # The few operators on the CPU compute single numbers.
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return options
@@ -191,18 +193,18 @@ def _options() -> ort.SessionOptions:
 def _provider_options(stream: Stream) -> dict[str, str]:
     return {
         "user_compute_stream": str(stream.handle),
-        # The default doubles what it takes from the device each time.
+        # The default doubles each further allocation.
         "arena_extend_strategy": "kSameAsRequested",
     }
 
 
 def _check_operators(path: Path, library: str, session: Any) -> None:
-    """Refuse a session that does a GPU's work on the CPU.
+    """Check that a session runs no expensive operators on the CPU.
 
     Raises:
         BundleError: it does.
     """
     elsewhere = [s for s in session.get_provider_graph_assignment_info() if s.ep_name != CUDA_PROVIDER]
-    found = sorted({node.op_type for subgraph in elsewhere for node in subgraph.get_nodes()} & _FOR_THE_GPU)
+    found = sorted({node.op_type for subgraph in elsewhere for node in subgraph.get_nodes()} & _GPU_OPERATORS)
     if found:
-        raise BundleError(f"{path}: {library} has no {', '.join(found)} for this network's types on a GPU")
+        raise BundleError(f"{path}: {library} has no GPU kernels of {', '.join(found)} for this network's dtypes")

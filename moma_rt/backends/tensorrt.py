@@ -1,4 +1,4 @@
-"""Engines of TensorRT or TensorRT-RTX, run one after the other on one stream of a GPU."""
+"""The backend of TensorRT and TensorRT-RTX: engines that run one after the other on one stream of a GPU."""
 
 import mmap
 import re
@@ -10,17 +10,17 @@ from typing import Any
 
 from moma_rt.backends.base import Array, Buffer, check_tensors
 from moma_rt.backends.cuda import DeviceMemory, Graph, Stream
-from moma_rt.backends.device_buffers import DeviceBuffer, OnDevice, on_device
-from moma_rt.backends.jit import JustInTime, is_capturable, just_in_time
+from moma_rt.backends.device_buffers import DeviceBackend, DeviceBuffer, as_device_buffer
+from moma_rt.backends.jit import JitCache, is_capturable, load_jit_cache
 from moma_rt.backends.libraries import library, library_log
 from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.footprint import GENERATION_NETWORKS
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError, MomaError, OutOfMemory
 
-# How the libraries say it.
+# In the out of memory errors of the libraries.
 _OUT_OF_MEMORY = re.compile("out ?of ?memory", re.IGNORECASE)
-# NumPy's names of TensorRT's types.
+# NumPy's names of TensorRT's dtypes.
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -33,9 +33,9 @@ _DTYPES = {
 
 
 class Scratch:
-    """Where networks compute on the way from inputs to outputs: one region, as large as the largest of them needs.
+    """Device memory for activations: one region for all networks, as large as the largest of them needs.
 
-    All can share it, because they run one after the other. It grows when a network needs more.
+    They can share it because they run one after the other. It grows when a network needs more.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -53,13 +53,13 @@ class Scratch:
         self._memory = None
 
     def reserve(self, size: int) -> tuple[int, int]:
-        """The address and size of at least `size` bytes; the region of before may be gone.
+        """Return the address and size of at least `size` bytes; an earlier region may be freed.
 
         Raises:
-            OutOfMemory: the device has not so much left. The next call tries again, for what that one needs.
+            OutOfMemory: the device has too little memory left. The next call allocates again, for its own size.
         """
         if self._memory is None or self._memory.size < size:
-            # What still runs in the old region ends first, and the two never lie side by side.
+            # Waits for work in the old region, and frees it before the new one is allocated.
             self.release()
             self._memory = self._stream.allocate(size)
         return self._memory.address, self._memory.size
@@ -67,7 +67,7 @@ class Scratch:
 
 @dataclass(frozen=True, eq=False)
 class _Shared:
-    """What all networks of a backend have in common. `library` names the flavour and its version."""
+    """State that all networks of a backend share. `library` names the flavour and its version."""
 
     trt: Any
     flavour: Flavour
@@ -75,21 +75,21 @@ class _Shared:
     log: Any
     stream: Stream
     scratch: Scratch
-    unsaved: list[JustInTime]
+    unsaved: list[JitCache]
     networks: "weakref.WeakSet[TrtNetwork]"
 
     def save(self) -> None:
-        """Keep what was compiled for what ran; the stream has been waited for."""
+        """Save the kernels that were compiled for finished runs; call it after the stream is synchronized."""
         while self.unsaved:
             self.unsaved.pop().save()
 
     def reason(self) -> str:
-        """What the library said first, since its log began."""
+        """The library's first error since `log.begin()`."""
         return str(self.log.error) or "it did not say why"
 
 
 class TrtBound:
-    """An execution context with its shapes and addresses set. It keeps the buffers, which the context does not own."""
+    """An execution context with its shapes and addresses set. It keeps the buffers alive; the context does not."""
 
     def __init__(self, loaded: "TrtNetwork", context: Any, buffers: tuple[DeviceBuffer, ...]) -> None:
         self._loaded = loaded
@@ -99,9 +99,9 @@ class TrtBound:
         self._is_capturable = True
         self._scratch_bytes = int(context.update_device_memory_size_for_shapes())
         self._scratch: tuple[int, int] | None = None
-        # Now rather than at the first run: what does not fit is said before a picture is begun.
+        # Here and not at the first run, so that a lack of memory is reported before a generation starts.
         loaded.shared.scratch.reserve(self._scratch_bytes)
-        weakref.finalize(self, _leave, loaded.idle, context)
+        weakref.finalize(self, _return_context, loaded.idle, context)
 
     def enqueue(self) -> None:
         shared, context = self._loaded.shared, self._context
@@ -110,11 +110,11 @@ class TrtBound:
             context.set_device_memory(*scratch)
             self._scratch = scratch
         if shared.stream.is_capturing and not self._is_capturable:
-            raise MomaError(f"{self._loaded.spec.name}: {shared.library} cannot record it")
+            raise MomaError(f"{self._loaded.spec.name}: {shared.library} cannot capture it")
         shared.log.begin()
-        shared.stream.keep(self)
+        shared.stream.keep_alive(self)
         if not context.execute_async_v3(shared.stream.handle):
-            # Code is loaded when it first runs.
+            # The first run loads code, which needs memory.
             kind = OutOfMemory if _OUT_OF_MEMORY.search(shared.reason()) else MomaError
             raise kind(f"{self._loaded.spec.name}: {shared.library} cannot run it: {shared.reason()}")
         if self._has_run:
@@ -127,26 +127,26 @@ class TrtBound:
 
 @dataclass(frozen=True, eq=False)
 class TrtNetwork:
-    """A loaded engine and what the manifest says of its network.
+    """A loaded engine and the spec of its network.
 
-    Making a context takes milliseconds, so one that nothing is bound to any more, `idle`, is bound again.
+    Creating a context takes milliseconds, so one that is no longer bound is kept in `idle` and reused.
     """
 
     spec: NetworkSpec
     engine: Any
     shared: _Shared
-    jit: JustInTime | None
+    jit: JitCache | None
     idle: list[Any] = field(default_factory=list)
 
     def bind(self, buffers: Mapping[str, Buffer]) -> TrtBound:
-        """Bind a buffer to every input and output by name; further names are ignored. No two may overlap.
+        """Bind a buffer to every input and output by name; extra names are ignored. No two may overlap.
 
         Raises:
-            BundleError: the engine does not take buffers of these shapes.
-            MomaError: no device memory left.
+            BundleError: the engine does not accept buffers of these shapes.
+            OutOfMemory: the device has too little memory left.
         """
         shared, spec, trt = self.shared, self.spec, self.shared.trt
-        own = {tensor.name: on_device(buffers[tensor.name]) for tensor in (*spec.inputs, *spec.outputs)}
+        own = {tensor.name: as_device_buffer(buffers[tensor.name]) for tensor in (*spec.inputs, *spec.outputs)}
         shared.log.begin()
         user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self.idle:
@@ -156,22 +156,22 @@ class TrtNetwork:
                 user_managed if self.jit is None else self.jit.runtime_config
             )
         if context is None:
-            raise OutOfMemory(f"{spec.name}: {shared.library} has no room to run it: {shared.reason()}")
+            raise OutOfMemory(f"{spec.name}: {shared.library} has too little memory to run it: {shared.reason()}")
         for tensor in spec.inputs:
             shape = own[tensor.name].shape
             if tensor.dynamic_axes and not context.set_input_shape(tensor.name, shape):
                 raise BundleError(
-                    f"{spec.name}: its engine takes no {tensor.name} of shape {list(shape)}: {shared.reason()}"
+                    f"{spec.name}: its engine does not accept {tensor.name} of shape {list(shape)}: {shared.reason()}"
                 )
         for name, buffer in own.items():
             if not context.set_tensor_address(name, buffer.memory.address):
-                raise BundleError(f"{spec.name}: its engine takes no memory for {name}: {shared.reason()}")
+                raise BundleError(f"{spec.name}: its engine does not accept the address of {name}: {shared.reason()}")
         return TrtBound(self, context, tuple(own.values()))
 
 
 @dataclass(frozen=True, eq=False)
 class TrtGraph:
-    """A CUDA graph, and the scratch region whose address is in it."""
+    """A CUDA graph, and the scratch region whose address it contains."""
 
     stream: Stream
     graph: Graph
@@ -190,8 +190,8 @@ class TrtGraph:
         self.stream.launch(self.graph)
 
 
-class TensorRtBackend(OnDevice):
-    """The engines of one flavour, on the first GPU.
+class TensorRtBackend(DeviceBackend):
+    """Runs the engines of one flavour on the first GPU.
 
     Raises:
         InputError: the flavour's package or cuda-bindings is not installed, or cannot be loaded.
@@ -211,19 +211,19 @@ class TensorRtBackend(OnDevice):
         log.begin()
         try:
             self._runtime = trt.Runtime(log)
-        except (TypeError, RuntimeError):  # how the bindings say that they were given no object
+        except (TypeError, RuntimeError):  # raised by the bindings if the library returns null
             raise MomaError(f"{self._shared.library} cannot use this GPU: {self._shared.reason()}") from None
 
     def load(self, spec: NetworkSpec, path: Path, weights: Sequence[Path] = ()) -> TrtNetwork:
-        """An engine holds its weights itself: there are no `weights`."""
+        """Load an engine. `weights` is not used, because an engine contains its weights."""
         shared = self._shared
         shared.log.begin()
         with path.open("rb") as file:
             try:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except ValueError:
-                raise BundleError(f"{path} is no engine: it is empty") from None
-        # Mapped, because an engine may be as large as the memory that a Jetson's CPU and GPU share.
+                raise BundleError(f"{path} is not an engine: it is empty") from None
+        # Memory-mapped: an engine may be as large as the memory that a Jetson's CPU and GPU share.
         with content:
             engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
@@ -232,7 +232,7 @@ class TensorRtBackend(OnDevice):
         found = _tensors(shared.trt, engine)
         for what, specs in (("inputs", spec.inputs), ("outputs", spec.outputs)):
             check_tensors(path, what, [f"{t.name} {t.dtype}" for t in specs], found[what])
-        jit = just_in_time(shared.flavour, shared.trt, engine, path, is_recorded=spec.name in GENERATION_NETWORKS)
+        jit = load_jit_cache(shared.flavour, shared.trt, engine, path, is_captured=spec.name in GENERATION_NETWORKS)
         loaded = TrtNetwork(spec, engine, shared, jit)
         shared.networks.add(loaded)
         return loaded
@@ -249,7 +249,7 @@ class TensorRtBackend(OnDevice):
         except OutOfMemory:
             raise
         except MomaError:
-            # Work that cannot be captured runs all the same when it is enqueued, or says then what is wrong with it.
+            # The caller enqueues the work instead, which runs it or raises its error.
             return None
         return TrtGraph(shared.stream, graph, shared.scratch, shared.scratch.region)
 
@@ -264,14 +264,14 @@ class TensorRtBackend(OnDevice):
         self._shared.save()
 
 
-def _leave(idle: list[Any], context: Any) -> None:
-    """Leave a context to whoever binds next; of several, one."""
+def _return_context(idle: list[Any], context: Any) -> None:
+    """Keep a context for the next `bind`, unless another one is kept already."""
     if not idle:
         idle.append(context)
 
 
 def _tensors(trt: Any, engine: Any) -> dict[str, list[str]]:
-    """Name and type of an engine's inputs and outputs."""
+    """Names and dtypes of an engine's inputs and outputs."""
     found: dict[str, list[str]] = {"inputs": [], "outputs": []}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)

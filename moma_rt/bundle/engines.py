@@ -1,8 +1,8 @@
-"""Which engines a bundle has, and which of them serve a device.
+"""The engines of a bundle, and the selection of those that run on a device.
 
-An engine is a network compiled by TensorRT, TensorRT-RTX or PyTorch's inductor. Only the version that built it loads
-it, and only devices of the compute capabilities it was built for run it; both stand in the manifest, so that a runtime
-can tell what is missing without opening a file.
+An engine is a network compiled by TensorRT, TensorRT-RTX or PyTorch's inductor. Only the library version that built it
+can load it, and only devices of the compute capabilities it was built for can run it. The manifest lists both, so a
+runtime can tell what is missing without opening a file.
 """
 
 import enum
@@ -15,16 +15,16 @@ from moma_rt.bundle.specs import check_fields
 from moma_rt.errors import BundleError
 from moma_rt.messages import short_repr
 
-# The capabilities that TensorRT-RTX compiles for on any machine; the others need TensorRT on such a device.
+# The compute capabilities that TensorRT-RTX compiles for on any machine; others need TensorRT on such a device.
 RTX_CAPABILITIES = (75, 86, 89, 120, 121)
-# The capability of a CPU, for which inductor alone builds; a GPU's begins with its generation.
+# Stands for a CPU, which only inductor builds for; no GPU has this capability.
 CPU_CAPABILITY = 0
 _MAX_BYTES = 2**48
 _MAX_CAPABILITY = 999
 
 
 class Flavour(enum.Enum):
-    """A library that builds and runs engines; where there are several, the first of them is preferred."""
+    """A library that builds and runs engines, in order of preference."""
 
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt_rtx"
@@ -37,12 +37,12 @@ class Flavour(enum.Enum):
 
     @property
     def reads_weights(self) -> bool:
-        """Whether its engines are code alone, and read the weights from the files of their network."""
+        """Whether its engines contain no weights and read them from the files of their network."""
         return self is Flavour.INDUCTOR
 
     @property
     def pip_name(self) -> str:
-        """What pip installs that package by."""
+        """The name of that package for pip."""
         return self.module.replace("_", "-")
 
 
@@ -54,22 +54,22 @@ class Device:
     capability: int
 
 
-# Where there is no GPU, for those engines that need none.
+# Used without a GPU, by engines that need none.
 CPU_DEVICE = Device("this machine's CPU", CPU_CAPABILITY)
 
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """One network built for some devices.
+    """One network compiled for some devices.
 
     Attributes:
-        source: the key of the network it was built from; of one that reads weights beside it, that network's structure.
-        key: names what it is: the source, what compiled it, and for what.
-        weight_bytes, activation_bytes: the device memory it needs, by the builder's own count at the largest shapes;
-            None where the builder did not say. Weights that it reads beside it do not count.
-        kernels: the hash of the kernels that its plugins launch; None where it has no plugins.
-        measured: whether its kernels were measured on such a device; False where it was compiled without one and they
-            were chosen by rule.
+        source: the key of the network it was built from; for an engine without weights, that network's structure.
+        key: identifies the engine by its source, its compiler and its target.
+        weight_bytes, activation_bytes: the device memory it needs at its largest shapes, as the builder reports it;
+            None if the builder does not. Weights outside the engine do not count.
+        kernels: the hash of the kernels that its plugins launch; None if it has no plugins.
+        measured: whether its kernels were timed on such a device; False if it was compiled without one and they were
+            chosen by rule.
     """
 
     network: str
@@ -87,7 +87,7 @@ class EngineEntry:
 
     @property
     def folder(self) -> str:
-        """The folder of its file, in which lies whatever else belongs to it."""
+        """The folder of its file and of all other files that belong to it."""
         return str(PurePosixPath(self.file).parent)
 
     def serves(self, flavour: Flavour, version: str, capability: int) -> bool:
@@ -131,9 +131,9 @@ class EngineEntry:
 
 @dataclass(frozen=True)
 class KernelsEntry:
-    """A network's own kernels, compiled for devices of one capability, from which TensorRT builds its plugins.
+    """A network's own kernels, compiled for one compute capability, from which TensorRT builds its plugins.
 
-    `file` lists the others of its folder and says what each computes; `key` names what they were compiled from.
+    `file` lists the other files of its folder and what each computes; `key` identifies what they were compiled from.
     """
 
     network: str
@@ -170,13 +170,13 @@ class Library:
 def select(
     engines: Iterable[EngineEntry], networks: Iterable[str], library: Library, device: Device, packed_for: str = ""
 ) -> dict[str, EngineEntry]:
-    """The engine of each network that a library runs on a device.
+    """Select the engine of each network that a library runs on a device.
 
     Args:
-        packed_for: the target that the bundle was packed for; empty where it is whole.
+        packed_for: the target that the bundle was packed for; empty if it is whole.
 
     Raises:
-        BundleError: a network has none; the message says for what the bundle has engines, and how to build the others.
+        BundleError: a network has none; the message lists the bundle's engines and how to build the missing ones.
     """
     engines, names = tuple(engines), tuple(networks)
     found = {
@@ -189,7 +189,7 @@ def select(
         return found
     here = f"{library.flavour.value} {library.version} on {format_capabilities([device.capability])} ({device.name})"
     have = sorted({f"{e.flavour.value} {e.version} on {format_capabilities(e.capabilities)}" for e in engines})
-    advice = f"build them with {_command_for(library.flavour, device.capability)}"
+    advice = f"build the missing ones with {_build_command(library.flavour, device.capability)}"
     if packed_for:
         advice = f"it was packed for {packed_for}; pack the whole bundle again for this device"
     raise BundleError(
@@ -199,12 +199,12 @@ def select(
 
 
 def format_capabilities(capabilities: Iterable[int]) -> str:
-    """Capabilities as `--target` takes them, such as sm86,sm89; that of a CPU is cpu."""
+    """Format capabilities as `--target` takes them, such as sm86,sm89; a CPU's is cpu."""
     return ",".join("cpu" if capability == CPU_CAPABILITY else f"sm{capability}" for capability in capabilities)
 
 
-def _command_for(flavour: Flavour, capability: int) -> str:
-    """What builds engines of a flavour for a capability."""
+def _build_command(flavour: Flavour, capability: int) -> str:
+    """The command that builds engines of a flavour for a capability."""
     if flavour is Flavour.INDUCTOR:
         return "python -m export.build ... --target inductor"
     is_rtx = flavour is Flavour.TENSORRT_RTX and capability in RTX_CAPABILITIES

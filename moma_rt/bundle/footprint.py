@@ -1,4 +1,4 @@
-"""How much memory a bundle's networks need, and which of them fit a budget."""
+"""The memory that a bundle's networks need, and which of them fit a budget."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,19 +12,19 @@ from moma_rt.bundle.manifest import Manifest
 from moma_rt.errors import InputError
 from moma_rt.messages import short_repr
 
-# What is loaded at the same time: a network for itself, but for the two that every picture is made with.
+# Every generation needs both, so they are loaded together; any other network can be loaded alone.
 GENERATION_NETWORKS = ("denoiser", "vae_decoder")
 _UNITS = MappingProxyType({"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30})
 _SIZE = re.compile(r"(\d{1,16}(?:\.\d{1,9})?)\s*([KMG]I?|)B?", re.IGNORECASE | re.ASCII)
 # A pebibyte, more than any machine has.
-_MOST = 1 << 50
+_MAX_BYTES = 1 << 50
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a network's weights, and of what it computes in at its largest shapes; 0 where that is not known.
+    """Bytes of a network's weights, and of its activations at its largest shapes; 0 if unknown.
 
-    `shared` are further weights by the file that they lie in: networks that read one file hold it once.
+    `shared` maps files of further weights to their bytes: networks that read the same file load it once.
     """
 
     weights: int
@@ -33,10 +33,10 @@ class Footprint:
 
 
 def footprint(manifest: Manifest, name: str, engine: EngineEntry | None) -> Footprint:
-    """What a network needs as an engine, by its builder's count, or as its ONNX graph, by the files' sizes.
+    """Estimate a network's memory: as an engine by its builder's count, as an ONNX graph by the files' sizes.
 
-    Weights files that an engine of inductor reads in place are shared. ONNX Runtime rearranges most of what it maps, so
-    each of its networks counts for itself.
+    Inductor's engines read their weights files in place and share them. ONNX Runtime copies most weights into another
+    layout, so its networks share none.
     """
     network = manifest.networks[name]
     weights = {file: manifest.files[file].size for file in network.weights}
@@ -47,7 +47,7 @@ def footprint(manifest: Manifest, name: str, engine: EngineEntry | None) -> Foot
 
 
 def combined_bytes(footprints: Iterable[Footprint]) -> int:
-    """Bytes that networks need when all are loaded: they run one after the other, and share what they compute in."""
+    """Bytes of several loaded networks. They run one after the other, so they share memory for activations."""
     found = list(footprints)
     shared = {file: size for footprint in found for file, size in footprint.shared.items()}
     own = sum(footprint.weights for footprint in found)
@@ -55,17 +55,17 @@ def combined_bytes(footprints: Iterable[Footprint]) -> int:
 
 
 def load_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Networks that have to be loaded at the same time."""
+    """Group the networks that must be loaded at the same time."""
     every = list(names)
-    pictures = tuple(name for name in every if name in GENERATION_NETWORKS)
-    return [*((name,) for name in every if name not in GENERATION_NETWORKS), *([pictures] if pictures else [])]
+    generation = tuple(name for name in every if name in GENERATION_NETWORKS)
+    return [*((name,) for name in every if name not in GENERATION_NETWORKS), *([generation] if generation else [])]
 
 
 def parse_bytes(given: object, what: str = "a memory budget") -> int:
-    """A number of bytes, or a text such as 8GB (10^9) or 512 MiB (2^20).
+    """Parse a number of bytes, or a text such as 8GB (10^9) or 512 MiB (2^20).
 
     Raises:
-        InputError: neither of them, or not more than 0. The message begins with `what`.
+        InputError: neither of them, or not from 1 to 2**50 - 1. The message begins with `what`.
     """
     match = _SIZE.fullmatch(given.strip()) if isinstance(given, str) else None
     if match is not None:
@@ -74,7 +74,7 @@ def parse_bytes(given: object, what: str = "a memory budget") -> int:
         count = int(given)
     else:
         count = 0
-    if not 0 < count < _MOST:
+    if not 0 < count < _MAX_BYTES:
         raise InputError(
             f"{what} is a number of bytes below 2**50, or a text such as 8GB or 512MiB, not {short_repr(given)}"
         )
@@ -82,7 +82,7 @@ def parse_bytes(given: object, what: str = "a memory budget") -> int:
 
 
 def describe_budget(manifest: Manifest, engines: Mapping[str, EngineEntry] | None, budget: int) -> list[str]:
-    """What of a bundle fits a budget, a line each."""
+    """Describe which networks of a bundle fit a budget, in one line each and a summary."""
     needs = {
         name: footprint(manifest, name, None if engines is None else engines[name])
         for name in manifest.networks
@@ -100,14 +100,14 @@ def describe_budget(manifest: Manifest, engines: Mapping[str, EngineEntry] | Non
     elif not too_large:
         lines.append("  networks are loaded in turn (memory_budget, --memory-budget)")
     elif set(too_large) <= {"language_model", "vision_encoder"}:
-        lines.append("  generating from a context embedding, loaded in turn; subjects must be enrolled elsewhere")
+        lines.append("  networks are loaded in turn; enough only to generate from a context embedding, not to enroll")
     else:
-        lines.append(f"  not at all: no room for {', nor for '.join(too_large)}")
+        lines.append(f"  the bundle does not fit: too large are {', '.join(too_large)}")
     return lines
 
 
 def format_bytes(count: int | None) -> str:
-    """A size for people; of one that is not known, that."""
+    """Format a size for people, such as 1.5 KiB; None is 'unknown'."""
     if count is None:
         return "unknown"
     size = float(count)

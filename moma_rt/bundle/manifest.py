@@ -1,10 +1,10 @@
-"""A bundle: the folder an export leaves and a runtime loads.
+"""A bundle: the folder that an export writes and a runtime loads.
 
-    manifest.json               format, geometry, an entry a folder, SHA-256 and size of every file
+    manifest.json               format, geometry, an entry per folder, SHA-256 and size of every file
     networks/<name>-<key>/      the ONNX graph, and the same graph lowered for older TensorRT, both without weights
     weights/<group>-<key>/      weights.safetensors, which several networks and every backend may read
-    kernels/<name>_sm80-<key>/  a network's own kernels for TensorRT's plugins, where they were compiled
-    engines/<name>-<key>/       what TensorRT, TensorRT-RTX or inductor made of a network, where engines were built
+    kernels/<name>_sm80-<key>/  a network's own kernels for TensorRT's plugins, if they were compiled
+    engines/<name>-<key>/       a network compiled by TensorRT, TensorRT-RTX or inductor, if engines were built
     tokenizers/                 text.json (CLIP) and language.json (Llama), in the `tokenizers` format
 
 The manifest is written last and atomically: a folder without one is an unfinished build, not a bundle.
@@ -27,7 +27,7 @@ FORMAT_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 # Graphs name weights relative to this folder.
 WEIGHTS_FOLDER = "weights"
-# Beside the files of a network, an engine or kernels, for the next build; a runtime does not read it.
+# Written beside the files of a network, an engine or kernels; only the next build reads it.
 RECORD_NAME = "record.json"
 TEXT_TOKENIZER = "tokenizers/text.json"
 LANGUAGE_TOKENIZER = "tokenizers/language.json"
@@ -35,7 +35,7 @@ LANGUAGE_TOKENIZER = "tokenizers/language.json"
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file must be to be used: its hexadecimal SHA-256 and its size in bytes."""
+    """The expected hexadecimal SHA-256 of a file and its size in bytes."""
 
     sha256: str
     size: int
@@ -43,15 +43,14 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class NetworkEntry:
-    """One network of a bundle: its graphs, and the weights files that they and packages of inductor read.
+    """One network of a bundle: its graphs, and the weights files that they and inductor packages read.
 
     Attributes:
-        key: names the network's sources, its code and the libraries that exported it.
-        structure: names the same but for the weights' values; equal for two bases of one geometry.
-        onnx, lowered: its graph in today's operators and in those of TensorRT 10.3; both None in a bundle whose engines
+        key: identifies the network's sources, its code and the libraries that exported it.
+        structure: identifies the same without the weights' values; equal for two bases of one geometry.
+        onnx, lowered: its graph in current operators and in those of TensorRT 10.3; both None in a bundle whose engines
             need no graph.
-        weights: safetensors files, by their path in the bundle. The graphs name tensors of them relative to the folder
-            `weights`.
+        weights: paths of safetensors files in the bundle. The graphs name the files relative to the folder `weights`.
     """
 
     spec: NetworkSpec
@@ -78,13 +77,13 @@ class NetworkEntry:
         return (*self.graphs, *self.weights)
 
     def made(self, engine: EngineEntry) -> bool:
-        """Whether an engine was built from this network; for one without weights, from a network of its structure."""
+        """Whether an engine was built from this network; for an engine without weights, from one of this structure."""
         return engine.source == (self.structure if engine.flavour.reads_weights else self.key)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights came from: the part they play, their file or folder name, and a hash of their content."""
+    """The origin of weights: their role, their file or folder name, and a hash of their content."""
 
     role: str
     name: str
@@ -103,7 +102,7 @@ class Manifest:
     sources: tuple[Source, ...]
     engines: tuple[EngineEntry, ...] = ()
     kernels: tuple[KernelsEntry, ...] = ()
-    # Of a packed bundle the target, such as "sm86", and what was left out for it.
+    # The target of a packed bundle, such as "sm86", and what was left out for it.
     packed_for: str = ""
     left_out: tuple[str, ...] = ()
 
@@ -114,9 +113,9 @@ class Manifest:
 
     @property
     def explain_missing(self) -> str:
-        """Why something is not in it, and what helps, to end a sentence with."""
+        """Why something is not in the bundle and what to do, as the end of a sentence."""
         if self.packed_for:
-            return f"since it was packed for {self.packed_for}: pack the whole bundle again for what is wanted"
+            return f"since it was packed for {self.packed_for}: pack the whole bundle again for the target you need"
         return "since it was built for inductor alone: build it with --target cpu as well"
 
     def to_json(self) -> dict[str, Any]:
@@ -190,7 +189,7 @@ class Bundle:
         """Read the manifest of `root` and check that every file it names is there with its size.
 
         Raises:
-            BundleError: no manifest, a newer format, a malformed manifest, or a missing or truncated file.
+            BundleError: no manifest, another format version, a malformed manifest, or a missing or truncated file.
         """
         bundle = cls(Path(root), read_manifest(Path(root)))
         bundle._check_sizes()
@@ -201,7 +200,7 @@ class Bundle:
         used |= {engine.file for engine in self.manifest.engines} | {kernels.file for kernels in self.manifest.kernels}
         for name in sorted(used - self.manifest.files.keys()):
             raise BundleError(f"{self.root}: the manifest uses {name!r} but gives no hash for it")
-        # A graph reads files of these folders by name, so one that no hash covers would be used unchecked.
+        # A graph reads files of these folders by name, so a file without a hash would be used unchecked.
         listed = {self.path(name) for name in used}
         for folder in sorted({f for network in self.manifest.networks.values() for f in network.folders}):
             place = self.path(folder)
@@ -219,17 +218,17 @@ class Bundle:
                 )
 
     def path(self, name: str) -> Path:
-        """The absolute place of a file that the manifest names; refuses names that leave the bundle."""
+        """The path of a file that the manifest names; raises BundleError for a path outside the bundle."""
         try:
             return resolve_inside(self.root, name)
         except ValueError as error:
             raise BundleError(f"{self.root}: unsafe manifest: {error}") from None
 
-    def verified(self, names: Iterable[str]) -> None:
-        """Hash the named files.
+    def verify(self, names: Iterable[str]) -> None:
+        """Check the hashes of the named files.
 
         Raises:
-            BundleError: a file that the manifest does not list, or whose content it does not describe.
+            BundleError: the manifest does not list a file, or has another hash of it.
         """
         for name in names:
             entry = self.manifest.files.get(name)
@@ -243,7 +242,7 @@ class Bundle:
                 )
 
     def network(self, name: str) -> NetworkEntry:
-        """The entry of a network; the error names those the bundle has."""
+        """The entry of a network; raises a BundleError that lists the bundle's networks."""
         entry = self.manifest.networks.get(name)
         if entry is None:
             have = ", ".join(sorted(self.manifest.networks)) or "none"
@@ -251,7 +250,7 @@ class Bundle:
         return entry
 
     def graph(self, name: str) -> str:
-        """The ONNX graph of a network.
+        """The file of a network's ONNX graph.
 
         Raises:
             BundleError: the bundle has no such network, or only engines of it.
@@ -266,14 +265,14 @@ class Bundle:
         return all(name in self.manifest.networks for name in names)
 
     def has_sources(self, *roles: str) -> bool:
-        """Whether the bundle holds something made of all these roles' weights."""
+        """Whether the bundle was made from weights of all these roles."""
         return {source.role for source in self.manifest.sources}.issuperset(roles)
 
     def fingerprint(self, *roles: str) -> str:
-        """Identifies the weights of the named roles: equal for all bundles made from the same ones.
+        """A hash of the weights of the named roles: equal for all bundles made from the same weights.
 
         Raises:
-            BundleError: nothing in the bundle is made of one of them.
+            BundleError: the bundle was not made from weights of one of the roles.
         """
         hashes = {source.role: source.sha256 for source in self.manifest.sources}
         for role in roles:
@@ -295,10 +294,10 @@ def _line(text: object) -> str:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest of the bundle at `root`, whether or not the files it names are there.
+    """Read the manifest of the bundle at `root`; the files that it names may be missing.
 
     Raises:
-        BundleError: no manifest, a newer format, or a malformed manifest.
+        BundleError: no manifest, another format version, or a malformed manifest.
     """
     path = root / MANIFEST_NAME
     if not path.is_file():
@@ -306,7 +305,7 @@ def read_manifest(root: Path) -> Manifest:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version = int(data["format_version"])
-    # Nesting without end is a RecursionError, an infinite number an OverflowError.
+    # Deep nesting raises RecursionError, an infinite number OverflowError.
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read as a manifest: {error}") from None
     if version < 1:
@@ -321,6 +320,6 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write `root/manifest.json` atomically: the last act of a build."""
+    """Write `root/manifest.json` atomically: the last step of a build."""
     with atomic_write(root / MANIFEST_NAME) as path:
         path.write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")

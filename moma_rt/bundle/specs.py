@@ -1,8 +1,8 @@
-"""What a network's tensors look like, and the sizes of the model they belong to.
+"""Names, dtypes and shapes of a network's tensors, and the sizes of the model.
 
 `export/networks.py` makes these from a checkpoint; the bundle's manifest carries them; ONNX names, dynamic axes,
-optimization profiles and runtime buffers all come from them. The readers (`from_json`) trust nothing: what they
-return is consistent, and anything else is a ValueError that names the field.
+optimization profiles and runtime buffers all come from them. The readers (`from_json`) trust nothing: they return
+consistent values, or raise a ValueError that names the field.
 """
 
 import enum
@@ -15,15 +15,15 @@ from moma_rt.messages import short_repr
 Json = dict[str, Any]
 
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
-# As large as ONNX Runtime and TensorRT allow a dimension to be.
+# The largest dimension that ONNX Runtime and TensorRT allow.
 MAX_SIZE = 2**31 - 1
 
 
 class Precision(enum.Enum):
     """Arithmetic of a network's matrix products.
 
-    INT8 and INT4 are precisions of the language model's stored weights, a scale for each output channel or for each
-    block of inputs; its arithmetic is then that of FP16.
+    INT8 and INT4 quantize the language model's stored weights only, with a scale per output channel or per block of
+    inputs; the arithmetic is FP16.
     """
 
     FP32 = "fp32"
@@ -101,7 +101,7 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, data: Json) -> "TensorSpec":
-        """Raises ValueError for a dtype not in `DTYPES`, or a dimension that is no size of 1 to `MAX_SIZE`."""
+        """Raises ValueError for a dtype not in `DTYPES`, or a size outside 1 to `MAX_SIZE`."""
         check_fields(cls, data)
         name, dtype = _name("tensor", data["name"]), data["dtype"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -131,7 +131,7 @@ class NetworkSpec:
 
     @classmethod
     def from_json(cls, data: Json) -> "NetworkSpec":
-        """Raises ValueError for two tensors of one name, or two dimensions of one name and different bounds."""
+        """Raises ValueError for two tensors of the same name, or different bounds of the same dimension."""
         check_fields(cls, data)
         name = _name("network", data["name"])
         inputs = tuple(TensorSpec.from_json(t) for t in _list("inputs", data["inputs"]))
@@ -145,7 +145,7 @@ class NetworkSpec:
 
 @dataclass(frozen=True)
 class SelfAttentionLayer:
-    """One self-attention layer of the UNet: diffusers' path of its transformer, grid side, width and heads."""
+    """One self-attention layer of the UNet: diffusers' path of its transformer, grid side, channels and heads."""
 
     name: str
     grid: int
@@ -203,7 +203,7 @@ class Geometry:
 
     @classmethod
     def from_json(cls, data: Json) -> "Geometry":
-        """Raises ValueError for sizes below 1 or that do not divide each other, no layer, or two of one name."""
+        """Raises ValueError for sizes below 1 or that do not divide each other, no layer, or two of the same name."""
         sizes = check_fields(cls, data) - {"self_attention", "language"}
         layers = tuple(SelfAttentionLayer.from_json(x) for x in _list("self_attention", data["self_attention"]))
         language = LanguageGeometry.from_json(data["language"]) if data["language"] is not None else None
@@ -222,7 +222,7 @@ class Geometry:
 
 
 def check_fields(cls: type, data: Json) -> set[str]:
-    """The names of a dataclass's fields, which must be exactly those of `data`."""
+    """Return the names of a dataclass's fields; raises ValueError unless `data` has exactly these."""
     names = {field.name for field in fields(cls)}
     if not isinstance(data, dict) or data.keys() != names:
         found = sorted(data) if isinstance(data, dict) else data

@@ -1,1 +1,1 @@
-"""What a caller gives: photos and masks, prompts, and the noise that seeds stand for."""
+"""A caller's inputs: photos and masks, prompts, and the noise that a seed generates."""

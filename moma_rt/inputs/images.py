@@ -1,7 +1,7 @@
-"""Photos and masks: from whatever a user has to the arrays the networks take.
+"""Photos and masks: read a user's image files and prepare the arrays the networks take.
 
-Any Pillow mode is accepted, and each image's own EXIF orientation is applied. What MoMA does to an RGB photo and an RGB
-or gray mask is reproduced exactly; the modes it cannot read are brought to those first.
+Any Pillow mode is accepted, and each image's own EXIF orientation is applied. RGB photos and RGB or gray masks are
+processed exactly as in MoMA; modes that MoMA cannot read are converted to these first.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from moma_rt.messages import first_line
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_DIFFERENCE = 0.02
 VISION_SIZE = 336
-# A list, because Pillow hands some of the formats it knows to other programs (EPS to Ghostscript).
+# An allowlist, because Pillow passes some formats to other programs (EPS to Ghostscript).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 ImageSource = str | Path | Image.Image
@@ -31,7 +31,7 @@ ImageSource = str | Path | Image.Image
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-# What Pillow's plugins look at to recognise their format.
+# The part of a file by which Pillow's plugins recognize their format.
 _PREFIX_BYTES = 16
 _THUMBNAIL_SIDE = 256
 _SHEET_COLUMNS = 4
@@ -46,7 +46,7 @@ class PreparedImages:
     Attributes:
         photo_chw: float32 [1, 3, H, W] in [-1, 1], the photo itself, squashed to the square.
         mask_hw: bool [H, W], true on the subject.
-        pixels: float32 [1, 3, vision_size, vision_size], the subject on white, in CLIP's normalisation.
+        pixels: float32 [1, 3, vision_size, vision_size], the subject on white, in CLIP's normalization.
         photo_hwc: uint8 [h, w, RGB], a thumbnail in the photo's own aspect ratio, for people.
     """
 
@@ -132,9 +132,9 @@ def prepare(photo: Image.Image, mask: Image.Image, size: int, vision_size: int =
 
 
 def contact_sheet(items: Sequence[tuple[str, Image.Image]], side: int = 256) -> Image.Image:
-    """Lay out labelled pictures in rows of four, each fitted into a square of `side` pixels; RGB.
+    """Lay out labeled pictures in rows of four, each fitted into a square of `side` pixels; RGB.
 
-    Labels that are wider than their tile are cut.
+    Labels that are wider than their tile are truncated.
 
     Raises:
         ValueError: `items` is empty.
@@ -162,9 +162,9 @@ def contact_sheet(items: Sequence[tuple[str, Image.Image]], side: int = 256) -> 
 
 
 def _read(source: object, role: str) -> Image.Image:
-    """Open, check and decode an image, and turn it upright. `role` names it where there is no path."""
+    """Open, check and decode an image, and turn it upright. `role` names it in errors, with its path if it has one."""
     if isinstance(source, Image.Image):
-        return _decoded(source, f"the {role}")
+        return _decode(source, f"the {role}")
     if not isinstance(source, str | os.PathLike):
         # The argument of `Runtime.enroll` is called image.
         argument = {"photo": "image"}.get(role, role)
@@ -183,13 +183,13 @@ def _read(source: object, role: str) -> Image.Image:
     except ValueError as error:
         raise InputError(f"{name} cannot be read: {error}") from None
     with stream:
-        return _decoded(_opened(stream, name), name)
+        return _decode(_open(stream, name), name)
 
 
-def _opened(stream: BinaryIO, name: str) -> Image.Image:
-    """`Image.open` without its warning of large images, which no thread can silence for itself alone.
+def _open(stream: BinaryIO, name: str) -> Image.Image:
+    """`Image.open` without its warning about large images, which cannot be silenced for a single thread.
 
-    It comes from above the limit of this module, which says so in one line.
+    Such images exceed this module's own limit, which raises an error of one line.
     """
     Image.init()
     try:
@@ -197,7 +197,7 @@ def _opened(stream: BinaryIO, name: str) -> Image.Image:
         for kind in FORMATS:
             factory, accepts = Image.OPEN.get(kind, (None, None))
             accepted = accepts is None or accepts(prefix)
-            # A decoder that is not built in answers with a text.
+            # A text means that Pillow was built without the decoder.
             if factory is None or isinstance(accepted, str) or not accepted:
                 continue
             stream.seek(0)
@@ -208,11 +208,11 @@ def _opened(stream: BinaryIO, name: str) -> Image.Image:
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror or error}") from None
     except Exception as error:
-        raise _undecodable(name, error) from None
+        raise _decode_error(name, error) from None
     raise InputError(f"{name} is not an image of a known format ({', '.join(FORMATS)})")
 
 
-def _decoded(image: Image.Image, name: str) -> Image.Image:
+def _decode(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise InputError(
@@ -220,15 +220,15 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
         )
     if width * height == 0:
         raise InputError(f"{name} has no pixels: its size is {width}x{height}")
-    # Decoders raise whatever a malformed file makes them run into: OSError, SyntaxError, struct.error, ValueError, ...
+    # Decoders raise all kinds of errors for malformed files: OSError, SyntaxError, struct.error, ValueError, ...
     try:
         image.load()
         return ImageOps.exif_transpose(image)
     except Exception as error:
-        raise _undecodable(name, error) from None
+        raise _decode_error(name, error) from None
 
 
-def _undecodable(name: str, error: Exception) -> InputError:
+def _decode_error(name: str, error: Exception) -> InputError:
     return InputError(f"{name} is damaged and cannot be decoded: {first_line(error)}")
 
 
@@ -242,13 +242,13 @@ def _has_alpha(image: Image.Image) -> bool:
 
 def _rgba(image: Image.Image, role: str) -> Image.Image:
     if image.mode == "La":
-        # The only mode that this one converts to.
+        # La converts to no other mode.
         image = image.convert("LA")
     try:
         return image.convert("RGBA")
     except (TypeError, ValueError) as error:
-        # A transparent colour that does not fit the mode.
-        raise _undecodable(f"the {role}", error) from None
+        # A transparent color that does not fit the mode.
+        raise _decode_error(f"the {role}", error) from None
 
 
 def _is_constant(channel: Image.Image) -> bool:

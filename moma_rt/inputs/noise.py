@@ -12,7 +12,7 @@ MAX_SEED = 2**64 - 1
 
 
 class Stream(enum.IntEnum):
-    """What a draw is for. Streams of one seed are independent; the numbers are part of the format, never reused."""
+    """The purpose of a draw. Streams of one seed are independent; the numbers are part of the format, never reused."""
 
     INITIAL_LATENTS = 0
     VAE = 1
@@ -21,10 +21,10 @@ class Stream(enum.IntEnum):
 
 
 def check_seed(seed: int) -> int:
-    """The seed as a plain int.
+    """Check a seed and return it as a plain int.
 
     Raises:
-        InputError: not a whole number of 0 to 2**64 - 1.
+        InputError: not a whole number from 0 to 2**64 - 1.
     """
     try:
         number = operator.index(seed)
@@ -36,9 +36,9 @@ def check_seed(seed: int) -> int:
 
 
 def draw(seed: int, stream: Stream, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Standard normal numbers that depend on `seed`, `stream` and the position in C order, and on nothing else.
+    """Draw standard normal numbers that depend only on `seed`, `stream` and the position in C order.
 
-    A picture has one seed: for several, draw once per seed and stack, so that each is what it would be alone.
+    For a batch of pictures, draw once per seed and stack, so that each picture is what it would be alone.
 
     Args:
         seed: 0 to 2**64 - 1.

@@ -1,11 +1,11 @@
-"""Texts and their token ids: what CLIP and the language model read, exactly as the original MoMA writes it.
+"""The texts that CLIP and the language model read, worded exactly as in the original MoMA, and their token ids.
 
 CLIP reads `photo of a SUBJECT. PROMPT`. The language model reads
 
     USER: <image>\\n A photo of a SUBJECT. Describe a new image of the same SUBJECT in: PROMPT. ASSISTANT: *
 
 split at `<image>`, each part tokenized alone. Everything before PROMPT depends on the subject only, so the runtime
-keeps its keys and values and runs only the tokens after the longest common prefix.
+caches its keys and values and runs only the tokens after the longest common prefix.
 """
 
 import unicodedata
@@ -21,7 +21,7 @@ from moma_rt.messages import first_line, short_repr, warn
 IMAGE_PLACEHOLDER = "<image>"
 MAX_SEQUENCE = 2048
 
-# 77 CLIP tokens less begin, end, "photo", "of", "a" and the full stop: no word is less than a token.
+# 77 CLIP tokens minus begin, end, "photo", "of", "a" and the full stop: a word has at least one token.
 _MAX_SUBJECT_WORDS = 71
 _QUOTED_CHARACTERS = 400
 
@@ -29,25 +29,25 @@ Ids = npt.NDArray[np.int32]
 
 
 def text_prompt(subject: str, prompt: str) -> str:
-    """What CLIP reads for a prompt."""
+    """The text that CLIP reads for a prompt."""
     return f"photo of a {subject}. {prompt}"
 
 
 def check_prompt(prompt: str, what: str = "prompt") -> None:
-    """Refuse a prompt that no tokenizer could read as meant. An empty prompt is fine.
+    """Check that a prompt can be tokenized as meant. It may be empty.
 
     Raises:
-        InputError: it is no string, or holds the image placeholder or characters that are not Unicode text.
+        InputError: it is not a string, contains the image placeholder, or is not valid Unicode.
     """
     if not isinstance(prompt, str):
         raise InputError(f"{what} must be a text, not {short_repr(prompt)}")
     if IMAGE_PLACEHOLDER in prompt:
-        raise InputError(f"{what} must not hold {IMAGE_PLACEHOLDER}, which stands for the photo: {_quoted(prompt)}")
+        raise InputError(f"{what} must not contain {IMAGE_PLACEHOLDER}, which stands for the photo: {_quoted(prompt)}")
     _check_unicode(prompt, what)
 
 
 def check_subject_name(name: str) -> None:
-    """Refuse a subject name whose words could not be told apart; `TextTokenizer.check_subject` checks the rest.
+    """Check the words of a subject name; `TextTokenizer.check_subject` checks its tokens.
 
     Raises:
         InputError: the name is empty, has other white space than one space between words, has too many words or
@@ -62,11 +62,11 @@ def check_subject_name(name: str) -> None:
     if len(words) > _MAX_SUBJECT_WORDS:
         raise InputError(f"subject name has {len(words)} words, at most {_MAX_SUBJECT_WORDS} fit: {_quoted(name)}")
     if any(unicodedata.category(character) == "Cc" for character in name):
-        raise InputError(f"subject name must not hold control characters: {_quoted(name)}")
+        raise InputError(f"subject name must not contain control characters: {_quoted(name)}")
 
 
 def common_prefix_length(cached: Ids, full: Ids) -> int:
-    """How many leading tokens of `full` need not run, given the keys and values of `cached`.
+    """Count the leading tokens of `full` that need not run, given the cached keys and values of `cached`.
 
     At most len(full) - 1: the last token's hidden state is the result, so that token always runs.
 
@@ -91,7 +91,7 @@ class TextTokenizer:
         length: tokens of every encoding, 77 for CLIP.
 
     Raises:
-        BundleError: the file is missing or no such tokenizer.
+        BundleError: the file is missing or is not such a tokenizer.
     """
 
     def __init__(self, path: Path, length: int = 77) -> None:
@@ -102,7 +102,7 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         special = self._tokenizer.encode("").ids
         if len(special) != 2:
-            raise BundleError(f"{path} is no CLIP tokenizer: it must add one begin and one end token to a text")
+            raise BundleError(f"{path} is not a CLIP tokenizer: it must add one begin and one end token to a text")
         self._begin, self._end = special
         self._pad = int(padding["pad_id"]) if padding else self._end
 
@@ -126,11 +126,11 @@ class TextTokenizer:
         return padded
 
     def check_subject(self, name: str) -> None:
-        """Refuse a subject name whose tokens the foreground mask could not be made from, whatever the prompt.
+        """Check that the foreground mask can be made from a subject name's tokens, whatever the prompt.
 
         Raises:
-            InputError: refused by `check_subject_name`; holds a control token; does not fit with the words around it;
-                or no word's first token occurs in `photo of a NAME.`, where punctuation may join its neighbour.
+            InputError: refused by `check_subject_name`; contains a control token; does not fit with the words around
+                it; or no word's first token occurs in `photo of a NAME.`, where punctuation may join its neighbor.
         """
         check_subject_name(name)
         phrase = text_prompt(name, "").rstrip()
@@ -140,12 +140,12 @@ class TextTokenizer:
                 f"subject name is too long: {_quoted(phrase)} is {len(ids)} CLIP tokens, {self.length} fit"
             )
         if not {self._begin, self._end, self._pad}.isdisjoint(ids[1:-1]):
-            raise InputError(f"subject name must not hold a control token: {_quoted(name)}")
+            raise InputError(f"subject name must not contain a control token: {_quoted(name)}")
         if not set(self._first_tokens(name)) & set(ids):
             raise InputError(f"subject name has no word that CLIP finds in {phrase!r}; name it in words")
 
     def subject_weights(self, subject: str, ids: Ids) -> npt.NDArray[np.float32]:
-        """Which tokens of a prompt make the foreground mask: the first token of each subject word, wherever it occurs.
+        """Mark the prompt's tokens that make the foreground mask: the first of each subject word, at every occurrence.
 
         Args:
             subject: its name, as `check_subject` accepts it.
@@ -164,7 +164,7 @@ class TextTokenizer:
         return weights
 
     def _first_tokens(self, subject: str) -> list[int]:
-        # An encoded word without any token is begin and end only: its second id is no token of the word.
+        # A word without tokens is encoded as begin and end only, so its second id is not a token of the word.
         encodings = [self._encode(word).ids for word in subject.split(" ")]
         return [ids[1] for ids in encodings if len(ids) > 2]
 
@@ -180,7 +180,7 @@ class LanguageTokenizer:
         path: the file. Its post-processor adds the begin token.
 
     Raises:
-        BundleError: the file is missing or no such tokenizer.
+        BundleError: the file is missing or is not such a tokenizer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -188,10 +188,12 @@ class LanguageTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         if len(self._tokenizer.encode("").ids) != 1:
-            raise BundleError(f"{path} is no Llama tokenizer: it must add one begin token to a text, and no end token")
+            raise BundleError(
+                f"{path} is not a Llama tokenizer: it must add one begin token to a text, and no end token"
+            )
 
     def encode(self, subject: str, prompt: str, vocabulary: int, image_tokens: int) -> Ids:
-        """Ids of the whole sequence.
+        """Encode the whole sequence.
 
         Args:
             subject: its name, as `check_subject_name` accepts it.
@@ -212,9 +214,9 @@ class LanguageTokenizer:
         return ids
 
     def prefix(self, subject: str, vocabulary: int, image_tokens: int) -> Ids:
-        """Ids of everything before the prompt: int32 [P]. Arguments and errors as for `encode`.
+        """Encode everything before the prompt: int32 [P]. Arguments and errors as for `encode`.
 
-        A prompt may join the last tokens: use what `common_prefix_length` says, not P.
+        A prompt may change the last of these tokens: reuse as many as `common_prefix_length` says, not P.
         """
         return self._sequence(subject, "", vocabulary, image_tokens)
 
@@ -236,7 +238,7 @@ def _load(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise BundleError(f"{path} is no tokenizer: {first_line(error)}") from None
+        raise BundleError(f"{path} is not a tokenizer: {first_line(error)}") from None
 
 
 def _check_unicode(text: str, what: str = "text") -> None:

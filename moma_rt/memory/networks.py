@@ -88,7 +88,7 @@ class Networks:
         """Verify the hashes of the files to load; weights files, which networks may share, again only if changed."""
         states = {file: _file_state(self.bundle.path(file)) for file in weights}
         changed = [file for file, state in states.items() if self._verified.get(file) != state]
-        self.bundle.verified([code, *changed])
+        self.bundle.verify([code, *changed])
         self._verified |= states
 
     def _evict_for(self, names: tuple[str, ...]) -> None:

@@ -31,12 +31,12 @@ class Conditioner:
 
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
-        self._networks.bundle.verified([TEXT_TOKENIZER])
+        self._networks.bundle.verify([TEXT_TOKENIZER])
         return TextTokenizer(self._networks.bundle.path(TEXT_TOKENIZER), self._networks.geometry.text_tokens)
 
     @cached_property
     def language_tokenizer(self) -> LanguageTokenizer:
-        self._networks.bundle.verified([LANGUAGE_TOKENIZER])
+        self._networks.bundle.verify([LANGUAGE_TOKENIZER])
         return LanguageTokenizer(self._networks.bundle.path(LANGUAGE_TOKENIZER))
 
     def text_tokens(self, text: str, stages: StageTimer) -> tuple[Array, NDArray[np.int32]]:

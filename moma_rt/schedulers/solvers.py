@@ -1,9 +1,9 @@
-"""What each scheduler computes: pure functions from a number of steps to the coefficients of every step.
+"""The schedulers' solvers: pure functions from a number of steps to the coefficients of every step.
 
 Notation of the docstrings: abar_t is the signal power, alpha = sqrt(abar) and sigma = sqrt(1 - abar) the amplitudes of
-signal and noise in the latents x, and x0 = (x - sigma·eps) / alpha the picture that a predicted noise means. A prime
-marks what the step goes to. The network sees x itself and initial latents are standard normal, so every solver is
-written for latents of about unit variance, whichever form its paper has.
+signal and noise in the latents x, and x0 = (x - sigma·eps) / alpha the picture that a predicted noise implies. A prime
+marks values after the step. The network reads x itself and initial latents are standard normal, so every solver is
+written for latents of about unit variance, whatever its paper uses.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Solution:
     """Coefficients by step, float64 [steps] each (a number stands for all steps), most noise first.
 
     x' = latents·x + eps·eps + history·h + noise·z and h' = history_latents·x + history_eps·eps, where h is the history
-    that the step before left and z is standard normal noise.
+    of the previous step and z is standard normal noise.
     """
 
     timesteps: Timesteps
@@ -45,17 +45,17 @@ class Solution:
 def ddim(steps: int, abar: Floats) -> Solution:
     """Deterministic DDIM: Song et al., "Denoising Diffusion Implicit Models", arXiv 2010.02502, eq. 12 with sigma = 0.
 
-    The last step goes to abar_0, not to 1: what is left of the noise there stays, as in the original MoMA.
+    The last step goes to abar_0, not to 1: the noise that remains at abar_0 is kept, as in the original MoMA.
     """
     return _ddim(_leading_timesteps(steps), abar)
 
 
 def ddim_trailing(steps: int, abar: Floats) -> Solution:
-    """DDIM that starts at the most noise: Lin et al., arXiv 2305.08891, "trailing" in table 2.
+    """DDIM that starts at the last, noisiest timestep: Lin et al., arXiv 2305.08891, "trailing" in table 2.
 
-    The last step goes to abar_0 here as well: so does diffusers' DDIM with trailing spacing where the rest of its
-    configuration is Stable Diffusion 1.5's (set_alpha_to_one is false, steps_offset plays no part), and that is what
-    Hyper-SD's LoRAs are published for.
+    The last step goes to abar_0 here too. diffusers' DDIM does the same with trailing spacing and otherwise Stable
+    Diffusion 1.5's configuration (set_alpha_to_one is false, steps_offset has no effect), for which Hyper-SD's LoRAs
+    are published.
     """
     return _ddim(_trailing_timesteps(steps), abar)
 
@@ -64,7 +64,7 @@ def euler(steps: int, abar: Floats) -> Solution:
     """Euler's method: Karras et al., arXiv 2206.00364, algorithm 1 without its second-order correction.
 
     The paper's sample is y = x / alpha, whose noise level is s = sigma / alpha, and a step is y' = y + (s' - s)·eps.
-    Written for x this is DDIM's update, so the two differ in their last step alone, which here goes to s = 0. With
+    Written for x this is DDIM's update, so the two differ only in their last step, which here goes to s = 0. With
     leading timesteps diffusers starts y from sqrt(s² + 1) times standard normal noise: x is standard normal.
     """
     timesteps = _leading_timesteps(steps)
@@ -75,7 +75,7 @@ def euler(steps: int, abar: Floats) -> Solution:
 def dpmpp_2m(steps: int, abar: Floats) -> Solution:
     """DPM-Solver++(2M): Lu et al., arXiv 2211.01095, algorithm 2, on diffusers' leading timesteps for it.
 
-    These are those of DDIM for one step more, without the last.
+    These are DDIM's for one more step, without the last.
     """
     timesteps = np.arange(steps, 0, -1) * (TRAINING_STEPS // (steps + 1)) + _STEPS_OFFSET
     return _dpmpp_2m(timesteps, _noise_levels(abar)[timesteps])
@@ -84,7 +84,7 @@ def dpmpp_2m(steps: int, abar: Floats) -> Solution:
 def dpmpp_2m_karras(steps: int, abar: Floats) -> Solution:
     """DPM-Solver++(2M) at the noise levels of Karras et al., arXiv 2206.00364, eq. 5 with rho = 7.
 
-    The network is told the nearest timestep of each level; close to the end several share one.
+    The network gets the timestep nearest to each level; near the end several levels share one.
     """
     every = _noise_levels(abar)
     most, least = every[-1] ** (1 / _KARRAS_RHO), every[0] ** (1 / _KARRAS_RHO)
@@ -116,9 +116,9 @@ def lcm(steps: int, abar: Floats) -> Solution:
 def tcd(steps: int, abar: Floats) -> Solution:
     """Strategic stochastic sampling of trajectory consistency models: Zheng et al., arXiv 2402.19159, gamma = 0.3.
 
-    A step goes along the ODE to (1 - gamma)·t', further than its end, and comes back by adding fresh noise up to the
-    level of t'. The last one goes to t = 0 and adds none, so gamma has no part in it. For bases with a fused TCD LoRA,
-    or with Hyper-SD's for one step, which serves any number of them; without guidance.
+    A step follows the ODE beyond its end t' to (1 - gamma)·t', then adds fresh noise up to the level of t'. The last
+    step goes to t = 0 and adds none, so gamma does not matter there. For bases with a fused TCD LoRA, or with
+    Hyper-SD's LoRA for one step, which works for any number of them; without guidance.
     """
     timesteps = _distilled_timesteps(steps)
     following = np.append(timesteps[1:], 0)
@@ -129,8 +129,9 @@ def tcd(steps: int, abar: Floats) -> Solution:
 
 
 def _ddim(timesteps: Timesteps, abar: Floats) -> Solution:
-    """Each step goes 1000 // steps timesteps on, as in diffusers: where 1000 / steps is no whole number, that is not
-    quite the next one.
+    """Solve with steps of 1000 // steps timesteps, as in diffusers.
+
+    If `steps` does not divide 1000, a step does not end exactly at the next timestep.
     """
     previous = np.maximum(timesteps - TRAINING_STEPS // len(timesteps), 0)
     return Solution(timesteps, *_along_the_ode(abar[timesteps], abar[previous]))
@@ -142,11 +143,11 @@ def _along_the_ode(now: Floats, then: Floats) -> tuple[Floats, Floats]:
 
 
 def _dpmpp_2m(timesteps: Timesteps, levels: Floats) -> Solution:
-    """The second-order multistep update; the history is x0 of the step before.
+    """The second-order multistep update; the history is x0 of the previous step.
 
     levels: sigma / alpha of each step, falling. The last step goes to level 0, where lambda = log(alpha / sigma) is
-    infinite: it is of first order, like the first one, and there exp(-h) = level' / level is 0. So the lower order that
-    diffusers ends with below 15 steps is that of every number of steps.
+    infinite and exp(-h) = level' / level is 0: it is of first order, like the first step. So every number of steps ends
+    with the lower order that diffusers uses below 15 steps.
     """
     following = np.append(levels[1:], 0.0)
     alpha, next_alpha = 1.0 / np.sqrt(levels**2 + 1.0), 1.0 / np.sqrt(following**2 + 1.0)
@@ -182,12 +183,12 @@ def _leading_timesteps(steps: int) -> Timesteps:
 
 def _trailing_timesteps(steps: int) -> Timesteps:
     """Multiples of 1000 / steps, rounded, minus one, falling: int64 [steps] in 0..999, the first one 999."""
-    # As diffusers computes them, because of the ties; of some steps its range does not stop in time, and ends at -1.
+    # Computed as in diffusers, so that ties round alike. For some step counts its range has one value too many, -1.
     multiples = np.arange(TRAINING_STEPS, 0, -TRAINING_STEPS / steps)[:steps]
     return multiples.round().astype(np.int64) - 1
 
 
 def _distilled_timesteps(steps: int) -> Timesteps:
-    """Evenly spread over the distilled grid, from its most noise: int64 [steps] in 19..999."""
+    """Evenly spread over the distilled grid, from its noisiest timestep: int64 [steps] in 19..999."""
     grid = np.arange(DISTILLED_STEPS, 0, -1) * (TRAINING_STEPS // DISTILLED_STEPS) - 1
     return grid[np.arange(steps) * DISTILLED_STEPS // steps]

@@ -1,12 +1,12 @@
-"""Schedulers as tables: one row of 64 float32 (256 bytes) a step, with everything the denoiser needs of it.
+"""Schedulers as tables: one row of 64 float32 (256 bytes) per step, with everything that the denoiser needs.
 
 A step of any scheduler here is linear in the latents, the predicted noise, a history tensor and fresh noise:
 
     x'       = a·x  + b·eps  + c·history  + s·noise
     history' = hx·x + he·eps + hh·history
 
-The denoiser is given the row and never knows which scheduler made it. `Column` names the entries of a row; what the
-coefficients of each scheduler are, and why, is in `moma_rt.schedulers.solvers`.
+The denoiser is given the row and never knows which scheduler made it. `Column` names the entries of a row;
+`moma_rt.schedulers.solvers` derives the coefficients of each scheduler.
 """
 
 import enum
@@ -36,7 +36,7 @@ from moma_rt.schedulers.solvers import (
 )
 
 ROW_LENGTH = 64
-# Every timestep of every scheduler is inside it.
+# An interval that contains every timestep of every scheduler.
 ALL_TIMESTEPS = (0, TRAINING_STEPS - 1)
 
 _BETA_START = 0.00085
@@ -47,7 +47,7 @@ _INJECTION_BELOW = 950
 
 
 class Column(enum.IntEnum):
-    """Where a value stands in a row of the schedule; the remaining columns are zero."""
+    """The column of each value in a row of the table; the remaining columns are zero."""
 
     TIMESTEP = 0
     LATENTS = 1
@@ -111,16 +111,16 @@ def schedule(
 ) -> npt.NDArray[np.float32]:
     """The table of a whole generation, first step (most noise) first.
 
-    "ddim" is the original MoMA's. "lcm", "tcd" and "ddim_trailing" make pictures in few steps, but only of bases that
-    were distilled for it: fuse an LCM, TCD or Hyper-SD LoRA (`python -m export.build --lora`), and use guidance scale 1
+    "ddim" is the original MoMA's. "lcm", "tcd" and "ddim_trailing" make pictures in few steps, but only with bases
+    distilled for it: fuse an LCM, TCD or Hyper-SD LoRA (`python -m export.build --lora`), and use guidance scale 1
     unless CFG is in its name, because such LoRAs have guidance built in. All three start at t = 999, and MoMA injects
-    the subject's reference below t = 950 only: of 2 to 12 steps all but the first inject it; a single step does not.
+    the subject's reference below t = 950 only: with 2 to 12 steps all but the first inject it; a single step does not.
 
     Args:
         name: one of `SCHEDULERS`.
         steps: number of denoising steps, from 1; to 50 with "lcm" and "tcd", 998 with "dpmpp_2m", 1000 with
             "ddim_trailing", else 999.
-        guidance_scale: finite weight of classifier-free guidance; 1 is none.
+        guidance_scale: finite weight of classifier-free guidance; 1 disables it.
         guidance_interval: lowest and highest timestep that is guided; at all others the scale is 1. Kynkäänniemi et
             al., "Applying Guidance in a Limited Interval", arXiv 2404.07724.
 
@@ -151,7 +151,7 @@ def schedule(
 
 
 def guidance_halves(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """How many halves of guidance each step of a table computes: int64 [steps], 2, or 1 where the scale is 1."""
+    """Number of guidance halves that each step of a table computes: int64 [steps], 1 where the scale is 1, else 2."""
     return np.where(rows[:, Column.GUIDANCE] == 1.0, 1, 2)
 
 

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks.environment import environment, percentiles, repeatable
+from benchmarks.environment import environment, percentiles, shareable_command
 
 
 @pytest.fixture
@@ -56,15 +56,15 @@ def test_of_a_package_that_is_there_twice_the_one_that_is_imported(tmp_path, mon
 
 @pytest.mark.parametrize("given", [["--bundle", "/a b/c"], ["--bundle=/a b/c"]])
 def test_the_command_says_nothing_of_where_the_bundle_was(given):
-    shown = repeatable("benchmarks.latency", [*given, "--out", "x y"])
+    shown = shareable_command("benchmarks.latency", [*given, "--out", "x y"])
     assert "/a b/c" not in shown
     assert shown.startswith("python -m benchmarks.latency --bundle")
     assert shown.endswith("--out 'x y'")
 
 
 def test_nor_of_where_the_subject_was():
-    assert repeatable("x", ["--subject", "/a/b"]) == "python -m x --subject FILE"
-    assert repeatable("x", ["--subject=/a/b", "--steps", "4"]) == "python -m x --subject=FILE --steps 4"
+    assert shareable_command("x", ["--subject", "/a/b"]) == "python -m x --subject FILE"
+    assert shareable_command("x", ["--subject=/a/b", "--steps", "4"]) == "python -m x --subject=FILE --steps 4"
 
 
 def test_percentiles():

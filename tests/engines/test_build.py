@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engines import build as module
-from engines.build import EnginePlan, build_engines, main, wants_lowered
+from engines import builder as module
+from engines.build import main
+from engines.builder import EnginePlan, build_engines, needs_lowered_graph
 from engines.store import SharedStore
 from engines.targets import EngineTarget
 from engines.tensorrt import ENGINE_NAME, LAYERS_NAME, EngineFacts, EngineOptions
@@ -73,7 +74,7 @@ def build(root: Path, *targets: EngineTarget, shared=None, **changes):
     said = []
     plan = EnginePlan(targets or (RTX,), **changes)
     bundle = build_engines(root, plan, shared, lambda name, state: said.append(f"{name} {state}"))
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     used = {str(Path(file).parent) for file in bundle.manifest.files}
     assert {f"engines/{path.name}" for path in (root / "engines").iterdir()} <= used
     return bundle.manifest.engines, [line for line in said if line.split()[1].rstrip(":") in ENDS]
@@ -238,7 +239,7 @@ def test_a_failing_network_leaves_the_finished_ones(tmp_path, compiled, monkeypa
 )
 def test_which_graph_a_library_gets(tmp_path, compiled, monkeypatch, flavour, version, precision, width, lowered):
     geometry = dataclasses.replace(GEOMETRY, self_attention=(SelfAttentionLayer("mid_block", 8, 4 * width, 4),))
-    assert wants_lowered(flavour, version, precision, geometry) == lowered
+    assert needs_lowered_graph(flavour, version, precision, geometry) == lowered
     make_bundle(tmp_path, precision=precision)
     write_manifest(tmp_path, dataclasses.replace(read_manifest(tmp_path), geometry=geometry))
     monkeypatch.setattr(module, "library_version", lambda _: version)
@@ -284,10 +285,10 @@ def test_refitting(tmp_path, compiled, monkeypatch):
 
 def test_what_cannot_be_refitted_is_refused(tmp_path, compiled, monkeypatch):
     make_bundle(tmp_path)
-    with pytest.raises(InputError, match="leave --refittable"):
+    with pytest.raises(InputError, match="leave out --refittable"):
         build(tmp_path, RTX, options=EngineOptions(refittable=True))
     monkeypatch.setattr(module, "library_version", lambda _: "11.3.0.99")
-    with pytest.raises(InputError, match="TensorRT 11.3.0.99 makes refittable engines that may be wrong"):
+    with pytest.raises(InputError, match="TensorRT 11.3.0.99 builds refittable engines that may be wrong"):
         build(tmp_path, FULL, options=EngineOptions(refittable=True))
     assert compiled == []
 
@@ -361,7 +362,7 @@ def test_a_timing_cache_lies_in_the_store(tmp_path, compiled):
         (["{bundle}", "--target", "sm90"], "this machine has no GPU"),
         (["{bundle}", "--target", "sm86", "--only", ","], "no network is named"),
         (["{bundle}", "--target", "sm86", "--refit-from", "nowhere"], "nowhere is not a bundle"),
-        (["{bundle}", "--target", "sm86", "--layers"], "--layers: an engine's layers can be listed only where"),
+        (["{bundle}", "--target", "sm86", "--layers"], "--layers: an engine's layers can be listed only on a machine"),
         (["{bundle}", "--target", "sm86", "--only", "unet"], "no network unet; there are: text_encoder, vae_decoder"),
         (["{bundle}", "--target", "cpu", "--only", "unet"], "no network unet; there are: text_encoder, vae_decoder"),
     ],

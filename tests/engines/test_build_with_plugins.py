@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from engines import build as module
+from engines import builder as module
 from engines import plugins
-from engines.build import EnginePlan, build_engines, main
+from engines.build import main
+from engines.builder import EnginePlan, build_engines
 from engines.store import SharedStore
 from engines.targets import EngineTarget
 from engines.tensorrt import ENGINE_NAME, EngineFacts, EngineOptions
@@ -44,7 +45,7 @@ def build(root: Path, *targets: EngineTarget, shared=None, **changes):
     said = []
     plan = EnginePlan(targets or (H100,), **changes)
     bundle = build_engines(root, plan, shared, lambda name, state: said.append(f"{name} {state}"))
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     engines = {engine.flavour: engine for engine in bundle.manifest.engines if engine.network == "denoiser"}
     return engines, [line for line in said if line.startswith(("denoiser kept", "denoiser built", "denoiser note"))]
 

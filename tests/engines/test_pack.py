@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from engines.build import EnginePlan, build_engines, refuse_packed
+from engines.builder import EnginePlan, build_engines, refuse_packed
 from engines.pack import main, pack
 from engines.targets import EngineTarget
 from moma_rt.backends.selection import choose
@@ -72,7 +72,7 @@ def bundle(tmp_path):
 def contents(root):
     """Every file but the manifest, and that those it names are there and whole."""
     packed = Bundle.open(root)
-    packed.verified(packed.manifest.files)
+    packed.verify(packed.manifest.files)
     found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     assert found == {*packed.manifest.files, "manifest.json"}
     return found - {"manifest.json", TEXT_TOKENIZER, LANGUAGE_TOKENIZER}

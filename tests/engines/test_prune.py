@@ -16,11 +16,11 @@ def test_a_deleted_bundle_frees_its_part(tmp_path, capsys):
         stored = store.add(Artifact("networks", "denoiser", "0" * 64), write)
     assert main([str(shared.root)]) == 0
     assert capsys.readouterr().out == f"{shared.root}: 0.0 MB freed\n"
-    for path in (store.root / stored.place).iterdir():
+    for path in (store.root / stored.folder).iterdir():
         path.unlink()
     assert main([str(shared.root)]) == 0
     assert capsys.readouterr().out == f"{shared.root}: 2.0 MB freed\n"
-    assert not (shared.root / stored.place).exists()
+    assert not (shared.root / stored.folder).exists()
 
 
 @pytest.mark.parametrize("make", ["nothing", "a bundle"])

@@ -34,7 +34,7 @@ def bundle(tmp_path_factory) -> Bundle:
 
 def test_every_network_has_an_engine_for_every_device(bundle):
     library = Library(bundle.manifest.engines[0].flavour, bundle.manifest.engines[0].version)
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     for capability in (86, 89, 120):
         found = select(bundle.manifest.engines, bundle.manifest.networks, library, Device("a GPU", capability))
         assert set(found) == set(bundle.manifest.networks)

@@ -55,11 +55,11 @@ def test_what_was_added_is_found(store, artifact):
         assert store.find(artifact) is None
         added = store.add(artifact, write)
         assert store.find(artifact) == added
-    assert added.place == artifact.place
-    assert sorted(added.files) == [f"{artifact.place}/lowered.onnx", f"{artifact.place}/model.onnx"]
+    assert added.folder == artifact.folder
+    assert sorted(added.files) == [f"{artifact.folder}/lowered.onnx", f"{artifact.folder}/model.onnx"]
     assert added.path("model.onnx") in added.files
     assert added.notes == {"activation_bytes": 7}
-    assert added.files[added.path("model.onnx")].sha256 == sha256_file(store.root / artifact.place / "model.onnx")
+    assert added.files[added.path("model.onnx")].sha256 == sha256_file(store.root / artifact.folder / "model.onnx")
 
 
 def test_a_failed_write_leaves_nothing(store, shared):
@@ -151,7 +151,7 @@ def test_bundles_share_what_they_have_in_common(tmp_path, shared, artifact):
         added = first.add(artifact, write)
         assert second.find(artifact) == added
     places = [root / added.path("lowered.onnx") for root in (first.root, second.root, shared.root)]
-    assert len({place.stat().st_ino for place in places}) == 1, "one file, three names"
+    assert len({folder.stat().st_ino for folder in places}) == 1, "one file, three names"
     assert not os.access(places[0], os.W_OK) or os.geteuid() == 0
 
 
@@ -172,7 +172,7 @@ def test_what_was_damaged_in_one_bundle_is_not_handed_to_another(tmp_path, share
     first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
     with first.locked(), second.locked():
         first.add(NETWORK, write)
-        # In place, so the store's own name of the file shows the same.
+        # In folder, so the store's own name of the file shows the same.
         overwrite(first.root / PLACE / "lowered.onnx", b"LOWERED")
         assert second.find(NETWORK) is None
         assert entries(shared) == []

@@ -1,6 +1,6 @@
 import pytest
 
-from engines.targets import KNOWN, EngineTarget, Machine, elsewhere, parse_targets, resolve
+from engines.targets import KNOWN, EngineTarget, Machine, parse_targets, resolve, targets_for_other_devices
 from moma_rt.bundle.engines import Device, Flavour
 from moma_rt.errors import InputError
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_built_here(text, device, installed, said):
 )
 def test_what_is_built_elsewhere(text, device, expected):
     names = parse_targets(text)
-    found = elsewhere(names, Machine(device, BOTH))
+    found = targets_for_other_devices(names, Machine(device, BOTH))
     assert found == expected
     if "local" not in names or device is not None:
         resolve(tuple(name for name in names if name not in found), Machine(device, BOTH))

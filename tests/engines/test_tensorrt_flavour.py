@@ -136,7 +136,7 @@ def test_the_command_finishes_a_bundle_on_its_device(tmp_path, tiny_bundle, bind
         assert done.returncode == 0, done.stderr
         assert done.stderr.count(expected) == len(names)
     bundle = Bundle.open(root)
-    bundle.verified(engine.file for engine in bundle.manifest.engines)
+    bundle.verify(engine.file for engine in bundle.manifest.engines)
     built = [
         (engine.network, engine.flavour, engine.version, engine.capabilities) for engine in bundle.manifest.engines
     ]

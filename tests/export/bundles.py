@@ -34,7 +34,7 @@ def folders(root: Path, kind: str = "networks") -> dict[str, tuple[str, int]]:
 def verify(root: Path) -> Bundle:
     """A bundle whose every file has its hash, and in whose folder nothing else lies."""
     bundle = Bundle.open(root)
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     records = {f"{folder}/record.json" for entry in bundle.manifest.networks.values() for folder in entry.folders}
     assert set(contents(root)) == set(bundle.manifest.files) | records | {"manifest.json", ".lock"}
     assert set(folders(root)) == {name for name, entry in bundle.manifest.networks.items() if entry.graphs}

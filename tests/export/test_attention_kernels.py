@@ -64,7 +64,7 @@ def build(root: Path, *capabilities: int, names=NAMES, precisions=FP16, shared=N
     plan = ExportPlan(tuple(names), precisions, None if off else capabilities)
     checkpoint = load_checkpoint(CheckpointRequest("tiny", roles=roles_for(names)))
     bundle = build_bundle(checkpoint, plan, root, lambda name, state: said.append(f"{name} {state}"), shared)
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     assert Bundle.open(root) == bundle
     folders = {entry.folder for entry in bundle.manifest.kernels}
     assert {f"kernels/{path.name}" for path in (root / "kernels").iterdir()} == folders
@@ -94,7 +94,7 @@ def test_they_are_files_of_the_bundle(tmp_path, compiled):
     assert [line.partition(" in ")[0] for line in said if "sm" in line] == [
         text
         for sm in (80, 90)
-        for text in (f"denoiser compiling its kernels for sm{sm}", f"denoiser kernels for sm{sm} built")
+        for text in (f"denoiser compiling kernels for sm{sm}", f"denoiser kernels for sm{sm} built")
     ]
     assert list(kernels) == [80, 90]
     for capability, entry in kernels.items():
@@ -142,7 +142,7 @@ def test_what_would_be_others_today_is_dropped(tmp_path, compiled, monkeypatch, 
     kernels, said = build(tmp_path, precisions=FP32 if change == "precision" else FP16, off=change == "off")
     assert kernels == {}
     for capability in (80, 90):
-        assert f"denoiser dropped: the kernels of another export, for sm{capability}" in said
+        assert f"denoiser dropped: the kernels for sm{capability}, which this export does not use" in said
 
 
 def test_another_dtype_takes_the_place_of_the_first(tmp_path, compiled):
@@ -158,7 +158,7 @@ def test_without_triton_there_are_none(tmp_path, compiled, monkeypatch):
     kernels, said = build(tmp_path, *DEFAULT_CAPABILITIES)
     assert kernels == {}
     notes = [line for line in said if "note" in line]
-    assert notes == ["denoiser note: it gets no kernels of its own, since Triton is not installed: pip install triton"]
+    assert notes == ["denoiser note: no kernels are compiled, since Triton is not installed: pip install triton"]
     assert compiled == []
 
 
@@ -166,7 +166,7 @@ def test_a_device_that_nothing_is_compiled_for(tmp_path, compiled):
     kernels, said = build(tmp_path, 80, 110)
     assert list(kernels) == [80]
     assert [line for line in said if "note" in line] == [
-        "denoiser note: it gets no kernels of its own for sm110, only for sm80,sm90,sm100"
+        "denoiser note: no kernels are compiled for sm110, only for sm80,sm90,sm100"
     ]
 
 
@@ -203,7 +203,7 @@ def test_interrupted_while_compiling(tmp_path, compiled, monkeypatch):
     assert not list(tmp_path.rglob(".partial-*"))
     bundle = Bundle.open(tmp_path)
     assert bundle.manifest.kernels == tuple(before.values())
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     monkeypatch.setattr(module, "write_kernels", working)
     assert list(build(tmp_path, 90, 100)[0]) == [80, 90, 100]
 
@@ -220,7 +220,7 @@ def test_a_kernel_that_cannot_be_compiled_is_a_note(tmp_path, compiled, monkeypa
     monkeypatch.setattr(module, "write_kernels", failing)
     found, said = build(tmp_path, 80, 90, 100)
     assert list(found) == [80, 100]
-    note = "denoiser note: it gets no kernels of its own for sm90: Triton 3.5.0 cannot compile for sm90: no reason"
+    note = "denoiser note: no kernels are compiled for sm90: Triton 3.5.0 cannot compile for sm90: no reason"
     assert note in said
 
 

@@ -242,9 +242,9 @@ def test_a_second_base_takes_what_does_not_depend_on_it(tmp_path, capsys):
         ("--base tiny --store /proc/none", "--store /proc/none: cannot be written"),
         (
             "--base tiny --target inductor --mllm-precision int4",
-            "--target inductor: the language_model's int4 weights have no form in PyTorch; give --mllm-precision fp16",
+            "--target inductor does not support int4 weights (of the language_model): give --mllm-precision fp16",
         ),
-        ("--base tiny --target cpu,inductor --mllm-precision int8", "the language_model's int8 weights have no form"),
+        ("--base tiny --target cpu,inductor --mllm-precision int8", "--target inductor does not support int8 weights"),
     ],
 )
 def test_targets_and_choices_that_cannot_be(tmp_path, monkeypatch, capsys, arguments, said):
@@ -373,7 +373,8 @@ def test_for_which_devices_kernels_are_compiled(monkeypatch, tiny_bundle, capsys
     later = sorted(named - {f"sm{device}"})
     notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
     assert sorted(notes) == [
-        f"{name:<18} note: copy some/bundle to such a device, and there: python -m engines.build BUNDLE --target local"
+        f"{name:<18} note: copy some/bundle to such a device and run there: "
+        "python -m engines.build BUNDLE --target local"
         for name in later
     ]
     assert not {f"sm{c}" for plan in built for target in plan.targets for c in target.capabilities} & set(later)

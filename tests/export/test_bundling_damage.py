@@ -173,7 +173,7 @@ def test_interrupted_at_each_stage(tmp_path, exports, written, over, at):
         assert not (tmp_path / "manifest.json").exists()
     else:
         bundle = Bundle.open(tmp_path)
-        bundle.verified(bundle.manifest.files)
+        bundle.verify(bundle.manifest.files)
         assert bundle.manifest == old
     finished, weights, done = list(exports), list(written), collections.Counter()
     exports.clear()

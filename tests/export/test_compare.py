@@ -93,7 +93,7 @@ def test_what_nothing_here_runs_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "local_device", lambda: None)
     capsys.readouterr()
     assert main([root]) == 0
-    assert capsys.readouterr().out == f"{'text_encoder':<18} bf16: nothing on this machine runs it\n"
+    assert capsys.readouterr().out == f"{'text_encoder':<18} bf16: no backend on this machine can run it\n"
 
 
 def test_the_modules_of_int4_have_its_weights(tmp_path, capsys):

@@ -58,7 +58,7 @@ def build(root, seed=0, target=CPU, plan=ExportPlan(NAMES, graphs=False)):  # no
 def test_engines_are_in_the_manifest(tmp_path, compiled):
     engines, said = build(tmp_path / "bundle")
     bundle = Bundle.open(tmp_path / "bundle")
-    bundle.verified(bundle.manifest.files)
+    bundle.verify(bundle.manifest.files)
     assert compiled == list(NAMES)
     assert said == [f"{name} built for inductor cpu" for name in NAMES]
     assert [engine.network for engine in engines] == list(NAMES)
@@ -159,7 +159,7 @@ def test_damaged_and_lost_packages_are_compiled_again(tmp_path, compiled):
     engines, said = build(tmp_path / "a")
     assert said == [f"{name} built for inductor cpu" for name in NAMES]
     bundle = Bundle.open(tmp_path / "a")
-    bundle.verified(engine.file for engine in engines)
+    bundle.verify(engine.file for engine in engines)
 
 
 def test_an_interrupted_build_leaves_the_bundle_as_it_was_and_goes_on(tmp_path, compiled, monkeypatch):
@@ -220,7 +220,7 @@ def test_what_cannot_be_compiled_is_one_line(tmp_path, monkeypatch, capsys, erro
 def test_a_gpu_that_pytorch_cannot_use(tmp_path, compiled, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
-        InputError, match=r"^inductor sm90: PyTorch \S+ cannot use this GPU: install one for its CUDA v"
+        InputError, match=r"^inductor sm90: PyTorch \S+ cannot use this GPU: install a build for its CUDA v"
     ):
         build(tmp_path / "a", target=EngineTarget(Flavour.INDUCTOR, (90,)))
     assert compiled == []

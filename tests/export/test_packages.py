@@ -204,7 +204,7 @@ def test_a_package_that_does_not_say_what_it_reads(on_a_cpu, first, tmp_path, me
                 target.writestr(info, source.read(info))
         if content is not None:
             target.writestr(member, content)
-    assert refused(first, package=tmp_path / "p").startswith(f"{tmp_path / 'p'} is no package of inductor: ")
+    assert refused(first, package=tmp_path / "p").startswith(f"{tmp_path / 'p'} is not an inductor package: ")
 
 
 def test_weights_that_nothing_asks_for_are_not_loaded(on_a_cpu, first):

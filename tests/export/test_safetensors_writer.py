@@ -128,9 +128,9 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (np.zeros((3, 2), np.float32), "x has 24 bytes, not 48 in one piece"),
-        (np.zeros((3, 4), np.float64), "x has 96 bytes, not 48 in one piece"),
-        (np.zeros((4, 3), np.float32).T, "x has 48 bytes, not 48 in one piece"),
+        (np.zeros((3, 2), np.float32), "x has 24 bytes, not 48 contiguous bytes"),
+        (np.zeros((3, 4), np.float64), "x has 96 bytes, not 48 contiguous bytes"),
+        (np.zeros((4, 3), np.float32).T, "x has 48 bytes, not 48 contiguous bytes"),
     ],
     ids=["size", "dtype", "order"],
 )

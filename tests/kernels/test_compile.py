@@ -12,7 +12,8 @@ from kernels.ptx import SELF, AttentionLayer
         (["--capabilities", "90,91", "--out", "x"], "no '91'; there are: 80, 86"),
         (["--capabilities", "", "--out", "x"], "no ''; there are: 80, 86"),
         (["--capabilities", "sm90", "--out", "x"], "no 'sm90'; there are: 80, 86"),
-        (["--capabilities", "90", "--out", "."], "exists already"),
+        (["--capabilities", "90", "--out", "/proc"], "--out /proc: is not an empty folder"),
+        (["--capabilities", "90", "--out", "/proc/version"], "--out /proc/version: is not an empty folder"),
         (["--capabilities", "90", "--out", "/proc/x/y"], "cannot be written"),
         ([], "--out"),
     ],
@@ -35,6 +36,23 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert heading.split() == ["kernel", "threads", "shared", "registers", "spilled"]
     assert all(line.endswith("0") for line in lines)
     assert len(lines) == 2
+
+
+def test_an_empty_folder_is_filled(tmp_path, monkeypatch):
+    monkeypatch.setattr("kernels.ptx.SD15_LAYERS", (AttentionLayer(SELF, 8, 16, 64),))
+    (tmp_path / "made").mkdir()
+    (tmp_path / "link").symlink_to("made")
+    assert main(["--capabilities", "89", "--out", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "made" / "kernels.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "made"]
+
+
+def test_a_full_folder_is_left_alone(tmp_path, capsys):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path)])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("is not an empty folder; give a new or an empty one")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_without_triton(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 import kernels.context_cross_attention.operator
 import kernels.injected_self_attention.operator  # noqa: F401  (both register the torch operators)
 from kernels.context_cross_attention.triton_kernel import context_cross_attention_kernel
-from kernels.dispatch import takes_kernel
+from kernels.dispatch import uses_triton_kernel
 from kernels.injected_self_attention.triton_kernel import injected_self_attention_kernel
 
 HEADS = 2
@@ -121,12 +121,12 @@ def test_what_has_no_kernel_takes_the_definition(monkeypatch):
     monkeypatch.setattr("kernels.dispatch.compute_capability", lambda _: 80)
     with FakeTensorMode():
         q = torch.empty(2, 4, 32, device="cuda", dtype=torch.float64)
-        assert not takes_kernel(q)
-        assert takes_kernel(q.half())
+        assert not uses_triton_kernel(q)
+        assert uses_triton_kernel(q.half())
         # Without the instructions that the kernels are made of, they would be far slower than the definition.
         monkeypatch.setattr("kernels.dispatch.compute_capability", lambda _: 75)
-        assert not takes_kernel(q.half())
-    assert not takes_kernel(torch.empty(2, 4, 32))
+        assert not uses_triton_kernel(q.half())
+    assert not uses_triton_kernel(torch.empty(2, 4, 32))
 
 
 SIZES = ("gsc gsc gsc bnc bnc bn bs i", "gsc gtc gtc gmc gmc bs bt")
@@ -147,7 +147,7 @@ def test_sizes_that_do_not_go_together_are_refused(operator):
                 with pytest.raises(ValueError, match=f"{letter.upper()} is |multiple"):
                     call(*wrong, 2)
         wrong = [*right[:index], right[index][None], *right[index + 1 :]]
-        with pytest.raises(ValueError, match="is given for one of layout"):
+        with pytest.raises(ValueError, match="was given for layout"):
             call(*wrong, 2)
     for heads in (0, 3, -2):
         with pytest.raises(ValueError, match=f"8 channels are no multiple of {heads} heads"):

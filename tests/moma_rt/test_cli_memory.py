@@ -11,7 +11,7 @@ def test_inspect_tells_what_fits(fake_bundle, subject, tmp_path, capsys):
     assert "denoiser + vae_decoder" in out
     assert "every network stays loaded" in out
     assert entry(["inspect", str(fake_bundle), "--budget", "10B"]) == 0
-    assert "not at all: no room for text_encoder, nor for" in capsys.readouterr().out
+    assert "the bundle does not fit: too large are text_encoder, " in capsys.readouterr().out
     assert entry(["inspect", str(fake_bundle), "--budget", "eight"]) == 2
     assert "such as 8GB or 512MiB, not 'eight'" in capsys.readouterr().err
     assert entry(["inspect", str(tmp_path / "car.subject"), "--budget", "8GB"]) == 2

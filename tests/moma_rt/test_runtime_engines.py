@@ -166,7 +166,7 @@ def test_engines_for_another_device_are_a_warning(gpu, tmp_path, fakes):
     (warning,) = caught
     assert warning.filename == __file__
     assert str(warning.message).startswith("no engine of text_encoder, vae_encoder, ")
-    assert str(warning.message).endswith("engines.build BUNDLE --target local; the bundle runs on the CPU now")
+    assert str(warning.message).endswith("engines.build BUNDLE --target local; falling back to ONNX Runtime on the CPU")
     assert runtime._networks.backend.name == "onnxruntime"
     with pytest.raises(BundleError, match="no engine of text_encoder"):
         Runtime.load(bundle, "tensorrt")

@@ -132,7 +132,7 @@ def test_enrolling_again_gives_an_equal_subject_and_another_seed_does_not(runtim
         ({"name": ""}, "subject name is empty"),
         ({"name": "word " * 79 + "word"}, "80 words"),
         ({"name": None}, "subject name must be a text, not None"),
-        ({"name": "car\x1b[31m"}, "must not hold control characters"),
+        ({"name": "car\x1b[31m"}, "must not contain control characters"),
         ({"vae_noise": np.zeros((1, 4, 8, 8), complex)}, "vae_noise is not an array of real numbers but of complex128"),
         ({"seed": -1}, "seed must be 0 to"),
         ({"vae_noise": np.zeros((1, 4, 8, 9))}, r"vae_noise has shape \[1, 4, 8, 9\]: it must be \[1, 4, 8, 8\]"),

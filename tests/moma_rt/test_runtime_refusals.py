@@ -66,8 +66,8 @@ WRONG = [
     ({"prompt": b"A car."}, "prompt must be a text, not b'A car.'"),
     ({"prompt": "A car " + "and more " * 400}, "prompt is too long"),
     ({"negative_prompt": None}, "negative prompt must be a text, not None"),
-    ({"prompt": "An <image>."}, "prompt must not hold <image>"),
-    ({"negative_prompt": "An <image>."}, "negative prompt must not hold <image>"),
+    ({"prompt": "An <image>."}, "prompt must not contain <image>"),
+    ({"negative_prompt": "An <image>."}, "negative prompt must not contain <image>"),
 ]
 
 

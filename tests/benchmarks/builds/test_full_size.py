@@ -1,6 +1,9 @@
 """What the export at full size reports of its files, seen on the tiny bundle."""
 
-from benchmarks.builds.full_size import file_bytes
+import pytest
+
+from benchmarks.builds import engine_builds, full_size
+from benchmarks.builds.full_size import file_bytes, used_folder
 from moma_rt.bundle.manifest import Bundle
 
 
@@ -12,3 +15,18 @@ def test_shared_weights_are_counted_once(tiny_bundle):
     on_disk = {path for kind in ("networks", "weights") for path in tiny_bundle.glob(f"{kind}/*/*")}
     assert sum(sizes.values()) == sum(path.stat().st_size for path in on_disk if path.name != "record.json")
     assert sizes["weights of unet"] > 20 * sizes["weights of denoiser"]
+
+
+def test_a_new_or_an_empty_folder_will_do(tmp_path):
+    assert used_folder(tmp_path) == used_folder(tmp_path / "new") == ""
+
+
+@pytest.mark.parametrize("module", [full_size, engine_builds])
+def test_a_used_folder_is_refused(module, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine").touch()
+    for out in (tmp_path, tmp_path / "mine"):
+        monkeypatch.setattr("sys.argv", ["x", "--out", str(out)])
+        with pytest.raises(SystemExit) as stopped:
+            module.main()
+        assert stopped.value.code == 2
+        assert f"error: --out {out}: is not an empty folder" in capsys.readouterr().err.splitlines()[-1]

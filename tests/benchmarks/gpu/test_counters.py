@@ -28,7 +28,7 @@ def test_three_kernels_by_their_whole_names(tmp_path, monkeypatch):
     command = profiler("void k<int, 2>(float*)")
     assert command[command.index("--kernel-name") + 1] == r"regex:^void k<int, 2>\(float\*\)$"
     monkeypatch.setattr(counters.shutil, "which", lambda name: None)
-    with pytest.raises(InputError, match="no ncu on the path"):
+    with pytest.raises(InputError, match="ncu is not on the PATH"):
         profiler("k")
 
 

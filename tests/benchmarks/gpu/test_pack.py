@@ -10,7 +10,7 @@ import pytest
 from benchmarks.gpu import pack
 from benchmarks.gpu.carried import RTX_PART
 from benchmarks.gpu.pack import main, pack_bundle, parts_of, sources_mib
-from benchmarks.gpu.prepare import kept
+from benchmarks.gpu.prepare import keep_parts
 from benchmarks.gpu.rtx_probe import library, unpack
 from moma_rt.errors import BundleError, MomaError
 
@@ -53,13 +53,25 @@ def test_parts_are_divided_between_two_calls(archive, not_installed, tmp_path, m
     assert sorted(path.name for path in work.iterdir()) == ["rtx", f"{RTX_PART}00"]
 
 
+def test_an_empty_folder_is_filled_and_others_are_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pack, "sources_mib", lambda root: 0.0)
+    assert main(["--no-wheels", "--out", str(tmp_path)]) == 0
+    for other in ("mine", "first/mine"):
+        (tmp_path / other).mkdir()
+        assert main(["--no-wheels", "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert "holds other files, such as mine; give a new or an empty folder" in error
+        assert error.count("\n") == 1
+        (tmp_path / other).rmdir()
+
+
 def test_a_part_that_was_carried_and_kept_counts_once(archive, not_installed, tmp_path):
     work, carried = tmp_path / "work", tmp_path / "carried"
     for folder in (work, carried):
         folder.mkdir()
     for number, part in enumerate(parts_of(archive, 100)):
         (carried / f"{RTX_PART}{number:02d}").write_bytes(part)
-    kept(sorted(carried.iterdir()), work)
+    keep_parts(sorted(carried.iterdir()), work)
     assert library(carried, work).__version__ == "9.9"
 
 
@@ -67,7 +79,7 @@ def test_a_part_that_is_missing_is_said(archive, tmp_path):
     parts = [tmp_path / f"{RTX_PART}{number:02d}" for number in range(3)]
     for path, part in zip(parts, parts_of(archive, -(-len(archive) // 3)), strict=True):
         path.write_bytes(part)
-    with pytest.raises(MomaError, match=r"rtx.tar.xz.00, rtx.tar.xz.02 are not all of an archive"):
+    with pytest.raises(MomaError, match=r"rtx.tar.xz.00, rtx.tar.xz.02 are not a complete archive"):
         unpack([parts[2], parts[0]], tmp_path / "rtx")
     assert not (tmp_path / "rtx").exists()
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu import prepare
 from benchmarks.gpu.pack import pack_bundle
-from benchmarks.gpu.prepare import build, check_engines, install, kept, main, random_subject, unpack
+from benchmarks.gpu.prepare import build, check_engines, install, keep_parts, main, random_subject, unpack
 from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import BundleError, InputError, MomaError
@@ -54,7 +54,7 @@ def test_a_wheel_that_is_none_is_an_error(tmp_path):
 def test_parts_for_a_later_call_are_kept(tmp_path):
     (tmp_path / "part").write_bytes(b"x")
     (tmp_path / "work").mkdir()
-    kept([tmp_path / "part"], tmp_path / "work")
+    keep_parts([tmp_path / "part"], tmp_path / "work")
     assert (tmp_path / "work" / "part").read_bytes() == b"x"
 
 
@@ -99,7 +99,7 @@ def test_a_carried_bundle_is_completed_and_compiles_nothing(tmp_path):
     assert (package.stat().st_mtime_ns, package.read_bytes()) == before
     whole, completed = Bundle.open(here), Bundle.open(there)
     assert completed.manifest.files == whole.manifest.files
-    completed.verified(completed.manifest.files)
+    completed.verify(completed.manifest.files)
 
 
 def test_nothing_was_carried(tmp_path):
@@ -143,7 +143,7 @@ def test_what_is_no_bundle_is_not_replaced(carried, tmp_path):
     there = tmp_path / "work" / "bundle"
     (there / "networks").mkdir(parents=True)
     (there / "thesis.txt").write_text("mine")
-    with pytest.raises(MomaError, match=r"bundle is in the way, and no bundle: it has thesis.txt; move it"):
+    with pytest.raises(MomaError, match=r"bundle is not a bundle: it holds thesis.txt; move it"):
         unpack(carried, there)
     assert (there / "thesis.txt").read_text() == "mine"
 
@@ -154,7 +154,7 @@ def engine(version, flavour=Flavour.INDUCTOR):
 
 def test_engines_of_another_version_are_refused_at_once():
     check_engines(SimpleNamespace(engines=[engine("1.0"), engine(torch.__version__)]))
-    said = rf"those of inductor by version 1\.0, and here is {re.escape(torch.__version__)}; build it with"
+    said = rf"those of inductor are from version 1\.0, here is {re.escape(torch.__version__)}; build it with"
     with pytest.raises(MomaError, match=said):
         check_engines(SimpleNamespace(engines=[engine("1.0"), engine("1.0")]))
 

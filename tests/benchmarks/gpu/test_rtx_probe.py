@@ -16,7 +16,7 @@ def test_what_was_not_carried_is_no_failure(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(rtx_probe.importlib, "import_module", missing)
     assert main(["--carried", str(tmp_path), "--work", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("TensorRT-RTX was not carried")
+    assert capsys.readouterr().out.startswith("TensorRT-RTX was not packed")
 
 
 @pytest.mark.slow

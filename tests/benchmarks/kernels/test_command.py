@@ -60,7 +60,7 @@ def test_a_name_of_results_is_no_path(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--out", name])
     assert stopped.value.code == 2
-    assert "is no name" in capsys.readouterr().err
+    assert "is not a name" in capsys.readouterr().err
 
 
 def test_names_and_commands():

@@ -11,7 +11,7 @@ class FakeBackend:
 
     def __init__(self):
         self.replayed = 0
-        self.recording = SimpleNamespace(is_valid=True, replay=self._replay)
+        self.graph = SimpleNamespace(is_valid=True, replay=self._replay)
 
     def _replay(self):
         self.replayed += 1
@@ -21,22 +21,22 @@ class FakeBackend:
 
     def capture(self, enqueue):
         enqueue()
-        return self.recording
+        return self.graph
 
 
 def test_each_replay_is_timed():
     inner, enqueued = FakeBackend(), []
     backend = TimedReplays(inner)
-    recording = backend.capture(lambda: enqueued.append(1))
+    graph = backend.capture(lambda: enqueued.append(1))
     assert enqueued == [1]
     assert backend.seconds == []
-    recording.replay()
-    recording.replay()
+    graph.replay()
+    graph.replay()
     assert inner.replayed == len(backend.seconds) == 2
     assert all(seconds >= 0 for seconds in backend.seconds)
-    assert recording.is_valid
-    inner.recording.is_valid = False
-    assert not recording.is_valid
+    assert graph.is_valid
+    inner.graph.is_valid = False
+    assert not graph.is_valid
 
 
 def test_the_rest_is_the_backends_own():
@@ -44,5 +44,5 @@ def test_the_rest_is_the_backends_own():
     backend = TimedReplays(inner)
     assert (backend.name, backend.supports_capture) == ("fake", True)
     assert backend.allocate((1,), "float32") == ((1,), "float32")
-    inner.recording = None
+    inner.graph = None
     assert backend.capture(lambda: None) is None

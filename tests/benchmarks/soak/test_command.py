@@ -7,14 +7,14 @@ import torch
 
 from benchmarks.soak import command, references, requests
 from benchmarks.soak.command import SETTLED, Plan, main, memory, still_grows, summary, table, verdict
-from benchmarks.soak.references import load_repeatable
+from benchmarks.soak.references import load_deterministic
 from benchmarks.soak.requests import Kind
-from benchmarks.soak.run import Answered
+from benchmarks.soak.run import Outcome
 from moma_rt.errors import MomaError
 
 
-def picture(*differences: int, made_with: float = 1.0, seconds: float = 0.1) -> Answered:
-    return Answered(Kind.PICTURE, seconds, differences, (), made_with)
+def picture(*differences: int, batch_id: float = 1.0, seconds: float = 0.1) -> Outcome:
+    return Outcome(Kind.PICTURE, seconds, differences, (), batch_id)
 
 
 def test_memory_grows_over_the_most_of_the_first_requests():
@@ -36,11 +36,11 @@ def test_memory_grows_over_the_most_of_the_first_requests():
 
 def test_the_summary_counts_pictures_calls_and_passes():
     answers = [
-        picture(0, 1, made_with=1.0, seconds=0.2),
-        picture(0, made_with=1.0, seconds=0.2),
-        picture(3, made_with=2.0, seconds=0.4),
-        Answered(Kind.CANCELLED, 0.1),
-        Answered(Kind.REFUSED, 0.1, wrong=("it was answered",)),
+        picture(0, 1, batch_id=1.0, seconds=0.2),
+        picture(0, batch_id=1.0, seconds=0.2),
+        picture(3, batch_id=2.0, seconds=0.4),
+        Outcome(Kind.CANCELLED, 0.1),
+        Outcome(Kind.REFUSED, 0.1, wrong=("it was answered",)),
     ]
     found = summary(answers, 2.0)
     assert found["answered"] == 5
@@ -69,7 +69,7 @@ def test_what_a_run_fails_for(results):
     assert verdict(results) == ""
     assert "GPU memory  1000 MiB after 50, most 1016, end 1016: growth 16, 16 allowed" in table(results)
     results["together"]["difference"] = 9
-    assert verdict(results) == ("a picture that is made with others is 9/255 from the one made alone, 1 are allowed")
+    assert verdict(results) == ("a picture generated in a batch is 9/255 from the one generated alone, 1 are allowed")
     results["together"]["difference"] = 0
     results["memory"]["growth"] = 16.1
     assert verdict(results) == "memory grew by 16.1 MiB after the first 50 requests, 16 are allowed"
@@ -80,7 +80,7 @@ def test_what_a_run_fails_for(results):
 
 def test_growth_without_end_is_wrong_however_little_it_is(results):
     results["memory"]["most_of_each_50"] = [900.0, 1000.0, 1002.0, 1004.0, 1006.0, 1008.0]
-    assert verdict(results) == "memory grew in each of the last 5 times 50 requests, to 1008 MiB"
+    assert verdict(results) == "memory grew in each of the last 5 x 50 requests, to 1008 MiB"
     results["memory"]["most_of_each_50"][3] = 1002.0
     assert verdict(results) == ""
     assert not still_grows([1.0, 3.0, 5.0, 7.0, 9.0])
@@ -144,7 +144,7 @@ def test_two_processes_choose_the_same_convolutions(backend, measures, monkeypat
         return bundle, name, limits
 
     monkeypatch.setattr(references.Runtime, "load", load)
-    assert load_repeatable("there", backend, max_batch=2) == ("there", backend, {"max_batch": 2})
+    assert load_deterministic("there", backend, max_batch=2) == ("there", backend, {"max_batch": 2})
     assert torch.backends.cudnn.benchmark is measures
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.soak.references import Reference
-from benchmarks.soak.requests import MISTAKES, SCHEDULES, SUBJECTS, Drawn, Kind, PictureRequest
-from benchmarks.soak.run import Answered, Asker, Judge, run
+from benchmarks.soak.requests import MISTAKES, SCHEDULES, SUBJECTS, DrawnRequest, Kind, PictureRequest
+from benchmarks.soak.run import Checker, Client, Outcome, run
 from moma_rt.errors import Cancelled, InputError, MomaError
 from moma_rt.pipeline.sampling import StepInfo
 
@@ -17,36 +17,36 @@ def grey(value: int) -> np.ndarray:
 
 
 @pytest.fixture
-def judge() -> Judge:
+def checker() -> Checker:
     """Of two requests, the second one for two pictures."""
     requests = [PictureRequest(SCHEDULES[0]), PictureRequest(SCHEDULES[0], seed=1000, num_images=2)]
-    return Judge(requests, [Reference([grey(10)]), Reference([grey(100), grey(200)])], tolerance=2)
+    return Checker(requests, [Reference([grey(10)]), Reference([grey(100), grey(200)])], tolerance=2)
 
 
-def test_what_is_wrong_is_named(judge):
-    assert judge.wrong(1, [grey(102), grey(200)]) == ((2, 0), [])
-    assert judge.wrong(1, [grey(104), grey(200)]) == ((4, 0), ["its picture 1 is 4/255 from the one made alone"])
-    differences, (line,) = judge.wrong(1, [grey(100), grey(11)])
+def test_what_is_wrong_is_named(checker):
+    assert checker.check(1, [grey(102), grey(200)]) == ((2, 0), [])
+    assert checker.check(1, [grey(104), grey(200)]) == ((4, 0), ["its picture 1 is 4/255 from the one generated alone"])
+    differences, (line,) = checker.check(1, [grey(100), grey(11)])
     assert differences == (0, 189)
-    assert line.endswith("made alone; it is 1 from picture 1 of request 0 of the pool")
-    assert judge.wrong(1, [grey(100)])[1] == ["1 pictures instead of 2"]
+    assert line.endswith("generated alone; it is 1 from picture 1 of request 0 of the pool")
+    assert checker.check(1, [grey(100)])[1] == ["1 pictures instead of 2"]
 
 
 def test_where_requests_are_made_together_a_picture_may_be_that_of_any_batch():
     request = PictureRequest(SCHEDULES[0])
     reference = Reference([grey(100)], [grey(100)], [[grey(103)], [grey(107)]])
-    judge = Judge([request], [reference], tolerance=1)
-    assert judge.largest_difference() == 7
-    assert judge.wrong(0, [grey(108)]) == ((1,), [])
-    assert judge.wrong(0, [grey(105)])[0] == (2,)
-    assert judge.wrong(0, [grey(105)])[1] != []
-    to_the_bit = Judge([request], [reference], tolerance=0)
-    assert to_the_bit.wrong(0, [grey(100)]) == ((0,), [])
-    assert to_the_bit.wrong(0, [grey(103)])[0] == (3,)
+    checker = Checker([request], [reference], tolerance=1)
+    assert checker.largest_difference() == 7
+    assert checker.check(0, [grey(108)]) == ((1,), [])
+    assert checker.check(0, [grey(105)])[0] == (2,)
+    assert checker.check(0, [grey(105)])[1] != []
+    to_the_bit = Checker([request], [reference], tolerance=0)
+    assert to_the_bit.check(0, [grey(100)]) == ((0,), [])
+    assert to_the_bit.check(0, [grey(103)])[0] == (3,)
 
 
-def test_the_closest_pair(judge):
-    apart, one, other = judge.closest_pair()
+def test_the_closest_pair(checker):
+    apart, one, other = checker.closest_pair()
     assert apart == 90
     assert {one, other} == {"picture 1 of request 0 of the pool", "picture 1 of request 1 of the pool"}
 
@@ -81,73 +81,75 @@ def runtime() -> FakeRuntime:
 
 
 @pytest.fixture
-def asker(runtime, judge) -> Asker:
-    return Asker(runtime, {name: f"old {name}" for name in SUBJECTS}, judge)
+def client(runtime, checker) -> Client:
+    return Client(runtime, {name: f"old {name}" for name in SUBJECTS}, checker)
 
 
 @pytest.mark.parametrize("kind", [Kind.PICTURE, Kind.WATCHED])
-def test_pictures_are_compared(kind, asker):
-    answer = asker.ask(3, Drawn(kind, 1))
+def test_pictures_are_compared(kind, client):
+    answer = client.ask(3, DrawnRequest(kind, 1))
     assert answer.differences == (0, 0)
     assert answer.wrong == ()
-    assert answer.made_with == 0.5
+    assert answer.batch_id == 0.5
     assert answer.seconds >= 0
 
 
-def test_another_requests_picture_is_wrong(asker, runtime):
+def test_another_requests_picture_is_wrong(client, runtime):
     runtime.generates = lambda **_: SimpleNamespace(images=[grey(200)], seconds={"denoiser": 1.0})
-    (line,) = asker.ask(3, Drawn(Kind.PICTURE, 0)).wrong
+    (line,) = client.ask(3, DrawnRequest(Kind.PICTURE, 0)).wrong
     assert line == (
-        "request 3 (picture, 0 of the pool): its picture 1 is 190/255 from the one made alone; "
+        "request 3 (picture, 0 of the pool): its picture 1 is 190/255 from the one generated alone; "
         "it is 0 from picture 2 of request 1 of the pool"
     )
 
 
-def test_a_request_that_is_cancelled(asker, runtime):
-    answer = asker.ask(0, Drawn(Kind.CANCELLED, 0))
+def test_a_request_that_is_cancelled(client, runtime):
+    answer = client.ask(0, DrawnRequest(Kind.CANCELLED, 0))
     assert answer.wrong == ()
     assert answer.differences == ()
     runtime.generates = lambda **_: SimpleNamespace(images=[grey(10)], seconds={"denoiser": 1.0})
-    assert asker.ask(0, Drawn(Kind.CANCELLED, 0)).wrong == ("request 0 (cancelled, 0 of the pool): it was answered",)
+    assert client.ask(0, DrawnRequest(Kind.CANCELLED, 0)).wrong == (
+        "request 0 (cancelled, 0 of the pool): it was answered",
+    )
 
 
-def test_a_request_that_is_refused(asker, runtime):
+def test_a_request_that_is_refused(client, runtime):
     def refuse(**options):
         assert options["steps"] == 0
         raise InputError("steps must be 1 to 999")
 
     runtime.generates = refuse
     mistake = next(index for index, options in enumerate(MISTAKES) if "steps" in options)
-    assert asker.ask(0, Drawn(Kind.REFUSED, 0, mistake)).wrong == ()
+    assert client.ask(0, DrawnRequest(Kind.REFUSED, 0, mistake)).wrong == ()
     runtime.generates = None
-    assert len(asker.ask(0, Drawn(Kind.REFUSED, 0, mistake)).wrong) == 1
+    assert len(client.ask(0, DrawnRequest(Kind.REFUSED, 0, mistake)).wrong) == 1
 
 
 @pytest.mark.parametrize("kind", [Kind.REFUSED, Kind.CANCELLED, Kind.PICTURE, Kind.WATCHED])
 @pytest.mark.parametrize("error", [MomaError("the GPU failed"), KeyError("lost")])
-def test_an_error_that_should_not_be(kind, error, asker, runtime):
+def test_an_error_that_should_not_be(kind, error, client, runtime):
     def fail(**_):
         raise error
 
     runtime.generates = fail
-    (line,) = asker.ask(7, Drawn(kind, 1)).wrong
+    (line,) = client.ask(7, DrawnRequest(kind, 1)).wrong
     assert line.startswith(f"request 7 ({kind.value}, 1 of the pool): {type(error).__name__}: ")
 
 
-def test_what_was_enrolled_anew_is_used(asker, runtime):
-    assert asker.ask(0, Drawn(Kind.ENROLLED, 0)).wrong == ()
+def test_what_was_enrolled_anew_is_used(client, runtime):
+    assert client.ask(0, DrawnRequest(Kind.ENROLLED, 0)).wrong == ()
     assert runtime.enrolled == [SUBJECTS[0]]
-    asker.ask(1, Drawn(Kind.PICTURE, 0))
+    client.ask(1, DrawnRequest(Kind.PICTURE, 0))
     assert runtime.asked[-1][0] == f"new {SUBJECTS[0]}"
 
 
 def test_every_request_is_made_once():
-    drawn = [Drawn(Kind.PICTURE, index) for index in range(100)]
+    drawn = [DrawnRequest(Kind.PICTURE, index) for index in range(100)]
     asked = []
 
     def ask(number, item):
         asked.append((number, item))
-        return Answered(item.kind, float(number))
+        return Outcome(item.kind, float(number))
 
     answers = run(ask, drawn, 8, lambda: False)
     assert sorted(number for number, _ in asked) == list(range(100))
@@ -160,6 +162,6 @@ def test_no_request_is_begun_once_it_is_over():
 
     def ask(number, item):
         asked.append(number)
-        return Answered(item.kind, 0.0)
+        return Outcome(item.kind, 0.0)
 
-    assert len(run(ask, [Drawn(Kind.PICTURE, 0)] * 50, 1, lambda: len(asked) >= 10)) == 10
+    assert len(run(ask, [DrawnRequest(Kind.PICTURE, 0)] * 50, 1, lambda: len(asked) >= 10)) == 10

@@ -139,7 +139,7 @@ def test_an_adapter_that_diffusers_wrote_of_a_peft_model(tmp_path, base, states,
     trained.save_pretrained(tmp_path)
     StableDiffusionPipeline.save_lora_weights(tmp_path / "unet_lora", get_peft_model_state_dict(trained))
     path = tmp_path / "unet_lora" / "pytorch_lora_weights.safetensors"
-    with pytest.raises(CheckpointError, match=r"is PEFT's: it needs adapter_config\.json beside it"):
+    with pytest.raises(CheckpointError, match=r"is in PEFT's layout: put its adapter_config\.json, which holds"):
         fuse_loras(*base, [LoraFile(path)])
     shutil.copy(tmp_path / "adapter_config.json", path.parent)
     count = adapted_layers(trained)

@@ -42,14 +42,14 @@ def test_a_build_for_cpus(monkeypatch, capsys, tmp_path):
     said = capsys.readouterr().err.splitlines()
     version = torch.__version__.split("+")[0]
     assert said == [
-        f"export.build: error: inductor sm90: PyTorch {torch.__version__} is a build for CPUs, which compiles for no "
-        f"GPU: install PyPI's own, pip install torch=={version} (5 GB with CUDA)"
+        f"export.build: error: inductor sm90: PyTorch {torch.__version__} is a CPU build, which cannot compile for "
+        f"GPUs: install PyPI's own, pip install torch=={version} (5 GB with CUDA)"
     ]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_capability(cuda_version, capsys, tmp_path):
-    with pytest.raises(InputError, match="inductor sm75: nothing is known of such a device; known are sm80,sm86,"):
+    with pytest.raises(InputError, match="inductor sm75: no such device is known; known are sm80,sm86,"):
         check_cross(75)
     assert main(["--base", "tiny", "--target", "inductor:sm75", "--out", str(tmp_path / "a")]) == 2
     assert "no target inductor:sm75; there are: cpu, " in capsys.readouterr().err

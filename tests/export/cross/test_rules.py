@@ -44,26 +44,26 @@ def test_what_is_gone_is_one_line(path):
     with pytest.raises(BundleError) as caught:
         look_up(path)
     said = str(caught.value)
-    assert said.startswith(f"PyTorch {torch.__version__}: {path} is gone, and cross-compiling leans on it: install")
+    assert said.startswith(f"PyTorch {torch.__version__}: {path} is missing, and cross-compiling needs it: install")
     assert "\n" not in said
 
 
 @pytest.mark.parametrize("name", ["cached_autotune", "CachingAutotuner"])
 def test_nothing_is_compiled_without_what_chooses(monkeypatch, name):
     monkeypatch.delattr(triton_heuristics, name)
-    with pytest.raises(BundleError, match=rf"triton_heuristics\.{name}\S* is gone"):
+    with pytest.raises(BundleError, match=rf"triton_heuristics\.{name}\S* is missing"):
         install()
 
 
 def test_a_function_that_takes_something_else_is_gone(monkeypatch):
     monkeypatch.setattr(triton_heuristics, "cached_autotune", lambda size_hints, candidates: None)
-    with pytest.raises(BundleError, match=r"cached_autotune\(\.\.\., configs\) is gone"):
+    with pytest.raises(BundleError, match=r"cached_autotune\(\.\.\., configs\) is missing"):
         rules.check()
 
 
 def test_a_setting_that_is_gone(monkeypatch):
     monkeypatch.setattr(rules, "SETTINGS", {"shape_padding": False, "shape_knitting": False})
-    with pytest.raises(BundleError, match=r"torch\._inductor\.config\.shape_knitting is gone"):
+    with pytest.raises(BundleError, match=r"torch\._inductor\.config\.shape_knitting is missing"):
         rules.check()
 
 

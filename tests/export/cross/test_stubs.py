@@ -123,7 +123,7 @@ def test_hosts(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     check_host(DEVICES[90], "inductor sm90")
     with pytest.raises(
-        InputError, match="inductor sm87: hosts of such a device are aarch64, and this one is x86_64: build on"
+        InputError, match="inductor sm87: hosts of such a device are aarch64, and this machine is x86_64: build on"
     ):
         check_host(DEVICES[87], "inductor sm87")
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")

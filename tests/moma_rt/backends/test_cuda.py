@@ -195,7 +195,7 @@ def test_a_process_waits_before_it_takes_down_what_is_used(repository):
         from moma_rt.backends.cuda import Stream
         class Backend: pass
         backend, stream = Backend(), Stream()
-        stream.ends_with(backend)
+        stream.synchronize_at_end_of(backend)
         stream.clear(stream.allocate(100))
         assert cuda.queue
     """
@@ -209,7 +209,7 @@ def test_a_device_that_fails_at_the_end_is_no_error(gpu, stream):
         pass
 
     backend, memory = Backend(), stream.allocate(100)
-    stream.ends_with(backend)
+    stream.synchronize_at_end_of(backend)
     stream.clear(memory)
     gpu.cuda.failures["cudaStreamSynchronize"] = CudaError.cudaErrorIllegalAddress
     del backend

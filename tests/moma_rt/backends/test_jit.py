@@ -73,7 +73,7 @@ def test_it_is_serialized_once_a_binding(bound, monkeypatch):
     """Not at every wait: it is tens of megabytes."""
     backend, network = bound
     saved = []
-    monkeypatch.setattr("moma_rt.backends.jit.JustInTime.save", lambda jit: saved.append(jit))
+    monkeypatch.setattr("moma_rt.backends.jit.JitCache.save", lambda jit: saved.append(jit))
     for _ in range(3):
         network.enqueue()
         backend.synchronize()

@@ -15,7 +15,7 @@ from tests.moma_rt.backends.test_tensorrt_device import CASES, random_inputs
 @pytest.fixture
 def backend():
     if not has_cuda_provider():
-        pytest.skip("the installed onnxruntime is for CPUs alone")
+        pytest.skip("the installed onnxruntime is for CPUs only")
     return create("onnxruntime_cuda")
 
 

@@ -53,13 +53,13 @@ def test_a_session_that_would_run_on_the_cpu_is_refused(gpu, create, step_onnx, 
 def test_a_network_whose_work_is_left_to_the_cpu_is_refused(gpu, create, step_onnx):
     gpu.ort.on_cpu = ("Squeeze", "Conv", "Attention", "Conv")
     assert said_by(lambda: create().load(STEP, step_onnx), BundleError) == (
-        f"{step_onnx}: ONNX Runtime 1.31.1 has no Attention, Conv for this network's types on a GPU"
+        f"{step_onnx}: ONNX Runtime 1.31.1 has no GPU kernels of Attention, Conv for this network's dtypes"
     )
 
 
 def test_an_onnxruntime_for_cpus(gpu, create):
     gpu.ort.providers = ["AzureExecutionProvider", "CPUExecutionProvider"]
-    assert said_by(create, InputError) == f"the installed onnxruntime 1.31.1 is for CPUs alone: {INSTALLATION}"
+    assert said_by(create, InputError) == f"the installed onnxruntime 1.31.1 is for CPUs only: {INSTALLATION}"
     assert backends.create("onnxruntime").name == "onnxruntime"
 
 
@@ -105,7 +105,7 @@ def test_a_file_that_is_no_graph(create, tmp_path, content):
 
 def test_a_graph_with_other_tensors_than_the_manifest(gpu, create, step_onnx):
     spec = NetworkSpec("step", STEP.inputs, PAST.outputs)
-    assert "its outputs are not the manifest's: missing ['kv', " in said_by(
+    assert "its outputs differ from the manifest's: missing ['kv', " in said_by(
         lambda: create().load(spec, step_onnx), BundleError
     )
     gc.collect()
@@ -124,7 +124,7 @@ def test_no_room_for_a_network(gpu, create, step_onnx):
     assert said.startswith(
         f"{step_onnx}: ONNX Runtime 1.31.1 cannot load it: Failed to allocate memory for requested buffer of size "
     )
-    assert said.endswith("; end what else runs on the device, or make fewer pictures at a time")
+    assert said.endswith("; close other programs on the device, or generate fewer pictures at a time")
     gpu.cuda.capacity = 1 << 26
     assert backend.load(STEP, step_onnx)
 
@@ -146,9 +146,9 @@ def test_no_room_to_compute_in_leaves_the_backend_usable(gpu, create, step_onnx)
 @pytest.mark.parametrize(
     ("text", "kind", "said"),
     [
-        ("CUDA failure 2: out of memory ; GPU=0 ; hostname=h ; file=x.cc", OutOfMemory, "out of memory; end what else"),
-        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", OutOfMemory, "CUBLAS_STATUS_ALLOC_FAILED; end"),
-        ("std::bad_alloc", OutOfMemory, "bad_alloc; end what else runs"),
+        ("CUDA failure 2: out of memory ; GPU=0 ; hostname=h ; file=x.cc", OutOfMemory, "out of memory; close other"),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0", OutOfMemory, "CUBLAS_STATUS_ALLOC_FAILED; close"),
+        ("std::bad_alloc", OutOfMemory, "bad_alloc; close other programs"),
         ("Non-zero status code\nwhile running X.", MomaError, "Non-zero status code while running X."),
     ],
 )

@@ -34,7 +34,7 @@ def files(tmp_path):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_convolutions_are_laid_out_as_the_package_wants_them(files, channels_last):
     loaded = LoadedWeights(torch.device("cpu"))
-    found = loaded.of(files / f"{channels_last}.pt2", NAMES, [files / "weights.safetensors"])
+    found = loaded.load(files / f"{channels_last}.pt2", NAMES, [files / "weights.safetensors"])
     for name, side in (("unet_conv_weight", 3), ("unet_point_weight", 1)):
         module = torch.nn.Conv2d(4, 2, side, device="meta")
         wanted = module.to(memory_format=torch.channels_last) if channels_last else module
@@ -45,9 +45,9 @@ def test_convolutions_are_laid_out_as_the_package_wants_them(files, channels_las
 
 def test_two_networks_hold_one_copy(files):
     loaded, weights = LoadedWeights(torch.device("cpu")), [files / "weights.safetensors"]
-    first, second = (loaded.of(files / "False.pt2", NAMES, weights) for _ in range(2))
+    first, second = (loaded.load(files / "False.pt2", NAMES, weights) for _ in range(2))
     assert all(first[name] is second[name] for name in NAMES)
-    other = loaded.of(files / "True.pt2", NAMES, weights)
+    other = loaded.load(files / "True.pt2", NAMES, weights)
     assert other["unet_conv_weight"] is not first["unet_conv_weight"], "another layout is another copy"
     memory = other["unet_conv_weight"].tensor.untyped_storage()
     del other
@@ -58,9 +58,9 @@ def test_two_networks_hold_one_copy(files):
 
 def test_tensors_of_the_code_come_with_it(files):
     names = {**NAMES, "constant": "lifted_tensor_0"}
-    found = LoadedWeights(torch.device("cpu")).of(files / "False.pt2", names, [files / "weights.safetensors"])
+    found = LoadedWeights(torch.device("cpu")).load(files / "False.pt2", names, [files / "weights.safetensors"])
     assert found["constant"].tensor == 7
     with pytest.raises(BundleError, match=r"asks for 1 weights .*: unet\.gone; build the bundle again"):
-        LoadedWeights(torch.device("cpu")).of(
+        LoadedWeights(torch.device("cpu")).load(
             files / "False.pt2", {**names, "gone": "unet.gone"}, [files / "weights.safetensors"]
         )

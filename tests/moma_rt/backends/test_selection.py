@@ -47,7 +47,7 @@ class Machine:
 
     def check_cuda_provider(self):
         if self._provider is not True:
-            raise InputError(self._provider or "it is for CPUs alone")
+            raise InputError(self._provider or "it is for CPUs only")
 
     def version(self, flavour):
         self.imported.append(flavour)
@@ -130,7 +130,8 @@ def test_onnx_runtime_without_a_word(backend, entries, device, looked):
             {FULL},
             VERSIONS,
             "no engine of denoiser, vae_decoder for tensorrt_rtx 1.7.1 on sm90 (H100); the bundle has engines for "
-            "tensorrt_rtx 1.7.1 on sm86,sm89: build them with python -m engines.build BUNDLE --target local",
+            "tensorrt_rtx 1.7.1 on sm86,sm89: build the missing ones with python -m engines.build BUNDLE "
+            "--target local",
         ),
         (
             engines(FULL, 90, names=NETWORKS[1:]),
@@ -138,7 +139,7 @@ def test_onnx_runtime_without_a_word(backend, entries, device, looked):
             (),
             VERSIONS,
             "no engine of denoiser for tensorrt 11.4.0 on sm90 (H100); the bundle has engines for tensorrt 11.4.0 on "
-            "sm90: build them with python -m engines.build BUNDLE --target local",
+            "sm90: build the missing ones with python -m engines.build BUNDLE --target local",
         ),
         (
             engines(RTX, 89),
@@ -146,7 +147,7 @@ def test_onnx_runtime_without_a_word(backend, entries, device, looked):
             (),
             {**VERSIONS, RTX: "1.8.0"},
             "no engine of denoiser, vae_decoder for tensorrt_rtx 1.8.0 on sm89 (RTX 4090); the bundle has engines for "
-            "tensorrt_rtx 1.7.1 on sm89: build them with python -m engines.build BUNDLE --target sm89",
+            "tensorrt_rtx 1.7.1 on sm89: build the missing ones with python -m engines.build BUNDLE --target sm89",
         ),
         (
             engines(RTX, 89),
@@ -169,8 +170,8 @@ def test_onnx_runtime_without_a_word(backend, entries, device, looked):
             {FULL, RTX},
             VERSIONS,
             "no engine of denoiser, vae_decoder for inductor 2.13.0 on sm90 (H100); the bundle has engines for "
-            "inductor 2.13.0 on cpu; inductor 2.13.0 on sm80: build them with python -m export.build ... --target "
-            "inductor",
+            "inductor 2.13.0 on cpu; inductor 2.13.0 on sm80: build the missing ones with python -m export.build ... "
+            "--target inductor",
         ),
     ],
 )
@@ -178,7 +179,7 @@ def test_engines_that_do_not_serve_are_a_warning_and_an_error_where_the_flavour_
     entries, device, missing, versions, said
 ):
     choice, _, _ = select("auto", entries, device, missing, versions)
-    assert choice == Choice("onnxruntime", warning=f"{said}; the bundle runs on the CPU now")
+    assert choice == Choice("onnxruntime", warning=f"{said}; falling back to ONNX Runtime on the CPU")
     flavour = next(f for f in (RTX, FULL, INDUCTOR) if f.value in said)
     with pytest.raises((BundleError, InputError)) as caught:
         select(flavour.value, entries, device, missing, versions)
@@ -223,7 +224,7 @@ def test_inductor_on_a_cpu_is_taken_where_it_is_named():
 def test_onnx_runtime_runs_on_the_gpu_where_it_can_and_no_engines_serve(entries):
     choice = chosen("auto", entries, Machine(provider=True))
     assert (choice.backend, choice.engines) == ("onnxruntime_cuda", None)
-    assert choice.warning.endswith("; ONNX Runtime runs the bundle on the GPU now") == (entries == engines(RTX, 86))
+    assert choice.warning.endswith("; falling back to ONNX Runtime on the GPU") == (entries == engines(RTX, 86))
     assert chosen("auto", entries, Machine(None, provider=True)) == Choice("onnxruntime")
     assert chosen("onnxruntime", entries, Machine(provider=True)) == Choice("onnxruntime")
 
@@ -247,7 +248,7 @@ def test_a_driver_is_not_asked_in_vain():
             "this machine has no NVIDIA GPU (or no driver); onnxruntime runs on the CPU",
             False,
         ),
-        ({}, "it is for CPUs alone", False),
+        ({}, "it is for CPUs only", False),
         ({"provider": "1.2 is too old: pip"}, "1.2 is too old: pip", True),
         (
             {"provider": True, "cuda": False},
@@ -260,7 +261,7 @@ def test_onnx_runtime_on_a_gpu_has_needs_of_its_own(host, said, warns):
     with pytest.raises(InputError) as caught:
         chosen("onnxruntime_cuda", (), Machine(**host))
     assert str(caught.value).removeprefix("backend onnxruntime_cuda").removeprefix(":").strip() == said
-    warning = f"{caught.value}; the bundle runs on the CPU now" if warns else ""
+    warning = f"{caught.value}; falling back to ONNX Runtime on the CPU" if warns else ""
     assert chosen("auto", (), Machine(**host)) == Choice("onnxruntime", warning=warning)
 
 

@@ -22,13 +22,16 @@ from tests.moma_rt.fake_gpu import FakeGpu
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        (NetworkSpec("step", STEP.inputs[:2], STEP.outputs), "its inputs are not the manifest's: missing [], further"),
-        (NetworkSpec("step", STEP.inputs, PAST.outputs), "its outputs are not the manifest's: missing ['kv float32', "),
+        (NetworkSpec("step", STEP.inputs[:2], STEP.outputs), "its inputs differ from the manifest's: missing [], un"),
+        (
+            NetworkSpec("step", STEP.inputs, PAST.outputs),
+            "its outputs differ from the manifest's: missing ['kv float32', ",
+        ),
         (
             NetworkSpec("step", (TensorSpec("x", "float16", (BATCH, 3)), *STEP.inputs[1:]), STEP.outputs),
-            "missing ['x float16'], further ['x float32']",
+            "missing ['x float16'], unexpected ['x float32']",
         ),
-        (NetworkSpec("step", STEP.outputs, STEP.inputs), "its inputs are not the manifest's"),
+        (NetworkSpec("step", STEP.outputs, STEP.inputs), "its inputs differ from the manifest's"),
     ],
 )
 def test_an_engine_with_other_tensors_than_the_manifest_is_refused(load, spec, said):
@@ -48,7 +51,7 @@ def test_a_file_that_is_no_engine_is_one_line(load, tmp_path):
         f"{path}: tensorrt 11.4.0 cannot load it: IRuntime::deserializeCudaEngine: Error Code 1: Serialization (magic)"
     )
     path.write_bytes(b"")
-    with pytest.raises(BundleError, match="is no engine: it is empty"):
+    with pytest.raises(BundleError, match="is not an engine: it is empty"):
         backend.load(STEP, path)
 
 
@@ -58,10 +61,10 @@ def test_a_file_that_is_no_engine_is_one_line(load, tmp_path):
         (
             "create_execution_context",
             MomaError,
-            "step: tensorrt 11.4.0 has no room to run it: create_execution_context",
+            "step: tensorrt 11.4.0 has too little memory to run it: create_execution_context",
         ),
-        ("set_input_shape", BundleError, "step: its engine takes no x of shape [1, 3]: set_input_shape: Error Code 3"),
-        ("set_tensor_address", BundleError, "step: its engine takes no memory for x: set_tensor_address: Error Code 3"),
+        ("set_input_shape", BundleError, "step: its engine does not accept x of shape [1, 3]: set_input_shape: Er"),
+        ("set_tensor_address", BundleError, "step: its engine does not accept the address of x: set_tensor_address: "),
         (
             "execute_async_v3",
             MomaError,
@@ -128,7 +131,7 @@ def test_a_device_that_cannot_be_used(gpu):
         TensorRtBackend(Flavour.TENSORRT)
     assert str(caught.value) == (
         "cudaStreamCreateWithFlags failed: cudaErrorInsufficientDriver; cuda-bindings is newer than the driver: update "
-        "that, or install an older one"
+        "the driver, or install an older cuda-bindings"
     )
 
 
@@ -156,8 +159,8 @@ def test_out_of_memory_says_how_much_was_asked_for_and_leaves_the_backend_usable
     with pytest.raises(MomaError) as caught:
         buffer_of(backend, (1 << 20, 17), "float32")
     assert str(caught.value) == (
-        "cudaMalloc of 71303168 bytes failed: cudaErrorMemoryAllocation; end what else runs on the GPU, or make fewer "
-        "pictures at a time"
+        "cudaMalloc of 71303168 bytes failed: cudaErrorMemoryAllocation; close other programs on the GPU, or "
+        "generate fewer pictures at a time"
     )
     use_everything(backend, network)
 
@@ -194,7 +197,7 @@ def test_a_missing_package_is_named(gpu, monkeypatch, module, said):
 
 def test_auto_is_nothing_to_create():
     with pytest.raises(
-        InputError, match="auto is chosen for a bundle; name one of: onnxruntime, onnxruntime_cuda, tens"
+        InputError, match="auto depends on the bundle; name one of: onnxruntime, onnxruntime_cuda, tens"
     ):
         backends.create("auto")
 

@@ -43,13 +43,13 @@ def test_a_device_gets_its_own():
             H100,
             "no engine of vae_decoder for tensorrt 11.4.0 on sm90 (H100); the bundle has engines for "
             "tensorrt 11.4.0 on sm90; tensorrt_rtx 1.7.1 on sm120; tensorrt_rtx 1.7.1 on sm86,sm89: "
-            "build them with python -m engines.build BUNDLE --target local",
+            "build the missing ones with python -m engines.build BUNDLE --target local",
         ),
         (["denoiser"], dataclasses.replace(RTX, version="1.8"), RTX4090, "BUNDLE --target sm89"),
         (["vae_decoder"], RTX, Device("RTX 5090", 120), "no engine of vae_decoder for tensorrt_rtx 1.7.1 on sm120"),
         (["denoiser"], FULL, Device("RTX 4090", 89), "BUNDLE --target local"),
         (["denoiser"], TORCH, H100, "for inductor 2.13.0+cu130 on sm90 (H100); the bundle has engines for "),
-        (["denoiser"], TORCH, H100, "build them with python -m export.build ... --target inductor"),
+        (["denoiser"], TORCH, H100, "build the missing ones with python -m export.build ... --target inductor"),
         (
             ["denoiser"],
             TORCH,

@@ -213,9 +213,9 @@ def test_a_budget_is_checked_at_the_boundary(fake_bundle):
         (9440, "every network stays loaded"),
         (9439, "networks are loaded in turn"),
         (7000, "networks are loaded in turn"),
-        (6999, "generating from a context embedding, loaded in turn; subjects must be enrolled"),
-        (1080, "generating from a context embedding, loaded in turn; subjects must be enrolled"),
-        (1079, "not at all: no room for language_model, nor for denoiser + vae_decoder"),
+        (6999, "loaded in turn; enough only to generate from a context embedding, not to enroll"),
+        (1080, "loaded in turn; enough only to generate from a context embedding, not to enroll"),
+        (1079, "the bundle does not fit: too large are language_model, denoiser + vae_decoder"),
     ],
 )
 def test_a_budget_is_described(manifest, budget, last):

@@ -215,21 +215,21 @@ class TestOpen:
 
 class TestVerified:
     def test_untouched_files_pass(self, root: Path):
-        Bundle.open(root).verified([ONNX, WEIGHTS])
+        Bundle.open(root).verify([ONNX, WEIGHTS])
 
     def test_altered_file_of_the_same_size(self, root: Path):
         (root / WEIGHTS).write_bytes(b"weightz" * 100)
         bundle = Bundle.open(root)
-        bundle.verified([ONNX])
+        bundle.verify([ONNX])
         with pytest.raises(BundleError, match=f"{WEIGHTS} was altered") as error:
-            bundle.verified([ONNX, WEIGHTS])
+            bundle.verify([ONNX, WEIGHTS])
         assert sha256_file(root / WEIGHTS)[:12] in str(error.value)
         assert bundle.manifest.files[WEIGHTS].sha256[:12] in str(error.value)
 
     def test_file_that_the_manifest_does_not_list(self, root: Path):
         (root / "extra.onnx").write_bytes(b"x")
         with pytest.raises(BundleError, match=r"does not list extra\.onnx"):
-            Bundle.open(root).verified(["extra.onnx"])
+            Bundle.open(root).verify(["extra.onnx"])
 
 
 class TestNetworks:

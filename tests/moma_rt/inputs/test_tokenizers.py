@@ -199,7 +199,7 @@ class TestSubjectName:
 
     @pytest.mark.parametrize("name", ["car\x00", "\x1b[31mcar", "car\x7f", "c\x80ar"])
     def test_control_characters(self, name):
-        with pytest.raises(InputError, match="must not hold control characters") as error:
+        with pytest.raises(InputError, match="must not contain control characters") as error:
             check_subject_name(name)
         assert str(error.value).isprintable()
 
@@ -233,7 +233,7 @@ class TestSubjectName:
             text.check_subject(name)
 
     def test_placeholder(self):
-        with pytest.raises(InputError, match="subject name must not hold <image>"):
+        with pytest.raises(InputError, match="subject name must not contain <image>"):
             check_subject_name("car <image>")
 
     def test_surrogates(self):
@@ -258,7 +258,7 @@ class TestPrompt:
         check_prompt("")
 
     def test_placeholder(self):
-        with pytest.raises(InputError, match="prompt must not hold <image>"):
+        with pytest.raises(InputError, match="prompt must not contain <image>"):
             check_prompt("a car <image> on a beach")
 
     @pytest.mark.parametrize("prompt", [None, 7, b"A car.", ["A car."]])
@@ -267,7 +267,7 @@ class TestPrompt:
             check_prompt(prompt)
 
     def test_negative_prompt_is_called_so(self):
-        with pytest.raises(InputError, match="^negative prompt must not hold <image>"):
+        with pytest.raises(InputError, match="^negative prompt must not contain <image>"):
             check_prompt("<image>", "negative prompt")
 
     def test_surrogates(self):
@@ -323,7 +323,7 @@ class TestLanguageTokenizer:
         assert len(tokenizer.encode("car", "", vocabulary, IMAGE_TOKENS)) > len(prefix)
 
     def test_placeholder(self, language):
-        with pytest.raises(InputError, match="prompt must not hold <image>"):
+        with pytest.raises(InputError, match="prompt must not contain <image>"):
             language[0].encode("car", "a <image>", language[1], IMAGE_TOKENS)
 
     def test_subject_name_is_checked(self, language):
@@ -366,7 +366,7 @@ class TestFiles:
         assert "\n" not in str(error.value)
 
     def test_each_other_kind_is_told(self, text_path, language_path):
-        with pytest.raises(BundleError, match="no Llama tokenizer"):
+        with pytest.raises(BundleError, match="not a Llama tokenizer"):
             LanguageTokenizer(text_path)
-        with pytest.raises(BundleError, match="no CLIP tokenizer"):
+        with pytest.raises(BundleError, match="not a CLIP tokenizer"):
             TextTokenizer(language_path)
