@@ -1,4 +1,4 @@
-"""Write the README's tables and the plots from the JSON in benchmarks/results: `python -m benchmarks.report`.
+"""Write the tables and plots of docs/benchmarks.md from the JSON in benchmarks/results: `python -m benchmarks.report`.
 
 A table replaces the text between `<!-- report:NAME -->` and `<!-- /report -->`, where NAME is one of `BLOCKS`. A plot
 is an SVG file beside its JSON file. `--check` writes nothing and fails if a table or plot is not up to date.
@@ -6,6 +6,7 @@ is an SVG file beside its JSON file. `--check` writes nothing and fails if a tab
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from moma_rt.files import atomic_write
 
 PROGRAM = "benchmarks.report"
 RESULTS = Path(__file__).resolve().parent / "results"
-README = RESULTS.parents[1] / "README.md"
+PAGE = RESULTS.parents[1] / "docs" / "benchmarks.md"
 
 Results = Mapping[str, Any]
 
@@ -61,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     p = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description=__doc__.partition(": `")[0] + ".")
     p.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 2 if the README or a plot is not up to date"
+        "--check", action="store_true", help="write nothing; exit with 2 if the page or a plot is not up to date"
     )
     p.add_argument(
-        "--readme", type=Path, default=README, metavar="FILE", help="README to update (default: the repository's)"
+        "--page", type=Path, default=PAGE, metavar="FILE", help="page to update (default: docs/benchmarks.md)"
     )
     p.add_argument(
         "--results", type=Path, default=RESULTS, metavar="DIR", help="JSON files to read (default: benchmarks/results)"
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    wanted = rendered(options.readme, options.results)
+    wanted = rendered(options.page, options.results)
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if options.check and stale:
         names = ", ".join(path.name for path in stale)
@@ -86,8 +87,8 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def rendered(readme: Path, results: Path) -> dict[Path, str]:
-    """Return the up-to-date text of every generated file: the README and the plots.
+def rendered(page: Path, results: Path) -> dict[Path, str]:
+    """Return the up-to-date text of every generated file: the page and the plots.
 
     Raises:
         InputError: a file cannot be read or lacks an entry, or a block is not in `BLOCKS`.
@@ -97,12 +98,12 @@ def rendered(readme: Path, results: Path) -> dict[Path, str]:
     def fill(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()
         if name not in BLOCKS:
-            raise InputError(f"{readme} has a block report:{name}; there are: {', '.join(BLOCKS)}")
-        text, made = BLOCKS[name](results, readme.parent)
+            raise InputError(f"{page} has a block report:{name}; there are: {', '.join(BLOCKS)}")
+        text, made = BLOCKS[name](results, page.parent)
         plots.update(made)
         return f"{begin}{text}{end}"
 
-    return {readme: _BLOCK.sub(fill, _read(readme))} | plots
+    return {page: _BLOCK.sub(fill, _read(page))} | plots
 
 
 def latency(results: Path, root: Path) -> tuple[str, dict[Path, str]]:
@@ -231,7 +232,7 @@ def _plural(word: str, count: int) -> str:
 
 
 def _relative(path: Path, root: Path) -> str:
-    return path.resolve().relative_to(root.resolve()).as_posix()
+    return Path(os.path.relpath(path.resolve(), root.resolve())).as_posix()
 
 
 def _read(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The README's tables and plots show what the JSON says, and nothing else."""
+"""The tables and plots of a page show what the JSON says, and nothing else."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.plot import Bar, stacked_bars, tick_step
-from benchmarks.report import README, RESULTS, latency_heading, latency_plot, latency_table, main, rendered
+from benchmarks.report import PAGE, RESULTS, latency_heading, latency_plot, latency_table, main, rendered
 from moma_rt.errors import InputError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -51,29 +51,30 @@ def results() -> dict:
 
 @pytest.fixture
 def place(tmp_path) -> Path:
-    """A README with a block, and one result beside it."""
+    """A page with a block, and one result."""
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
     (folder / "latency_a.json").write_text(json.dumps(results()))
     (folder / "other.json").write_text("{}")
-    (tmp_path / "README.md").write_text("before\n<!-- report:latency -->\nold\n<!-- /report -->\nafter\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/page.md").write_text("before\n<!-- report:latency -->\nold\n<!-- /report -->\nafter\n")
     return tmp_path
 
 
 def report(place: Path, *options: str) -> int:
-    return main(["--readme", str(place / "README.md"), "--results", str(place / "benchmarks" / "results"), *options])
+    return main(["--page", str(place / "docs/page.md"), "--results", str(place / "benchmarks/results"), *options])
 
 
 def test_the_check_fails_until_the_report_is_made(place, capsys):
     assert report(place, "--check") == 2
-    assert "README.md, latency_a.svg" in capsys.readouterr().err
-    assert "old" in (place / "README.md").read_text()
+    assert "page.md, latency_a.svg" in capsys.readouterr().err
+    assert "old" in (place / "docs/page.md").read_text()
     assert report(place) == 0
-    readme = (place / "README.md").read_text()
-    assert readme.startswith("before\n<!-- report:latency -->\n`tiny` with random weights")
-    assert readme.endswith("<!-- /report -->\nafter\n")
-    assert "old" not in readme
-    assert "](benchmarks/results/latency_a.svg)" in readme
+    page = (place / "docs/page.md").read_text()
+    assert page.startswith("before\n<!-- report:latency -->\n`tiny` with random weights")
+    assert page.endswith("<!-- /report -->\nafter\n")
+    assert "old" not in page
+    assert "](../benchmarks/results/latency_a.svg)" in page
     assert report(place, "--check") == 0
     changed = results()
     changed["runtime"]["requests"]["warm"]["total"]["p50"] = 1001.0
@@ -139,9 +140,9 @@ def test_a_soak_is_a_row(place):
     on_gpu["environment"]["gpu"] = {"name": "NVIDIA H200"}
     on_gpu["settings"]["on_gpu"] = True
     (place / "benchmarks/results/soak_b.json").write_text(json.dumps(on_gpu))
-    (place / "README.md").write_text("<!-- report:soak -->\n<!-- /report -->\n")
+    (place / "docs/page.md").write_text("<!-- report:soak -->\n<!-- /report -->\n")
     assert report(place) == 0
-    assert (place / "README.md").read_text().splitlines()[3:5] == [
+    assert (place / "docs/page.md").read_text().splitlines()[3:5] == [
         "| Z80, 2 cores, no GPU, `onnxruntime`, `tiny` fp32 (`soak_a.json`) | 1000 from 8 threads | 0 "
         "| 400 MiB, 410 MiB | 3.5 | 1234 ms, 5000 ms |",
         "| NVIDIA H200, `onnxruntime`, `tiny` fp32 (`soak_b.json`) | 1000 from 8 threads | 0 "
@@ -150,7 +151,7 @@ def test_a_soak_is_a_row(place):
     assert report(place, "--check") == 0
     (place / "benchmarks/results/soak_a.json").write_text("{}")
     with pytest.raises(InputError, match="soak_a.json is no result of benchmarks.soak"):
-        rendered(place / "README.md", place / "benchmarks" / "results")
+        rendered(place / "docs/page.md", place / "benchmarks/results")
 
 
 def test_the_plot_has_bars_as_long_as_the_times():
@@ -212,7 +213,7 @@ def test_text_stays_within_the_plot():
 
 
 def test_a_block_that_is_not_known(place, capsys):
-    (place / "README.md").write_text("<!-- report:speed -->\n<!-- /report -->\n")
+    (place / "docs/page.md").write_text("<!-- report:speed -->\n<!-- /report -->\n")
     assert report(place) == 2
     assert "report:speed; there are: latency, soak" in capsys.readouterr().err
 
@@ -221,14 +222,14 @@ def test_a_block_that_is_not_known(place, capsys):
 def test_a_result_that_is_none(text, place):
     (place / "benchmarks/results/latency_a.json").write_text(text)
     with pytest.raises(InputError, match="latency_a.json is no result"):
-        rendered(place / "README.md", place / "benchmarks" / "results")
+        rendered(place / "docs/page.md", place / "benchmarks/results")
 
 
-def test_a_readme_that_is_not_there(place, capsys):
-    (place / "README.md").unlink()
+def test_a_page_that_is_not_there(place, capsys):
+    (place / "docs/page.md").unlink()
     assert report(place) == 2
     assert "cannot read" in capsys.readouterr().err
 
 
 def test_the_repositorys_own_results_can_be_shown():
-    assert README in rendered(README, RESULTS)
+    assert PAGE in rendered(PAGE, RESULTS)
