@@ -19,7 +19,7 @@ from moma_rt.subject import Subject
 from moma_rt.timing import StageTimer
 
 GUIDANCE = 7.5
-SETS = ["keep_masked_tokens", pytest.param("large", marks=pytest.mark.slow)]
+SETS = ["small", pytest.param("large", marks=pytest.mark.slow)]
 
 
 @dataclass(frozen=True)

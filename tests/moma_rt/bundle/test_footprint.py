@@ -57,7 +57,7 @@ def manifest(fake_bundle):
 @pytest.fixture
 def networks(fake_bundle, manifest, backend, monkeypatch):
     """Makes them with a budget; what is loaded is not checked, since the manifest's sizes are made up."""
-    monkeypatch.setattr(Bundle, "verified", lambda *_: None)
+    monkeypatch.setattr(Bundle, "verify", lambda *_: None)
     return lambda budget: Networks(Bundle(fake_bundle, manifest), backend, budget=budget)
 
 
