@@ -13,7 +13,7 @@ from moma_rt.bundle.manifest import read_manifest, write_manifest
 from moma_rt.cli import entry
 from moma_rt.errors import BundleError, Cancelled, MomaError, OutOfMemory
 from moma_rt.runtime import Runtime
-from tests.moma_rt.together import assert_same, calls_of, check_four_subjects, four_subjects, together
+from tests.moma_rt.batching import assert_same, calls_of, check_four_subjects, four_subjects, together
 
 PROMPT = "A car on a beach."
 EMBEDDING = np.random.default_rng(1).standard_normal(1024).astype(np.float32)

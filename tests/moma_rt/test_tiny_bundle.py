@@ -18,7 +18,7 @@ from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import SCHEDULERS, Column, schedule
 from moma_rt.subject import Prefix
 from moma_rt.timing import StageTimer
-from tests.moma_rt.together import check_four_subjects, four_subjects
+from tests.moma_rt.batching import check_four_subjects, four_subjects
 
 PROMPTS = (
     *(

@@ -15,7 +15,7 @@ from moma_rt.subject import Subject
 from moma_rt.timing import StageTimer
 from tests.moma_rt.fake_cuda import CudaError
 from tests.moma_rt.test_runtime_engines import bundle, gpu  # noqa: F401
-from tests.moma_rt.test_runtime_room import without_room
+from tests.moma_rt.test_runtime_out_of_memory import without_room
 
 PROMPT = "A car on a beach."
 UP, WITHIN = "cudaMemcpyHostToDevice", "cudaMemcpyDeviceToDevice"

@@ -7,7 +7,7 @@ from moma_rt.errors import Cancelled
 from moma_rt.runtime import Runtime
 from tests.moma_rt.fake_cuda import CudaError
 from tests.moma_rt.test_runtime_engines import bundle, gpu  # noqa: F401
-from tests.moma_rt.test_runtime_recordings import PROMPT, eager, enqueued, pixels  # noqa: F401
+from tests.moma_rt.test_runtime_graphs import PROMPT, eager, enqueued, pixels  # noqa: F401
 
 
 @pytest.fixture
