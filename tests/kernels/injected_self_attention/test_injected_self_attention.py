@@ -95,7 +95,7 @@ def test_tokens_outside_the_mask_take_no_part(shape, inputs):
 
 
 def without_tokens(inputs):
-    """How enrolment stores a level whose mask has no token: zero keys, and a full mask."""
+    """Inputs as enrollment stores them for a grid without a token inside the mask: zero keys, and a full mask."""
     q, k, v, ref_k, ref_v, mask, gate, scale = inputs
     return q, k, v, torch.zeros_like(ref_k), ref_v, torch.ones_like(mask), gate, scale
 
