@@ -97,7 +97,7 @@ PRINTS = [
 
 
 @pytest.mark.parametrize("body", PRINTS)
-def test_a_reader_that_left_is_a_quiet_end(repository, body):
+def test_a_closed_pipe_on_stdout_is_a_quiet_end(repository, body):
     reading, writing = os.pipe()
     os.close(reading)
     try:
