@@ -201,7 +201,7 @@ class FakeBinding:
     def bind_input(self, name: str, device: str, device_id: int, dtype: Any, shape: Any, address: int) -> None:
         self._bind(name, device, device_id, dtype, shape, address)
         if name in self.session.module.on_host:
-            # Its content now, before work enqueued earlier has run.
+            # Copied now, before work that was enqueued earlier has run.
             self.copies[name] = self.places[name][1].copy()
 
     def bind_output(self, name: str, device: str, device_id: int, dtype: Any, shape: Any, address: int) -> None:

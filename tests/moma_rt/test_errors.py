@@ -1,4 +1,4 @@
-"""What a command prints, and with which code it exits, whatever its body does."""
+"""`run_command`: what a command prints, and its exit code, whatever its body does."""
 
 import errno
 import io

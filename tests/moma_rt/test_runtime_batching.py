@@ -158,7 +158,7 @@ def test_a_failed_batch_is_retried_one_by_one(batching, subjects, fakes, monkeyp
 
     def crowded(inputs):
         if len(inputs["latents"]) > 1:
-            raise MomaError("there is no room for two")
+            raise MomaError("out of memory for two")
         return plain(inputs)
 
     monkeypatch.setitem(fakes.functions, "denoiser", crowded)

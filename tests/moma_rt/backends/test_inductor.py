@@ -260,7 +260,7 @@ def test_a_missing_package_is_named(monkeypatch):
         backends.create("inductor")
 
 
-def test_nothing_of_it_is_imported_unless_asked_for(repository):
+def test_torch_is_not_imported_unless_asked_for(repository):
     code = "import sys, moma_rt, moma_rt.backends, moma_rt.backends.selection; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=repository, check=False).returncode == 0
 

@@ -213,7 +213,7 @@ def test_other_subjects_are_evicted_before_graphs(gpu, load, enrolled):  # noqa:
 
 
 def test_a_subject_that_was_just_used_is_evicted_too(gpu, load, enrolled):  # noqa: F811
-    """Its memory is free once the copies from it have run."""
+    """Its memory is freed once the copies from it have run."""
     runtime = load()
     runtime._subjects.reference(enrolled[0][0])
     assert gpu.cuda.queue
