@@ -1,4 +1,4 @@
-"""Fixtures that every package's tests share, and the skipping of tests whose device or library is not here."""
+"""Fixtures shared by all packages' tests; tests whose device or library is missing are skipped."""
 
 import dataclasses
 import importlib.util
@@ -85,7 +85,7 @@ def tiny_bundle(shared: SharedFolders) -> Path:
 
 
 def _build_small(out: Path, only: str, *options: str) -> None:
-    """A bundle of a synthetic checkpoint whose UNet has few blocks, so that inductor compiles it in half a minute."""
+    """Build a bundle of a synthetic checkpoint with a small UNet, which inductor compiles in half a minute."""
     pytest.importorskip("diffusers")
     from export.checkpoints import presets
 
@@ -99,8 +99,9 @@ def _build_small(out: Path, only: str, *options: str) -> None:
 
 @pytest.fixture(scope="session")
 def small_bundles(shared: SharedFolders) -> tuple[Path, Path]:
-    """Two bundles of one checkpoint: one that enrolls, on ONNX Runtime, and one that makes pictures of a context
-    embedding, with graphs and with inductor's engines for a CPU, in a folder whose name has a space.
+    """Two bundles of one checkpoint: one to enroll on ONNX Runtime, one to generate from a context embedding.
+
+    The second has ONNX graphs and inductor engines for a CPU; its folder's name has a space.
     """
     pictures = "text_encoder,denoiser,vae_decoder,context_projector"
 
@@ -116,20 +117,20 @@ def small_bundles(shared: SharedFolders) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def small_gpu_bundle(shared: SharedFolders) -> Path:
-    """A bundle of two networks, their graphs and inductor's engines for this machine's GPU, in fp16."""
+    """An fp16 bundle of two networks, with ONNX graphs and inductor engines for this machine's GPU."""
     return shared.build("of a gpu", lambda out: _build_small(out, "denoiser,vae_decoder", "--target", "cpu,inductor"))
 
 
 @pytest.fixture
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine, without the GPU that it may have."""
+    """Hide this machine's GPU, if it has one."""
     for module in ("engines.targets", "export.compare", "moma_rt.backends", "moma_rt.backends.selection"):
         monkeypatch.setattr(f"{module}.local_device", lambda: None)
 
 
 @pytest.fixture(scope="session")
 def large_goldens() -> Path:
-    """The large golden set, kept beside the repository; tests that use it are skipped where it is not."""
+    """The large golden set, kept beside the repository; tests that use it are skipped without it."""
     folder = REPOSITORY.parent / "shared" / "goldens"
     if not (folder / "context" / "trace.npz").is_file():
         pytest.skip("the large golden set is not beside the repository")

@@ -1,6 +1,6 @@
-"""Builds of networks and engines, killed at random moments: final names are whole, and the next build goes on.
+"""Builds of networks and engines killed at random: no partial file has a final name, and the next build resumes.
 
-A timer of the process's own computing time kills it, so that nothing here waits and any instruction may be the last.
+A timer on the process's own CPU time kills it, so that no test waits and any instruction may be the last.
 """
 
 import importlib.util
@@ -21,8 +21,7 @@ from moma_rt.files import sha256_file
 NAMES = ("context_projector", "text_encoder")
 KINDS = ("networks", "weights", "engines", "kernels")
 MOMENTS = 10
-# SIGVTALRM is never handled here: its default ends a process as abruptly as SIGKILL does. It is set for a time that
-# passes only while this process computes.
+# SIGVTALRM has no handler here, so it ends the process as abruptly as SIGKILL. Its timer counts CPU time.
 SERVER = """
 import json, os, signal, sys
 from pathlib import Path
@@ -42,7 +41,7 @@ engines = EnginePlan(resolve(tuple(targets), Machine.here()))
 def report(network, state):
     print(network, state, sep=":", flush=True)
 
-# The libraries are imported once; nothing has run in them, so that a fork of this process may.
+# Import the libraries once and fork for each build: that is safe, since nothing has run in them yet.
 for line in sys.stdin:
     root, seconds = json.loads(line)
     child = os.fork()
@@ -62,15 +61,15 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Build:
-    """How a build ended: its exit code (of a signal: negative), its seconds of computing, and what it reported."""
+    """How a build ended: its exit code (negative: a signal), CPU seconds, and reported lines."""
 
     code: int
-    computing: float
+    cpu_seconds: float
     said: list[str]
 
 
 def incomplete(root: Path) -> list[str]:
-    """What lies under a final name, in a bundle or a store, and is not what its record or its manifest says."""
+    """Return paths with a final name, in a bundle or a store, whose content differs from the record or the manifest."""
     wrong = []
     for folder in (path for kind in KINDS for path in root.glob(f"{kind}/*")):
         if folder.name.startswith(".partial-"):
@@ -96,7 +95,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def build(repository):
-    """Builds a bundle in a process of its own, ended after some seconds of computing, or as it reports something."""
+    """Build a bundle in its own process, killed after `seconds` of CPU time or at a report that starts with `until`."""
     targets = ["sm86"] if importlib.util.find_spec("tensorrt_rtx") is not None else ["cpu"]
     command = [sys.executable, "-c", SERVER, json.dumps([NAMES, targets])]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -128,10 +127,10 @@ def test_killed_at_random_moments(tmp_path, build):
 
     chance, root, killed = random.Random(0), tmp_path / "killed" / "bundle", 0
     for number in range(MOMENTS):
-        # Half of them begin anew, so that the early moments are met as often as the late ones.
+        # Every other build starts from nothing, so that early moments are hit as often as late ones.
         if number % 2 == 0:
             root = tmp_path / f"killed-{number}" / "bundle"
-        code = build(root, chance.uniform(0.02, 0.95) * complete.computing).code
+        code = build(root, chance.uniform(0.02, 0.95) * complete.cpu_seconds).code
         assert code in (0, -signal.SIGVTALRM)
         killed += code != 0
         assert incomplete(root) == []
@@ -145,8 +144,8 @@ def test_killed_at_random_moments(tmp_path, build):
         assert not list(root.rglob(".partial-*"))
 
 
-def test_killed_as_it_announces_a_stage(tmp_path, build):
-    """Whatever it does next is cut off somewhere, and what it had finished is kept."""
+def test_killed_when_it_announces_a_stage(tmp_path, build):
+    """The announced stage is cut off somewhere; finished stages are kept."""
     root, finished = tmp_path / "bundle", {"networks": 0, "weights": 0}
     for network in NAMES:
         for stage, kind in ((f"writing the weights of {network}", None), ("tracing", "weights")):
@@ -157,9 +156,9 @@ def test_killed_as_it_announces_a_stage(tmp_path, build):
             assert incomplete(root) == []
             complete = {kind: [p for p in (root / kind).iterdir() if p.name[0] != "."] for kind in finished}
             assert {kind: len(places) for kind, places in complete.items()} == finished
-        # Its graph is finished as the next network begins, or as nothing is left to do.
+        # The network's graph is finished when the next network starts, or at the end.
         finished["networks"] += 1
-    # From here on it may be quicker than the signal: then the bundle is whole already.
+    # From here on the build may end before the signal arrives; the bundle is complete then.
     build(root, until=f"{NAMES[-1]}:tracing")
     assert incomplete(root) == []
     last = build(root)

@@ -9,13 +9,13 @@ import pytest
 from moma_rt.bundle.specs import Precision
 from moma_rt.runtime import Runtime
 
-SETS = ["keep_masked_tokens", pytest.param("large", marks=pytest.mark.slow)]
+SETS = ["small", pytest.param("large", marks=pytest.mark.slow)]
 CASES = ["context", "texture"]
 
 
 @pytest.fixture(scope="module", params=SETS)
 def runtime_and_folder(request) -> tuple[Runtime, Path]:
-    prefix = "" if request.param == "keep_masked_tokens" else "large_"
+    prefix = "" if request.param == "small" else "large_"
     bundle = request.getfixturevalue(f"{prefix}golden_bundle_fp16")
     return Runtime.load(bundle, "onnxruntime"), request.getfixturevalue(f"{prefix}goldens")
 

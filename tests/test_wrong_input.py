@@ -1,6 +1,6 @@
 """Each kind of wrong input, through the command line: one line that says what is wrong, exit code 2, nothing written.
 
-The packages' own tests look at each check closely; these hold the promise as a user meets it.
+The packages' own tests cover each check in detail; these cover the whole command.
 """
 
 import json
@@ -28,7 +28,7 @@ GENERATE = ["generate", "bundle", "car.subject", "A car.", "--steps", "1", "--ou
 
 
 def run(arguments: list[str]) -> int:
-    """`python -m export.build` where the first argument is "build", else `moma-rt`."""
+    """Run `python -m export.build` if the first argument is "build", else `moma-rt`; returns the exit code."""
     if arguments[0] == "build":
         from export.build import main
 
@@ -45,7 +45,7 @@ def changed(command: list[str], old: str, new: str) -> list[str]:
 
 
 def replace(path: str, content: bytes) -> None:
-    # The files are hard links to what other tests read: never written in place.
+    # The files are hard links to what other tests read, so they must not be written in place.
     Path(path).unlink()
     Path(path).write_bytes(content)
 
@@ -73,7 +73,7 @@ def alter(bundle: str, group: str) -> None:
 
 
 def edit_networks(bundle: str, **values: object) -> None:
-    """What the manifest says of every network."""
+    """Change the manifest's entries of all networks."""
     data = json.loads(Path(bundle, "manifest.json").read_text())
     networks = {name: {**entry, **values} for name, entry in data["networks"].items()}
     files = dict(data["files"])
@@ -88,7 +88,7 @@ def weights_of(group: str) -> str:
 
 
 class Attack:
-    """What a careless reader of this pickle runs: it makes the folder `ran`."""
+    """An object whose pickle creates the folder `ran` when it is loaded."""
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return os.mkdir, ("ran",)
@@ -189,13 +189,13 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def originals(hub, tiny_bundle, goldens, tmp_path_factory) -> Path:
-    """What the commands are given: checkpoints, a bundle, a subject enrolled with it, a photo and its mask."""
+    """The commands' inputs: checkpoints, a bundle, a subject enrolled with it, a photo and its mask."""
     folder = tmp_path_factory.mktemp("originals")
     shutil.copytree(hub, folder / "hub", copy_function=os.link)
     shutil.copytree(tiny_bundle, folder / "bundle", copy_function=os.link)
     shutil.copy(goldens / "context" / "image.png", folder / "photo.png")
     shutil.copy(goldens / "context" / "mask.png", folder / "mask.png")
-    # Commands are given absolute names here and relative ones in the tests: the folder is theirs alone.
+    # Paths are absolute here; the tests give relative ones in a working folder of their own.
     given = {"bundle": "bundle", "photo.png": "photo.png", "mask.png": "mask.png", "new.subject": "car.subject"}
     command = [str(folder / given[word]) if word in given else word for word in ENROLL]
     assert run(command) == 0
@@ -204,14 +204,14 @@ def originals(hub, tiny_bundle, goldens, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def given(originals, tmp_path, monkeypatch) -> Path:
-    """The working folder with links to all of that; what replaces a file leaves the original alone."""
+    """A working folder with hard links to `originals`; replacing a file in it leaves the original alone."""
     shutil.copytree(originals, tmp_path / "given", copy_function=os.link)
     monkeypatch.chdir(tmp_path / "given")
     return tmp_path / "given"
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file and folder with its inode and time of change."""
+    """Every file and folder with its inode and modification time."""
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*")}
 
 
@@ -252,7 +252,7 @@ def test_a_prompt_over_77_tokens_is_cut_with_a_warning(given, capfd):
 
 @pytest.mark.parametrize("name", ["SDXL", "subject of another base"])
 def test_in_a_process_of_its_own(given, repository, name):
-    """Nothing that a library prints while it is imported, and no traceback at exit, comes beside the line."""
+    """The line is all that is printed: no output of imported libraries, no traceback at exit."""
     prepare, command, said = CASES[name]
     prepare()
     before = listing(given)

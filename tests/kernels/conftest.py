@@ -198,8 +198,8 @@ def run_onnx(sized, tmp_path_factory) -> Callable[..., tuple[list[np.ndarray], P
     return run
 
 
-# Of the interpreter itself, which takes an array of one element for a number; no compiled kernel meets it.
-_NOT_OF_THIS_NUMPY = "only 0-dimensional arrays can be converted to Python scalars"
+# The interpreter itself fails so, converting an array of one element to a number; compiled kernels never do.
+_INTERPRETER_NUMPY_ERROR = "only 0-dimensional arrays can be converted to Python scalars"
 
 
 @pytest.fixture(scope="session")
@@ -220,8 +220,10 @@ def interpreter(repository) -> Iterator[Callable[..., Any]]:
         answer = pickle.load(worker.stdout)
         if isinstance(answer, Exception):
             version = importlib.metadata.version("triton")
-            if version.startswith("3.6.") and _NOT_OF_THIS_NUMPY in str(answer):
-                pytest.skip(f"Triton {version}'s interpreter fails with NumPy {np.__version__}: {_NOT_OF_THIS_NUMPY}")
+            if version.startswith("3.6.") and _INTERPRETER_NUMPY_ERROR in str(answer):
+                pytest.skip(
+                    f"Triton {version}'s interpreter fails with NumPy {np.__version__}: {_INTERPRETER_NUMPY_ERROR}"
+                )
             raise answer
         return answer
 
@@ -246,7 +248,7 @@ def run_kernel(request) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Memory that torch allocates is full of NaN."""
+    """Fill memory that torch allocates with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -20,7 +20,7 @@ CAPABILITY = 90
 
 
 def widened(handle: TensorHandle) -> TensorHandle:
-    """The interpreter's `dot` multiplies the bits of bfloat16 as if they were integers."""
+    """Convert bfloat16 to float32, since the interpreter's `dot` multiplies its bits as integers."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

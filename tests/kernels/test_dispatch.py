@@ -1,4 +1,4 @@
-"""The torch operators under PyTorch's compilers: the kernel where a GPU is, the definition elsewhere."""
+"""The torch operators under PyTorch's compilers: the Triton kernel on a GPU, the definition elsewhere."""
 
 from types import MappingProxyType, SimpleNamespace
 
@@ -86,7 +86,7 @@ def test_ahead_of_time_on_a_cpu(tmp_path):
 
 @pytest.fixture
 def h100(monkeypatch):
-    """What compilers ask of a device before they run anything on it."""
+    """Make compilers that ask about the device before they run anything on it see an H100."""
     for module in ("kernels.dispatch", "kernels.injected_self_attention.triton_kernel"):
         monkeypatch.setattr(f"{module}.compute_capability", lambda _: 90)
     driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
@@ -107,7 +107,7 @@ def test_compilers_see_the_kernel_on_a_gpu(h100):
     # Query blocks of 32, samples and heads or samples, guidance halves.
     assert launched[0].kwargs["grid"] == [(2, 2 * HEADS, 2)]
     assert launched[1].kwargs["grid"] == [(2, 2, 2)]
-    # What it writes to, by its code.
+    # The tensors that it writes to, found from its code.
     assert [node.kwargs["tensors_to_clone"] for node in launched] == [["p_out"], ["p_out", "p_saliency"]]
     assert not any(getattr(node.target, "namespace", "") == "moma" for node in module.graph.nodes)
 
@@ -134,7 +134,7 @@ KNOWN = MappingProxyType({"g": 4, "b": 2, "s": 5, "n": 6, "t": 7, "m": 3, "c": 8
 
 
 @pytest.mark.parametrize("operator", KERNELS)
-def test_sizes_that_do_not_go_together_are_refused(operator):
+def test_inconsistent_sizes_are_refused(operator):
     call = getattr(torch.ops.moma, operator)
     layouts = SIZES[list(KERNELS).index(operator)].split()
     right = [torch.rand([KNOWN[letter] for letter in layout]) for layout in layouts]

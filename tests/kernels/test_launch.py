@@ -32,7 +32,7 @@ def test_a_split_covers_every_width():
         assert main + tail >= width
         assert main.bit_count() == 1
         assert tail == 0 or (tail.bit_count() == 1 and tail >= 16)
-        # What is computed in vain is less than a tile of tensor cores, or less than half the width.
+        # The padding is less than a tile of tensor cores, or less than half the width.
         assert main + tail - width < max(16, width / 2)
 
 
@@ -61,7 +61,7 @@ def test_few_queries_take_small_blocks():
     assert few.block_queries < many.block_queries
 
 
-def test_full_precision_is_frugal():
+def test_fp32_launches_do_not_depend_on_the_device():
     half = AttentionShape(4096, 80, 2)
     full = dataclasses.replace(half, element_bytes=4)
     assert self_attention_launch(full, 90) == self_attention_launch(full, 80) == cross_attention_launch(full)

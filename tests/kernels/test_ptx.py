@@ -1,4 +1,4 @@
-"""The kernels ahead of time: PTX that an assembler takes, within the limits, and the same bytes every time."""
+"""Kernels compiled ahead of time: PTX that an assembler accepts, within the limits, and the same bytes every time."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def check(kernel, ptx, capability):
     assert f".visible .entry {kernel.entry}(" in ptx
     found = parameters(ptx)
     assert len(found) == WIDEST[kernel.operator]
-    # Pointers, and in their midst the one number.
+    # All are pointers, except for one number among them.
     numbers = [index for index, line in enumerate(found) if ".u32" in line]
     assert numbers == ([8] if kernel.operator == SELF else [])
     assert all(".u64" in line for index, line in enumerate(found) if index not in numbers)
@@ -54,7 +54,7 @@ def test_every_layer_of_sd15(layer):
 
 @pytest.mark.parametrize("layer", SD15_LAYERS, ids=lambda x: f"{x.operator}-{x.width}x{x.queries}")
 def test_loads_are_ahead_of_the_products(layer):
-    """With a pipeline of two stages a loop waits for group 0: for what it has only just asked for."""
+    """With a pipeline of two stages a loop waits for group 0, which are the loads that it has just issued."""
     _, ptx = compile_kernel(layer, "float16", 80)
     assert max(int(group) for group in re.findall(r"cp\.async\.wait_group\s+(\d+);", ptx)) > 0
 
@@ -68,7 +68,7 @@ def test_every_capability(capability):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 87, 89, 90, 100, 120])
-def test_all_of_them(capability, tmp_path):
+def test_every_layer_dtype_and_capability(capability, tmp_path):
     for kernel in write_kernels(tmp_path, SD15_LAYERS, DTYPES, [capability], print):
         check(kernel, (tmp_path / kernel.file).read_text(), capability)
 

@@ -1,4 +1,4 @@
-"""The kernels ahead of time, as TensorRT launches them: PTX alone, through the CUDA driver, without Triton.
+"""Kernels compiled ahead of time, launched as TensorRT does: PTX alone, through the CUDA driver, without Triton.
 
 Each kernel that `kernels.compile` writes is loaded and launched with what its docstring says: the operator's tensors in
 their order, the number of reference tokens where there is one, the outputs.
@@ -107,5 +107,5 @@ def test_launched_by_the_driver(layer, dtype, written):
         wanted = context_cross_attention(*(t.float() for t in inputs), layer.heads)
     for output, same_precision, exact in zip(outputs, in_torch, wanted, strict=True):
         error, plain = ((t.float() - exact).abs().max().item() for t in (output, same_precision))
-        # NaN, which is what was there before the launch, is no error that is allowed.
+        # NaN, which the outputs hold before the launch, fails this comparison.
         assert error <= max(2 * plain, torch.finfo(q.dtype).eps * exact.abs().max().item())

@@ -73,7 +73,7 @@ def test_the_exporter_keeps_one_node(exported):
 
 
 @pytest.mark.parametrize("operator", onnx_operators(), ids=lambda o: o.schema.name)
-def test_where_a_plugin_is_registered_has_no_part_in_the_meaning(exported, operator):
+def test_the_plugin_namespace_does_not_change_the_computation(exported, operator):
     inlined = []
     for namespace in ("moma", "another", None):
         model = exported(SimpleNamespace(_opoverload=operator.torch_op))

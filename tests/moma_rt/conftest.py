@@ -119,7 +119,7 @@ class FakeBackend:
             target[row, len(source) :] = 0
 
     def capture(self, enqueue: Callable[[], None]) -> None:
-        raise AssertionError("this backend does not record")
+        raise AssertionError("this backend captures no graphs")
 
     def download(self, buffer: np.ndarray) -> np.ndarray:
         with self.alone():
@@ -140,7 +140,7 @@ class FakeBackend:
 
 
 def _byte_tokenizer(path: Path, special: tuple[str, ...], template: str) -> None:
-    """One token a byte: real enough for every rule of moma_rt.inputs.tokenizers."""
+    """Write a tokenizer with one token per byte, which all rules of moma_rt.inputs.tokenizers apply to."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate((*special, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -186,7 +186,7 @@ def edit_manifest(root: Path, change: Callable[[dict], None]) -> None:
 
 @pytest.fixture(scope="session")
 def fakes() -> SimpleNamespace:
-    """What this file defines, for tests that build their own bundles or compare with the fake networks."""
+    """This file's helpers, for tests that build their own bundles or compare with the fake networks."""
     return SimpleNamespace(
         make_bundle=make_bundle,
         edit_manifest=edit_manifest,
@@ -231,7 +231,7 @@ def mask() -> Image.Image:
 
 @pytest.fixture
 def subject(runtime: Runtime, backend: FakeBackend, photo: Image.Image, mask: Image.Image) -> Subject:
-    """An enrolled "car"; the record of runs and allocations is cleared afterwards."""
+    """An enrolled "car"; the backend's lists of runs and allocations are empty again."""
     subject = runtime.enroll(photo, mask, "car")
     backend.runs.clear()
     backend.allocations.clear()

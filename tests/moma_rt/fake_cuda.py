@@ -16,7 +16,7 @@ ALIGNMENT = 256
 STREAM = 0x5EED
 POISON = 0xFF
 GRAPH_NODE_BYTES = 64
-# As true as any other handle.
+# Truthy, like any other handle.
 NULL_GRAPH = object()
 
 
@@ -30,7 +30,7 @@ class CudaError(enum.IntEnum):
 
 @dataclass
 class Work:
-    """Something on the stream, and the allocations it uses."""
+    """Work enqueued on the stream, and the allocations it uses."""
 
     run: Callable[[], None]
     uses: set[int]
@@ -39,8 +39,8 @@ class Work:
 class FakeCuda(ModuleType):
     """`cuda.bindings.runtime`: one stream, and `capacity` bytes of memory.
 
-    A function that is in `failures` fails once, with that error. `wrong` collects what was wrong where an exception
-    would be swallowed.
+    A function named in `failures` fails once, with that error. `wrong` lists misuse found where an exception would be
+    swallowed.
     """
 
     cudaError_t = CudaError
@@ -62,17 +62,17 @@ class FakeCuda(ModuleType):
         self.streams = 0
         self.wrong: list[str] = []
         self.failures: dict[str, CudaError] = {}
-        # What is put on the stream goes here while it is captured. Graphs are captured ones, or executable ones.
+        # Work enqueued during a capture. `graphs` holds captured and executable graphs.
         self.captured: list[Work] | None = None
         self.capturing_thread = 0
         self.graphs: dict[int, list[Work]] = {}
         self.uploaded: set[int] = set()
         self.launches = 0
-        # Page-locked memory of the host, and events: the work that was on the stream when one was recorded.
+        # Page-locked host memory; and events, each with the work that was on the stream when it was recorded.
         self.pinned: dict[int, np.ndarray] = {}
         self.events: dict[int, list[Work]] = {}
-        self.calls = self.waits = self.recorded = self.allocations = 0
-        # Bytes by the kind of copy.
+        self.calls = self.waits = self.event_records = self.allocations = 0
+        # Bytes copied, by kind.
         self.copied: Counter[str] = Counter()
         self._next = 0x7F00_0000_0000
 
@@ -115,7 +115,7 @@ class FakeCuda(ModuleType):
     def cudaEventRecord(self, event: int, stream: int) -> tuple:
         assert stream == STREAM
         assert self.captured is None
-        self.recorded += 1
+        self.event_records += 1
         self.events[event] = list(self.queue)
         return (CudaError.cudaSuccess,)
 
@@ -136,12 +136,12 @@ class FakeCuda(ModuleType):
     def cudaStreamDestroy(self, stream: int) -> tuple:
         self.streams -= 1
         if self.queue:
-            self.wrong.append("a stream was destroyed with work on it, and what this used may be gone")
+            self.wrong.append("a stream was destroyed with work on it, whose memory may be freed")
         return (CudaError.cudaSuccess,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple:
         assert stream == STREAM
-        assert self.captured is None, "nobody may wait for a stream while it is captured"
+        assert self.captured is None, "a stream may not be synchronized while it is captured"
         self.waits += 1
         while self.queue:
             self.queue.pop(0).run()
@@ -160,7 +160,7 @@ class FakeCuda(ModuleType):
         if captured is None:
             return CudaError.cudaErrorIllegalState, NULL_GRAPH
         if "cudaStreamEndCapture" in self.failures:
-            # A capture that was invalidated ends all the same, without a graph.
+            # An invalidated capture still ends, without a graph.
             return self.failures.pop("cudaStreamEndCapture"), NULL_GRAPH
         return CudaError.cudaSuccess, self._new_graph(captured)
 
@@ -246,9 +246,9 @@ class FakeCuda(ModuleType):
             self.wrong.append("memory was freed by a thread while it captures a stream, which ends the capture")
 
     def check_pinned(self, address: int, size: int) -> None:
-        held = [at for at, memory in self.pinned.items() if at <= address and address + size <= at + len(memory)]
-        assert held, "the host would wait for a copy from or to memory that is not page-locked"
-        assert (address - held[0]) % ALIGNMENT == 0, "copies from and to odd addresses are slower"
+        bases = [at for at, memory in self.pinned.items() if at <= address and address + size <= at + len(memory)]
+        assert bases, "the host would wait for a copy from or to memory that is not page-locked"
+        assert (address - bases[0]) % ALIGNMENT == 0, "copies from and to odd addresses are slower"
 
     def put(self, stream: int, run: Callable[[], object], *addresses: int) -> None:
         assert stream == STREAM, "work belongs on the backend's own stream"
@@ -256,13 +256,13 @@ class FakeCuda(ModuleType):
         (self.queue if self.captured is None else self.captured).append(work)
 
     def inside(self, address: int, size: int) -> tuple[int, np.ndarray]:
-        """The allocation that holds so many bytes from an address on, and those bytes."""
+        """The base address of the allocation with `size` bytes at `address`, and a view of those bytes."""
         for base, memory in self.memory.items():
             if base <= address and address + size <= base + len(memory):
                 return base, memory[address - base : address - base + size]
         raise AssertionError(f"{size} bytes at {address} are not within memory of the device")
 
     def place(self, address: int, size: int) -> tuple[int, np.ndarray]:
-        """As `inside`, of memory that a network is given."""
+        """Like `inside`, for memory given to a network, which must be aligned."""
         assert address % ALIGNMENT == 0
         return self.inside(address, size)

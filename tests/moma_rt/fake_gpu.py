@@ -1,9 +1,8 @@
-"""A GPU of NumPy: stand-ins for the modules of the CUDA runtime and of TensorRT, as far as running engines needs them.
+"""A fake GPU in NumPy: stand-ins for the Python modules of the CUDA runtime and TensorRT, enough to run engines.
 
-They are as unforgiving as the real ones may be. What is put on the stream runs when somebody waits for it, and not
-before; new memory is full of NaN, and so is what a network leaves in its scratch region. Whatever would be undefined
-behaviour is an error: memory or a context that goes while work uses it, an address that is none, a scratch region that
-is too small.
+They are as unforgiving as the real ones can be. Enqueued work runs only when the host waits for it. New memory is full
+of NaN, and a network leaves NaN in its scratch memory. Undefined behavior is an error: memory or a context that is
+freed while work uses it, an invalid address, scratch memory that is too small.
 """
 
 import enum
@@ -33,9 +32,9 @@ class Logger:
 
 
 class FakeTensorRt(ModuleType):
-    """The module of a flavour. `networks` says, by a file's content, of which network that is an engine.
+    """A TensorRT module of one flavour. `networks` maps an engine file's content to its spec and NumPy function.
 
-    A method that is in `refusals` fails once, as such methods do: it logs `reason` and returns None or False.
+    A method named in `refusals` fails once, as TensorRT's methods do: it logs `reason` and returns None or False.
     """
 
     ILogger = Logger
@@ -66,7 +65,7 @@ class FakeTensorRt(ModuleType):
     def deserialize(self, content: object) -> "Engine | None":
         if self.refuses("deserialize_cuda_engine"):
             return None
-        # As the real one, which takes any buffer and keeps none.
+        # Like the real one, it takes any buffer and keeps no reference to it.
         found = self.networks.get(bytes(memoryview(content)))
         if found is None:
             self.logger.log(Logger.Severity.INFO, "Loaded engine size: 0 MiB")
@@ -160,13 +159,13 @@ class Context:
         return 2 * sum(int(np.prod(shape)) for shape in self.shapes.values())
 
     def set_device_memory(self, memory: int, size: int) -> None:
-        assert self.engine.trt.cuda.captured is None, "what a graph computes in is not to change while it is captured"
+        assert self.engine.trt.cuda.captured is None, "scratch memory may not change during a capture"
         assert size >= self.update_device_memory_size_for_shapes()
         self.scratch = memory, size
 
     def is_stream_capturable(self, stream_handle: int) -> bool:
         assert stream_handle == STREAM
-        assert self.has_run, "before that it is not known"
+        assert self.has_run, "it is not known before the first run"
         assert self.engine.trt.__name__ == "tensorrt_rtx"
         return not self.engine.trt.refuses("is_stream_capturable")
 
@@ -174,8 +173,10 @@ class Context:
         trt, spec = self.engine.trt, self.engine.spec
         if trt.refuses("execute_async_v3"):
             return False
-        assert self.scratch is not None, "no memory to compute in"
-        assert self.ended.is_set() or trt.cuda.captured is None, "what has not run to its end cannot be captured"
+        assert self.scratch is not None, "no scratch memory was set"
+        assert self.ended.is_set() or trt.cuda.captured is None, (
+            "a context must have finished a run before it is captured"
+        )
         self.has_run = True
         inputs = {t.name: np.empty(self.shapes[t.name], t.dtype) for t in spec.inputs}
         sizes = sizes_of(spec, inputs)
@@ -211,7 +212,7 @@ class FakeGpu:
 
     @classmethod
     def install(cls, monkeypatch, networks: Mapping[bytes, tuple], flavour: str = "tensorrt") -> "FakeGpu":
-        """Make the stand-ins what is imported, with 64 MiB of device memory."""
+        """Install the stand-ins as modules, with 64 MiB of device memory."""
         cuda = FakeCuda(1 << 26)
         trt = FakeTensorRt(flavour, "11.4.0", cuda, networks)
         monkeypatch.setitem(sys.modules, cuda.__name__, cuda)

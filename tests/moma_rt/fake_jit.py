@@ -1,10 +1,10 @@
-"""Stand-ins for what TensorRT-RTX compiles on the device, for `fake_gpu`."""
+"""TensorRT-RTX's runtime cache and configuration, for `fake_gpu`."""
 
 import enum
 
 
 class RuntimeCache:
-    """`IRuntimeCache`: a line for each set of shapes that something was compiled for."""
+    """`IRuntimeCache`: a line for each set of shapes that was compiled for."""
 
     HEADER = "compiled by 11.4.0 for this device"
 

@@ -1,6 +1,6 @@
-"""Networks of a few lines of NumPy each, and what a manifest says of them.
+"""Fake networks, a few lines of NumPy each, and their specs.
 
-They depend on every input they have, so that a wrong or stale input changes the picture.
+Each depends on all its inputs, so that a wrong or stale input changes the picture.
 """
 
 from collections.abc import Callable

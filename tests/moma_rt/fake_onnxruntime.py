@@ -1,9 +1,9 @@
-"""ONNX Runtime for GPUs on a GPU of NumPy: the real CPU kernels, on the device's memory, in the order of its stream.
+"""A stand-in for `onnxruntime` with a CUDA provider on a fake GPU: real CPU kernels on device memory, in stream order.
 
-It stands in for the module. A session that is for the CPU is a real one. One with the CUDA provider takes from the
-device what its weights need, and what it computes in as it needs more; it gives that back where a run says so, or when
-it goes. A run is put on the stream, and reads and writes the device when somebody waits for that. Like the real one it
-copies an input that it wants in the host's memory when that is bound.
+CPU sessions are real ones. A CUDA session allocates its weights on the device, and an arena that grows as runs need it;
+the arena is freed when a run's options say so, or with the session. A run is enqueued on the stream, and reads and
+writes device memory when the host waits for it. Like the real one, an input that a session wants in host memory is
+copied when it is bound.
 """
 
 import sys
@@ -29,17 +29,17 @@ NO_MEMORY = (
     "BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::Stream*) Failed to allocate memory for requested buffer "
     "of size {}\n"
 )
-# Those of ONNX Runtime 1.31 that are of no other provider's, and of which it refuses others.
+# Allowed options of the CUDA provider, all known to ONNX Runtime 1.31, which refuses unknown ones.
 OPTIONS = {"user_compute_stream", "arena_extend_strategy"}
 
 
-# A file, or what is in one.
+# A file's path, or its content.
 Graph = str | bytes
 WEIGHTS_ROOT = "session.model_external_initializers_file_folder_path"
 
 
 class FakeOnnxRuntime(ModuleType):
-    """The module. `failures` are raised by the next run or load, one each."""
+    """The module. Each run or load raises the next of `failures`."""
 
     __version__ = "1.31.1"
     RunOptions = onnxruntime.RunOptions
@@ -51,9 +51,9 @@ class FakeOnnxRuntime(ModuleType):
         self.__spec__ = ModuleSpec("onnxruntime", None)
         self.cuda = cuda
         self.providers = [CUDA, CPU]
-        # Whether the provider's own libraries are there, and what is said where they are not.
+        # Whether the CUDA provider's shared libraries can be loaded.
         self.loads_provider = True
-        # Inputs that sessions want in the host's memory, and operators that they run on the CPU.
+        # Inputs that sessions want in host memory, and operators that they run on the CPU.
         self.on_host: set[str] = set()
         self.on_cpu: Sequence[str] = ("Concat", "Squeeze")
         self.runs: list[str] = []
@@ -61,7 +61,7 @@ class FakeOnnxRuntime(ModuleType):
 
     @classmethod
     def install(cls, monkeypatch: Any, cuda: FakeCuda) -> "FakeOnnxRuntime":
-        """Make it what is imported, together with that device."""
+        """Install it and `cuda` as modules."""
         fake = cls(cuda)
         monkeypatch.setitem(sys.modules, cuda.__name__, cuda)
         monkeypatch.setitem(sys.modules, "onnxruntime", fake)
@@ -82,16 +82,16 @@ class FakeOnnxRuntime(ModuleType):
     def InferenceSession(
         self, graph: str | bytes, options: Any, *, providers: Sequence[Any], enable_fallback: int
     ) -> Any:
-        assert enable_fallback == 0, "it would go on on the CPU, and print that"
+        assert enable_fallback == 0, "a fallback would run on the CPU and print that"
         if providers == [CPU]:
             return onnxruntime.InferenceSession(graph, options, providers=providers)
         ((name, given),) = providers
         assert name == CUDA
         assert given.keys() <= OPTIONS
         assert given["user_compute_stream"] == str(STREAM)
-        assert not options.enable_mem_reuse, "memory of shapes is used again too early"
+        assert not options.enable_mem_reuse, "with reuse, shapes are overwritten before they are read"
         self.fail()
-        # A graph that is given as its bytes has weights elsewhere.
+        # A graph given as bytes has its weights in another file.
         return FakeSession(
             self, graph, options.get_session_config_entry(WEIGHTS_ROOT) if isinstance(graph, bytes) else ""
         )
@@ -109,7 +109,7 @@ class FakeOnnxRuntime(ModuleType):
 
 @dataclass
 class Arena:
-    """What a session has of the device: for its weights, and to compute in. It outlives the session in a finalizer."""
+    """A session's device memory: weights, and blocks to compute in. A finalizer frees it after the session."""
 
     cuda: FakeCuda
     weights: int
@@ -176,7 +176,7 @@ class FakeSession:
             self.module.fail()
             self._reserve(sum(view.nbytes for _, view in binding.places.values()))
             self.module.runs.append(self.name)
-            # Of the session and its binding the work has nothing: whoever enqueued it keeps them, or it fails.
+            # The work does not reference the session or its binding: the caller must keep them alive.
             uses = [base for base, _ in binding.places.values()]
             cuda.put(STREAM, binding.work(self.real), *uses, *arena.blocks, arena.weights)
         finally:
@@ -190,7 +190,7 @@ class FakeSession:
 
 
 class FakeBinding:
-    """An IOBinding: for each tensor the allocation it lies in, its bytes, and what they are."""
+    """An `IOBinding`: each tensor's allocation, bytes, dtype and shape."""
 
     def __init__(self, session: FakeSession) -> None:
         self.session = session
@@ -201,7 +201,7 @@ class FakeBinding:
     def bind_input(self, name: str, device: str, device_id: int, dtype: Any, shape: Any, address: int) -> None:
         self._bind(name, device, device_id, dtype, shape, address)
         if name in self.session.module.on_host:
-            # As it is now, and not once what was enqueued before has run.
+            # Copied now, before work that was enqueued earlier has run.
             self.copies[name] = self.places[name][1].copy()
 
     def bind_output(self, name: str, device: str, device_id: int, dtype: Any, shape: Any, address: int) -> None:
@@ -232,5 +232,5 @@ class FakeBinding:
 def _entry(options: Any, key: str) -> str:
     try:
         return str(options.get_run_config_entry(key))
-    except RuntimeError:  # how it says that there is none
+    except RuntimeError:  # it has no such entry
         return ""

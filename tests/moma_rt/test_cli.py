@@ -1,4 +1,4 @@
-"""The command line, from arguments to files and exit codes, with networks of NumPy."""
+"""The command line, from arguments to files and exit codes, with fake networks."""
 
 import errno
 import io
@@ -159,7 +159,7 @@ def test_inspect_shows_a_subject(enrolled, capsys):
     assert "car.subject is a subject file: --budget and --tensors are for bundles" in one_line(capsys)
 
 
-def test_inspect_of_nothing(tmp_path, capsys):
+def test_inspect_of_something_else(tmp_path, capsys):
     assert run("inspect", tmp_path / "none") == 2
     assert "none does not exist: give a bundle's folder" in one_line(capsys)
     assert run("inspect", LONG) == 2
@@ -305,7 +305,7 @@ def test_a_subject_of_another_base(enrolled, tmp_path_factory, fakes, capsys, ba
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 40, None])
-def test_a_subject_file_that_is_none(files, fake_bundle, capsys, content):
+def test_an_invalid_subject_file(files, fake_bundle, capsys, content):
     path = files / "car.subject"
     if content is not None:
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""`moma-rt generate --context-embedding`, with networks of NumPy."""
+"""`moma-rt generate --context-embedding`, with fake networks."""
 
 import os
 
@@ -69,7 +69,7 @@ ARRAYS = {
         ("a.png", "a.png is given twice"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(generate, backend, capsys, name, message):
+def test_an_unusable_embedding_is_one_line(generate, backend, capsys, name, message):
     for file, content in CONTENTS.items():
         with open(file, "wb") as stream:
             stream.write(content)

@@ -1,4 +1,4 @@
-"""What a command prints, and with which code it exits, whatever its body does."""
+"""`run_command`: what a command prints, and its exit code, whatever its body does."""
 
 import errno
 import io
@@ -97,7 +97,7 @@ PRINTS = [
 
 
 @pytest.mark.parametrize("body", PRINTS)
-def test_a_reader_that_left_is_a_quiet_end(repository, body):
+def test_a_closed_pipe_on_stdout_is_a_quiet_end(repository, body):
     reading, writing = os.pipe()
     os.close(reading)
     try:

@@ -1,4 +1,4 @@
-"""Calls of several threads made together: each has its own subject, prompt, strength and seed, and its own fate."""
+"""Request batching: each request keeps its own subject, prompt, strength and seed, and its own result or error."""
 
 import dataclasses
 import threading
@@ -22,8 +22,8 @@ def pixels(result):
     return np.stack([np.asarray(image) for image in result.images])
 
 
-def together(runtime, fakes, monkeypatch, calls):
-    """What calls of `generate` return or raise when all but the first wait while that one is being made."""
+def run_queued(runtime, fakes, monkeypatch, calls):
+    """Results or errors of `generate` calls of which all but the first are queued while that one runs."""
     entered, go_on, found = threading.Event(), threading.Event(), {}
     denoiser = fakes.functions["denoiser"]
 
@@ -53,7 +53,7 @@ def together(runtime, fakes, monkeypatch, calls):
     return [found[index] for index in range(len(calls))]
 
 
-def test_a_subject_is_hashed_while_others_have_their_turn(runtime, subject):
+def test_a_subject_is_hashed_before_its_request_waits(runtime, subject):
     loaded = dataclasses.replace(subject)
     call = threading.Thread(target=runtime.generate, args=(loaded, "A car."), kwargs={"steps": 1})
     with runtime._queue.exclusive():
@@ -65,7 +65,7 @@ def test_a_subject_is_hashed_while_others_have_their_turn(runtime, subject):
 
 @pytest.fixture
 def subjects(batching, photo, mask):
-    """Four, with different numbers of reference tokens."""
+    """Four subjects with different numbers of reference tokens."""
     found = []
     for index, name in enumerate(("car", "cup", "red hat", "dog")):
         taller = mask.copy()
@@ -75,7 +75,7 @@ def subjects(batching, photo, mask):
     return found
 
 
-def test_four_subjects_at_a_time_are_as_one_by_one(batching, backend, subjects, fakes, monkeypatch):
+def test_a_batch_of_four_subjects_equals_single_requests(batching, backend, subjects, fakes, monkeypatch):
     calls = [(subjects[0], "A car.", {"steps": 3})]
     calls += [
         (subject, f"A {subject.name} on a beach.", {"steps": 3, "seed": index, "strength": 0.3 * index})
@@ -83,7 +83,7 @@ def test_four_subjects_at_a_time_are_as_one_by_one(batching, backend, subjects, 
     ]
     expected = [batching.generate(subject, prompt, **options) for subject, prompt, options in calls]
     backend.runs.clear()
-    found = together(batching, fakes, monkeypatch, calls)
+    found = run_queued(batching, fakes, monkeypatch, calls)
     assert [len(inputs["latents"]) for inputs in backend.inputs_of("denoiser")] == [1] * 3 + [4] * 3
     for result, wanted in zip(found, expected, strict=True):
         assert result.seeds == wanted.seeds
@@ -91,16 +91,16 @@ def test_four_subjects_at_a_time_are_as_one_by_one(batching, backend, subjects, 
         np.testing.assert_allclose(result.foreground_masks, wanted.foreground_masks, rtol=1e-5)
 
 
-def test_several_pictures_of_one_call_stay_together(batching, backend, subjects, fakes, monkeypatch):
+def test_pictures_of_one_request_stay_in_one_batch(batching, backend, subjects, fakes, monkeypatch):
     calls = [(subjects[0], "A car.", {"steps": 1})]
     calls += [
         (s, "A car.", {"steps": 1, "num_images": n, "seed": n}) for s, n in zip(subjects, (3, 1, 2), strict=False)
     ]
     expected = [batching.generate(subject, prompt, **options) for subject, prompt, options in calls]
     backend.runs.clear()
-    found = together(batching, fakes, monkeypatch, calls)
+    found = run_queued(batching, fakes, monkeypatch, calls)
     assert sum(len(inputs["latents"]) for inputs in backend.inputs_of("denoiser")) == 7
-    assert len(backend.inputs_of("denoiser")) == 3, "one, 3 + 1, and 2, or 1 + 2 and 3"
+    assert len(backend.inputs_of("denoiser")) == 3, "batches of 1, 3 + 1 and 2, or of 1, 1 + 2 and 3"
     for result, wanted in zip(found, expected, strict=True):
         assert len(result.images) == len(wanted.images)
         assert np.abs(pixels(result).astype(int) - pixels(wanted)).max() <= 1
@@ -109,24 +109,24 @@ def test_several_pictures_of_one_call_stay_together(batching, backend, subjects,
 @pytest.mark.parametrize(
     "other", [{"steps": 2}, {"steps": 3, "guidance_scale": 2.0}, {"steps": 3, "scheduler": "euler"}]
 )
-def test_other_schedules_are_not_made_together(batching, backend, subjects, fakes, monkeypatch, other):
+def test_requests_with_different_schedules_share_no_batch(batching, backend, subjects, fakes, monkeypatch, other):
     calls = [
         (subjects[0], "A car.", {"steps": 3}),
         (subjects[0], "A car.", {"steps": 3}),
         (subjects[1], "A cup.", other),
     ]
     backend.runs.clear()
-    found = together(batching, fakes, monkeypatch, calls)
+    found = run_queued(batching, fakes, monkeypatch, calls)
     assert {len(inputs["latents"]) for inputs in backend.inputs_of("denoiser")} == {1}
     assert all(result.images for result in found)
 
 
-def test_what_is_wrong_with_one_is_not_wrong_with_the_others(batching, subjects, fakes, monkeypatch):
+def test_an_invalid_request_fails_alone(batching, subjects, fakes, monkeypatch):
     expected = pixels(batching.generate(subjects[1], "A cup.", steps=2))
     unreadable = "x" * 5000
     calls = [(subjects[0], "A car.", {"steps": 2}), (subjects[1], "A cup.", {"steps": 2})]
     calls += [(subjects[0], unreadable, {"steps": 2}), (subjects[3], "A dog.", {"steps": 2})]
-    first, good, bad, fine = together(batching, fakes, monkeypatch, calls)
+    first, good, bad, fine = run_queued(batching, fakes, monkeypatch, calls)
     assert isinstance(bad, InputError)
     np.testing.assert_array_equal(pixels(good), expected)
     assert first.images
@@ -134,7 +134,7 @@ def test_what_is_wrong_with_one_is_not_wrong_with_the_others(batching, subjects,
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
-def test_numbers_that_are_none_are_the_error_of_their_sample(batching, subjects, fakes, monkeypatch):
+def test_nan_latents_fail_only_their_own_request(batching, subjects, fakes, monkeypatch):
     plain = fakes.functions["denoiser"]
 
     def overflowing(inputs):
@@ -147,28 +147,28 @@ def test_numbers_that_are_none_are_the_error_of_their_sample(batching, subjects,
     monkeypatch.setitem(fakes.functions, "denoiser", overflowing)
     calls = [(subjects[0], "A car.", {"steps": 2})]
     calls += [(subjects[1], "A cup.", {"steps": 2, "strength": strength}) for strength in (1.0, 2.0)]
-    _, good, bad = together(batching, fakes, monkeypatch, calls)
+    _, good, bad = run_queued(batching, fakes, monkeypatch, calls)
     assert good.images
     assert isinstance(bad, MomaError)
     assert "NaN or infinity" in str(bad)
 
 
-def test_a_batch_that_fails_is_made_one_by_one(batching, subjects, fakes, monkeypatch):
+def test_a_failed_batch_is_retried_one_by_one(batching, subjects, fakes, monkeypatch):
     plain = fakes.functions["denoiser"]
 
     def crowded(inputs):
         if len(inputs["latents"]) > 1:
-            raise MomaError("there is no room for two")
+            raise MomaError("out of memory for two")
         return plain(inputs)
 
     monkeypatch.setitem(fakes.functions, "denoiser", crowded)
     calls = [(subject, "A car.", {"steps": 2}) for subject in subjects]
-    found = together(batching, fakes, monkeypatch, calls)
+    found = run_queued(batching, fakes, monkeypatch, calls)
     for result, subject in zip(found, subjects, strict=True):
         np.testing.assert_array_equal(pixels(result), pixels(batching.generate(subject, "A car.", steps=2)))
 
 
-def test_more_than_the_bundle_allows_is_not_waited_for(fake_bundle, fakes):
+def test_max_batch_is_at_most_the_bundles_largest(fake_bundle, fakes):
     runtime = Runtime(Bundle.open(fake_bundle), fakes.FakeBackend(), limits=Limits(max_batch=16))
     assert runtime._queue._max_batch == fakes.max_batch
     without = read_manifest(fake_bundle)
@@ -177,26 +177,26 @@ def test_more_than_the_bundle_allows_is_not_waited_for(fake_bundle, fakes):
     assert Runtime(bundle, fakes.FakeBackend(), limits=Limits(max_batch=16))._queue._max_batch == fakes.max_batch
 
 
-def test_a_callback_keeps_its_call_to_itself(batching, backend, subjects, fakes, monkeypatch):
+def test_a_request_with_a_callback_runs_alone(batching, backend, subjects, fakes, monkeypatch):
     seen = []
     calls = [(subjects[0], "A car.", {"steps": 2})]
     calls.append((subjects[1], "A cup.", {"steps": 2, "on_step": lambda info: seen.append(info.step)}))
     calls.append((subjects[2], "A hat.", {"steps": 2, "on_step": lambda info: False}))
     calls.append((subjects[3], "A dog.", {"steps": 2}))
-    first, told, cancelled, last = together(batching, fakes, monkeypatch, calls)
+    first, told, cancelled, last = run_queued(batching, fakes, monkeypatch, calls)
     assert seen == [1, 2]
     assert isinstance(cancelled, Cancelled)
     assert all(result.images for result in (first, told, last))
 
 
-def test_by_default_nothing_is_made_together(runtime, backend, subject, fakes, monkeypatch):
+def test_requests_are_not_batched_by_default(runtime, backend, subject, fakes, monkeypatch):
     calls = [(subject, "A car.", {"steps": 1, "seed": seed}) for seed in range(3)]
     backend.runs.clear()
-    together(runtime, fakes, monkeypatch, calls)
+    run_queued(runtime, fakes, monkeypatch, calls)
     assert [len(inputs["latents"]) for inputs in backend.inputs_of("denoiser")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("most", [0, 65, -1, 1.5, True, "4", None])
-def test_a_batch_has_a_size(fake_bundle, most):
+def test_max_batch_out_of_range_is_refused(fake_bundle, most):
     with pytest.raises(InputError, match="max_batch is .*: it must be a whole number from 1 to 64"):
         Runtime.load(fake_bundle, max_batch=most)

@@ -1,4 +1,4 @@
-"""Whole runs on engines: the networks of NumPy, on a GPU of NumPy, chosen as on a real one."""
+"""Enrollment and generation on TensorRT engines, chosen as on a real GPU: fake networks on a fake GPU."""
 
 import contextlib
 import dataclasses
@@ -55,7 +55,7 @@ def bundle(tmp_path, fakes):
 
 
 def pictures(runtime, subject):
-    """Of several batch sizes, with and without guidance, so that buffers and scratch regions of many sizes are used."""
+    """Images and masks of several batch sizes, guided and not, to use buffers and scratch regions of many sizes."""
     results = [
         runtime.generate(subject, prompt, steps=3, num_images=count, guidance_scale=scale, guidance_interval=interval)
         for prompt, count, scale, interval in (
@@ -80,9 +80,9 @@ def test_engines_make_the_same_pictures(gpu, bundle, fakes, photo, mask):
     (images, masks), (wanted_images, wanted_masks) = pictures(runtime, subjects[0]), pictures(expected, subjects[1])
     assert len(images) == 14
     np.testing.assert_array_equal(images, wanted_images)
-    # There is room for some more reference tokens than there are, so sums are of more numbers.
+    # Reference tokens are padded with zeros, so sums have more terms.
     np.testing.assert_allclose(masks, wanted_masks, rtol=1e-5)
-    assert gpu.cuda.launches == 1 + 2 + 1 + 2, "one graph a batch"
+    assert gpu.cuda.launches == 1 + 2 + 1 + 2, "one graph launch per batch"
 
 
 def test_out_of_memory_ends_a_call_and_not_the_runtime(gpu, bundle, photo, mask):
@@ -97,7 +97,7 @@ def test_out_of_memory_ends_a_call_and_not_the_runtime(gpu, bundle, photo, mask)
 
 
 @pytest.mark.parametrize("lacking", [1, 20_000])
-def test_a_call_without_room_gives_back_what_it_would_have_computed_in(gpu, bundle, photo, mask, lacking):
+def test_a_call_that_runs_out_of_memory_frees_its_scratch_region(gpu, bundle, photo, mask, lacking):
     subject = Runtime.load(bundle, "tensorrt").enroll(photo, mask, "car")
     embedding = np.zeros(16)
 
@@ -120,7 +120,7 @@ def test_a_call_without_room_gives_back_what_it_would_have_computed_in(gpu, bund
 
 
 @pytest.mark.parametrize("method", ["deserialize_cuda_engine", "create_execution_context", "execute_async_v3"])
-def test_a_library_that_lacks_memory_is_made_room_for(gpu, bundle, photo, mask, method):
+def test_out_of_memory_in_tensorrt_is_retried(gpu, bundle, photo, mask, method):
     runtime = Runtime.load(bundle, "tensorrt")
     subject = runtime.enroll(photo, mask, "car")
     expected = runtime.generate(subject, PROMPTS[0], steps=2).images[0]
@@ -133,7 +133,7 @@ def test_a_library_that_lacks_memory_is_made_room_for(gpu, bundle, photo, mask, 
 
 
 def test_exactly_what_is_loaded_is_verified(gpu, bundle, photo, mask):
-    """The graphs are not read where there are engines, and may be what they want; an engine may not."""
+    """With engines, graphs are not read and may be altered; an altered engine is refused."""
     for path in (bundle / "networks").rglob("model.onnx"):
         path.write_text(path.read_text()[::-1])
     runtime = Runtime.load(bundle)
@@ -204,7 +204,7 @@ def test_the_command_line_names_a_backend(gpu, bundle, tmp_path, photo, mask, ca
 
 
 @pytest.mark.parametrize("room", [1.2, 1.5, 1.8, 2.2, 2.6])
-def test_calls_that_do_not_fit_together_are_made_one_by_one(gpu, bundle, photo, mask, room):
+def test_a_batch_that_runs_out_of_memory_is_retried_one_by_one(gpu, bundle, photo, mask, room):
     runtime = Runtime.load(bundle, "tensorrt", max_batch=4)
     subject = runtime.enroll(photo, mask, "car")
     before = gpu.cuda.used
@@ -245,7 +245,7 @@ def test_weights_that_networks_share_are_hashed_once_and_again_when_they_change(
     )
     networks = Networks(Bundle.open(root), backend)
     networks.get_all(("denoiser", "vae_decoder"), StageTimer())
-    assert hashed.count("denoiser") == 2, "the graph and the weights; the decoder reads the weights again"
+    assert hashed.count("denoiser") == 2, "the graph and the weights; the decoder reads the same weights"
     assert backend.weights["vae_decoder"] == (root / shared,)
     (root / shared).write_text((root / shared).read_text()[::-1])
     for _ in range(2):

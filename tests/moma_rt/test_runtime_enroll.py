@@ -1,4 +1,4 @@
-"""Enrolling, with networks of NumPy."""
+"""Enrollment, with fake networks."""
 
 import warnings
 
@@ -23,7 +23,7 @@ def full_reference(fakes, seed=0):
     }
 
 
-def test_compaction_keeps_exactly_the_tokens_whose_sampled_pixel_is_inside(fakes):
+def test_exactly_the_tokens_whose_sampled_pixel_is_inside_the_mask_are_kept(fakes):
     mask = np.random.default_rng(1).random((64, 64)) < 0.3
     full = full_reference(fakes)
     reference = keep_masked_tokens(fakes.geometry, mask, full)
@@ -50,7 +50,7 @@ def test_a_level_without_a_token_gets_zero_keys_all_values_and_a_full_mask(fakes
     np.testing.assert_array_equal(reference.object_mask[coarse.grid], np.ones(16))
 
 
-def test_a_mask_that_only_coarse_grids_miss_is_no_reason_to_warn(fakes):
+def test_a_mask_that_only_coarse_grids_miss_gives_no_warning(fakes):
     mask = np.zeros((64, 64), bool)
     mask[8, 8] = True
     with warnings.catch_warnings():

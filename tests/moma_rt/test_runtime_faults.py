@@ -1,5 +1,6 @@
-"""Whatever fails, and however little memory there is, on a GPU of NumPy: a call ends in its pictures or in its error,
-and what comes after it is as if nothing had been.
+"""Failures of any CUDA call, and any amount of memory, on a fake GPU.
+
+A call returns its pictures or raises its error, and later calls are not affected.
 """
 
 import gc
@@ -20,7 +21,7 @@ CALLS = (
     (1, "A car on a hill.", {"steps": 3, "scheduler": "lcm"}),
     (0, "A car.", {"steps": 2, "on_step": lambda _: None}),
 )
-# Their failures are no error, and the memory would not be free.
+# Calls that free something: their failures are ignored, and a simulated one would leak.
 ENDING = ("Free", "FreeHost", "EventDestroy", "GraphDestroy", "GraphExecDestroy", "StreamDestroy")
 
 
@@ -32,7 +33,7 @@ def subjects(bundle, fakes, photo, mask):  # noqa: F811
 
 @pytest.fixture
 def make(bundle, fakes, subjects):  # noqa: F811
-    """Make all calls' pictures, which are right, or an error of a kind; returns how many are."""
+    """Run all of `CALLS`, check their pictures, and return how many succeeded; errors of type `error` are ignored."""
 
     def pictures(runtime, subject, prompt, options):
         return np.stack([np.asarray(image) for image in runtime.generate(subjects[subject], prompt, **options).images])
@@ -56,9 +57,9 @@ def make(bundle, fakes, subjects):  # noqa: F811
 
 @pytest.fixture
 def fail(monkeypatch):
-    """Have the call of CUDA of some number fail, counted from now on; None: none. Returns how many there were before.
+    """Make the n-th CUDA call from now on fail; None: no call. Returns the number of calls since this was last used.
 
-    Those that free something are no such calls.
+    Calls that free something are not counted.
     """
     get = FakeCuda.__getattribute__
     state = {"failing": None, "error": None, "count": 0}
@@ -90,7 +91,7 @@ def fail(monkeypatch):
 
 
 def check_nothing_is_left(gpu, *runtime):  # noqa: F811
-    """Of what is handed over as the last who has it."""
+    """Delete a runtime that nothing else references; all it had on the device must be freed without a collection."""
     gc.disable()
     try:
         del runtime
@@ -103,7 +104,7 @@ def check_nothing_is_left(gpu, *runtime):  # noqa: F811
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize("error", ["cudaErrorMemoryAllocation", "cudaErrorIllegalAddress"])
-def test_any_call_of_cuda_may_fail(gpu, bundle, make, fail, every, error):  # noqa: F811
+def test_any_cuda_call_may_fail(gpu, bundle, make, fail, every, error):  # noqa: F811
     runtimes = [Runtime.load(bundle, "tensorrt")]
     fail(None)
     assert make(runtimes[0]) == len(CALLS)
@@ -120,8 +121,8 @@ def test_any_call_of_cuda_may_fail(gpu, bundle, make, fail, every, error):  # no
 
 
 @pytest.mark.parametrize("budget", [None, 14])
-def test_any_amount_of_memory_may_be_all_there_is(gpu, bundle, make, budget):  # noqa: F811
-    """What is enough once is enough however often, and more of it never makes fewer pictures."""
+def test_any_amount_of_device_memory(gpu, bundle, make, budget):  # noqa: F811
+    """A call that succeeded once succeeds again, and more memory never makes fewer pictures."""
     runtimes = [Runtime.load(bundle, "tensorrt", memory_budget=budget)]
     enough = gpu.cuda.capacity
     assert make(runtimes[0]) == len(CALLS)

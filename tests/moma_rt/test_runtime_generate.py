@@ -1,4 +1,4 @@
-"""Generating, with networks of NumPy."""
+"""Generation, with fake networks."""
 
 import dataclasses
 import threading
@@ -19,7 +19,7 @@ def pixels(result):
     return np.stack([np.asarray(image) for image in result.images])
 
 
-def test_the_loop_runs_one_row_a_step_and_hands_the_state_on(runtime, backend, subject):
+def test_the_loop_runs_one_schedule_row_per_step_and_passes_the_state_on(runtime, backend, subject):
     result = runtime.generate(subject, "A car.", steps=4, seed=3)
     steps = backend.inputs_of("denoiser")
     np.testing.assert_array_equal(np.stack([s["schedule_row"] for s in steps]), schedule("ddim", 4, 7.5))
@@ -73,7 +73,7 @@ def test_no_guidance_computes_only_the_conditional_half(runtime, backend, subjec
     assert np.abs(pixels(guided).astype(int) - pixels(unguided)).max() <= 2
 
 
-def test_subject_words_weigh_wherever_they_occur(runtime, backend, subject):
+def test_subject_weights_mark_every_occurrence_of_the_name(runtime, backend, subject):
     runtime.generate(subject, "A car.", steps=1)
     weights = backend.inputs_of("denoiser")[0]["subject_weights"][0]
     ids = backend.inputs_of("text_encoder")[0]["token_ids"][0]
@@ -140,7 +140,7 @@ def test_a_cut_prompt_warns_every_time(runtime, subject):
 
 
 def test_a_warning_names_the_line_that_called_the_runtime(runtime, subject):
-    """Python's default filter shows a warning once a place, so one placed in here would be shown to one caller only."""
+    """Python's default filter shows a warning once per line; one located in the runtime would reach one caller only."""
     prompt = "A car." + "z" * 99
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -150,7 +150,7 @@ def test_a_warning_names_the_line_that_called_the_runtime(runtime, subject):
         assert caught[1].lineno == caught[0].lineno + 1
 
 
-def test_buffers_are_allocated_and_bound_once_a_size(runtime, backend, subject):
+def test_buffers_are_allocated_and_bound_once_per_size(runtime, backend, subject):
     runtime.generate(subject, "A car.", steps=2)
     backend.allocations.clear()
     backend.binds.clear()
@@ -182,7 +182,7 @@ def test_the_same_subject_is_uploaded_once(runtime, backend, subject):
     assert reference.shape not in backend.uploads
 
 
-def test_the_history_of_the_call_before_is_forgotten(runtime, backend, subject, monkeypatch):
+def test_solver_history_is_reset_between_calls(runtime, backend, subject, monkeypatch):
     rows = schedule("ddim", 3, 7.5)
     rows[:, Column.HISTORY_EPS] = rows[1:, Column.HISTORY] = 1.0
     monkeypatch.setattr("moma_rt.pipeline.request.schedule", lambda *_: rows)
@@ -195,7 +195,7 @@ def test_the_history_of_the_call_before_is_forgotten(runtime, backend, subject, 
         assert histories[2].any()
 
 
-def test_several_images_are_what_single_runs_with_following_seeds_are(runtime, backend, subject, fakes):
+def test_several_images_equal_single_runs_with_consecutive_seeds(runtime, backend, subject, fakes):
     together = runtime.generate(subject, "A car.", steps=2, seed=10, num_images=6)
     assert together.seeds == [10, 11, 12, 13, 14, 15]
     batches = [len(inputs["latents"]) for inputs in backend.inputs_of("denoiser")]
@@ -228,7 +228,7 @@ def test_a_context_embedding_needs_no_language_model(tmp_path, fakes, backend, p
         runtime.generate(subject, "A car.", steps=1)
 
 
-def test_a_scheduler_that_adds_noise_gets_each_seeds_own(runtime, backend, subject, monkeypatch):
+def test_a_scheduler_that_adds_noise_draws_it_from_each_seed(runtime, backend, subject, monkeypatch):
     rows = schedule("ddim", 3, 7.5)
     rows[:, Column.NOISE] = 0.1
     monkeypatch.setattr("moma_rt.pipeline.request.schedule", lambda *_: rows)
@@ -243,7 +243,7 @@ def test_a_scheduler_that_adds_noise_gets_each_seeds_own(runtime, backend, subje
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
-def test_latents_that_are_no_numbers_make_no_picture(runtime, backend, subject, fakes, monkeypatch, value):
+def test_nan_or_infinite_latents_are_an_error(runtime, backend, subject, fakes, monkeypatch, value):
     def overflowing(inputs):
         return {**denoiser(inputs), "next_latents": np.full_like(inputs["latents"], value)}
 
@@ -292,15 +292,15 @@ def test_calling_the_runtime_from_its_callback_is_refused(runtime, subject, phot
     with pytest.raises(InputError, match="called from on_step") as caught:
         runtime.generate(subject, "A car.", steps=1, on_step=call_again)
     assert "\n" not in str(caught.value)
-    assert runtime.generate(subject, "A car.", steps=1).images, "the turn was given back"
+    assert runtime.generate(subject, "A car.", steps=1).images, "the queue was released"
 
 
-def test_threads_take_turns(runtime, backend, subject, fakes, monkeypatch):
+def test_threads_use_the_backend_one_at_a_time(runtime, backend, subject, fakes, monkeypatch):
     expected = [pixels(runtime.generate(subject, "A car.", steps=3, seed=seed)) for seed in range(2)]
     found, inside, denoiser = {}, threading.Event(), fakes.functions["denoiser"]
 
     def lingering(inputs):
-        # The first thread stays in the backend until the second one waits for its turn, or walks in on it.
+        # The first thread stays in the backend until the second one waits in the queue, or wrongly enters the backend.
         if not inside.is_set():
             inside.set()
             wait_until(lambda: backend.collided.is_set() or bool(runtime._queue._waiting))

@@ -1,4 +1,4 @@
-"""Guidance in an interval of timesteps: which steps compute the unconditional half, with networks of NumPy."""
+"""Guidance in an interval of timesteps: which steps compute the unconditional half, with fake networks."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from moma_rt.errors import Cancelled
 from moma_rt.inputs.noise import Stream, draw
 from moma_rt.schedulers.tables import Column, schedule
 
-# Of the timesteps 801, 601, 401, 201, 1 of five steps, the second and third.
+# Five steps have the timesteps 801, 601, 401, 201, 1; the interval has the second and third.
 MIXED, GUIDED = (400, 700), [False, True, True, False, False]
 
 
@@ -35,7 +35,7 @@ def assert_same_runs(runs, expected):
 
 
 @pytest.mark.parametrize("interval", [(0, 999), (1, 801), [0.5, 801.5], (np.int64(1), np.float32(900))])
-def test_an_interval_of_all_steps_is_none(runtime, backend, subject, interval):
+def test_an_interval_with_all_steps_changes_nothing(runtime, backend, subject, interval):
     expected, wanted = generate(runtime, backend, subject, num_images=2)
     backend.allocations.clear()
     result, runs = generate(runtime, backend, subject, num_images=2, guidance_interval=interval)
@@ -45,7 +45,7 @@ def test_an_interval_of_all_steps_is_none(runtime, backend, subject, interval):
 
 
 @pytest.mark.parametrize("interval", [(0, 0), (402, 600), (802, 999)])
-def test_an_interval_of_no_step_is_no_guidance(runtime, backend, subject, interval):
+def test_an_interval_without_steps_is_no_guidance(runtime, backend, subject, interval):
     result, runs = generate(runtime, backend, subject, num_images=2, guidance_interval=interval)
     assert len(backend.inputs_of("text_encoder")) == 1, "the negative prompt is not encoded"
     backend.allocations.clear()
@@ -63,7 +63,7 @@ def test_without_guidance_the_interval_changes_nothing(runtime, backend, subject
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpmpp_2m_karras", "tcd"])
-def test_a_mixed_interval_is_a_loop_over_both_shapes(runtime, backend, subject, fakes, scheduler):
+def test_a_mixed_interval_equals_a_loop_over_both_shapes(runtime, backend, subject, fakes, scheduler):
     denoiser, decoder = fakes.functions["denoiser"], fakes.functions["vae_decoder"]
     options = {"num_images": 3, "seed": 5, "negative_prompt": "blurry", "scheduler": scheduler}
     _, (guided, *_) = generate(runtime, backend, subject, **options)
@@ -86,7 +86,7 @@ def test_a_mixed_interval_is_a_loop_over_both_shapes(runtime, backend, subject, 
     np.testing.assert_array_equal(result.foreground_masks, masks)
 
 
-def test_a_guided_step_has_the_unconditional_half_first_and_others_the_conditional_one(runtime, backend, subject):
+def test_a_guided_step_has_the_unconditional_half_first_and_others_only_the_conditional(runtime, backend, subject):
     _, runs = generate(runtime, backend, subject, num_images=2, negative_prompt="blurry", guidance_interval=MIXED)
     assert [len(run["text_tokens"]) == 4 for run in runs] == GUIDED
     for name in ("text_tokens", "context_tokens"):
@@ -96,7 +96,7 @@ def test_a_guided_step_has_the_unconditional_half_first_and_others_the_condition
         assert not np.array_equal(both[:2], one)
 
 
-def test_every_batch_of_several_has_the_interval(runtime, backend, subject, fakes):
+def test_the_interval_applies_to_every_batch(runtime, backend, subject, fakes):
     together, runs = generate(runtime, backend, subject, num_images=6, seed=10, guidance_interval=MIXED)
     sizes = [(fakes.max_batch, guided) for guided in GUIDED] + [(2, guided) for guided in GUIDED]
     assert [len(run["text_tokens"]) for run in runs] == [batch * (2 if guided else 1) for batch, guided in sizes]

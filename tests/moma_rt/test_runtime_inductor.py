@@ -1,4 +1,4 @@
-"""Whole generations on inductor's engines, which `Runtime.load` takes where they are named."""
+"""Whole generations on inductor engines, which `Runtime.load` uses if the backend is named."""
 
 import dataclasses
 import shutil
@@ -13,7 +13,7 @@ from moma_rt.bundle.manifest import read_manifest, write_manifest
 from moma_rt.cli import entry
 from moma_rt.errors import BundleError, Cancelled, MomaError, OutOfMemory
 from moma_rt.runtime import Runtime
-from tests.moma_rt.together import assert_same, calls_of, check_four_subjects, four_subjects, together
+from tests.moma_rt.batching import assert_same, calls_of, check_four_subjects, four_subjects, run_queued
 
 PROMPT = "A car on a beach."
 EMBEDDING = np.random.default_rng(1).standard_normal(1024).astype(np.float32)
@@ -21,7 +21,7 @@ EMBEDDING = np.random.default_rng(1).standard_normal(1024).astype(np.float32)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Of PyTorch's, in this process: the networks are too small for several, which wait for each other."""
+    """Run PyTorch on one thread: the networks are so small that several would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,7 +35,7 @@ def subject(small_bundles, photo, mask):
 
 @pytest.fixture
 def copied(small_bundles, tmp_path):
-    """The bundle with engines, which may be changed."""
+    """A writable copy of the bundle with engines."""
     root = shutil.copytree(small_bundles[1], tmp_path / "bundle")
     for path in root.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -45,7 +45,7 @@ def copied(small_bundles, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        # Two passes: of four pictures and of one.
+        # Two batches: of four pictures and of one.
         {"num_images": 5, "steps": 3},
         {"guidance_scale": 1.0, "strength": 0.4, "steps": 4},
         # With fresh noise, and steps with and without guidance.
@@ -70,19 +70,19 @@ def subjects(small_bundles, photo, mask):
     return four_subjects(Runtime.load(small_bundles[0], "onnxruntime"), photo, mask)
 
 
-def test_four_subjects_at_a_time_are_as_one_by_one(on_a_cpu, small_bundles, subjects):
+def test_a_batch_of_four_subjects_equals_single_requests(on_a_cpu, small_bundles, subjects):
     runtime = Runtime.load(small_bundles[1], "inductor", max_batch=4)
     check_four_subjects(runtime, subjects, context_embedding=EMBEDDING)
 
 
-def test_a_cancelled_and_a_failing_one_harm_no_other(on_a_cpu, small_bundles, subjects):
+def test_a_cancelled_and_a_failing_request_do_not_affect_others(on_a_cpu, small_bundles, subjects):
     runtime = Runtime.load(small_bundles[1], "inductor", max_batch=4)
     good, cancelled, failing, other = calls_of(subjects, steps=2, context_embedding=EMBEDDING)
     expected = [runtime.generate(subject, prompt, **options) for subject, prompt, options in (good, other)]
     cancelled[2]["on_step"] = lambda info: False
     size = runtime.bundle.manifest.geometry.latent_size
     failing[2]["latents"] = np.full((1, 4, size, size), 3e38, np.float32)
-    first, second, third, last = together(runtime, [good, cancelled, failing, other], context_embedding=EMBEDDING)
+    first, second, third, last = run_queued(runtime, [good, cancelled, failing, other], context_embedding=EMBEDDING)
     assert type(second) is Cancelled
     assert type(third) is MomaError
     assert "NaN or infinity" in str(third)
@@ -90,7 +90,7 @@ def test_a_cancelled_and_a_failing_one_harm_no_other(on_a_cpu, small_bundles, su
         assert_same(result, wanted)
 
 
-def test_those_that_have_no_room_together_are_made_one_by_one(on_a_cpu, small_bundles, subjects, monkeypatch):
+def test_a_batch_that_runs_out_of_memory_is_retried_one_by_one(on_a_cpu, small_bundles, subjects, monkeypatch):
     runtime = Runtime.load(small_bundles[1], "inductor", max_batch=4)
     calls = calls_of(subjects[:2], steps=1, context_embedding=EMBEDDING)
     expected = [runtime.generate(subject, prompt, **options) for subject, prompt, options in calls]
@@ -103,13 +103,13 @@ def test_those_that_have_no_room_together_are_made_one_by_one(on_a_cpu, small_bu
         enqueue(bound)
 
     monkeypatch.setattr(TorchBound, "enqueue", crowded)
-    found = together(runtime, calls, context_embedding=EMBEDDING)
+    found = run_queued(runtime, calls, context_embedding=EMBEDDING)
     assert set(refused) == {2}
     for result, wanted in zip(found, expected, strict=True):
         assert_same(result, wanted)
 
 
-def test_packages_are_loaded_in_turn_where_a_budget_says_so(on_a_cpu, small_bundles, subject, monkeypatch):
+def test_packages_are_evicted_to_fit_a_memory_budget(on_a_cpu, small_bundles, subject, monkeypatch):
     manifest = read_manifest(small_bundles[1])
     size = {
         engine.network: combined_bytes([footprint(manifest, engine.network, engine)]) for engine in manifest.engines
@@ -132,18 +132,18 @@ def test_packages_are_loaded_in_turn_where_a_budget_says_so(on_a_cpu, small_bund
     assert_same(result, expected)
 
 
-def test_the_same_bytes_at_every_call(on_a_cpu, small_bundles, subject):
+def test_every_call_gives_the_same_bytes(on_a_cpu, small_bundles, subject):
     runtime = Runtime.load(small_bundles[1], "inductor", threads=1)
     first, second = (runtime.generate(subject, PROMPT, steps=2, context_embedding=EMBEDDING) for _ in range(2))
     assert first.images[0].tobytes() == second.images[0].tobytes()
 
 
-def test_engines_for_a_cpu_are_taken_where_they_are_named(on_a_cpu, small_bundles):
+def test_engines_for_a_cpu_are_used_only_if_named(on_a_cpu, small_bundles):
     assert Runtime.load(small_bundles[1], "inductor")._networks.backend.name == "inductor"
     assert Runtime.load(small_bundles[1])._networks.backend.name == "onnxruntime"
 
 
-def test_the_command_line_names_it(on_a_cpu, small_bundles, subject, tmp_path, capsys):
+def test_the_backend_option_of_the_command_line(on_a_cpu, small_bundles, subject, tmp_path, capsys):
     subject.save(tmp_path / "car.subject")
     np.save(tmp_path / "embedding.npy", EMBEDDING)
     out = tmp_path / "car.png"

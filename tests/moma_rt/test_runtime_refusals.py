@@ -1,4 +1,4 @@
-"""What generating refuses, with networks of NumPy."""
+"""Arguments, subjects and bundles that the runtime refuses, with fake networks."""
 
 import dataclasses
 import math

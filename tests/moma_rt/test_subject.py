@@ -130,13 +130,13 @@ def test_a_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize("path", [None, 7, b"car.subject", ["car.subject"]])
-def test_a_path_that_is_none(path):
+def test_a_path_of_another_type(path):
     with pytest.raises(InputError, match="path must be the path of a subject file, not"):
         Subject.load(path)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F99"])
-def test_a_dtype_that_numpy_has_not(path, dtype):
+def test_a_dtype_that_numpy_lacks(path, dtype):
     path.write_bytes(path.read_bytes().replace(b'"dtype":"U8"', f'"dtype":"{dtype}"'.encode(), 1))
     with pytest.raises(SubjectError, match="subject file") as caught:
         Subject.load(path)
@@ -218,7 +218,7 @@ def test_a_failing_save_leaves_the_former_file(subject, path, monkeypatch):
 
 
 def test_keys_and_values_of_half_precision(subject, path):
-    """A bundle in fp16 keeps them so; the file does too, and it is another subject than the one in fp32."""
+    """An fp16 bundle's subject stays in fp16 in its file, and differs from the one in fp32."""
     halves = {layer: k.astype(np.float16) for layer, k in subject.reference_k.items()}
     half = dataclasses.replace(subject, reference_k=halves)
     half.save(path)

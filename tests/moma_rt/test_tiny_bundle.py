@@ -18,7 +18,7 @@ from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import SCHEDULERS, Column, schedule
 from moma_rt.subject import Prefix
 from moma_rt.timing import StageTimer
-from tests.moma_rt.together import check_four_subjects, four_subjects
+from tests.moma_rt.batching import check_four_subjects, four_subjects
 
 PROMPTS = (
     *(
@@ -35,7 +35,7 @@ PROMPTS = (
     *("\nA line", "\t", "CAR", "car", "in", "in:", "A car, 4k, masterpiece", "自動車", "é", "🚗 at night", "a " * 60),
 )
 
-# Of each scheduler one that might be taken for it: DDIM's and Euler's tables differ in the last row alone.
+# For each scheduler, one that it might be confused with: DDIM's and Euler's tables differ only in the last row.
 _OTHER = {"ddim": "euler", "euler": "ddim", "dpmpp_2m": "dpmpp_2m_karras", "dpmpp_2m_karras": "dpmpp_2m"}
 _OTHER |= {"ddim_trailing": "ddim", "lcm": "tcd", "tcd": "lcm"}
 
@@ -81,7 +81,7 @@ def test_the_same_seed_gives_the_same_bytes_in_two_processes(tiny_bundle, golden
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_four_pictures_are_four_single_runs(tiny, car):
+def test_four_pictures_equal_four_single_runs(tiny, car):
     together = tiny.generate(car, "A car in the snow.", steps=3, seed=20, num_images=4)
     for i, seed in enumerate(together.seeds):
         alone = tiny.generate(car, "A car in the snow.", steps=3, seed=seed)
@@ -127,8 +127,8 @@ def test_an_interval_of_all_steps_or_none(tiny, car):
         np.testing.assert_array_equal(result.foreground_masks, expected.foreground_masks)
 
 
-def test_a_mixed_interval_is_a_loop_over_both_shapes(tiny, tiny_bundle, car):
-    """Three steps of which the second is guided, each run on its own, with inputs as the networks' specs say."""
+def test_a_mixed_interval_equals_a_loop_over_both_shapes(tiny, tiny_bundle, car):
+    """Three steps, the second guided, each run on its own with inputs as in the networks' specs."""
     networks = Networks(Bundle.open(tiny_bundle), OnnxRuntimeBackend(2))
     conditioner, stages = Conditioner(networks, SubjectCache(networks, 1)), StageTimer()
     text, ids = conditioner.text_tokens(text_prompt("car", "A car."), stages)
@@ -166,7 +166,7 @@ def test_prefix_and_suffix_give_the_context_of_the_full_pass(tiny_bundle, car):
     pixels = np.random.default_rng(0).standard_normal((1, 3, *[language.vision_image_size] * 2), dtype=np.float32)
     image_tokens = networks.run("vision_encoder", {"pixels": pixels}, stages)["image_tokens"]
     subject = dataclasses.replace(car, prefix=conditioner.prefix("car", pixels, stages))
-    # A prompt whose first token takes the prefix's last ones in leaves fewer to be reused.
+    # If a prompt's first token merges with the prefix's last ones, fewer are reused.
     shorter = Prefix(np.append(prefix.ids[:-3], [5, 6, 7]).astype(np.int32), subject.prefix.kv.copy())
     shorter.kv[:, :, :, -3:] = np.nan
     merged = dataclasses.replace(subject, prefix=shorter, photo=255 - subject.photo)
@@ -184,13 +184,13 @@ def test_prefix_and_suffix_give_the_context_of_the_full_pass(tiny_bundle, car):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_200_generations_do_not_grow(tiny_bundle, car, tmp_path, repository):
+def test_200_generations_leak_no_memory(tiny_bundle, car, tmp_path, repository):
     car.save(tmp_path / "car.subject")
     command = [sys.executable, "-c", MEMORY, str(tiny_bundle), str(tmp_path / "car.subject")]
     ran = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
     assert int(ran.stdout) < 5e6
 
 
-def test_four_subjects_at_a_time_are_as_one_by_one(tiny_bundle, photo, mask):
+def test_a_batch_of_four_subjects_equals_single_requests(tiny_bundle, photo, mask):
     runtime = Runtime.load(tiny_bundle, "onnxruntime", max_batch=4)
     check_four_subjects(runtime, four_subjects(runtime, photo, mask))

@@ -1,4 +1,4 @@
-"""The whole runtime on ONNX Runtime's CUDA provider, on a GPU of NumPy: real networks, with the CPU's own numbers."""
+"""The whole runtime on ONNX Runtime's CUDA provider, on a fake GPU: real networks, computed on the CPU."""
 
 import contextlib
 import gc
@@ -28,7 +28,7 @@ CALLS = [
 def gpu(monkeypatch):
     cuda = FakeCuda(1 << 30)
     ort = FakeOnnxRuntime.install(monkeypatch, cuda)
-    # As the real one does of the language model's.
+    # The real provider wants the language model's `token_ids` there.
     ort.on_host.add("token_ids")
     monkeypatch.setattr("moma_rt.backends.selection.local_device", lambda: Device("H100", 90))
     yield SimpleNamespace(cuda=cuda, ort=ort)
@@ -47,7 +47,7 @@ def subject(runtime, photo, mask):
 
 @pytest.fixture(scope="module")
 def expected(tiny_bundle, photo, mask):
-    """What the CPU makes of the same calls: the subject's tensors, pictures and masks."""
+    """The CPU's results of the same calls: the subject, and each call's pictures and masks."""
     runtime = Runtime.load(tiny_bundle, "onnxruntime", threads=1)
     subject = runtime.enroll(photo, mask, "car")
     return subject, [content(runtime.generate(subject, PROMPT, **options)) for options in CALLS]
@@ -57,8 +57,8 @@ def content(result):
     return [np.asarray(image) for image in result.images], result.foreground_masks
 
 
-def test_the_pictures_are_the_cpus_to_the_bit(gpu, runtime, subject, expected):
-    assert runtime._networks.backend.name == "onnxruntime_cuda", "where there is a GPU, without a word"
+def test_the_pictures_equal_the_cpus_to_the_bit(gpu, runtime, subject, expected):
+    assert runtime._networks.backend.name == "onnxruntime_cuda", "with a GPU, it is chosen without a warning"
     on_cpu, wanted = expected
     tensors = on_cpu.inputs() | {"prefix": on_cpu.prefix.kv}
     for name, tensor in (subject.inputs() | {"prefix": subject.prefix.kv}).items():
@@ -70,7 +70,7 @@ def test_the_pictures_are_the_cpus_to_the_bit(gpu, runtime, subject, expected):
         assert np.std(images) > 10
 
 
-def test_nobody_waits_between_steps(gpu, runtime, subject):
+def test_the_host_does_not_wait_between_steps(gpu, runtime, subject):
     waits = []
     for steps in (2, 9, 2, 9):
         before, runs = gpu.cuda.waits, len(gpu.ort.runs)
@@ -81,14 +81,14 @@ def test_nobody_waits_between_steps(gpu, runtime, subject):
     assert waits[1:] == [3, 3, 3]
 
 
-def test_a_second_picture_takes_no_memory(gpu, runtime, subject):
+def test_a_second_picture_allocates_no_memory(gpu, runtime, subject):
     runtime.generate(subject, PROMPT, steps=2)
-    held = dict(gpu.cuda.memory)
+    before = dict(gpu.cuda.memory)
     runtime.generate(subject, PROMPT, steps=7, seed=1)
-    assert gpu.cuda.memory.keys() == held.keys()
+    assert gpu.cuda.memory.keys() == before.keys()
 
 
-def test_a_callback_is_told_of_each_step_and_may_end_it(runtime, subject, expected):
+def test_a_callback_sees_each_step_and_may_cancel(runtime, subject, expected):
     steps = []
     found = runtime.generate(subject, PROMPT, steps=3, on_step=lambda info: steps.append(info.step))
     np.testing.assert_array_equal(content(found)[0], expected[1][0][0])
@@ -106,7 +106,7 @@ def test_out_of_memory_ends_a_call_and_not_the_runtime(gpu, runtime, subject):
         with contextlib.suppress(OutOfMemory):
             runtime.generate(subject, PROMPT, steps=1, num_images=4)
             fits.append(room)
-        # Whether the buffers found no room or a network that ran on them, that of before is still there.
+        # Whether the buffers or a network ran out of memory, a single picture still fits.
         np.testing.assert_array_equal(content(runtime.generate(subject, PROMPT, steps=1))[0], expected)
         gpu.cuda.capacity = 1 << 30
         runtime._sampler._buffers.clear()
@@ -115,17 +115,17 @@ def test_out_of_memory_ends_a_call_and_not_the_runtime(gpu, runtime, subject):
     assert 0 < len(fits) < 4
 
 
-def test_a_memory_budget_loads_networks_in_turn(gpu, tiny_bundle, photo, mask, expected):
+def test_networks_are_evicted_to_fit_a_memory_budget(gpu, tiny_bundle, photo, mask, expected):
     runtime = Runtime.load(tiny_bundle, "onnxruntime_cuda", memory_budget="12MB")
     subject = runtime.enroll(photo, mask, "car")
     np.testing.assert_array_equal(content(runtime.generate(subject, PROMPT, steps=3))[0], expected[1][0][0])
     assert set(runtime._networks._loaded) < set(runtime.bundle.manifest.networks)
 
 
-def test_everything_goes_with_the_runtime(gpu, tiny_bundle, photo, mask):
+def test_deleting_the_runtime_frees_everything(gpu, tiny_bundle, photo, mask):
     runtime = Runtime.load(tiny_bundle)
     runtime.generate(runtime.enroll(photo, mask, "car"), PROMPT, steps=2)
-    # At once, not when the collector comes by: another runtime may need the memory.
+    # Immediately, not at the next garbage collection: another runtime may need the memory.
     gc.disable()
     try:
         del runtime

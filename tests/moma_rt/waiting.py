@@ -4,13 +4,13 @@ import threading
 import time
 from collections.abc import Callable
 
-# Of a test that would hang otherwise; nothing is slowed down by it.
+# Seconds until a test that would hang fails.
 DEADLINE = 60.0
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Return once `condition` holds; fails where it never does."""
+    """Return once `condition` holds; fail if it does not within the deadline."""
     end = time.monotonic() + DEADLINE
     while not condition():
-        assert time.monotonic() < end, "what was waited for did not come"
+        assert time.monotonic() < end, "the condition did not hold in time"
         threading.Event().wait(0.001)

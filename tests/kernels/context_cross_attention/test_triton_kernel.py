@@ -102,7 +102,7 @@ def test_a_closed_gate_is_not_read(random, naive, run_kernel):
     check(found, closed, 1, naive)
 
 
-def test_a_closed_gate_spares_its_block_alone(random, run_kernel):
+def test_a_closed_gate_skips_only_its_own_block(random, run_kernel):
     inputs = make_inputs(random, (1, 1, 150, 7, 4, 1, 16), torch.float16)
     gate = inputs[5].clone()
     gate[:, :64] = 0.0

@@ -95,7 +95,7 @@ def test_tokens_outside_the_mask_take_no_part(shape, inputs):
 
 
 def without_tokens(inputs):
-    """How enrolment stores a level whose mask has no token: zero keys, and a full mask."""
+    """Inputs as enrollment stores them for a grid without a token inside the mask: zero keys, and a full mask."""
     q, k, v, ref_k, ref_v, mask, gate, scale = inputs
     return q, k, v, torch.zeros_like(ref_k), ref_v, torch.ones_like(mask), gate, scale
 
@@ -111,7 +111,7 @@ def test_zero_keys_are_the_uniform_average(shape, inputs, naive):
         assert error(found[row], wanted) <= 1e-5
 
 
-def test_a_mask_says_only_zero_or_not(shape, inputs, run_onnx):
+def test_only_whether_a_mask_value_is_zero_matters(shape, inputs, run_onnx):
     q, k, v, ref_k, ref_v, mask, gate, scale = inputs
     values = torch.tensor([-2.0, 0.25, 1e-6, 100.0]).repeat(mask.numel())[: mask.numel()].reshape(mask.shape)
     weighted = (q, k, v, ref_k, ref_v, mask * values, gate, scale)

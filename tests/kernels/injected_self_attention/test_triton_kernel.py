@@ -18,7 +18,7 @@ SIZES = [
     (2, 2, 17, 33, 2, 160),
     (2, 1, 33, 111, 1, 64),
     (1, 1, 31, 65, 1, 128),
-    # More tokens than the kernel looks through at a time for those that count.
+    # More tokens than the kernel scans at a time for those inside the mask.
     (2, 1, 16, 2100, 1, 16),
 ]
 
@@ -123,7 +123,7 @@ def test_a_branch_without_weight_is_not_read(which, random, naive, run_kernel):
     assert torch.equal(found, run_kernel(OPERATOR, closed, 1))
 
 
-def test_a_closed_gate_spares_its_block_alone(random, naive, run_kernel):
+def test_a_closed_gate_skips_only_its_own_block(random, naive, run_kernel):
     inputs = make_inputs(random, (1, 1, 300, 40, 1, 16), torch.float16)
     gate = inputs[6].clone()
     gate[:, :128] = 0.0
@@ -133,7 +133,7 @@ def test_a_closed_gate_spares_its_block_alone(random, naive, run_kernel):
     assert found[:, 299].isnan().all()
 
 
-def test_tokens_behind_the_last_of_the_mask_are_not_read(random, run_kernel):
+def test_tokens_after_the_last_in_the_mask_are_not_read(random, run_kernel):
     inputs = make_inputs(random, (2, 1, 20, 400, 1, 16), torch.float16)
     mask = inputs[5].clone()
     mask[:, 130:] = 0.0

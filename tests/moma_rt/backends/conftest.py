@@ -1,4 +1,4 @@
-"""A TensorRT backend on a GPU of NumPy."""
+"""A TensorRT backend on a fake GPU."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.moma_rt.fake_gpu import FakeGpu
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A fake GPU, on which nothing may have gone wrong."""
+    """A fake GPU; the test fails if the GPU noticed misuse."""
     installed = FakeGpu.install(monkeypatch, {b"step": (STEP, step), b"past": (PAST, past)})
     yield installed
     assert installed.cuda.wrong == []
@@ -17,7 +17,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def load(gpu, tmp_path):
-    """A backend, and what loads a network of it by what the manifest says of it."""
+    """A backend, and a function that loads a network by its spec."""
     backend = backends.create("tensorrt")
 
     def network(spec):

@@ -1,4 +1,4 @@
-"""Two small networks, as what the manifest says of them, as NumPy, and as ONNX graphs."""
+"""Two small networks: their specs, NumPy functions and ONNX graphs."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ NODES: dict[str, list[NodeProto]] = {
 
 
 def save_graph(path: Path, spec: NetworkSpec) -> Path:
-    """Write the ONNX graph of one of them."""
+    """Write the ONNX graph of `STEP` or `PAST`."""
 
     def described(tensor: TensorSpec) -> onnx.ValueInfoProto:
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
@@ -68,7 +68,7 @@ def buffer_of(backend: Backend, shape: tuple[int, ...], dtype: str) -> Buffer:
 
 
 def check_two_bindings(backend: Backend, step: Network) -> None:
-    """Two bindings of `STEP` read what the other one wrote, and every other buffer is theirs in common."""
+    """Each of two bindings of `STEP` reads what the other one wrote; they share all other buffers."""
     even = allocate(backend, STEP, batch=2)
     odd = {**even, "x": even["next_x"], "next_x": even["x"]}
     steps = [step.bind(even), step.bind(odd)]
@@ -83,7 +83,7 @@ def check_two_bindings(backend: Backend, step: Network) -> None:
 
 
 def check_row_filling(backend: Backend, count: int) -> None:
-    """A row of 4 numbers' vectors is filled with `count` of them and zeros, and its neighbours stay as they were."""
+    """A row of 4 vectors is filled with `count` vectors and zeros; other rows stay as they were."""
     target, source = buffer_of(backend, (3, 4, 5), "float16"), buffer_of(backend, (count, 5), "float16")
     backend.upload(target, np.ones((3, 4, 5), np.float16))
     backend.upload(source, np.full((count, 5), 7, np.float16))

@@ -1,4 +1,4 @@
-"""The networks of `networks.py` as PyTorch modules, and packages that inductor made of them."""
+"""The networks of `networks.py` as PyTorch modules and as inductor packages."""
 
 import json
 import zipfile
@@ -50,7 +50,7 @@ def save_package(path: Path, spec: NetworkSpec, device: str = "cpu") -> Path:
 
 
 def with_notes(package: Path, path: Path, **notes: str | None) -> Path:
-    """Write a package that says something else of itself; None: nothing."""
+    """Write a copy of a package with other metadata; None removes an entry."""
 
     def change(content: bytes) -> bytes:
         said = {**json.loads(content), **notes}
@@ -60,7 +60,7 @@ def with_notes(package: Path, path: Path, **notes: str | None) -> Path:
 
 
 def with_code(package: Path, path: Path, code: bytes | None) -> Path:
-    """Write a package with other code; None: with none."""
+    """Write a copy of a package with other code; None removes it."""
     return _changed(package, path, ".so", lambda _: code)
 
 

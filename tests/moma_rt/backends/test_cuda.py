@@ -1,4 +1,4 @@
-"""Copies between the host and the device, through page-locked memory, on a GPU of NumPy."""
+"""Copies between the host and the device, through page-locked memory, on a fake GPU."""
 
 import gc
 import subprocess
@@ -25,8 +25,8 @@ def test_an_upload_larger_than_all_page_locked_memory(gpu, stream):
     array = np.arange(count, dtype=np.float32)
     memory = stream.allocate(array.nbytes)
     stream.copy_in(memory, array, FLOAT32)
-    assert gpu.cuda.waits == 0, "for the pieces whose place is used again, and not for everything"
-    assert len(gpu.cuda.queue) == 4, "the last pieces are still on their way"
+    assert gpu.cuda.waits == 0, "it waits for the events of reused chunks, not for the stream"
+    assert len(gpu.cuda.queue) == 4, "the last chunks are not copied yet"
     array.fill(np.nan)
     np.testing.assert_array_equal(stream.copy_out(memory, FLOAT32, count), np.arange(count))
     assert len(gpu.cuda.pinned) == 4
@@ -51,23 +51,23 @@ def test_numbers_are_converted_on_the_way(stream):
         stream.copy_in(memory, np.ones(3), np.dtype("int32"))
 
 
-def test_no_numbers_at_all(gpu, stream):
+def test_empty_arrays(gpu, stream):
     memory = stream.allocate(0)
     stream.copy_in(memory, np.ones((0, 3), np.float32), FLOAT32)
     stream.clear(memory)
     assert stream.copy_out(memory, FLOAT32, 0).shape == (0,)
-    assert gpu.cuda.queue == [], "everything before has run"
+    assert gpu.cuda.queue == [], "the download waited for earlier work"
 
 
-def test_what_is_waited_for_leaves_its_place_to_what_comes(gpu, stream):
+def test_page_locked_memory_is_reused_after_a_synchronization(gpu, stream):
     memory = stream.allocate(CHUNK)
     for _ in range(3):
         stream.copy_in(memory, np.ones(CHUNK // 4 - 64, np.float32), FLOAT32)
         stream.synchronize()
-    assert gpu.cuda.recorded == 0, "one chunk was enough"
+    assert gpu.cuda.event_records == 0, "one chunk was enough"
 
 
-def test_page_locked_memory_that_is_short(gpu, stream):
+def test_out_of_memory_for_page_locked_memory(gpu, stream):
     memory = stream.allocate(100)
     gpu.cuda.failures["cudaHostAlloc"] = CudaError.cudaErrorMemoryAllocation
     with pytest.raises(OutOfMemory, match=r"^cudaHostAlloc of 4194304 bytes failed: cudaErrorMemoryAllocation"):
@@ -88,7 +88,7 @@ def test_a_failing_event_is_named_and_the_next_upload_works(gpu, stream, call):
     np.testing.assert_array_equal(stream.copy_out(memory, FLOAT32, count), np.arange(count))
 
 
-def test_whoever_keeps_pace_is_one_piece_of_work_ahead(gpu, stream):
+def test_limit_run_ahead_allows_one_piece_of_work(gpu, stream):
     memory = stream.allocate(256)
     ahead = []
     for _ in range(4):
@@ -120,7 +120,7 @@ def test_memory_outlives_a_copy_that_was_not_waited_for(gpu, stream):
     stream.synchronize()
 
 
-def test_a_graph_keeps_what_it_uses_and_no_more(gpu, stream):
+def test_a_graph_keeps_only_the_memory_it_uses_alive(gpu, stream):
     used, queued = [stream.allocate(100)], [stream.allocate(300)]
     stream.clear(queued.pop())
     graph = stream.capture(lambda: stream.clear(used.pop()))
@@ -131,7 +131,7 @@ def test_a_graph_keeps_what_it_uses_and_no_more(gpu, stream):
     assert gpu.cuda.memory == {}
 
 
-def test_a_graph_whose_memory_others_gave_back_meanwhile(gpu, stream, monkeypatch):
+def test_a_graph_has_no_negative_size_if_others_free_memory_meanwhile(gpu, stream, monkeypatch):
     upload = gpu.cuda.cudaGraphUpload
 
     def upload_beside_others(*arguments):
@@ -144,7 +144,7 @@ def test_a_graph_whose_memory_others_gave_back_meanwhile(gpu, stream, monkeypatc
 
 
 def test_no_garbage_is_collected_while_the_stream_is_captured(gpu, stream):
-    """It may hold memory of the device, and freeing that would end the capture."""
+    """Garbage may own device memory, and freeing that would end the capture."""
     memory = [stream.allocate(100)]
     stream.synchronize()
 
@@ -163,7 +163,7 @@ def test_no_garbage_is_collected_while_the_stream_is_captured(gpu, stream):
     assert gpu.cuda.memory == {}
 
 
-def test_collecting_is_left_as_it_was(stream):
+def test_a_capture_leaves_garbage_collection_as_it_was(stream):
     gc.disable()
     try:
         stream.capture(lambda: None)
@@ -184,8 +184,8 @@ def test_a_capture_that_fails_leaves_nothing(gpu, stream, call):
     assert not stream.copy_out(memory, FLOAT32, 25).any()
 
 
-def test_a_process_waits_before_it_takes_down_what_is_used(repository):
-    """A library's objects are destroyed as Python takes down its modules, and those that run must not be."""
+def test_a_process_synchronizes_the_stream_before_it_exits(repository):
+    """At exit Python destroys a library's objects, which work on the stream may still use."""
     script = """if True:
         import atexit, sys
         from tests.moma_rt.fake_cuda import FakeCuda
@@ -204,7 +204,7 @@ def test_a_process_waits_before_it_takes_down_what_is_used(repository):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_device_that_fails_at_the_end_is_no_error(gpu, stream):
+def test_a_device_that_fails_at_exit_is_no_error(gpu, stream):
     class Backend:
         pass
 
@@ -216,12 +216,12 @@ def test_a_device_that_fails_at_the_end_is_no_error(gpu, stream):
     assert gpu.cuda.failures == {}
 
 
-def test_a_copy_does_not_reach_beyond_its_place(stream):
+def test_a_copy_larger_than_its_target_is_refused(stream):
     with pytest.raises(AssertionError):
         stream.copy_within(stream.allocate(300), stream.allocate(301))
 
 
-def test_everything_goes_with_the_stream(gpu):
+def test_deleting_the_stream_frees_everything(gpu):
     stream = Stream()
     stream.copy_in(stream.allocate(100), np.ones(25, np.float32), FLOAT32)
     stream.limit_run_ahead()

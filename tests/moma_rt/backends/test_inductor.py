@@ -38,7 +38,7 @@ def backend():
     return InductorBackend(None)
 
 
-def test_two_bindings_of_one_network_hand_the_state_to_and_fro(backend, step_package):
+def test_two_bindings_of_one_network_read_each_others_output(backend, step_package):
     check_two_bindings(backend, backend.load(STEP, step_package))
 
 
@@ -113,9 +113,9 @@ def test_buffers_of_another_backend_are_refused(backend, step_package):
         backend.load(STEP, step_package).bind({"x": np.zeros((1, 3))})
 
 
-def test_a_cpu_records_nothing(backend):
+def test_a_cpu_captures_nothing(backend):
     assert not backend.supports_capture
-    assert backend.capture(lambda: pytest.fail("there was nothing to record")) is None
+    assert backend.capture(lambda: pytest.fail("a CPU has nothing to capture")) is None
     backend.synchronize()
     backend.trim()
 
@@ -233,7 +233,7 @@ def test_a_run_that_fails_is_one_line_and_the_next_one_works(backend, step_packa
     network.bind(buffers).enqueue()
 
 
-def test_memory_that_a_cpu_does_not_have(backend):
+def test_out_of_memory_on_a_cpu(backend):
     with pytest.raises(OutOfMemory, match=r"a buffer of float32 \[1099511627776, 1024\]: no memory left: "):
         buffer_of(backend, (1 << 40, 1024), "float32")
 
@@ -260,19 +260,19 @@ def test_a_missing_package_is_named(monkeypatch):
         backends.create("inductor")
 
 
-def test_nothing_of_it_is_imported_unless_asked_for(repository):
+def test_torch_is_not_imported_unless_asked_for(repository):
     code = "import sys, moma_rt, moma_rt.backends, moma_rt.backends.selection; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=repository, check=False).returncode == 0
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_two_bindings_hand_the_state_to_and_fro(tmp_path):
+def test_on_a_gpu_two_bindings_read_each_others_output(tmp_path):
     backend = InductorBackend(local_device())
     check_two_bindings(backend, backend.load(STEP, save_package(tmp_path / "step.pt2", STEP, "cuda")))
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_out_of_memory_is_said():
+def test_on_a_gpu_out_of_memory_is_raised():
     backend = InductorBackend(local_device())
     with pytest.raises(OutOfMemory, match="no memory left"):
         buffer_of(backend, (1 << 40,), "float32")

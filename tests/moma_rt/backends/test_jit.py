@@ -1,4 +1,4 @@
-"""What TensorRT-RTX compiles on the device is kept for the next process, on a GPU of NumPy."""
+"""The cache of kernels that TensorRT-RTX compiles on the device, for the next process; on a fake GPU."""
 
 import pytest
 
@@ -61,7 +61,7 @@ def bound(tmp_path, monkeypatch, home):
 
 
 @pytest.mark.parametrize("wait", ["synchronize", "trim"])
-def test_whoever_waits_keeps_what_was_compiled(bound, home, wait):
+def test_waiting_saves_what_was_compiled(bound, home, wait):
     backend, network = bound
     network.enqueue()
     assert files(home) == {}
@@ -69,7 +69,7 @@ def test_whoever_waits_keeps_what_was_compiled(bound, home, wait):
     assert len(files(home)) == 1
 
 
-def test_it_is_serialized_once_a_binding(bound, monkeypatch):
+def test_the_cache_is_saved_once_per_binding(bound, monkeypatch):
     """Not at every wait: it is tens of megabytes."""
     backend, network = bound
     saved = []
@@ -80,7 +80,7 @@ def test_it_is_serialized_once_a_binding(bound, monkeypatch):
     assert len(saved) == 1
 
 
-def test_a_file_that_does_not_fit_is_replaced(run, home):
+def test_a_cache_file_that_does_not_fit_is_replaced(run, home):
     home.mkdir(parents=True)
     place = home / "step-0123456789abcdef.cache"
     for content in (b"", b"compiled by 10.0 for another device\nx", b"\xff\xfe"):
@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(run, home):
     assert run(1) == 1
 
 
-def test_a_cache_that_cannot_be_had_costs_no_result(run, home, monkeypatch):
+def test_a_cache_that_cannot_be_serialized_is_no_error(run, home, monkeypatch):
     run(1)
     kept = files(home)
     monkeypatch.setattr(RuntimeCache, "serialize", lambda _: None)
@@ -125,7 +125,7 @@ def test_tensorrt_itself_compiles_nothing_here(run, home):
 
 
 @pytest.mark.parametrize(("flavour", "refuses"), [("tensorrt_rtx", False), ("tensorrt_rtx", True), ("tensorrt", True)])
-def test_rtx_says_whether_it_can_be_recorded(tmp_path, monkeypatch, home, flavour, refuses):
+def test_rtx_is_asked_whether_it_can_be_captured(tmp_path, monkeypatch, home, flavour, refuses):
     """TensorRT itself is not asked: it has no such method."""
     gpu = FakeGpu.install(monkeypatch, {b"step": (STEP, step)}, flavour)
     gpu.trt.refusals |= {"is_stream_capturable"} if refuses else set()
@@ -135,7 +135,7 @@ def test_rtx_says_whether_it_can_be_recorded(tmp_path, monkeypatch, home, flavou
     for _ in range(2):
         bound.enqueue()
     backend.synchronize()
-    recording = backend.capture(bound.enqueue)
-    assert (recording is None) == (refuses and flavour == "tensorrt_rtx")
+    graph = backend.capture(bound.enqueue)
+    assert (graph is None) == (refuses and flavour == "tensorrt_rtx")
     bound.enqueue()
     backend.synchronize()

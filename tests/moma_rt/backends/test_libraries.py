@@ -1,4 +1,4 @@
-"""The libraries' packages, found and loaded."""
+"""Finding and loading the libraries' Python packages."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def test_looking_for_a_library_imports_nothing(repository):
     assert found in ("[]\n", "['cuda.bindings']\n")
 
 
-def test_this_onnx_runtime_and_none(monkeypatch):
+def test_the_cuda_provider_of_this_onnx_runtime_and_of_none(monkeypatch):
     providers = onnx_runtime().get_available_providers()
     assert has_cuda_provider() == ("CUDAExecutionProvider" in providers)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -51,7 +51,7 @@ def test_a_library_whose_own_libraries_are_missing(monkeypatch, tmp_path):
     )
 
 
-def test_the_log_keeps_the_first_error_and_the_memory(monkeypatch):
+def test_the_log_keeps_the_first_error_and_memory_sizes(monkeypatch):
     gpu = FakeGpu.install(monkeypatch, {})
     severity, log = gpu.trt.ILogger.Severity, library_log(Flavour.TENSORRT)
     assert library_version(Flavour.TENSORRT) == "11.4.0"

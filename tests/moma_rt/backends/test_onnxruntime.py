@@ -44,7 +44,7 @@ def backend():
     return OnnxRuntimeBackend(threads=1)
 
 
-def test_two_bindings_of_one_network_hand_the_state_to_and_fro(backend, step_onnx):
+def test_two_bindings_of_one_network_read_each_others_output(backend, step_onnx):
     check_two_bindings(backend, backend.load(STEP, step_onnx))
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider on a GPU of NumPy."""
+"""ONNX Runtime's CUDA provider on a fake GPU."""
 
 import gc
 import inspect
@@ -32,12 +32,12 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def load(gpu, tmp_path):
-    """A backend, and what loads a network of it by what the manifest says of it."""
+    """A backend, and a function that loads a network by its spec."""
     backend = OnnxRuntimeCudaBackend()
     return backend, lambda spec: backend.load(spec, save_graph(tmp_path / f"{spec.name}.onnx", spec))
 
 
-def test_two_bindings_of_one_network_hand_the_state_to_and_fro(load):
+def test_two_bindings_of_one_network_read_each_others_output(load):
     backend, network = load
     check_two_bindings(backend, network(STEP))
 
@@ -68,7 +68,7 @@ def test_a_dimension_may_be_zero(load):
         assert run_once(backend, loaded, inputs)["total"] == 2 * (length + 2)
 
 
-def test_an_input_that_is_read_in_the_hosts_memory_is_read_at_every_run(gpu, load):
+def test_an_input_in_host_memory_is_read_at_every_run(gpu, load):
     backend, network = load
     gpu.ort.on_host.add("ids")
     buffers = allocate(backend, STEP, batch=2)
@@ -76,23 +76,23 @@ def test_an_input_that_is_read_in_the_hosts_memory_is_read_at_every_run(gpu, loa
     bound = network(STEP).bind(buffers)
     backend.upload(ids, np.arange(18).reshape(3, 2, 3).astype(np.int32))
     for row in (2, 0, 1):
-        # From the device itself, so that nothing has waited for it.
+        # Copied within the device, so that the host has not waited for it.
         backend.copy_row(ids, row, buffers["ids"])
         bound.enqueue()
         expected = np.arange(18).reshape(3, 2, 3)[row]
         np.testing.assert_array_equal(backend.download(buffers["next_x"]), expected)
 
 
-def test_what_runs_outlives_those_who_enqueued_it(gpu, load):
+def test_enqueued_work_keeps_its_network_and_buffers_alive(gpu, load):
     backend, network = load
     result = buffer_of(backend, (2, 3), "float32")
     network(STEP).bind({**allocate(backend, STEP, batch=2), "next_x": result}).enqueue()
     gc.collect()
     np.testing.assert_array_equal(backend.download(result), np.zeros((2, 3)))
-    assert len(gpu.cuda.memory) == 1, "the session went when it had been waited for, and all that it had"
+    assert len(gpu.cuda.memory) == 1, "the session and its memory were freed after the wait"
 
 
-def test_an_input_in_the_hosts_memory_does_not_let_the_others_go(gpu, load):
+def test_an_input_in_host_memory_keeps_the_others_alive(gpu, load):
     backend, network = load
     gpu.ort.on_host.add("ids")
     result = buffer_of(backend, (2, 3), "float32")
@@ -101,12 +101,12 @@ def test_an_input_in_the_hosts_memory_does_not_let_the_others_go(gpu, load):
     np.testing.assert_array_equal(backend.download(result), np.zeros((2, 3)))
 
 
-def test_a_backend_that_goes_while_it_runs_waits_and_frees_everything(gpu, tmp_path):
+def test_deleting_a_busy_backend_waits_and_frees_everything(gpu, tmp_path):
     backend = OnnxRuntimeCudaBackend()
     network = backend.load(STEP, save_graph(tmp_path / "step.onnx", STEP))
     network.bind(allocate(backend, STEP, batch=2)).enqueue()
     assert gpu.cuda.queue
-    # At once, though what runs refers to the stream that keeps it.
+    # Without a garbage collection, though work on the stream refers to the stream.
     gc.disable()
     try:
         del backend, network
@@ -115,7 +115,7 @@ def test_a_backend_that_goes_while_it_runs_waits_and_frees_everything(gpu, tmp_p
     assert (gpu.cuda.queue, gpu.cuda.memory, gpu.cuda.streams) == ([], {}, 0)
 
 
-def test_trimming_gives_back_what_networks_compute_in(gpu, load):
+def test_trimming_frees_the_arenas_of_networks(gpu, load):
     backend, network = load
     loaded = {spec.name: (network(spec), allocate(backend, spec, **sizes)) for spec, sizes in SIZES}
     backend.synchronize()
@@ -126,7 +126,7 @@ def test_trimming_gives_back_what_networks_compute_in(gpu, load):
     assert gpu.cuda.used > before
     backend.trim()
     assert gpu.cuda.used == before
-    assert gpu.ort.runs == ["step", "past"], "nothing runs for it"
+    assert gpu.ort.runs == ["step", "past"], "trimming runs nothing"
     for bound in runs:
         bound.enqueue()
     backend.synchronize()
@@ -135,7 +135,7 @@ def test_trimming_gives_back_what_networks_compute_in(gpu, load):
 SIZES = [(STEP, {"batch": 1000}), (PAST, {"past": 3, "s": 2})]
 
 
-def test_what_others_keep_to_compute_in_is_given_back_to_who_needs_it(gpu, load):
+def test_out_of_memory_frees_the_arenas_of_other_networks(gpu, load):
     backend, network = load
     step, past = (network(spec).bind(allocate(backend, spec, **sizes)) for spec, sizes in SIZES)
     step.enqueue()
@@ -147,7 +147,7 @@ def test_what_others_keep_to_compute_in_is_given_back_to_who_needs_it(gpu, load)
     assert gpu.ort.runs == ["step", "past", "step"]
 
 
-def test_it_does_not_record(load):
+def test_it_captures_no_graphs(load):
     backend, _ = load
     assert backend.supports_capture is False
     assert backend.capture(lambda: pytest.fail("it was run")) is None
@@ -176,7 +176,7 @@ def test_the_fake_has_only_what_the_real_one_has(tmp_path):
     assert {node.op_type for subgraph in subgraphs for node in subgraph.get_nodes()} == {"Add", "Cast"}
 
 
-def test_a_run_that_is_to_end_ends_before_its_first_operator(tmp_path):
+def test_a_terminated_run_ends_before_its_first_operator(tmp_path):
     session = onnxruntime.InferenceSession(save_graph(tmp_path / "step.onnx", STEP), providers=[CPU])
     binding, outputs = session.io_binding(), {}
     for tensor in STEP.inputs:

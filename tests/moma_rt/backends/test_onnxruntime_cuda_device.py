@@ -21,7 +21,7 @@ def backend():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("spec", "function", "sizes"), CASES)
-def test_a_network_runs_at_two_sizes_in_turn(backend, tmp_path, spec, function, sizes):
+def test_a_network_runs_at_two_alternating_sizes(backend, tmp_path, spec, function, sizes):
     network = backend.load(spec, save_graph(tmp_path / "model.onnx", spec))
     for inputs in [random_inputs(spec, **s) for s in sizes] * 2:
         found = run_once(backend, network, inputs)
@@ -30,7 +30,7 @@ def test_a_network_runs_at_two_sizes_in_turn(backend, tmp_path, spec, function, 
 
 
 @pytest.mark.gpu
-def test_a_network_hands_its_state_to_and_fro(backend, tmp_path):
+def test_two_bindings_of_one_network_read_each_others_output(backend, tmp_path):
     network = backend.load(STEP, save_graph(tmp_path / "step.onnx", STEP))
     even = allocate(backend, STEP, batch=2)
     steps = [network.bind(even), network.bind({**even, "x": even["next_x"], "next_x": even["x"]})]

@@ -1,4 +1,4 @@
-"""What the backend of ONNX Runtime's CUDA provider refuses, and what it makes of failures."""
+"""What the ONNX Runtime CUDA backend refuses, and how it reports failures."""
 
 import gc
 import sys
@@ -70,7 +70,7 @@ def test_an_onnxruntime_that_is_too_old(gpu, create, version):
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime_cuda"])
-def test_an_onnxruntime_that_is_not_there(monkeypatch, name):
+def test_an_onnxruntime_that_is_not_installed(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     said = said_by(lambda: backends.create(name), InputError)
     assert said.startswith("the Python package onnxruntime is not installed (")
@@ -78,7 +78,7 @@ def test_an_onnxruntime_that_is_not_there(monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime_cuda"])
-def test_an_onnxruntime_of_which_another_one_took_parts(monkeypatch, name):
+def test_an_onnxruntime_with_missing_parts(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
     assert said_by(lambda: backends.create(name), InputError) == (
         "parts of the Python package onnxruntime are missing: pip uninstall onnxruntime onnxruntime-gpu, then pip "
@@ -117,7 +117,7 @@ def test_buffers_of_another_backend(create, step_onnx):
         create().load(STEP, step_onnx).bind({"x": np.zeros((1, 3))})
 
 
-def test_no_room_for_a_network(gpu, create, step_onnx):
+def test_out_of_memory_while_a_network_is_loaded(gpu, create, step_onnx):
     backend = create()
     gpu.cuda.capacity = 100
     said = said_by(lambda: backend.load(STEP, step_onnx), OutOfMemory)
@@ -129,7 +129,7 @@ def test_no_room_for_a_network(gpu, create, step_onnx):
     assert backend.load(STEP, step_onnx)
 
 
-def test_no_room_to_compute_in_leaves_the_backend_usable(gpu, create, step_onnx):
+def test_out_of_memory_in_a_run_leaves_the_backend_usable(gpu, create, step_onnx):
     backend = create()
     network = backend.load(STEP, step_onnx)
     small, large = (allocate(backend, STEP, batch=batch) for batch in (2, 10_000))
@@ -152,17 +152,17 @@ def test_no_room_to_compute_in_leaves_the_backend_usable(gpu, create, step_onnx)
         ("Non-zero status code\nwhile running X.", MomaError, "Non-zero status code while running X."),
     ],
 )
-def test_what_it_says_is_one_line(gpu, create, step_onnx, text, kind, said):
+def test_an_error_of_a_run_is_one_line(gpu, create, step_onnx, text, kind, said):
     backend = create()
     bound = backend.load(STEP, step_onnx).bind(allocate(backend, STEP, batch=1))
-    # Of memory that ran out it is told once more, when the others have given theirs back.
+    # Out of memory is raised twice: the run is retried after other networks have freed their arenas.
     gpu.ort.failures += [RuntimeError(text)] * 2
     found = said_by(bound.enqueue, kind)
     assert found.startswith(f"step: ONNX Runtime 1.31.1 cannot run it: {said}")
     assert (type(found), kind is OutOfMemory) == (str, len(gpu.ort.failures) == 0)
 
 
-def test_an_error_that_is_not_its_own_is_a_defect(gpu, create, step_onnx):
+def test_an_error_of_another_type_is_not_caught(gpu, create, step_onnx):
     backend = create()
     bound = backend.load(STEP, step_onnx).bind(allocate(backend, STEP, batch=1))
     for call in (bound.enqueue, lambda: backend.load(STEP, step_onnx)):

@@ -1,4 +1,4 @@
-"""Weights of inductor's packages on the host; with real packages, see tests/export/test_packages.py."""
+"""Loading weights for inductor packages, on the host; for real packages see tests/export/test_packages.py."""
 
 import gc
 import json
@@ -43,7 +43,7 @@ def test_convolutions_are_laid_out_as_the_package_wants_them(files, channels_las
         assert torch.equal(found[code].tensor, TENSORS[name])
 
 
-def test_two_networks_hold_one_copy(files):
+def test_two_networks_share_one_copy(files):
     loaded, weights = LoadedWeights(torch.device("cpu")), [files / "weights.safetensors"]
     first, second = (loaded.load(files / "False.pt2", NAMES, weights) for _ in range(2))
     assert all(first[name] is second[name] for name in NAMES)

@@ -1,4 +1,4 @@
-"""Which backend runs a bundle, by table: no GPU and no library is asked."""
+"""Which backend runs a bundle, on fake hosts."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ def engines(flavour, *capabilities, names=NETWORKS, version=None):
 
 
 class Machine:
-    """A host with these things. `looked` says what was looked for, and `imported` which libraries were for it."""
+    """A fake `Host`. `looked` names what was looked for, and `imported` the libraries that were imported."""
 
     def __init__(self, device=H100, missing=(), versions=VERSIONS, provider=False, cuda=True):
         self._device, self._versions, self._provider = device, versions, provider
@@ -62,7 +62,7 @@ def chosen(backend, entries, host):
 
 
 def select(backend, entries, device=H100, missing=(), versions=VERSIONS):
-    """What is chosen, the libraries that were imported for it, and whether the machine's GPU was looked for."""
+    """The choice, the libraries that were imported for it, and whether the machine's GPU was looked for."""
     host = Machine(device, missing, versions)
     return chosen(backend, entries, host), host.imported, "device" in host.looked
 
@@ -101,7 +101,7 @@ def test_a_library_is_imported_only_to_be_used():
     assert select("auto", entries, RTX4090)[1] == [RTX]
     assert select("auto", entries, H100)[1] == [FULL]
     assert select("tensorrt_rtx", entries, RTX4090)[1] == [RTX]
-    # PyTorch is not asked whether it might, where the bundle has nothing for it and this GPU.
+    # PyTorch is not imported if the bundle has no inductor engines for this GPU.
     with_inductor = engines(RTX, 86) + engines(INDUCTOR, 0) + engines(INDUCTOR, 80)
     assert INDUCTOR not in select("auto", with_inductor, H100)[1]
     assert select("inductor", with_inductor, None)[1] == [INDUCTOR]
@@ -117,7 +117,7 @@ def test_a_library_is_imported_only_to_be_used():
         ("onnxruntime", engines(FULL, 90), H100, False),
     ],
 )
-def test_onnx_runtime_without_a_word(backend, entries, device, looked):
+def test_onnx_runtime_is_chosen_without_a_warning(backend, entries, device, looked):
     assert select(backend, entries, device) == (Choice("onnxruntime"), [], looked)
 
 
@@ -196,7 +196,7 @@ def test_a_named_flavour_needs_engines_and_a_gpu():
     )
 
 
-def test_inductor_on_a_cpu_is_taken_where_it_is_named():
+def test_inductor_on_a_cpu_is_chosen_if_named():
     entries = engines(INDUCTOR, 0) + engines(FULL, 90)
     choice, _, _ = select("inductor", entries, None)
     assert (choice.backend, choice.warning) == ("inductor", "")
@@ -229,12 +229,12 @@ def test_onnx_runtime_runs_on_the_gpu_where_it_can_and_no_engines_serve(entries)
     assert chosen("onnxruntime", entries, Machine(provider=True)) == Choice("onnxruntime")
 
 
-def test_engines_come_before_it():
+def test_engines_come_before_onnx_runtime_on_the_gpu():
     assert chosen("auto", engines(RTX, 90), Machine(provider=True)).backend == "tensorrt_rtx"
     assert chosen("auto", engines(INDUCTOR, 90), Machine(provider=True)).backend == "inductor"
 
 
-def test_a_driver_is_not_asked_in_vain():
+def test_the_driver_is_not_asked_without_need():
     host = Machine()
     assert chosen("auto", (), host) == Choice("onnxruntime")
     assert host.looked == {"provider"}
@@ -257,7 +257,7 @@ def test_a_driver_is_not_asked_in_vain():
         ),
     ],
 )
-def test_onnx_runtime_on_a_gpu_has_needs_of_its_own(host, said, warns):
+def test_what_onnx_runtime_on_a_gpu_needs(host, said, warns):
     with pytest.raises(InputError) as caught:
         chosen("onnxruntime_cuda", (), Machine(**host))
     assert str(caught.value).removeprefix("backend onnxruntime_cuda").removeprefix(":").strip() == said
@@ -280,7 +280,7 @@ def test_every_name_is_resolved():
         ({"tensorrt", "tensorrt_rtx", "cuda.bindings.runtime"}, {INDUCTOR: ("torch",)}),
     ],
 )
-def test_what_is_missing_here(monkeypatch, installed, missing):
+def test_missing_packages_of_this_host(monkeypatch, installed, missing):
     monkeypatch.setattr(selection, "is_installed", lambda module: module in installed)
     monkeypatch.setattr(selection, "local_device", lambda: H100)
     host = Host()

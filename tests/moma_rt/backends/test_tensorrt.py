@@ -1,4 +1,4 @@
-"""The TensorRT backends on a GPU of NumPy."""
+"""The TensorRT backends on a fake GPU."""
 
 import gc
 import itertools
@@ -11,7 +11,7 @@ from moma_rt.bundle.engines import Flavour
 from tests.moma_rt.backends.networks import PAST, STEP, allocate, buffer_of, check_row_filling, check_two_bindings
 
 
-def test_two_bindings_of_one_network_hand_the_state_to_and_fro(load):
+def test_two_bindings_of_one_network_read_each_others_output(load):
     backend, network = load
     check_two_bindings(backend, network(STEP))
 
@@ -27,7 +27,7 @@ def test_a_run_is_enqueued_and_not_waited_for(gpu, load):
     assert gpu.cuda.queue == []
 
 
-def test_an_upload_is_of_what_the_array_was_then(gpu, load):
+def test_an_upload_copies_the_array_before_it_returns(gpu, load):
     backend, _ = load
     rows = [buffer_of(backend, (64,), "float32") for _ in range(8)]
     for value, row in enumerate(rows):
@@ -39,7 +39,7 @@ def test_an_upload_is_of_what_the_array_was_then(gpu, load):
     assert [backend.download(row).tolist() for row in rows] == [[value] * 64 for value in range(8)]
 
 
-def test_an_upload_into_a_buffer_that_nobody_wants_any_more(gpu, load):
+def test_an_upload_keeps_its_buffer_alive(gpu, load):
     backend, _ = load
     buffer = buffer_of(backend, (64,), "float32")
     backend.synchronize()
@@ -50,7 +50,7 @@ def test_an_upload_into_a_buffer_that_nobody_wants_any_more(gpu, load):
     assert gpu.cuda.memory == {}
 
 
-def test_buffers_that_are_allocated_together_are_of_one_piece(gpu, load):
+def test_buffers_allocated_together_share_one_allocation(gpu, load):
     backend, _ = load
     wanted = {1: ((3, 5), "uint8"), "none": ((0, 7), "float32"), "rows": ((2, 63), "float16"), "number": ((), "int64")}
     buffers = backend.allocate(wanted)
@@ -76,7 +76,7 @@ def test_a_row_is_filled_up_with_zeros(load, count):
     check_row_filling(backend, count)
 
 
-def test_what_runs_outlives_those_who_enqueued_it(gpu, load):
+def test_enqueued_work_keeps_its_network_and_buffers_alive(gpu, load):
     backend, network = load
     result = buffer_of(backend, (2, 3), "float32")
     network(STEP).bind({**allocate(backend, STEP, batch=2), "next_x": result}).enqueue()
@@ -87,12 +87,12 @@ def test_what_runs_outlives_those_who_enqueued_it(gpu, load):
     assert gpu.trt.contexts[0]() is None
 
 
-def test_a_backend_that_goes_while_it_runs_waits_and_frees_everything(gpu, tmp_path):
+def test_deleting_a_busy_backend_waits_and_frees_everything(gpu, tmp_path):
     backend = TensorRtBackend(Flavour.TENSORRT)
     (tmp_path / "engine.trt").write_bytes(b"step")
     backend.load(STEP, tmp_path / "engine.trt").bind(allocate(backend, STEP, batch=2)).enqueue()
     assert gpu.cuda.queue
-    # At once, though what runs refers to the stream that keeps it.
+    # Without a garbage collection, though work on the stream refers to the stream.
     gc.disable()
     try:
         del backend
@@ -103,7 +103,7 @@ def test_a_backend_that_goes_while_it_runs_waits_and_frees_everything(gpu, tmp_p
     assert [context() for context in gpu.trt.contexts] == [None]
 
 
-def test_one_idle_context_is_bound_again_with_all_that_is_new(gpu, load):
+def test_an_idle_context_is_bound_to_new_buffers(gpu, load):
     backend, network = load
     loaded = network(STEP)
     bounds = [loaded.bind(allocate(backend, STEP, batch=batch)) for batch in (1, 2, 3)]
@@ -118,24 +118,24 @@ def test_one_idle_context_is_bound_again_with_all_that_is_new(gpu, load):
     assert len(gpu.trt.contexts) == 3
 
 
-def test_a_context_that_a_recording_uses_is_not_idle(gpu, load):
+def test_a_context_that_a_graph_uses_is_not_idle(gpu, load):
     backend, network = load
     loaded, buffers = network(STEP), allocate(backend, STEP, batch=1)
     bounds = [loaded.bind(buffers)]
     bounds[0].enqueue()
     backend.synchronize()
-    recording = backend.capture(bounds.pop().enqueue)
+    graph = backend.capture(bounds.pop().enqueue)
     assert loaded.idle == []
     loaded.bind(buffers)
     assert len(gpu.trt.contexts) == 2
-    recording.replay()
+    graph.replay()
     backend.synchronize()
-    del recording
+    del graph
     backend.trim()
     assert [context() for context in gpu.trt.contexts] == [None, None]
 
 
-def test_memory_is_freed_with_the_last_who_uses_it(gpu, load):
+def test_memory_is_freed_with_its_last_user(gpu, load):
     backend, network = load
     buffers = allocate(backend, STEP, batch=1000)
     bound = network(STEP).bind(buffers)
@@ -158,7 +158,7 @@ def test_networks_share_one_scratch_region_that_grows(gpu, load):
         before = set(gpu.cuda.memory)
         backend.upload(buffers["ids"], np.full((batch, 3), batch, np.int32))
         bounds.append((loaded.bind(buffers), buffers))
-        # In flight in the region of then, while a later one may need a larger region.
+        # Still in flight in the current region when a later network needs a larger one.
         bounds[-1][0].enqueue()
         regions.append((len(set(gpu.cuda.memory) - before), gpu.trt.contexts[-1]().scratch))
     sizes = [size for _, (_, size) in regions]
@@ -172,7 +172,7 @@ def test_networks_share_one_scratch_region_that_grows(gpu, load):
         assert (backend.download(buffers["next_x"]) == batch).all()
 
 
-def test_an_old_scratch_region_goes_before_a_larger_one_is_asked_for(gpu, load):
+def test_an_old_scratch_region_is_freed_before_a_larger_one_is_allocated(gpu, load):
     backend, network = load
     loaded, small, large = network(STEP), allocate(backend, STEP, batch=1 << 10), allocate(backend, STEP, batch=1 << 11)
     bound = loaded.bind(small)
@@ -217,7 +217,7 @@ def test_buffers_are_zeroed_and_downloads_are_copies(load):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int64", "int32", "int8", "uint8", "bool"])
-def test_every_dtype_goes_and_comes_back(load, dtype):
+def test_every_dtype_is_uploaded_and_downloaded(load, dtype):
     backend, _ = load
     array = np.arange(12).reshape(3, 4).astype(dtype)
     buffer = buffer_of(backend, (4, 3), dtype)

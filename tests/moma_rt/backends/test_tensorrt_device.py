@@ -1,4 +1,4 @@
-"""Real engines on a real GPU, against ONNX Runtime, and this against the functions that the fake GPU runs."""
+"""Real engines on a real GPU, and ONNX Runtime's graphs, against the NumPy functions that the fake GPU runs."""
 
 import importlib.util
 
@@ -52,7 +52,7 @@ def build_here(folder, spec):
 @pytest.mark.gpu
 @pytest.mark.tensorrt
 @pytest.mark.parametrize(("spec", "function", "sizes"), CASES)
-def test_an_engine_runs_at_two_sizes_in_turn(tmp_path, spec, function, sizes):
+def test_an_engine_runs_at_two_alternating_sizes(tmp_path, spec, function, sizes):
     backend, network = build_here(tmp_path, spec)
     for inputs in [random_inputs(spec, **s) for s in sizes] * 2:
         found = run_once(backend, network, inputs)
@@ -62,7 +62,7 @@ def test_an_engine_runs_at_two_sizes_in_turn(tmp_path, spec, function, sizes):
 
 @pytest.mark.gpu
 @pytest.mark.tensorrt
-def test_an_engine_hands_its_state_to_and_fro(tmp_path):
+def test_two_bindings_of_one_engine_read_each_others_output(tmp_path):
     backend, network = build_here(tmp_path, STEP)
     even = allocate(backend, STEP, batch=2)
     steps = [network.bind(even), network.bind({**even, "x": even["next_x"], "next_x": even["x"]})]

@@ -1,4 +1,4 @@
-"""What a TensorRT backend refuses, and what it makes of CUDA's and the library's failures."""
+"""What a TensorRT backend refuses, and how it reports failures of CUDA and of TensorRT."""
 
 import gc
 import importlib.util
@@ -98,7 +98,7 @@ def test_a_library_that_runs_out_of_memory(gpu, load, method, reason):
 
 
 def use_everything(backend, network):
-    """Every call of CUDA that a backend makes: 12 of STEP's inputs and outputs, 64 KiB up, 48 KiB down."""
+    """Make every CUDA call that a backend makes: allocate `STEP`'s buffers, upload, run, wait and download."""
     buffers = allocate(backend, STEP, batch=4096)
     backend.upload(buffers["ids"], np.ones((4096, 3), np.int32))
     network(STEP).bind(buffers).enqueue()
@@ -142,7 +142,7 @@ def test_a_library_that_is_too_new_for_the_driver(gpu):
     assert str(caught.value) == "tensorrt 11.4.0 cannot use this GPU: Runtime: Error Code 3 (no reason)"
 
 
-def test_a_failure_to_free_is_no_error(gpu, load):
+def test_a_failed_free_is_no_error(gpu, load):
     backend, _ = load
     buffer = buffer_of(backend, (3,), "float32")
     backend.synchronize()
@@ -165,7 +165,7 @@ def test_out_of_memory_says_how_much_was_asked_for_and_leaves_the_backend_usable
     use_everything(backend, network)
 
 
-def test_a_scratch_region_that_cannot_grow_is_made_again_for_who_needs_less(gpu, load):
+def test_smaller_networks_still_run_after_the_scratch_region_could_not_grow(gpu, load):
     backend, network = load
     loaded, small, large = network(STEP), allocate(backend, STEP, batch=4), allocate(backend, STEP, batch=1 << 18)
     bound = loaded.bind(small)
@@ -195,7 +195,7 @@ def test_a_missing_package_is_named(gpu, monkeypatch, module, said):
     assert "\n" not in str(caught.value)
 
 
-def test_auto_is_nothing_to_create():
+def test_auto_cannot_be_created():
     with pytest.raises(
         InputError, match="auto depends on the bundle; name one of: onnxruntime, onnxruntime_cuda, tens"
     ):
@@ -227,7 +227,7 @@ def test_cuda_itself_says_that_there_is_no_device():
 
 @pytest.mark.tensorrt
 def test_the_library_itself_says_why_it_loads_no_junk(monkeypatch, tmp_path):
-    """The library that is installed, on a device that is none."""
+    """The installed library, on a fake device."""
     flavour = next(f for f in Flavour if importlib.util.find_spec(f.value) is not None)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", FakeGpu.install(monkeypatch, {}, "unused").cuda)
     (tmp_path / "engine.trt").write_bytes(b"junk" * 100)

@@ -25,7 +25,7 @@ ENGINES = (
 )
 
 
-def test_a_device_gets_its_own():
+def test_a_device_gets_its_own_engines():
     assert select(ENGINES, ["denoiser", "vae_decoder"], RTX, RTX4090) == {
         "denoiser": ENGINES[0],
         "vae_decoder": ENGINES[2],
@@ -58,13 +58,13 @@ def test_a_device_gets_its_own():
         ),
     ],
 )
-def test_what_is_missing_and_how_to_build_it(networks, library, device, said):
+def test_the_error_names_missing_engines_and_how_to_build_them(networks, library, device, said):
     with pytest.raises(BundleError) as caught:
         select(ENGINES, networks, library, device)
     assert said in str(caught.value)
 
 
-def test_engines_for_a_cpu_are_of_a_device_like_others():
+def test_a_cpu_is_a_device_like_others():
     on_cpu, on_gpu = engine("denoiser", TORCH, (0,)), engine("denoiser", TORCH, (90,))
     assert select([on_cpu, on_gpu], ["denoiser"], TORCH, CPU_DEVICE) == {"denoiser": on_cpu}
     assert select([on_cpu, on_gpu], ["denoiser"], TORCH, H100) == {"denoiser": on_gpu}

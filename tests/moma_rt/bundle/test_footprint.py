@@ -1,4 +1,4 @@
-"""Which networks fit a budget, and that they are loaded in turn where they do not all."""
+"""Which networks fit a memory budget, and that they are evicted and loaded again if not all do."""
 
 import dataclasses
 
@@ -34,8 +34,8 @@ SIZES = {
 }
 
 
-class Gone:
-    """The names of the networks that were unloaded."""
+class Unloaded:
+    """Names of unloaded networks. `Networks.on_unload` keeps a weak reference, which a list's method does not allow."""
 
     def __init__(self):
         self.names = []
@@ -46,7 +46,7 @@ class Gone:
 
 @pytest.fixture
 def manifest(fake_bundle):
-    """Of a bundle whose networks are as large as `SIZES` says."""
+    """The manifest of a bundle whose networks have the sizes of `SIZES`, in bytes."""
     manifest = read_manifest(fake_bundle)
     sizes = {manifest.networks[name].onnx: 1 for name in SIZES}
     sizes |= {manifest.networks[name].weights[0]: size - 1 for name, size in SIZES.items()}
@@ -56,8 +56,8 @@ def manifest(fake_bundle):
 
 @pytest.fixture
 def networks(fake_bundle, manifest, backend, monkeypatch):
-    """Makes them with a budget; what is loaded is not checked, since the manifest's sizes are made up."""
-    monkeypatch.setattr(Bundle, "verified", lambda *_: None)
+    """Make `Networks` with a budget; their files are not verified, since the manifest's sizes are made up."""
+    monkeypatch.setattr(Bundle, "verify", lambda *_: None)
     return lambda budget: Networks(Bundle(fake_bundle, manifest), backend, budget=budget)
 
 
@@ -76,7 +76,7 @@ def networks(fake_bundle, manifest, backend, monkeypatch):
         ("10B", 10),
     ],
 )
-def test_budgets(given, count):
+def test_parse_bytes(given, count):
     assert parse_bytes(given) == count
 
 
@@ -102,7 +102,7 @@ def test_budgets(given, count):
         1 << 60,
     ],
 )
-def test_no_budgets(given):
+def test_parse_bytes_refuses_other_values(given):
     with pytest.raises(
         InputError, match=r"a memory budget is a number of bytes below 2\*\*50, or a text such as 8GB"
     ) as caught:
@@ -115,13 +115,13 @@ def test_activations_are_shared():
     assert combined_bytes([Footprint(10, 5), Footprint(20, 7), Footprint(30, 0)]) == 67
 
 
-def test_only_what_makes_pictures_has_to_be_there_together():
+def test_only_generation_networks_are_loaded_together():
     assert load_groups(["text_encoder", "vae_decoder", "denoiser"]) == [("text_encoder",), ("vae_decoder", "denoiser")]
     assert load_groups(["vae_encoder"]) == [("vae_encoder",)]
     assert load_groups([]) == []
 
 
-def test_an_engine_needs_what_its_builder_counted(manifest):
+def test_an_engine_needs_the_bytes_that_its_builder_counted(manifest):
     engine = EngineEntry(
         "denoiser",
         Flavour.TENSORRT,
@@ -144,38 +144,40 @@ def test_an_engine_needs_what_its_builder_counted(manifest):
     found = footprint(manifest, "denoiser", package)
     assert found == Footprint(1, 0, {weights: 999}), "the package and the weights beside it"
     assert combined_bytes([found]) == 1000
-    assert combined_bytes([found, dataclasses.replace(found, activations=7)]) == 1008, "they hold the file once"
+    assert combined_bytes([found, dataclasses.replace(found, activations=7)]) == 1008, (
+        "they share one copy of the weights"
+    )
 
 
-def test_what_was_used_longest_ago_goes(networks, backend):
-    loaded, gone = networks(8200), Gone()
-    loaded.on_unload(gone.append)
+def test_the_least_recently_used_network_is_evicted(networks, backend):
+    loaded, unloaded = networks(8200), Unloaded()
+    loaded.on_unload(unloaded.append)
     for name in ("text_encoder", "language_model", "vae_encoder"):
         loaded.get(name, StageTimer())
     loaded.get("text_encoder", StageTimer())
-    assert gone.names == []
+    assert unloaded.names == []
     loaded.get_all(("denoiser", "vae_decoder"), StageTimer())
-    assert gone.names == ["language_model"], "vae_encoder and text_encoder still fit"
+    assert unloaded.names == ["language_model"], "vae_encoder and text_encoder still fit"
     loaded.get("language_model", StageTimer())
-    assert gone.names == ["language_model", "vae_encoder"]
+    assert unloaded.names == ["language_model", "vae_encoder"]
     # 7000 + 100 + 1000 + 80.
     assert backend.loads.count("denoiser") == 1
     loaded.get("subject_encoder", StageTimer())
-    assert gone.names[2:] == ["text_encoder", "denoiser"]
+    assert unloaded.names[2:] == ["text_encoder", "denoiser"]
 
 
-def test_a_network_is_never_unloaded_for_its_own_company(networks):
-    loaded, gone = networks(1100), Gone()
-    loaded.on_unload(gone.append)
+def test_a_network_is_never_evicted_for_one_loaded_with_it(networks):
+    loaded, unloaded = networks(1100), Unloaded()
+    loaded.on_unload(unloaded.append)
     loaded.get("vae_decoder", StageTimer())
     loaded.get("text_encoder", StageTimer())
     loaded.get_all(("denoiser", "vae_decoder"), StageTimer())
-    assert gone.names == ["text_encoder"]
+    assert unloaded.names == ["text_encoder"]
 
 
-def test_what_never_fits_is_said_before_anything_goes(networks):
-    loaded, gone = networks(1050), Gone()
-    loaded.on_unload(gone.append)
+def test_networks_that_never_fit_are_refused_before_any_is_evicted(networks):
+    loaded, unloaded = networks(1050), Unloaded()
+    loaded.on_unload(unloaded.append)
     loaded.get("text_encoder", StageTimer())
     with pytest.raises(
         OutOfMemory, match=r"denoiser and vae_decoder: 1.05 KiB of memory needed, .* budget is 1.03 KiB"
@@ -183,7 +185,7 @@ def test_what_never_fits_is_said_before_anything_goes(networks):
         loaded.get_all(("denoiser", "vae_decoder"), StageTimer())
     with pytest.raises(OutOfMemory, match="language_model: 6.84 KiB of memory needed"):
         loaded.get("language_model", StageTimer())
-    assert gone.names == []
+    assert unloaded.names == []
 
 
 def test_a_runtime_with_a_budget_makes_the_same_pictures(fake_bundle, fakes, photo, mask):
@@ -202,7 +204,7 @@ def test_a_runtime_with_a_budget_makes_the_same_pictures(fake_bundle, fakes, pho
     assert backends[1].loads.count("denoiser") == 3, "each prompt needs the language model in between"
 
 
-def test_a_budget_is_checked_at_the_boundary(fake_bundle):
+def test_an_invalid_budget_is_refused_by_load(fake_bundle):
     with pytest.raises(InputError, match="a memory budget is"):
         Runtime.load(fake_bundle, memory_budget="plenty")
 
@@ -226,7 +228,7 @@ def test_a_budget_is_described(manifest, budget, last):
     assert rows["all of them",].endswith("does not fit") == (budget < 9440)
 
 
-def test_sizes_for_people():
+def test_format_bytes():
     assert [format_bytes(n) for n in (None, 0, 1023, 1024, 1536, 7 << 30)] == [
         "unknown",
         "0 B",

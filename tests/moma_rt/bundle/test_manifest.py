@@ -213,7 +213,7 @@ class TestOpen:
         assert "through a link" in open_error(root)
 
 
-class TestVerified:
+class TestVerify:
     def test_untouched_files_pass(self, root: Path):
         Bundle.open(root).verify([ONNX, WEIGHTS])
 
@@ -285,14 +285,14 @@ def test_a_network_without_graphs(root: Path):
         bundle.graph("text_encoder")
 
 
-def test_which_engines_a_network_made(root: Path):
+def test_which_engines_were_built_from_a_network(root: Path):
     manifest = Bundle.open(root).manifest
     network, (engine,) = manifest.networks["text_encoder"], manifest.engines
     assert network.made(engine)
     assert not network.made(dataclasses.replace(engine, source="s1"))
     package = dataclasses.replace(engine, flavour=Flavour.INDUCTOR)
     assert not network.made(package)
-    assert network.made(dataclasses.replace(package, source="s1")), "other weights are no other package"
+    assert network.made(dataclasses.replace(package, source="s1")), "a package does not depend on the weights"
 
 
 def test_the_builds_own_record_may_lie_beside_a_network(root: Path):

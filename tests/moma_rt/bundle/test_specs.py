@@ -51,7 +51,7 @@ def test_what_was_written_is_read(fakes):
 
 class TestTensors:
     @pytest.mark.parametrize("size", NO_SIZE)
-    def test_a_size_that_is_none(self, size):
+    def test_a_size_that_is_invalid(self, size):
         refused(TensorSpec.from_json, {"name": "x", "dtype": "float32", "shape": [2, size]}, "a size of 'x' is")
 
     @pytest.mark.parametrize("size", [1, MAX_SIZE])
@@ -63,11 +63,11 @@ class TestTensors:
         refused(TensorSpec.from_json, {"name": "x", "dtype": dtype, "shape": []}, "'x' has dtype .* known: float32")
 
     @pytest.mark.parametrize("name", ["", "a\nb", "a\x00", 7, None, ["x"]])
-    def test_a_name_that_is_no_line(self, name):
+    def test_a_name_that_is_not_one_line(self, name):
         refused(TensorSpec.from_json, {"name": name, "dtype": "int32", "shape": []}, "the name of a tensor is")
 
     @pytest.mark.parametrize("shape", ["12", 3, None, {"0": 1}])
-    def test_a_shape_that_is_no_list(self, shape):
+    def test_a_shape_that_is_not_a_list(self, shape):
         refused(TensorSpec.from_json, {"name": "x", "dtype": "int32", "shape": shape}, "the shape of tensor 'x' is")
 
     @pytest.mark.parametrize(
@@ -90,10 +90,10 @@ class TestDimensions:
 
     @pytest.mark.parametrize("field", ["min", "opt", "max"])
     @pytest.mark.parametrize("value", [-1, HUGE, True, "1", None, 1.5])
-    def test_a_bound_that_is_no_size(self, field, value):
+    def test_a_bound_that_is_invalid(self, field, value):
         refused(Dim.from_json, {"name": "n", "min": 1, "opt": 1, "max": 1, field: value}, f"^{field} is")
 
-    def test_nothing_at_most(self):
+    def test_a_maximum_of_zero(self):
         refused(Dim.from_json, {"name": "n", "min": 0, "opt": 0, "max": 0}, "^max is 0")
 
 
@@ -108,7 +108,7 @@ class TestNetworks:
 
     @pytest.mark.parametrize("field", ["inputs", "outputs"])
     @pytest.mark.parametrize("value", [..., None, "x", {}, [None]])
-    def test_tensors_that_are_none(self, denoiser, field, value):
+    def test_tensors_that_are_invalid(self, denoiser, field, value):
         refused(NetworkSpec.from_json, changed(denoiser, [field], value), "not")
 
 
@@ -126,7 +126,7 @@ class TestGeometry:
             ["language", "image_tokens"],
         ],
     )
-    def test_a_size_that_is_none(self, geometry, path, value):
+    def test_a_size_that_is_invalid(self, geometry, path, value):
         refused(Geometry.from_json, changed(geometry, path, value), f"^{path[-1]} is .*, not a whole number of 1 to")
 
     @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ class TestGeometry:
             (["language", "depth"], 3, "LanguageGeometry has the fields"),
         ],
     )
-    def test_what_does_not_fit_together(self, geometry, path, value, message):
+    def test_inconsistent_values(self, geometry, path, value, message):
         refused(Geometry.from_json, changed(geometry, path, value), message)
 
     def test_no_language_model_is_fine(self, geometry):
@@ -165,7 +165,7 @@ class TestGeometry:
         (["networks", "denoiser", "spec", "inputs", 0, "shape", 0, "min"], 5),
     ],
 )
-def test_a_bundle_says_it_in_one_line(tmp_path, fakes, path, value):
+def test_the_bundles_error_is_one_line(tmp_path, fakes, path, value):
     bundle = fakes.make_bundle(tmp_path)
     (bundle / "manifest.json").write_text(
         json.dumps(changed(json.loads((bundle / "manifest.json").read_text()), path, value))

@@ -290,7 +290,7 @@ class TestLanguageTokenizer:
 
     @pytest.mark.parametrize("prompt", PROMPTS)
     @pytest.mark.parametrize("subject", ["car", "teddy bear"])
-    def test_prefix_and_the_rest_are_the_whole(self, language, subject, prompt):
+    def test_the_prefix_and_the_rest_make_the_whole_sequence(self, language, subject, prompt):
         tokenizer, vocabulary = language
         whole = tokenizer.encode(subject, prompt, vocabulary, IMAGE_TOKENS)
         prefix = tokenizer.prefix(subject, vocabulary, IMAGE_TOKENS)
@@ -330,7 +330,7 @@ class TestLanguageTokenizer:
         with pytest.raises(InputError, match="subject name is empty"):
             language[0].prefix("", language[1], IMAGE_TOKENS)
 
-    def test_a_prompt_that_no_model_was_made_for(self, language):
+    def test_a_prompt_longer_than_the_longest_sequence(self, language):
         with pytest.raises(InputError, match=f"prompt is too long: [0-9]+ tokens with the photo, {MAX_SEQUENCE} fit"):
             language[0].encode("car", "a b " * 3000, language[1], IMAGE_TOKENS)
 
@@ -365,7 +365,7 @@ class TestFiles:
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
 
-    def test_each_other_kind_is_told(self, text_path, language_path):
+    def test_the_other_kind_of_tokenizer_is_refused(self, text_path, language_path):
         with pytest.raises(BundleError, match="not a Llama tokenizer"):
             LanguageTokenizer(text_path)
         with pytest.raises(BundleError, match="not a CLIP tokenizer"):

@@ -3,7 +3,7 @@ import pytest
 from moma_rt.memory.lru import Lru
 
 
-def test_what_was_used_longest_ago_goes_first():
+def test_the_least_recently_used_value_is_evicted():
     cache = Lru(2)
     made = []
 
@@ -15,7 +15,7 @@ def test_what_was_used_longest_ago_goes_first():
     assert len(cache) == 2
 
 
-def test_what_could_not_be_made_is_tried_again():
+def test_a_value_that_could_not_be_made_is_made_later():
     cache = Lru(1)
 
     def fail():
@@ -27,7 +27,7 @@ def test_what_could_not_be_made_is_tried_again():
     assert cache.get_or_make("a", lambda: 1) == 1
 
 
-def test_what_was_used_longest_ago_goes_where_sizes_exceed_the_budget():
+def test_values_are_evicted_when_their_sizes_exceed_the_budget():
     cache = Lru(9, len, 5)
     a = [0, 0]
     cache.put("a", a)
@@ -43,7 +43,7 @@ def test_what_was_used_longest_ago_goes_where_sizes_exceed_the_budget():
     assert cache.size == 1
 
 
-def test_room_is_made_before_the_new_value():
+def test_the_old_value_is_evicted_before_the_new_one_is_made():
     cache = Lru(1)
     cache.get_or_make("a", lambda: 1)
     assert cache.get_or_make("b", lambda: len(cache)) == 0

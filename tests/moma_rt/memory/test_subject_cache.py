@@ -1,4 +1,4 @@
-"""Subjects in the memory of a device, and going from one to another."""
+"""The subject cache, and switching between subjects, on a fake GPU."""
 
 import dataclasses
 from functools import partial
@@ -15,7 +15,7 @@ from moma_rt.subject import Subject
 from moma_rt.timing import StageTimer
 from tests.moma_rt.fake_cuda import CudaError
 from tests.moma_rt.test_runtime_engines import bundle, gpu  # noqa: F401
-from tests.moma_rt.test_runtime_room import without_room
+from tests.moma_rt.test_runtime_out_of_memory import leave_no_free_memory
 
 PROMPT = "A car on a beach."
 UP, WITHIN = "cudaMemcpyHostToDevice", "cudaMemcpyDeviceToDevice"
@@ -23,7 +23,7 @@ UP, WITHIN = "cudaMemcpyHostToDevice", "cudaMemcpyDeviceToDevice"
 
 @pytest.fixture
 def enrolled(bundle, fakes, photo, mask):  # noqa: F811
-    """Subjects of different photos, and what a backend of the host makes of each."""
+    """Subjects of different photos, and each one's pictures on a host backend."""
     plain = Runtime(Bundle.open(bundle), fakes.FakeBackend())
     subjects = [plain.enroll(photo.rotate(90 * i), mask, "car") for i in range(4)]
     return subjects, [pixels(plain.generate(subject, PROMPT, steps=2)) for subject in subjects]
@@ -38,8 +38,8 @@ def pixels(result):
     return np.stack([np.asarray(image) for image in result.images])
 
 
-def held(runtime, network="denoiser"):
-    """How many subjects' inputs of a network are on the device."""
+def count_cached(runtime, network="denoiser"):
+    """The number of subjects whose inputs of a network are cached."""
     return sum(name == network for name, _ in runtime._subjects._cached._values)
 
 
@@ -57,7 +57,7 @@ def test_a_subject_is_uploaded_once_and_copied_within_the_device_from_then_on(gp
     subjects, expected = enrolled
     runtime = load()
     first = [copied(gpu, UP, lambda s=s: runtime.generate(s, PROMPT, steps=2)) for s in subjects]
-    # The same conditions go up each time, and from the second subject on the same seeds' latents.
+    # Each call uploads its conditions, and from the second subject on also the seeds' latents.
     for subject, pictures, before in zip(subjects, expected, first, strict=True):
         again = copied(gpu, UP, lambda s=subject, p=pictures: np.testing.assert_array_equal(
             pixels(runtime.generate(s, PROMPT, steps=2)), p))  # fmt: skip
@@ -65,7 +65,7 @@ def test_a_subject_is_uploaded_once_and_copied_within_the_device_from_then_on(gp
     assert copied(gpu, WITHIN, lambda: runtime.generate(subjects[0], PROMPT, steps=2)) >= subject_bytes(subjects[0])
 
 
-def test_the_subject_that_is_in_place_is_not_copied_again(gpu, load, enrolled):  # noqa: F811
+def test_the_subject_in_the_input_buffers_is_not_copied_again(gpu, load, enrolled):  # noqa: F811
     subjects, _ = enrolled
     runtime = load()
     for _ in range(2):
@@ -73,7 +73,7 @@ def test_the_subject_that_is_in_place_is_not_copied_again(gpu, load, enrolled): 
     assert copied(gpu, WITHIN, lambda: runtime.generate(subjects[0], PROMPT, steps=2)) < subject_bytes(subjects[0])
 
 
-def test_a_subject_that_is_loaded_for_each_request_is_the_same_one(gpu, load, enrolled, tmp_path):  # noqa: F811
+def test_a_subject_that_is_loaded_again_is_found_in_the_cache(gpu, load, enrolled, tmp_path):  # noqa: F811
     subjects, expected = enrolled
     for i, subject in enumerate(subjects[:2]):
         subject.save(tmp_path / f"{i}.subject")
@@ -81,10 +81,10 @@ def test_a_subject_that_is_loaded_for_each_request_is_the_same_one(gpu, load, en
     for i in (0, 1, 0, 1):
         found = pixels(runtime.generate(Subject.load(tmp_path / f"{i}.subject"), PROMPT, steps=2))
         np.testing.assert_array_equal(found, expected[i])
-    assert held(runtime) == 2
+    assert count_cached(runtime) == 2
 
 
-def test_the_budget_is_that_of_the_subjects_used_last(gpu, load, enrolled, monkeypatch):  # noqa: F811
+def test_the_least_recently_used_subject_is_evicted(gpu, load, enrolled, monkeypatch):  # noqa: F811
     subjects, expected = enrolled
     uploads = []
     upload = SubjectCache._upload
@@ -100,7 +100,7 @@ def test_the_budget_is_that_of_the_subjects_used_last(gpu, load, enrolled, monke
 
     order = (0, 1, 0, 2, 0, 2, 1, 0)
     assert [is_uploaded(i) for i in order] == [True, True, False, True, False, False, True, True]
-    assert held(runtime) == 2
+    assert count_cached(runtime) == 2
     used = gpu.cuda.used
     for i in (3, 2, 1, 0):
         assert is_uploaded(i)
@@ -117,11 +117,11 @@ def test_a_prefix_is_uploaded_once_for_all_prompts(gpu, load, enrolled):  # noqa
     first, second = ask("A car on a hill."), ask("A car in a tree.")
     prefix = subjects[0].prefix.kv.nbytes
     assert first - second >= prefix + subject_bytes(subjects[0])
-    assert held(runtime, "language_model") == 1
+    assert count_cached(runtime, "language_model") == 1
 
 
-def test_a_prefix_comes_after_the_language_model(load, enrolled, monkeypatch):
-    """Loading that may have to make room, for which residents go."""
+def test_a_prefix_is_uploaded_after_the_language_model_is_loaded(load, enrolled, monkeypatch):
+    """Loading it may evict the cached subjects."""
     done = []
     upload, load_network = SubjectCache._upload, TensorRtBackend.load
     monkeypatch.setattr(SubjectCache, "_upload", lambda self, *of: done.append("upload") or upload(self, *of))
@@ -130,7 +130,7 @@ def test_a_prefix_comes_after_the_language_model(load, enrolled, monkeypatch):
     assert done == ["language_model", "upload", "context_projector"]
 
 
-def test_other_sizes_make_room_for_a_prefix(gpu, load, enrolled):  # noqa: F811
+def test_out_of_memory_for_a_prefix_evicts_buffers(gpu, load, enrolled):  # noqa: F811
     subject, prompt = enrolled[0][0], "A car in a tree."
     expected = load()._conditioner.context_tokens(subject, prompt, StageTimer())
     runtime = load()
@@ -147,7 +147,7 @@ def test_a_prompt_downloads_its_embedding_and_no_keys_and_values(gpu, load, enro
 
 
 def test_a_prompt_that_merges_into_the_prefix(gpu, load, enrolled, bundle, fakes):  # noqa: F811
-    """Only the tokens that both have in common are taken from it, from the host's copy."""
+    """Only the common tokens are reused, from the copy in host memory."""
     subject = enrolled[0][0]
     ids = subject.prefix.ids.copy()
     ids[-1] += 1
@@ -156,7 +156,7 @@ def test_a_prompt_that_merges_into_the_prefix(gpu, load, enrolled, bundle, fakes
     runtime = load()
     found, expected = (pixels(r.generate(altered, PROMPT, steps=2)) for r in (runtime, plain))
     np.testing.assert_array_equal(found, expected)
-    assert held(runtime, "language_model") == 0
+    assert count_cached(runtime, "language_model") == 0
 
 
 def test_new_prompts_need_no_new_contexts(gpu, load, enrolled):  # noqa: F811
@@ -169,7 +169,7 @@ def test_new_prompts_need_no_new_contexts(gpu, load, enrolled):  # noqa: F811
     assert len(gpu.trt.contexts) == made
 
 
-def test_idle_contexts_make_room(gpu, load, enrolled):  # noqa: F811
+def test_trim_frees_idle_contexts(gpu, load, enrolled):  # noqa: F811
     runtime = load()
     runtime.generate(enrolled[0][0], PROMPT, steps=2)
     alive = [c() for c in gpu.trt.contexts if c() is not None]
@@ -185,69 +185,69 @@ def test_a_subject_larger_than_the_budget_is_used_all_the_same(gpu, load, enroll
     runtime = load(subject_memory=1)
     for i in (0, 1, 0):
         np.testing.assert_array_equal(pixels(runtime.generate(subjects[i], PROMPT, steps=2)), expected[i])
-        assert held(runtime) == 1
+        assert count_cached(runtime) == 1
 
 
-def test_subjects_make_room_for_pictures(gpu, load, enrolled):  # noqa: F811
+def test_out_of_memory_for_pictures_evicts_subjects(gpu, load, enrolled):  # noqa: F811
     subjects, expected = enrolled
     runtime = load()
     for subject in subjects[:3]:
         runtime.generate(subject, PROMPT, steps=2)
     gpu.cuda.capacity = gpu.cuda.used + 100
     np.testing.assert_array_equal(pixels(runtime.generate(subjects[3], PROMPT, steps=2)), expected[3])
-    assert held(runtime) == 1
+    assert count_cached(runtime) == 1
 
 
-def test_other_subjects_make_room_before_anything_else_goes(gpu, load, enrolled):  # noqa: F811
-    """They are uploaded again in no time, and recordings take as long to be there again as a picture."""
+def test_other_subjects_are_evicted_before_graphs(gpu, load, enrolled):  # noqa: F811
+    """They are uploaded again in milliseconds, and capturing a graph again takes as long as a picture."""
     subjects, expected = enrolled
     runtime = load()
     for i in (3, 0, 1, 2):
         runtime.generate(subjects[i], PROMPT, steps=2)
     del runtime._subjects._cached._values["denoiser", subjects[3].identity]
-    without_room(gpu, runtime)
+    leave_no_free_memory(gpu, runtime)
     launches, graphs = gpu.cuda.launches, set(gpu.cuda.graphs)
     np.testing.assert_array_equal(pixels(runtime.generate(subjects[3], PROMPT, steps=2)), expected[3])
     assert (gpu.cuda.launches, set(gpu.cuda.graphs)) == (launches + 1, graphs)
-    assert held(runtime) == 1
+    assert count_cached(runtime) == 1
 
 
-def test_a_subject_that_was_just_used_makes_room_as_well(gpu, load, enrolled):  # noqa: F811
-    """Its memory is the device's again when the copies from it have run."""
+def test_a_subject_that_was_just_used_is_evicted_too(gpu, load, enrolled):  # noqa: F811
+    """Its memory is freed once the copies from it have run."""
     runtime = load()
     runtime._subjects.reference(enrolled[0][0])
     assert gpu.cuda.queue
     gpu.cuda.capacity = gpu.cuda.used
     runtime._subjects.reference(enrolled[0][1])
-    assert held(runtime) == 1
+    assert count_cached(runtime) == 1
 
 
-def test_all_subjects_go_when_a_network_is_unloaded(gpu, load, enrolled, photo, mask):  # noqa: F811
+def test_all_subjects_are_evicted_when_a_network_is_unloaded(gpu, load, enrolled, photo, mask):  # noqa: F811
     subjects, expected = enrolled
-    # An engine's weights count 7 bytes here, so there is room for those of pictures, and for no third one.
+    # Each engine counts 7 bytes here: the budget fits the two generation networks and no third one.
     runtime = load(memory_budget=14)
     for i in (0, 1):
         np.testing.assert_array_equal(pixels(runtime.generate(subjects[i], PROMPT, steps=2)), expected[i])
-        assert held(runtime) == 1
+        assert count_cached(runtime) == 1
     runtime.generate(subjects[0], PROMPT, steps=2, num_images=4)
     runtime.enroll(photo, mask, "car")
-    assert held(runtime) == 0
-    assert gpu.cuda.used < subject_bytes(subjects[0]), "no more than what the last network computes in"
+    assert count_cached(runtime) == 0
+    assert gpu.cuda.used < subject_bytes(subjects[0]), "only the scratch region of the last network"
 
 
-def test_other_sizes_make_room_for_a_subject(gpu, load, enrolled):  # noqa: F811
+def test_out_of_memory_for_a_subject_evicts_buffers_of_other_sizes(gpu, load, enrolled):  # noqa: F811
     subjects, expected = enrolled
     runtime = load()
     for i, count in ((1, 1), (0, 2), (0, 1)):
         runtime.generate(subjects[i], PROMPT, steps=2, num_images=count)
     runtime._subjects._cached.clear()
-    without_room(gpu, runtime)
+    leave_no_free_memory(gpu, runtime)
     for _ in range(2):
         launches, graphs = gpu.cuda.launches, set(gpu.cuda.graphs)
         np.testing.assert_array_equal(pixels(runtime.generate(subjects[1], PROMPT, steps=2)), expected[1])
         assert gpu.cuda.launches == launches + 1
         assert len(runtime._sampler._buffers) == 1
-    assert set(gpu.cuda.graphs) == graphs, "what was made in their place is used again"
+    assert set(gpu.cuda.graphs) == graphs, "the graphs captured in their place are replayed"
 
 
 def test_an_upload_that_fails_leaves_no_half_subject(gpu, load, enrolled, monkeypatch):  # noqa: F811
@@ -265,7 +265,7 @@ def test_an_upload_that_fails_leaves_no_half_subject(gpu, load, enrolled, monkey
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_fewer_tokens_after_more_leave_nothing_behind(load, bundle, fakes, photo, mask):  # noqa: F811
-    """Not even a NaN in a place that a mask of zeros hides: 0 times it would be one."""
+    """Not even a NaN where the mask is zero: 0 * NaN is NaN."""
     plain = Runtime(Bundle.open(bundle), fakes.FakeBackend())
     many = plain.enroll(photo, mask, "car")
     few = dataclasses.replace(
@@ -285,18 +285,18 @@ def test_fewer_tokens_after_more_leave_nothing_behind(load, bundle, fakes, photo
     np.testing.assert_array_equal(pixels(runtime.generate(few, PROMPT, steps=2)), expected)
 
 
-def test_nothing_is_kept_where_the_device_is_the_host(fake_bundle, backend, subject):
+def test_nothing_is_cached_on_a_host_backend(fake_bundle, backend, subject):
     runtime = Runtime(Bundle.open(fake_bundle), backend)
     runtime.generate(subject, PROMPT, steps=1)
-    assert held(runtime) == 0
-    assert backend.allocations.count(subject.prefix.kv.shape) == 1, "that of the language model's input"
+    assert count_cached(runtime) == 0
+    assert backend.allocations.count(subject.prefix.kv.shape) == 1, "only the language model's input buffer"
     on_a_device = Runtime(Bundle.open(fake_bundle), dataclasses.replace(backend, is_host=False))
     on_a_device.generate(subject, PROMPT, steps=1)
-    assert held(on_a_device) == 1
+    assert count_cached(on_a_device) == 1
 
 
 @pytest.mark.parametrize("name", ["subject_memory", "graph_memory"])
 @pytest.mark.parametrize("given", [0, -1, "many", None, True, "1TB", float("nan")])
-def test_memory_that_is_no_number_of_bytes(fake_bundle, name, given):
+def test_memory_limits_that_are_invalid(fake_bundle, name, given):
     with pytest.raises(InputError, match=f"^{name} is a number of bytes below"):
         Runtime.load(fake_bundle, **{name: given})

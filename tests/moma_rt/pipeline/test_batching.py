@@ -1,4 +1,4 @@
-"""Whose calls are answered together."""
+"""The request queue: who uses the device when, and which requests share a batch."""
 
 import threading
 import weakref
@@ -11,15 +11,15 @@ from tests.moma_rt.waiting import wait_until
 
 
 class Gate:
-    """Answers calls with the calls of their group; the first group waits until it may go on."""
+    """A `run_batch` that completes each request; the first batch blocks until `go_on` is set."""
 
     def __init__(self, waiting):
-        self.groups = []
+        self.batches = []
         self.entered, self.go_on = threading.Event(), threading.Event()
         self.waiting = waiting
 
     def __call__(self, calls):
-        self.groups.append([call.request for call in calls])
+        self.batches.append([call.request for call in calls])
         if not self.entered.is_set():
             self.entered.set()
             assert self.go_on.wait(60)
@@ -27,8 +27,8 @@ class Gate:
             call.set_result(f"{call.request}!")
 
 
-def answers(queue, calls, gate):
-    """The answers of calls from as many threads; the first call has its turn until all others wait."""
+def submit_all(queue, calls, gate):
+    """Results of requests that one thread each submits; the first one runs until all others wait."""
     found, started = {}, []
 
     def work(call):
@@ -49,35 +49,35 @@ def answers(queue, calls, gate):
     return found
 
 
-def test_waiting_calls_of_one_kind_go_together():
+def test_waiting_requests_of_one_key_share_a_batch():
     queue, calls = RequestQueue(4), [PendingRequest(f"call {i}", "batch_key", 1) for i in range(4)]
     gate = Gate(queue)
-    assert answers(queue, calls, gate) == {f"call {i}": f"call {i}!" for i in range(4)}
-    first, second = gate.groups
+    assert submit_all(queue, calls, gate) == {f"call {i}": f"call {i}!" for i in range(4)}
+    first, second = gate.batches
     assert first == ["call 0"]
     assert sorted(second) == ["call 1", "call 2", "call 3"]
     assert queue._waiting == []
 
 
-def test_no_more_than_there_is_room_for():
+def test_a_batch_is_no_larger_than_max_batch():
     queue, calls = RequestQueue(3), [PendingRequest(i, "batch_key", size) for i, size in enumerate([1, 2, 2, 1, 1, 5])]
     gate = Gate(queue)
-    assert answers(queue, calls, gate).keys() == set(range(6))
-    assert sorted(request for group in gate.groups for request in group) == list(range(6))
-    for group in gate.groups:
+    assert submit_all(queue, calls, gate).keys() == set(range(6))
+    assert sorted(request for group in gate.batches for request in group) == list(range(6))
+    for group in gate.batches:
         assert len(group) == 1 or sum(calls[request].size for request in group) <= 3
-    assert [5] in gate.groups, "a call that is too large for any company goes alone"
-    assert any(len(group) > 1 for group in gate.groups)
+    assert [5] in gate.batches, "a request larger than max_batch runs alone"
+    assert any(len(group) > 1 for group in gate.batches)
 
 
-def test_other_kinds_wait():
+def test_requests_of_other_keys_wait():
     queue, calls = RequestQueue(8), [PendingRequest(i, batch_key, 1) for i, batch_key in enumerate("abab")]
     gate = Gate(queue)
-    assert answers(queue, calls, gate).keys() == set(range(4))
-    assert sorted(map(sorted, gate.groups)) == [[0], [1, 3], [2]]
+    assert submit_all(queue, calls, gate).keys() == set(range(4))
+    assert sorted(map(sorted, gate.batches)) == [[0], [1, 3], [2]]
 
 
-def test_an_error_is_that_of_its_call():
+def test_an_error_is_raised_in_its_own_thread():
     queue = RequestQueue(1)
 
     def fail(calls):
@@ -89,8 +89,8 @@ def test_an_error_is_that_of_its_call():
     assert queue._waiting == []
 
 
-def test_calls_that_were_left_unanswered_are_asked_again():
-    """Whoever answers others with its own call may be interrupted."""
+def test_requests_of_an_interrupted_batch_are_run_again():
+    """The thread that runs other threads' requests with its own may be interrupted."""
     queue, calls = RequestQueue(4), [PendingRequest(i, "batch_key", 1) for i in range(3)]
     gate = Gate(queue)
     interrupted = []
@@ -127,8 +127,8 @@ def test_calls_that_were_left_unanswered_are_asked_again():
     ]
 
 
-def test_turns_are_given_in_the_order_in_which_they_were_asked_for():
-    """Whoever asks again waits behind those that wait already, or a busy thread would keep all others from theirs."""
+def test_requests_run_in_order_of_arrival():
+    """A thread's next request waits behind those in the queue, or a busy thread would starve the others."""
     queue, order, threads = RequestQueue(1), [], []
 
     def answer(calls):
@@ -155,8 +155,8 @@ def test_turns_are_given_in_the_order_in_which_they_were_asked_for():
     assert queue._waiting == []
 
 
-def test_whoever_waits_no_longer_does_not_hold_up_the_next():
-    """A thread that is interrupted while it is the next one."""
+def test_an_interrupted_waiting_thread_does_not_block_the_next():
+    """The thread at the head of the queue is interrupted while it waits."""
     queue, done = RequestQueue(1), threading.Event()
     first, second = object(), PendingRequest(2, "batch_key", 1)
     with queue.exclusive():
@@ -172,7 +172,7 @@ def test_whoever_waits_no_longer_does_not_hold_up_the_next():
     assert done.is_set()
 
 
-def test_a_turn_is_not_reentrant():
+def test_the_queue_is_not_reentrant():
     queue = RequestQueue(1)
     with queue.exclusive(), pytest.raises(InputError, match="called from on_step"), queue.exclusive():
         pass
@@ -180,8 +180,8 @@ def test_a_turn_is_not_reentrant():
         pass
 
 
-def test_an_answered_call_does_not_wait_for_others():
-    """Its thread returns while another kind has the turn."""
+def test_a_completed_request_does_not_wait_for_others():
+    """Its thread returns while requests of another key run."""
     queue = RequestQueue(4)
     entered, go_on = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
     order = []
@@ -216,7 +216,7 @@ def test_an_answered_call_does_not_wait_for_others():
     assert queue._waiting == []
 
 
-def test_an_interrupted_call_waits_no_longer():
+def test_an_interrupted_request_leaves_the_queue():
     queue = RequestQueue(1)
 
     def interrupted(calls):
@@ -228,13 +228,13 @@ def test_an_interrupted_call_waits_no_longer():
     assert queue.submit(PendingRequest(2, "batch_key", 1), lambda calls: calls[0].set_result("fine")) == "fine"
 
 
-def test_an_error_is_let_go():
-    class Held:
+def test_a_raised_error_keeps_nothing_alive():
+    class Resource:
         pass
 
     def fail(calls):
-        held = Held()
-        alive.append(weakref.ref(held))
+        resource = Resource()
+        alive.append(weakref.ref(resource))
         try:
             raise ValueError("this one")
         except ValueError as error:

@@ -12,7 +12,7 @@ MAX_STEPS |= {"lcm": 50, "tcd": 50}
 STEPS = [1, 2, 3, 4, 5, 8, 10, 14, 15, 19, 20, 25, 50, 100]
 CASES = [(name, steps) for name in SCHEDULERS for steps in STEPS if steps <= MAX_STEPS[name]]
 STOCHASTIC = ("lcm", "tcd")
-# Of these, one level lies halfway between two timesteps, and diffusers' float32 logarithm rounds it the other way.
+# With these steps, one level is halfway between two timesteps; diffusers' float32 logarithm rounds it the other way.
 KARRAS_TIES = (444, 768, 854, 887)
 # What Stable Diffusion 1.5's scheduler file says, whichever scheduler is made from it.
 CONFIG = {
@@ -110,13 +110,13 @@ class TestAgainstDiffusers:
         for steps in range(1, MAX_STEPS[name] + 1):
             found = schedule(name, steps, 7.5)[:, Column.TIMESTEP]
             theirs = reference(name, steps).timesteps.numpy()
-            # Of some numbers of steps, rounding lets diffusers' trailing timesteps go on to -1.
+            # For some numbers of steps, rounding makes diffusers' trailing timesteps end at -1.
             differences = found - theirs[theirs >= 0]
             ties = name == "dpmpp_2m_karras" and steps in KARRAS_TIES
             assert np.abs(differences).sum() == (1 if ties else 0), steps
 
     def test_eulers_initial_latents_are_standard_normal(self):
-        """diffusers scales noise by init_noise_sigma and divides what the network sees: together nothing is left."""
+        """diffusers scales noise by init_noise_sigma and divides what the network sees: the two cancel out."""
         torch = pytest.importorskip("torch")
         for steps in STEPS:
             scheduler = reference("euler", steps)
@@ -166,7 +166,7 @@ class TestTruth:
                 assert (history[1:-1] < 0).all()
                 assert history[-1] == 0
 
-    def test_euler_is_ddim_but_for_the_last_step(self):
+    def test_euler_is_ddim_except_for_the_last_step(self):
         ours, ddims = schedule("euler", 20, 7.5), schedule("ddim", 20, 7.5)
         np.testing.assert_array_equal(ours[:-1], ddims[:-1])
         assert not np.array_equal(ours[-1], ddims[-1])
@@ -183,7 +183,7 @@ def test_steps_out_of_range(name):
 
 
 def _levels(rows: np.ndarray) -> np.ndarray:
-    """sigma / alpha of each step: of its timestep, but where x0 is part of the row the one that the row says."""
+    """sigma / alpha of each step: that of its timestep, or of the row itself if the row has an x0 term."""
     abar = alphas_cumprod()[rows[:, Column.TIMESTEP].astype(int)]
     of_timesteps = np.sqrt((1.0 - abar) / abar)
     return np.where(rows[:, Column.HISTORY_EPS] != 0, -rows[:, Column.HISTORY_EPS].astype(np.float64), of_timesteps)

@@ -85,7 +85,7 @@ class TestTable:
 
     @pytest.mark.parametrize("name", ["ddim_trailing", "lcm", "tcd"])
     @pytest.mark.parametrize("steps", range(1, 13))
-    def test_of_few_steps_all_but_the_first_inject(self, name, steps):
+    def test_with_few_steps_all_but_the_first_inject(self, name, steps):
         rows = schedule(name, steps, 1.0)
         assert rows[0, Column.TIMESTEP] == 999
         assert rows[:, Column.INJECTION].tolist() == [0.0] + [1.0] * (steps - 1)
@@ -158,7 +158,7 @@ class TestWrongInput:
         assert ", ".join(SCHEDULERS) == available
 
     @pytest.mark.parametrize("guidance", [math.nan, math.inf, -math.inf, 1e39, -1e39, 10**400])
-    def test_guidance_that_is_no_number(self, guidance):
+    def test_guidance_that_is_not_finite_in_float32(self, guidance):
         with pytest.raises(InputError, match="guidance scale must be a finite number in float32, not") as caught:
             schedule("ddim", 20, guidance)
         assert len(str(caught.value)) < 200

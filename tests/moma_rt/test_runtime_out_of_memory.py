@@ -1,4 +1,4 @@
-"""Memory that is short, and how much of it is kept for the next picture, on a GPU of NumPy."""
+"""Out of memory, and the memory limits of cached graphs and buffers, on a fake GPU."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from moma_rt.errors import Cancelled
 from moma_rt.runtime import Runtime
 from tests.moma_rt.fake_cuda import CudaError
 from tests.moma_rt.test_runtime_engines import bundle, gpu  # noqa: F401
-from tests.moma_rt.test_runtime_recordings import PROMPT, eager, enqueued, pixels  # noqa: F401
+from tests.moma_rt.test_runtime_graphs import PROMPT, eager, enqueued, pixels  # noqa: F401
 
 
 @pytest.fixture
@@ -20,46 +20,46 @@ def subject(runtime, photo, mask):
     return runtime.enroll(photo, mask, "car")
 
 
-def test_recordings_are_kept_as_far_as_their_memory_goes(gpu, bundle, photo, mask, enqueued):  # noqa: F811
-    def recorded(**options):
+def test_graphs_are_cached_up_to_graph_memory(gpu, bundle, photo, mask, enqueued):  # noqa: F811
+    def captures(**options):
         enqueued.clear()
         runtime.generate(subject, PROMPT, **options)
         return "denoiser" in enqueued
 
     runtime = Runtime.load(bundle, "tensorrt")
     subject = runtime.enroll(photo, mask, "car")
-    buffers = sizes_of_pictures(runtime, subject)
-    # Room for one size of pictures with two recordings, or for two sizes with one each.
+    buffers = bytes_with_two_graphs(runtime, subject)
+    # Fits buffers of one size with two graphs, or of two sizes with one graph each.
     runtime = Runtime.load(bundle, "tensorrt", graph_memory=int(2.2 * buffers))
     small, long, wide = {"steps": 1}, {"steps": 2}, {"steps": 1, "num_images": 2}
-    assert [recorded(**options) for options in (small, long, small, long)] == [True, True, False, False]
-    assert recorded(**wide)
+    assert [captures(**options) for options in (small, long, small, long)] == [True, True, False, False]
+    assert captures(**wide)
     assert runtime._sampler._buffers.size <= 2.2 * buffers or len(runtime._sampler._buffers) == 1
-    assert not recorded(**wide)
-    assert recorded(**small), "the older size went"
+    assert not captures(**wide)
+    assert captures(**small), "the older size was evicted"
 
 
-def sizes_of_pictures(runtime, subject):
-    """Bytes of one size of pictures with two recordings."""
+def bytes_with_two_graphs(runtime, subject):
+    """Bytes of buffers of one size with two graphs."""
     for steps in (1, 2):
         runtime.generate(subject, PROMPT, steps=steps)
     return runtime._sampler._buffers.size
 
 
-def test_recordings_count_as_what_they_take_of_the_device(gpu, runtime, subject):  # noqa: F811
+def test_graphs_count_with_the_device_memory_they_use(gpu, runtime, subject):  # noqa: F811
     runtime.generate(subject, PROMPT, steps=5)
     (buffers,) = runtime._sampler._buffers._values.values()
     before, used = buffers.size, gpu.cuda.used
-    # Of steps, each a copied row and a run, and of the decoding.
+    # Nodes: a copied row and a run per step, and the decoding.
     runtime.generate(subject, PROMPT, steps=9)
     assert buffers.size - before == gpu.cuda.used - used == (2 * 9 + 1) * 64
-    # Recorded anew, where a step copies a row of a table of noise as well.
+    # Captured again: each step also copies a row of the noise table.
     runtime.generate(subject, PROMPT, steps=5, scheduler="lcm")
     assert buffers.size - before == gpu.cuda.used - used == (3 * 5 + 1) * 64 - (2 * 5 + 1) * 64 + 5 * 4 * 8 * 8 * 4
 
 
 @pytest.mark.parametrize("budget", [1, 64 * (2 * 9 + 1)])
-def test_one_recording_is_kept_whatever_it_takes(gpu, bundle, photo, mask, budget):  # noqa: F811
+def test_one_graph_is_kept_whatever_its_size(gpu, bundle, photo, mask, budget):  # noqa: F811
     runtime = Runtime.load(bundle, "tensorrt", graph_memory=budget)
     subject = runtime.enroll(photo, mask, "car")
     for steps in (9, 3, 9, 9):
@@ -68,7 +68,7 @@ def test_one_recording_is_kept_whatever_it_takes(gpu, bundle, photo, mask, budge
     assert gpu.cuda.launches == 4
 
 
-def test_memory_that_is_short_is_made_by_forgetting_other_sizes(gpu, runtime, subject, eager):  # noqa: F811
+def test_out_of_memory_evicts_buffers_of_other_sizes(gpu, runtime, subject, eager):  # noqa: F811
     for count in (1, 2):
         runtime.generate(subject, PROMPT, steps=2, num_images=count)
     gpu.cuda.capacity = gpu.cuda.used + 10_000
@@ -77,43 +77,43 @@ def test_memory_that_is_short_is_made_by_forgetting_other_sizes(gpu, runtime, su
     assert len(runtime._sampler._buffers) == 1
 
 
-def test_a_new_prompt_finds_room_as_well(gpu, runtime, subject):  # noqa: F811
+def test_out_of_memory_for_a_new_prompt_evicts_buffers(gpu, runtime, subject):  # noqa: F811
     for count in (1, 2):
         runtime.generate(subject, PROMPT, steps=2, num_images=count)
     gpu.cuda.capacity = gpu.cuda.used + 100
     assert runtime.generate(subject, "A car of which nobody has heard yet.", steps=2).images
 
 
-def test_a_recording_for_which_there_is_no_room_is_made_later(gpu, runtime, subject, eager):  # noqa: F811
+def test_a_capture_that_runs_out_of_memory_is_retried(gpu, runtime, subject, eager):  # noqa: F811
     gpu.cuda.failures["cudaGraphInstantiate"] = CudaError.cudaErrorMemoryAllocation
     expected = eager(steps=3)
     for launches in (1, 2):
-        # The others make room, and it is tried again.
+        # Other caches are evicted, and the capture is retried.
         np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), expected)
         assert gpu.cuda.launches == launches
 
 
-def without_room(gpu, runtime):  # noqa: F811
-    """Leave the device no byte beside what is in use."""
+def leave_no_free_memory(gpu, runtime):  # noqa: F811
+    """Shrink the device's memory to what is in use."""
     runtime._networks.backend.synchronize()
     gpu.cuda.capacity = gpu.cuda.used
 
 
-def test_whatever_is_only_kept_makes_room_for_a_recording(gpu, runtime, subject, eager, enqueued):  # noqa: F811
+def test_a_capture_that_runs_out_of_memory_evicts_other_graphs(gpu, runtime, subject, eager, enqueued):  # noqa: F811
     for options in ({"steps": 2, "num_images": 2}, {"steps": 2}):
         runtime.generate(subject, PROMPT, **options)
-    without_room(gpu, runtime)
+    leave_no_free_memory(gpu, runtime)
     expected = eager(steps=7)
-    for is_recorded in (True, False):
+    for is_captured in (True, False):
         enqueued.clear()
         launches = gpu.cuda.launches
         np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=7)), expected)
         assert gpu.cuda.launches == launches + 1
-        assert ("denoiser" in enqueued) == is_recorded
+        assert ("denoiser" in enqueued) == is_captured
 
 
-def test_what_a_cancelled_generation_left_makes_room(gpu, runtime, subject, eager):  # noqa: F811
-    """Its last step may still run in that memory."""
+def test_buffers_of_a_cancelled_generation_are_evicted(gpu, runtime, subject, eager):  # noqa: F811
+    """Its last step may still be running in them."""
     with pytest.raises(Cancelled):
         runtime.generate(subject, PROMPT, steps=2, num_images=4, on_step=lambda _: False)
     assert gpu.cuda.queue
@@ -121,7 +121,7 @@ def test_what_a_cancelled_generation_left_makes_room(gpu, runtime, subject, eage
     np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=2)), eager(steps=2))
 
 
-def test_what_never_has_room_to_be_recorded_is_tried_once(gpu, runtime, subject, eager, enqueued, monkeypatch):  # noqa: F811
+def test_a_capture_that_never_fits_is_not_tried_again(gpu, runtime, subject, eager, enqueued, monkeypatch):  # noqa: F811
     refused = CudaError.cudaErrorMemoryAllocation, None
     monkeypatch.setattr(gpu.cuda, "cudaGraphInstantiate", lambda *_: refused)
     found = pixels(runtime.generate(subject, PROMPT, steps=3))
@@ -131,9 +131,9 @@ def test_what_never_has_room_to_be_recorded_is_tried_once(gpu, runtime, subject,
     assert (enqueued.count("denoiser"), gpu.cuda.launches) == (3, 0)
 
 
-def test_other_sizes_make_room_for_tables(gpu, runtime, subject, eager):  # noqa: F811
+def test_out_of_memory_for_noise_tables_evicts_other_sizes(gpu, runtime, subject, eager):  # noqa: F811
     for options in ({"steps": 2, "num_images": 2}, {"steps": 2}):
         runtime.generate(subject, PROMPT, **options)
-    without_room(gpu, runtime)
+    leave_no_free_memory(gpu, runtime)
     options = {"steps": 40, "scheduler": "lcm"}
     np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, **options)), eager(**options))

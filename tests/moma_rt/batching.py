@@ -1,4 +1,4 @@
-"""Calls of several threads that a runtime on real networks makes together."""
+"""Helpers that let a runtime on real networks batch the requests of several threads."""
 
 import threading
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Call = tuple[Subject, str, dict[str, Any]]
 
 
 def four_subjects(runtime: Runtime, photo: Image.Image, mask: Image.Image) -> list[Subject]:
-    """Enrolled ones, of photos and of numbers of reference tokens that differ."""
+    """Enroll four subjects with different photos and numbers of reference tokens."""
     subjects = []
     for index, name in enumerate(("car", "cup", "red hat", "dog")):
         smaller = mask.crop((0, 0, mask.width, mask.height - mask.height // 6 * index)).resize(mask.size)
@@ -28,22 +28,22 @@ def four_subjects(runtime: Runtime, photo: Image.Image, mask: Image.Image) -> li
 
 
 def calls_of(subjects: Sequence[Subject], **options: Any) -> list[Call]:
-    """One of each, with a prompt, a seed and a strength of its own."""
+    """One call for each subject, each with its own prompt, seed and strength."""
     return [
         (subject, f"A {subject.name}.", {"seed": i, "strength": 0.5 + 0.2 * i, **options})
         for i, subject in enumerate(subjects)
     ]
 
 
-def together(runtime: Runtime, calls: Sequence[Call], **options: Any) -> list[Any]:
-    """What calls return or raise that all wait while another one, of the first subject, is being made."""
+def run_queued(runtime: Runtime, calls: Sequence[Call], **options: Any) -> list[Any]:
+    """Results or errors of calls that are all queued while another one, of the first subject, runs."""
     found: dict[int, Any] = {}
     threads: list[threading.Thread] = []
 
     def work(index: int) -> None:
-        subject, prompt, of_call = calls[index]
+        subject, prompt, call_options = calls[index]
         try:
-            found[index] = runtime.generate(subject, prompt, **of_call)
+            found[index] = runtime.generate(subject, prompt, **call_options)
         except Exception as error:
             found[index] = error
 
@@ -68,11 +68,11 @@ def assert_same(found: Result, wanted: Result) -> None:
 
 
 def check_four_subjects(runtime: Runtime, subjects: Sequence[Subject], **options: Any) -> None:
-    """Pictures of four subjects made at a time are those made one by one."""
+    """A batch of four subjects makes the same pictures as single requests."""
     calls = calls_of(subjects, steps=2, **options)
-    expected = [runtime.generate(subject, prompt, **of_call) for subject, prompt, of_call in calls]
-    found = together(runtime, calls, **options)
-    # They were made together: each took as long as all of them.
+    expected = [runtime.generate(subject, prompt, **call_options) for subject, prompt, call_options in calls]
+    found = run_queued(runtime, calls, **options)
+    # They shared a batch: each reports the time of the whole batch.
     assert len({result.seconds["denoiser"] for result in found}) == 1
     for result, wanted in zip(found, expected, strict=True):
         assert_same(result, wanted)

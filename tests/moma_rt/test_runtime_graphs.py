@@ -1,4 +1,4 @@
-"""A whole generation as one CUDA graph, on a GPU of NumPy: what is replayed, when it is recorded anew, and when not."""
+"""A whole generation as one CUDA graph, on a fake GPU: when it is captured, replayed, or run step by step."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ def subject(runtime, photo, mask):
 
 @pytest.fixture
 def eager(bundle, fakes, photo, mask):  # noqa: F811
-    """What a backend without recordings makes of the same call."""
+    """Pictures of the same call on a backend without CUDA graphs."""
     plain = Runtime(Bundle.open(bundle), fakes.FakeBackend())
     subject = plain.enroll(photo, mask, "car")
     return lambda **options: pixels(plain.generate(subject, PROMPT, **options))
@@ -39,7 +39,7 @@ def eager(bundle, fakes, photo, mask):  # noqa: F811
 
 @pytest.fixture
 def enqueued(monkeypatch):
-    """How often networks were put on the stream one by one."""
+    """Names of networks that were enqueued one by one, eagerly or in a capture, and not by a replay."""
     calls = []
     execute = Context.execute_async_v3
     monkeypatch.setattr(Context, "execute_async_v3", lambda *a: (calls.append(a[0].engine.spec.name), execute(*a))[1])
@@ -52,7 +52,7 @@ def pixels(result):
 
 def test_a_second_generation_is_one_launch(gpu, runtime, subject, eager, enqueued):  # noqa: F811
     runtime.generate(subject, PROMPT, steps=5)
-    # All that were bound, twice, to warm up; then those that are recorded.
+    # Both bindings run twice to warm up; then the capture.
     assert enqueued.count("denoiser") == 2 * 2 + 5
     assert enqueued.count("vae_decoder") == 2 * 2 + 1
     enqueued.clear()
@@ -66,14 +66,14 @@ def test_a_second_generation_is_one_launch(gpu, runtime, subject, eager, enqueue
 
 
 @pytest.mark.parametrize("steps", [2, 20])
-def test_what_a_replay_costs_the_host(gpu, runtime, subject, steps):  # noqa: F811
-    """Nothing is allocated, nothing waited for but the results, and nothing done once a step."""
+def test_host_cost_of_a_replay(gpu, runtime, subject, steps):  # noqa: F811
+    """It allocates nothing, waits only for the results, and makes no calls per step."""
     runtime.generate(subject, PROMPT, steps=steps)
     counted = []
     for seed in (1, 2):
-        before = (gpu.cuda.allocations, gpu.cuda.waits, gpu.cuda.recorded, gpu.cuda.calls)
+        before = (gpu.cuda.allocations, gpu.cuda.waits, gpu.cuda.event_records, gpu.cuda.calls)
         runtime.generate(subject, PROMPT, steps=steps, seed=seed)
-        after = (gpu.cuda.allocations, gpu.cuda.waits, gpu.cuda.recorded, gpu.cuda.calls)
+        after = (gpu.cuda.allocations, gpu.cuda.waits, gpu.cuda.event_records, gpu.cuda.calls)
         counted.append(tuple(b - a for a, b in zip(before, after, strict=True)))
     # The calls: 8 uploads, the launch, a copy and a wait for each of 3 results.
     assert counted == [(0, 3, 0, 8 + 1 + 2 * 3)] * 2
@@ -81,13 +81,13 @@ def test_what_a_replay_costs_the_host(gpu, runtime, subject, steps):  # noqa: F8
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("scheduler", ["ddim", "dpmpp_2m", "lcm"])
-def test_every_schedule_is_replayed_as_it_is_run(runtime, subject, eager, scheduler, steps):
+def test_a_replay_equals_eager_steps_for_every_schedule(runtime, subject, eager, scheduler, steps):
     options = {"scheduler": scheduler, "steps": steps, "num_images": 2}
     for _ in range(2):
         np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, **options)), eager(**options))
 
 
-def test_schedules_take_turns(gpu, runtime, subject, eager):  # noqa: F811
+def test_alternating_schedules(gpu, runtime, subject, eager):  # noqa: F811
     calls = [
         {"steps": 3},
         {"steps": 3, "scheduler": "lcm"},
@@ -102,7 +102,7 @@ def test_schedules_take_turns(gpu, runtime, subject, eager):  # noqa: F811
     assert gpu.cuda.launches == 2 * len(calls)
 
 
-def test_a_callback_is_told_of_each_step_and_may_end_it(gpu, runtime, subject, eager):  # noqa: F811
+def test_a_callback_sees_each_step_and_may_cancel(gpu, runtime, subject, eager):  # noqa: F811
     steps = []
     found = pixels(runtime.generate(subject, PROMPT, steps=4, on_step=lambda info: steps.append(info.step)))
     np.testing.assert_array_equal(found, eager(steps=4))
@@ -114,19 +114,19 @@ def test_a_callback_is_told_of_each_step_and_may_end_it(gpu, runtime, subject, e
     assert gpu.cuda.launches == 1
 
 
-def test_the_device_is_one_step_behind_whoever_is_told(gpu, runtime, subject):  # noqa: F811
-    """Else all steps would be on the stream before the first has run, and there would be nothing left to cancel."""
+def test_with_a_callback_the_host_is_one_step_ahead_of_the_device(gpu, runtime, subject):  # noqa: F811
+    """Otherwise all steps would be enqueued before the first has run, and there would be nothing left to cancel."""
     seen = []
     for _ in range(2):
         runtime.generate(subject, PROMPT, steps=4, on_step=lambda _: seen.append((len(gpu.cuda.queue), gpu.cuda.waits)))
     for generation in (seen[:4], seen[4:]):
-        # Before the first step there are uploads; a step is a copied row of the schedule, and a run.
+        # Uploads precede the first step; a step is a copied schedule row and a run.
         assert [queued for queued, _ in generation[1:]] == [2, 2, 2]
-        assert len({waits for _, waits in generation}) == 1, "the stream as a whole was not waited for"
+        assert len({waits for _, waits in generation}) == 1, "the stream was not synchronized"
 
 
 def with_tokens(subject, count):
-    """A subject of which so many tokens are inside the mask at the finest grid."""
+    """A copy of a subject with `count` reference tokens at the finest grid."""
 
     def cut(tensors):
         return {name: t[:count] if len(t) == len(subject.object_mask[8]) else t for name, t in tensors.items()}
@@ -135,27 +135,27 @@ def with_tokens(subject, count):
     return dataclasses.replace(subject, **{field: cut(getattr(subject, field)) for field in fields})
 
 
-def test_subjects_of_about_one_size_share_a_recording(gpu, runtime, subject, eager, enqueued):  # noqa: F811
-    # At a grid of 64 tokens sizes differ by 4.
+def test_subjects_of_similar_size_share_a_graph(gpu, runtime, subject, eager, enqueued):  # noqa: F811
+    # On a grid of 64 tokens, counts are rounded up to multiples of 4.
     sizes = [21, 18, 17, 16, 20]
     assert subject.token_counts()[8] == sizes[0]
-    recorded = []
+    captured = []
     for count in [*sizes, 24]:
         enqueued.clear()
         runtime.generate(with_tokens(subject, count), PROMPT, steps=3)
-        recorded.append("denoiser" in enqueued)
-    assert recorded == [True, True, False, True, False, False]
+        captured.append("denoiser" in enqueued)
+    assert captured == [True, True, False, True, False, False]
     np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), eager(steps=3))
 
 
-def test_the_order_of_a_subject_s_grids_is_no_other_size(runtime, subject):
-    """That of a file is another one than that of an enrolment."""
+def test_the_order_of_a_subjects_grids_does_not_matter(runtime, subject):
+    """A loaded subject lists them in another order than an enrolled one."""
     for masks in (subject.object_mask, dict(reversed(subject.object_mask.items()))):
         runtime.generate(dataclasses.replace(subject, object_mask=masks), PROMPT, steps=2)
     assert len(runtime._sampler._buffers) == 1
 
 
-def test_there_is_room_for_some_more_reference_tokens(runtime, subject):
+def test_reference_tokens_are_rounded_up(runtime, subject):
     counts = subject.token_counts()
     sizes = runtime._sampler._token_sizes([SimpleNamespace(subject=subject)])
     for grid, count in counts.items():
@@ -163,18 +163,18 @@ def test_there_is_room_for_some_more_reference_tokens(runtime, subject):
         assert sizes[f"reference_tokens_{grid}"] % max(1, grid * grid // 16) == 0
 
 
-def test_a_recording_does_not_outlive_its_scratch_region(gpu, runtime, subject, eager, enqueued):  # noqa: F811
+def test_a_graph_does_not_outlive_its_scratch_region(gpu, runtime, subject, eager, enqueued):  # noqa: F811
     runtime.generate(subject, PROMPT, steps=3)
     runtime._networks.backend.trim()
     enqueued.clear()
     np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), eager(steps=3))
-    assert enqueued.count("denoiser") == 2 * 2 + 3, "recorded again, in the new region"
+    assert enqueued.count("denoiser") == 2 * 2 + 3, "captured again, in the new region"
 
 
 @pytest.mark.parametrize(
     "failing", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphUpload"]
 )
-def test_what_cannot_be_recorded_is_run_step_by_step(gpu, runtime, subject, eager, failing):  # noqa: F811
+def test_after_a_failed_capture_steps_run_eagerly(gpu, runtime, subject, eager, failing):  # noqa: F811
     gpu.cuda.failures[failing] = CudaError.cudaErrorIllegalAddress
     for _ in range(2):
         np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, steps=3)), eager(steps=3))
@@ -183,8 +183,8 @@ def test_what_cannot_be_recorded_is_run_step_by_step(gpu, runtime, subject, eage
 
 
 @pytest.mark.parametrize("networks", [("denoiser",), ("vae_decoder",)])
-def test_a_network_that_says_that_it_cannot_be_recorded(gpu, runtime, subject, eager, monkeypatch, networks):  # noqa: F811
-    """As TensorRT-RTX can; see test_jit.py for whom it asks."""
+def test_a_network_that_is_not_capturable(gpu, runtime, subject, eager, monkeypatch, networks):  # noqa: F811
+    """TensorRT-RTX can say so; test_jit.py tests which flavour is asked."""
     monkeypatch.setattr(
         "moma_rt.backends.tensorrt.is_capturable", lambda _, context, __: context.engine.spec.name not in networks
     )
@@ -192,7 +192,7 @@ def test_a_network_that_says_that_it_cannot_be_recorded(gpu, runtime, subject, e
     assert (gpu.cuda.launches, gpu.cuda.graphs) == (0, {})
 
 
-def test_a_network_that_refuses_to_be_recorded(gpu, runtime, subject, eager, monkeypatch):  # noqa: F811
+def test_a_network_that_fails_during_a_capture(gpu, runtime, subject, eager, monkeypatch):  # noqa: F811
     execute = Context.execute_async_v3
 
     def refusing(context, stream):
@@ -203,7 +203,7 @@ def test_a_network_that_refuses_to_be_recorded(gpu, runtime, subject, eager, mon
     assert (gpu.cuda.launches, gpu.cuda.graphs, gpu.cuda.captured) == (0, {}, None)
 
 
-def test_old_recordings_go(gpu, runtime, subject):  # noqa: F811
+def test_old_graphs_are_evicted(gpu, runtime, subject):  # noqa: F811
     for steps in range(1, 10):
         runtime.generate(subject, PROMPT, steps=steps)
     gc.collect()
@@ -211,7 +211,7 @@ def test_old_recordings_go(gpu, runtime, subject):  # noqa: F811
 
 
 @pytest.mark.parametrize("is_busy", [False, True])
-def test_everything_goes_with_the_runtime(gpu, bundle, photo, mask, is_busy):  # noqa: F811
+def test_deleting_the_runtime_frees_everything(gpu, bundle, photo, mask, is_busy):  # noqa: F811
     runtime = Runtime.load(bundle, "tensorrt")
     subject = runtime.enroll(photo, mask, "car")
     for count in (1, 2, 3):
@@ -220,7 +220,7 @@ def test_everything_goes_with_the_runtime(gpu, bundle, photo, mask, is_busy):  #
         with contextlib.suppress(Cancelled):
             runtime.generate(subject, PROMPT, steps=2, on_step=lambda _: False)
         assert gpu.cuda.queue
-    # At once, not when the collector comes by: another runtime may need the memory.
+    # Immediately, not at the next garbage collection: another runtime may need the memory.
     gc.disable()
     try:
         del runtime
@@ -229,7 +229,7 @@ def test_everything_goes_with_the_runtime(gpu, bundle, photo, mask, is_busy):  #
         gc.enable()
 
 
-def test_longer_tables_of_noise_are_recorded_anew(runtime, subject, eager):
+def test_graphs_are_captured_again_for_longer_noise_tables(runtime, subject, eager):
     for steps, seed in ((3, 1), (5, 2), (3, 3), (70, 4), (5, 5)):
         options = {"steps": steps, "seed": seed, "scheduler": "lcm" if steps < 50 else "ddim"}
         np.testing.assert_array_equal(pixels(runtime.generate(subject, PROMPT, **options)), eager(**options))
@@ -247,7 +247,7 @@ def test_batches_are_rounded_up_to_few_sizes(gpu, runtime, subject, eager, enque
     assert "denoiser" not in enqueued
 
 
-def test_a_graph_that_is_queued_outlives_whoever_made_it(gpu, runtime, subject, monkeypatch):  # noqa: F811
+def test_a_queued_graph_outlives_its_buffers(gpu, runtime, subject, monkeypatch):  # noqa: F811
     runtime.generate(subject, PROMPT, steps=2)
 
     def interrupted(*_):

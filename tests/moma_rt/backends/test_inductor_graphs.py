@@ -1,4 +1,4 @@
-"""Recordings of the inductor backend: what they take and what they fail for, without a GPU, and real ones on one."""
+"""CUDA graphs of the inductor backend: size and failures on a fake `torch.cuda`, and real captures on a GPU."""
 
 import contextlib
 import gc
@@ -18,7 +18,7 @@ from tests.moma_rt.backends.packages import save_package
 
 
 class FakeCuda:
-    """What recording needs of `torch.cuda`; `end` is what the end of a recording raises."""
+    """The parts of `torch.cuda` that a capture uses; `end` is the error that the end of a capture raises."""
 
     def __init__(self, monkeypatch):
         self.end = None
@@ -47,14 +47,14 @@ class FakeCuda:
 
 
 @pytest.fixture
-def recorder(monkeypatch):
-    """A backend that records on a GPU that is not there, and that GPU."""
+def backend_and_cuda(monkeypatch):
+    """A backend that captures graphs on a fake `torch.cuda`, and that fake."""
     cuda = FakeCuda(monkeypatch)
     return InductorBackend(Device("H100", 90)), cuda
 
 
-def test_a_recording_says_what_it_takes_and_is_on_the_first_gpu(recorder):
-    backend, _ = recorder
+def test_a_graph_knows_its_size_and_is_on_the_first_gpu(backend_and_cuda):
+    backend, _ = backend_and_cuda
     assert backend._queue.stream.device == torch.device("cuda", 0)
     assert backend.capture(lambda: None).size == 300
     assert backend._queue.used is None
@@ -64,16 +64,16 @@ def test_a_recording_says_what_it_takes_and_is_on_the_first_gpu(recorder):
     ("inside", "end", "raised"),
     [
         (MomaError("not permitted"), None, None),
-        (MomaError("not permitted"), RuntimeError("the recording is invalid"), None),
+        (MomaError("not permitted"), RuntimeError("the capture is invalid"), None),
         (None, RuntimeError("operation not permitted"), None),
         (OutOfMemory("no memory left"), None, OutOfMemory),
-        (OutOfMemory("no memory left"), RuntimeError("the recording is invalid"), OutOfMemory),
+        (OutOfMemory("no memory left"), RuntimeError("the capture is invalid"), OutOfMemory),
         (None, RuntimeError("CUDA error: out of memory"), OutOfMemory),
         (KeyboardInterrupt(), None, KeyboardInterrupt),
     ],
 )
-def test_what_a_recording_fails_for(recorder, inside, end, raised):
-    backend, cuda = recorder
+def test_failures_of_a_capture(backend_and_cuda, inside, end, raised):
+    backend, cuda = backend_and_cuda
     cuda.end = end
 
     def enqueue():
@@ -85,18 +85,18 @@ def test_what_a_recording_fails_for(recorder, inside, end, raised):
     else:
         with pytest.raises(raised):
             backend.capture(enqueue)
-    assert backend._queue.used is None, "what runs next belongs to no recording"
+    assert backend._queue.used is None, "later work belongs to no capture"
 
 
-def test_a_gpus_package_runs_beside_any_cpu(recorder):
-    backend, _ = recorder
+def test_a_gpus_package_runs_beside_any_cpu(backend_and_cuda):
+    backend, _ = backend_and_cuda
     backend._check_machine(Path("engine.pt2"), {"AOTI_DEVICE_KEY": "cuda", "AOTI_CPU_ISA": "AVX9000 AMX"})
     with pytest.raises(BundleError, match="was compiled for cpu, and this backend runs on cuda"):
         backend._check_machine(Path("engine.pt2"), {"AOTI_DEVICE_KEY": "cpu", "AOTI_CPU_ISA": "AVX9000 AMX"})
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_recording_does_what_it_recorded(tmp_path):
+def test_on_a_gpu_a_replay_repeats_the_captured_work(tmp_path):
     backend = InductorBackend(local_device())
     network = backend.load(STEP, save_package(tmp_path / "step.pt2", STEP, "cuda"))
     even = allocate(backend, STEP, batch=2)
@@ -116,19 +116,19 @@ def test_on_a_gpu_a_recording_does_what_it_recorded(tmp_path):
     run()
     eager = backend.download(even["x"])
     backend.upload(even["x"], np.zeros((2, 3), np.float32))
-    recording = backend.capture(run)
-    assert recording is not None
-    assert recording.is_valid
-    assert not backend.download(even["x"]).any(), "recording runs nothing"
+    graph = backend.capture(run)
+    assert graph is not None
+    assert graph.is_valid
+    assert not backend.download(even["x"]).any(), "a capture runs nothing"
     del run, network
     gc.collect()
     for times in (1, 2):
-        recording.replay()
+        graph.replay()
         np.testing.assert_array_equal(backend.download(even["x"]), times * eager)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_what_cannot_be_recorded_is_not():
+def test_on_a_gpu_a_failed_capture_returns_none():
     backend = InductorBackend(local_device())
     buffer = buffer_of(backend, (3,), "float32")
     assert backend.capture(lambda: backend.download(buffer)) is None
@@ -136,7 +136,7 @@ def test_on_a_gpu_what_cannot_be_recorded_is_not():
     assert (backend.download(buffer) == 1).all()
 
 
-def test_convolutions_are_measured_before_anything_is_captured(monkeypatch):
+def test_cudnn_benchmarks_convolutions_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     InductorBackend(None)
     assert not torch.backends.cudnn.benchmark, "a CPU has none"
