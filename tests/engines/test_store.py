@@ -151,7 +151,7 @@ def test_bundles_share_equal_folders(tmp_path, shared, artifact):
         added = first.add(artifact, write)
         assert second.find(artifact) == added
     places = [root / added.path("lowered.onnx") for root in (first.root, second.root, shared.root)]
-    assert len({folder.stat().st_ino for folder in places}) == 1, "one file, three names"
+    assert len({path.stat().st_ino for path in places}) == 1, "one file, three names"
     assert not os.access(places[0], os.W_OK) or os.geteuid() == 0
 
 

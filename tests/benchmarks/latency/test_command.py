@@ -222,7 +222,7 @@ def test_without_the_cold_request_nothing_is_enrolled(tiny_bundle, written_here)
 
 
 def test_a_saved_subject_is_used_as_it_is(tiny_bundle, small_bundles, written_here, capsys):
-    """With its own name and without enrolling; a subject of another bundle is refused."""
+    """The subject keeps its name and nothing is enrolled; a subject of another bundle is refused."""
     photo, mask = (requests(0)["warm"].photo, requests(0)["warm"].mask)
     runtime = Runtime.load(tiny_bundle, "onnxruntime")
     runtime.enroll(photo, mask, "red mug").save(written_here / "mug.subject")
