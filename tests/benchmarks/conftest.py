@@ -1,4 +1,4 @@
-"""A stand-in for the GPU: operators run their definition on the CPU, and times are made up."""
+"""Fixtures that replace the GPU: operators run their definition on the CPU, and times are invented."""
 
 import importlib.util
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import torch
 from benchmarks.kernels.attention_cases import Case, CrossCase, Level, SelfCase
 from benchmarks.timer import Peaks, Timing
 
-# A machine whose GPU is to be measured may lack it.
-_OF_DIFFUSERS = ["test_original.py", "gpu/test_baselines.py", "gpu/test_denoiser.py"]
+# A machine whose GPU is measured may lack diffusers.
+_OF_DIFFUSERS = ["latency/test_original.py", "gpu/test_baselines.py", "gpu/test_denoiser.py"]
 collect_ignore = [] if importlib.util.find_spec("diffusers") else _OF_DIFFUSERS
 
 TINY = Level(4, 16, 3)
@@ -18,7 +18,7 @@ TINY = Level(4, 16, 3)
 
 @pytest.fixture
 def tiny_cases() -> list[Case]:
-    """One of each kind, at a level with 16 tokens and 16 channels."""
+    """One case of each kind, at a level with 16 tokens and 16 channels."""
     return [
         CrossCase(TINY, 2, "soft"),
         SelfCase(TINY, 2, "soft", "packed", 0.4),
@@ -28,7 +28,7 @@ def tiny_cases() -> list[Case]:
 
 @pytest.fixture
 def fake_timer() -> Callable[..., Timing]:
-    """Runs a call once and says that it took a millisecond, a little less and a little more."""
+    """A timer that runs a call once and reports samples of 0.5, 1 and 2 ms."""
 
     def measure(call: Callable[[], object]) -> Timing:
         call()
@@ -39,13 +39,13 @@ def fake_timer() -> Callable[..., Timing]:
 
 @pytest.fixture
 def peaks() -> Peaks:
-    """A device of a teraflop and a gigabyte a second."""
+    """Peaks of 1 TFLOP/s and 1 GB/s."""
     return Peaks(1e12, 1e9)
 
 
 @pytest.fixture
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile traces, and generates no code: that takes seconds a shape."""
+    """Make torch.compile only trace: generating code takes seconds for each shape."""
     compile = torch.compile
 
     def traced(function, mode, **options):

@@ -1,4 +1,4 @@
-"""What a result says of where it was made."""
+"""The description of the machine, versions and command in a results file."""
 
 import sys
 
@@ -10,7 +10,7 @@ from benchmarks.environment import environment, percentiles, shareable_command
 
 @pytest.fixture
 def answers(tmp_path, monkeypatch):
-    """Make nvidia-smi answer this; the one on PATH is out of reach."""
+    """Returns a function that installs a fake nvidia-smi as the only program on PATH."""
     monkeypatch.setenv("PATH", str(tmp_path))
 
     def install(text, status=0):
@@ -27,7 +27,7 @@ def test_the_gpu(answers):
     assert environment("command")["gpu"] == gpu
 
 
-def test_a_gpu_that_shares_the_memory(answers):
+def test_a_gpu_that_shares_the_cpus_memory(answers):
     answers("NVIDIA GB10, 580.95.05, 12.1, [N/A]")
     assert environment("command")["gpu"] == {"name": "NVIDIA GB10", "driver": "580.95.05", "capability": "12.1"}
 
@@ -45,8 +45,8 @@ def test_the_commit(answers, monkeypatch):
     assert environment("command")["commit"] == "1234abc"
 
 
-def test_of_a_package_that_is_there_twice_the_one_that_is_imported(tmp_path, monkeypatch):
-    """As where a newer one is unpacked on PYTHONPATH."""
+def test_the_version_of_a_package_is_that_of_the_imported_copy(tmp_path, monkeypatch):
+    """As when a newer one is unpacked on PYTHONPATH."""
     note = tmp_path / "numpy-99.0.dist-info" / "METADATA"
     note.parent.mkdir()
     note.write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 99.0\n")
@@ -55,14 +55,14 @@ def test_of_a_package_that_is_there_twice_the_one_that_is_imported(tmp_path, mon
 
 
 @pytest.mark.parametrize("given", [["--bundle", "/a b/c"], ["--bundle=/a b/c"]])
-def test_the_command_says_nothing_of_where_the_bundle_was(given):
+def test_the_command_hides_the_bundles_path(given):
     shown = shareable_command("benchmarks.latency", [*given, "--out", "x y"])
     assert "/a b/c" not in shown
     assert shown.startswith("python -m benchmarks.latency --bundle")
     assert shown.endswith("--out 'x y'")
 
 
-def test_nor_of_where_the_subject_was():
+def test_the_command_hides_the_subjects_path():
     assert shareable_command("x", ["--subject", "/a/b"]) == "python -m x --subject FILE"
     assert shareable_command("x", ["--subject=/a/b", "--steps", "4"]) == "python -m x --subject=FILE --steps 4"
 

@@ -13,7 +13,7 @@ def test_device_memory_is_what_the_driver_says(tmp_path, monkeypatch):
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert device_mib_used() == 2048.0
-    # Where GPU and CPU share their memory the driver does not say.
+    # For a GPU that shares the memory of the CPU, the driver gives no number.
     command.write_text("#!/bin/sh\necho '[N/A]'\n")
     assert device_mib_used() is None
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
@@ -30,7 +30,7 @@ def test_memory_of_this_process():
 
 
 @pytest.mark.parametrize("status", ["Name:\tpython\nVmSize:\t 4096 kB\n", None])
-def test_where_the_kernel_does_not_say_it_all(status, tmp_path, monkeypatch):
+def test_without_the_kernels_memory_figures(status, tmp_path, monkeypatch):
     if status is not None:
         (tmp_path / "status").write_text(status)
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")

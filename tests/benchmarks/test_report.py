@@ -192,7 +192,7 @@ def test_a_stage_has_one_colour_in_all_plots():
     found, of_fewer = colours_of(latency_plot(results())), colours_of(latency_plot(fewer))
     assert set(found) == {"vae_encoder", "denoiser", "other"}
     assert of_fewer == {name: found[name] for name in ("denoiser", "other")}
-    # What lasts longest is not grey.
+    # The longest stage is not grey.
     assert len({found["denoiser"][index : index + 2] for index in (1, 3, 5)}) > 1
 
 
@@ -212,20 +212,20 @@ def test_text_stays_within_the_plot():
         assert float(text.get("y")) < float(root.get("height"))
 
 
-def test_a_block_that_is_not_known(place, capsys):
+def test_an_unknown_block(place, capsys):
     (place / "docs/page.md").write_text("<!-- report:speed -->\n<!-- /report -->\n")
     assert report(place) == 2
     assert "report:speed; there are: latency, soak" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"bundle": {"sources": 1}}'])
-def test_a_result_that_is_none(text, place):
+def test_an_invalid_results_file(text, place):
     (place / "benchmarks/results/latency_a.json").write_text(text)
     with pytest.raises(InputError, match="latency_a.json is no result"):
         rendered(place / "docs/page.md", place / "benchmarks/results")
 
 
-def test_a_page_that_is_not_there(place, capsys):
+def test_a_missing_page(place, capsys):
     (place / "docs/page.md").unlink()
     assert report(place) == 2
     assert "cannot read" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The floor under a time, and the measuring itself where there is a GPU."""
+"""The roofline time, the measured peaks, and the timer on a GPU."""
 
 import pytest
 import torch

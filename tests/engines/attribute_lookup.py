@@ -1,11 +1,11 @@
-"""Look paths such as `config.get_timing_cache().serialize` up in a TensorRT module, in a process of its own.
+"""Look up paths such as `config.get_timing_cache().serialize` in a TensorRT module, in a separate process.
 
     python attribute_lookup.py MODULE < JSON     {"roots": {variable: class}, "paths": [path]}
     -> JSON, as the last line                    {path: {"missing", "types", "keywords"}}
 
-`missing` is the first part of the path that does not exist, as `Class.name`, or null. `types` are the
-names of the TensorRT class that the path is an instance of and of its bases, empty where it is none or not known.
-`keywords` are the names of what a path that ends in a call takes, or null where they are not known.
+`missing` is the first part of the path that does not exist, as `Class.name`, or null. `types` are the names of the
+TensorRT class of the path's value and of its bases, empty if it is unknown or not a TensorRT class. `keywords` are the
+parameter names of the call that the path ends in, or null if they are unknown.
 """
 
 import importlib
@@ -16,16 +16,16 @@ import sys
 from types import ModuleType
 from typing import Any
 
-# What the bindings call by its C++ name in their signatures.
+# Classes that the bindings' signatures give by their C++ name.
 CPP_NAMES = {"IParserError": "ParserError"}
 
 
 class Lookup:
-    """Attributes of the classes and instances of `module`.
+    """Looks up attributes of the classes and instances of `module`.
 
-    `trtp` is its module `plugin`, and missing where it has none. What a variable holds is given by its name; what
-    methods and properties return, by the signatures in their docstrings. Beyond what these say (a Python value, a
-    list) nothing is checked.
+    `trtp` is its submodule `plugin`, which may be missing. `roots` maps variables to classes; the signatures in
+    docstrings give the types that methods and properties return. Attributes of other values, such as a list, are not
+    checked.
     """
 
     def __init__(self, module: ModuleType, roots: dict[str, str]) -> None:
@@ -82,7 +82,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     lookup = Lookup(importlib.import_module(sys.argv[1]), request["roots"])
     found = {path: lookup.find(path) for path in request["paths"]}
-    # A line of its own: TensorRT's plugin module says on stdout that it is experimental.
+    # On its own line: TensorRT's plugin module prints to stdout that it is experimental.
     print(f"\n{json.dumps(found)}")
 
 

@@ -1,11 +1,11 @@
-"""Every use of a TensorRT attribute in a source file, and the guards it stands behind.
+"""Finds the uses of TensorRT attributes in a source file, and the guards around them.
 
-TensorRT's objects are known by their names: `trt` is the module, `trtp` its module `plugin`, which not every release
-has, and `ROOTS` says what the other variables are, also as attributes of self (`self._engine`). A use is a path from
-one of them: `config.get_timing_cache().serialize()`.
+TensorRT's objects are recognized by variable name: `trt` is the module, `trtp` its submodule `plugin`, which not every
+release has, and `ROOTS` gives the classes of the other variables, also as attributes of self (`self._engine`). A use is
+a path from one of them: `config.get_timing_cache().serialize()`.
 
 A guard is `hasattr(OBJECT, "name")`, or a comparison with a member of `Flavour`, in an `if`, a conditional expression,
-an `and` or an `or`; after an `if` whose body leaves, the rest of its block stands behind the opposite.
+an `and` or an `or`; after an `if` whose body leaves the block, the rest of the block has the opposite guard.
 """
 
 import ast
@@ -36,7 +36,7 @@ MODULES = ("trt", "trtp")
 
 @dataclass(frozen=True)
 class Guard:
-    """`path` exists (a `hasattr`), or is the flavour's member name; or the opposite, if `holds` is false."""
+    """The condition that `path` exists, or that the flavour's name is `path`; negated if `holds` is false."""
 
     path: str
     holds: bool
@@ -45,7 +45,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class Use:
-    """A path, the keywords of the call that it ends in, and the guards it stands behind."""
+    """A path, the keywords of the call that it ends in, and the guards around it."""
 
     path: str
     line: int
@@ -55,7 +55,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A variable that is given the value of a path."""
+    """A variable to which the value of a path is assigned."""
 
     variable: str
     line: int
@@ -65,7 +65,7 @@ class Assignment:
 class Scan(ast.NodeVisitor):
     """The uses and assignments in `source`; none if it has neither `trt` nor `trtp`.
 
-    What a subclass of a TensorRT class adds, and the source itself calls, is no use of TensorRT.
+    A method that a subclass of a TensorRT class adds, and that the source itself calls, is no use of TensorRT.
     """
 
     def __init__(self, source: str) -> None:
@@ -114,7 +114,7 @@ class Scan(ast.NodeVisitor):
         if asked is None:
             self._visit_path(node)
             return
-        # A name that is only asked for stands behind its own guard: it need not exist everywhere, but somewhere.
+        # The name that a `hasattr` asks for is guarded by itself: some release must have it, but not every one.
         is_plain = isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) == 2
         guards = self._guards if is_plain else (*self._guards, Guard(asked, True))
         self.uses.append(Use(asked, node.lineno, (), guards))
@@ -182,7 +182,7 @@ class Scan(ast.NodeVisitor):
 
 
 def _path(node: ast.expr) -> str | None:
-    """The path that `node` is, if it begins at one of TensorRT's objects."""
+    """Return `node` as a path if it begins at one of TensorRT's objects."""
     if isinstance(node, ast.Name):
         return node.id if node.id in MODULES or node.id in ROOTS else None
     if isinstance(node, ast.Call):
@@ -198,20 +198,20 @@ def _path(node: ast.expr) -> str | None:
 
 
 def _on_class(path: str) -> str:
-    """The beginning of a path as an attribute of its variable's class: `trt.ILogger.log` of `logger.log().x`."""
+    """Return a path's first attribute on its variable's class: `trt.ILogger.log` for `logger.log().x`."""
     root, attribute = re.findall(r"\w+", path)[:2]
     return f"trt.{ROOTS.get(root)}.{attribute}"
 
 
 def _methods(node: ast.ClassDef) -> list[tuple[str, ast.FunctionDef]]:
-    """The public methods of a subclass of a TensorRT class, as attributes of that class."""
+    """Return the public methods of a subclass of a TensorRT class, as attributes of the TensorRT class."""
     bases = [base for base in map(_path, node.bases) if base is not None]
     methods = [child for child in node.body if isinstance(child, ast.FunctionDef) and not child.name.startswith("_")]
     return [(f"{base}.{method.name}", method) for base in bases for method in methods]
 
 
 def _asked(node: ast.expr) -> str | None:
-    """The path that a `hasattr` or `getattr` asks for."""
+    """Return the path that a `hasattr` or `getattr` asks for."""
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         return None
     if node.func.id not in ("hasattr", "getattr"):
@@ -221,13 +221,13 @@ def _asked(node: ast.expr) -> str | None:
 
 
 def _flavour(node: ast.expr) -> str | None:
-    """The NAME of a `Flavour.NAME`."""
+    """Return NAME if `node` is `Flavour.NAME`."""
     is_member = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "Flavour"
     return node.attr if is_member else None
 
 
 def _guards(test: ast.expr) -> tuple[list[Guard], list[Guard]]:
-    """What is known where `test` holds, and where it fails."""
+    """Return the guards that `test` gives where it is true, and where it is false."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         holds, fails = _guards(test.operand)
         return fails, holds

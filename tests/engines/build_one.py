@@ -1,4 +1,4 @@
-"""Build one engine with `engines.tensorrt`, in a process of its own.
+"""Build one engine with `engines.tensorrt`, in a separate process.
 
 python build_one.py FLAVOUR GRAPH WEIGHTS_ROOT FOLDER [TIMING_CACHE] < NetworkSpec as JSON
 -> JSON: what the builder reported, its facts, and the modules that were imported
@@ -19,7 +19,7 @@ def main() -> None:
     options = EngineOptions(timing_cache=Path(timing_cache[0]) if timing_cache else None)
     spec = NetworkSpec.from_json(json.load(sys.stdin))
     reported: list[str] = []
-    # No capability named: TensorRT-RTX then chooses as it does for TensorRT's bindings, which cannot name one.
+    # Without a capability TensorRT-RTX chooses as it does under TensorRT's bindings, which cannot set one.
     request = EngineRequest(Flavour(flavour), (), Path(graph), Path(weights_root), spec, options)
     facts = build_engine(request, Path(folder), reported.append)
     modules = {name.partition(".")[0] for name in sys.modules}

@@ -1,8 +1,8 @@
 """TensorRT's official Python bindings, made importable in a subprocess where TensorRT is not installed.
 
-The bindings are an extension module linked against TensorRT's libraries, which a wheel of bindings does not hold. Over
+The bindings are an extension module linked against TensorRT's libraries, which a wheel of bindings does not hold. With
 a stub of those libraries they can be imported, and show which classes, attributes and enum members a release has.
-Over TensorRT-RTX's libraries, whose interface is nearly that of TensorRT 11, they also parse and build.
+With TensorRT-RTX's libraries, whose interface is nearly that of TensorRT 11, they also parse and build.
 """
 
 import functools
@@ -32,11 +32,11 @@ PINNED = tuple(
 )
 PLUGINS_SINCE = Version("10.9")
 INSTALLED = ("tensorrt", "tensorrt_rtx")
-# As the package `tensorrt` has it, which is published as an installer and not as a wheel.
+# The content of the package `tensorrt`, which is published as an installer and not as a wheel.
 PACKAGE = "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
 PLUGIN_PACKAGE = "from tensorrt_bindings.plugin import *\n"
 LIBRARIES = ("libnvinfer", "libnvonnxparser", "libnvinfer_plugin")
-# All that the bindings import. Python has the loader resolve every symbol at once, so each must be there.
+# Every symbol that the bindings import: the loader resolves all of them when Python imports the module.
 STUB = "\n".join(
     f"void *{symbol}(void) {{ return 0; }}"
     for symbol in (
@@ -51,10 +51,10 @@ STUB = "\n".join(
         "initLibNvInferPlugins",
     )
 )
-# TensorRT-RTX has no plugin library; true says that the plugins were registered.
+# TensorRT-RTX has no plugin library; true means that the plugins were registered.
 PLUGIN_STUB = "_Bool initLibNvInferPlugins(void *logger, const char *plugin_namespace) { return 1; }"
-# What moma_rt/backends/device.py asks the driver for: a GPU of capability 9.0 that cannot compute. It also hides a real
-# GPU, for which TensorRT-RTX would build something else.
+# The driver functions that moma_rt/backends/device.py calls, for a fake GPU of capability 9.0. They also hide a real
+# GPU, for which TensorRT-RTX would build another engine.
 DRIVER_STUB = """
 int cuInit(unsigned flags) { return 0; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
@@ -173,9 +173,9 @@ def every_bindings(load_bindings: Callable[[Requirement | str], Bindings]) -> li
 def bindings_over_rtx(tmp_path_factory: pytest.TempPathFactory) -> Bindings:
     """The newest pinned release over TensorRT-RTX's libraries, and over a driver that names a GPU of capability 9.0.
 
-    The two interfaces are not quite the same, so some methods call another one, or crash: the network's `name`, `flags`
+    The two interfaces differ slightly, so some methods call another one or crash, such as the network's `name`, `flags`
     and `add_plugin`, the builder's `build_serialized_network_to_stream` and `build_engine_with_config`, and a tensor's
-    `is_shape_tensor` among them. REFIT, STRIP_PLAN and VERSION_COMPATIBLE fail as they do in TensorRT-RTX.
+    `is_shape_tensor`. REFIT, STRIP_PLAN and VERSION_COMPATIBLE fail as they do in TensorRT-RTX.
     """
     found = importlib.util.find_spec("tensorrt_rtx_libs")
     if found is None or not found.submodule_search_locations:

@@ -1,11 +1,11 @@
-"""Take the plugins through what TensorRT calls to build a layer, in a process of its own, with its `tensorrt.plugin`.
+"""Call the plugins as TensorRT does to build a layer, in a separate process, through its `tensorrt.plugin`.
 
 python drive_plugins.py < {"kernels": a bundle's folder, "capability": 80, "dtype": "float16", "layers": [layer]}
--> last line: a list as long, of what TensorRT is told of each layer, or {"error": what it is told instead}
+-> last line: a list with the plugin's answers for each layer, or {"error": message}
 
 A layer is {"operator", "attributes": {name: number}, "inputs": [shape of numbers and names], "sizes": [{name: size}]}.
-TensorRT's native part is replaced where it would compute: dimensions here are functions of the sizes behind the names,
-and the registry is a dictionary. The plugins, their creators and the checks of their signatures are TensorRT's.
+TensorRT's native part is replaced where it would compute: dimensions are functions of the named sizes, and the registry
+is a dictionary. The plugins, their creators and the checks of their signatures are TensorRT's.
 """
 
 import json
@@ -26,14 +26,14 @@ Sizes = dict[str, int]
 
 
 class Dimension:
-    """A dimension, as a function of the sizes behind the names."""
+    """A dimension, as a function of the named sizes."""
 
     def __init__(self, at: Callable[[Sizes], int]) -> None:
         self.at = at
 
 
 class Builder:
-    """What makes expressions of dimensions; only with these operations."""
+    """Builds expressions of dimensions, from these operations only."""
 
     OPERATIONS = {  # noqa: RUF012
         "SUM": operator.add,
@@ -70,7 +70,7 @@ class Registry(dict):
 
 
 class Arguments(list):
-    """The kernel's further arguments, as TensorRT has them set."""
+    """The kernel's extra arguments; assigning `nbSymExprs` sets their number, as in TensorRT."""
 
     def __setattr__(self, name: str, value: int) -> None:
         assert name == "nbSymExprs"
@@ -92,9 +92,9 @@ def tensor(shape: list[int | str], dtype: Any) -> Any:
 
 
 def create(layer: dict[str, Any]) -> Any:
-    """As the parser does: an attribute is one number of 64 or of 32 bits."""
+    """Create a layer's plugin as the parser does: an attribute is one int64 or float32 number."""
     dtypes = {int: np.int64, float: np.float32}
-    # What the older releases do with one number in an array only an older NumPy would do.
+    # Older releases convert an array of one element to a number, which a newer NumPy refuses.
     shape = 1 if version_tuple(trt.__version__) >= ATTRIBUTES_SINCE else ()
     attributes = {name: np.full(shape, value, dtypes[type(value)]) for name, value in layer["attributes"].items()}
     fields = [SimpleNamespace(name=name, data=data) for name, data in attributes.items()]
@@ -103,12 +103,12 @@ def create(layer: dict[str, Any]) -> Any:
     return creator.create_plugin(layer["operator"], NAMESPACE, fields, trt.TensorRTPhase.BUILD, request)
 
 
-def told(layer: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """What TensorRT learns of a layer, in the order in which it asks."""
+def answers_for(layer: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """Return the plugin's answers for a layer, asked for in TensorRT's order."""
     builder, inputs, plugin = Builder(), layer["inputs"], create(layer)
     dtypes = plugin.get_output_data_types([dtype] * len(inputs), [len(shape) for shape in inputs])
     outputs = plugin.get_output_shapes([[builder.of(size) for size in shape] for shape in inputs], [], builder)
-    # TensorRT knows a constant dimension of an output as well; the plugins ask for none.
+    # TensorRT also gives the constant dimensions of outputs, which the plugins do not read.
     in_out = [tensor(shape, dtype) for shape in inputs] + [tensor(["?"] * len(shape), dtype) for shape in outputs]
     combinations = plugin.get_supported_format_combinations(in_out, len(inputs))
     plugin.configure_plugin(in_out[: len(inputs)], in_out[len(inputs) :])
@@ -140,14 +140,14 @@ def main() -> None:
     bundle, answers = Bundle.open(request["kernels"]), []
     (entry,) = (entry for entry in bundle.manifest.kernels if entry.capability == request["capability"])
     kernels = read_kernels(bundle, entry, request["dtype"])
-    # Twice: a process may build several bundles, of which each has its own kernels.
+    # Twice: a process may build several bundles, each with its own kernels.
     with registered(kernels):
         assert len(REGISTRY) == 2
     assert not REGISTRY
     with registered(kernels):
         for layer in request["layers"]:
             try:
-                answers.append(told(layer, getattr(trt.DataType, layer["dtype"])))
+                answers.append(answers_for(layer, getattr(trt.DataType, layer["dtype"])))
             except Exception as error:
                 answers.append({"error": str(error)})
     assert not REGISTRY

@@ -1,4 +1,4 @@
-"""Bundles with kernels whose PTX is a line of text, for tests of what reads them."""
+"""Bundles with kernels whose PTX is a line of text, for tests of the code that reads kernels."""
 
 import dataclasses
 import json
@@ -13,13 +13,13 @@ from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision, SelfAttention
 from moma_rt.files import sha256_file
 
 DTYPES = ("float16", "bfloat16")
-# Heads of 8: narrower than what TensorRT has a fused attention for, so that it wants the lowered graph without kernels.
+# Heads of width 8: TensorRT has no fused attention for them, so without kernels it needs the lowered graph.
 GEOMETRY = Geometry(64, 4, 8, 77, 32, 4, 1024, (SelfAttentionLayer("mid_block", 8, 64, 8),), None)
 NAMES = ("text_encoder", "denoiser")
 
 
 def record(shape: KernelShape, dtype: str, capability: int) -> dict[str, Any]:
-    """An element of kernels.json, whose numbers differ from one kernel to another."""
+    """Return an element of kernels.json; its numbers differ between kernels."""
     name = f"{shape.operator.lower()}-{dtype}-{shape.heads}x{shape.width}-{shape.queries}-sm{capability}"
     return {
         "operator": shape.operator,
@@ -40,7 +40,7 @@ def record(shape: KernelShape, dtype: str, capability: int) -> dict[str, Any]:
 
 
 def write_kernels(folder: Path, shapes: Iterable[KernelShape], dtypes: Iterable[str], capability: int) -> None:
-    """kernels.json and what it names."""
+    """Write kernels.json and the files that it names."""
     records = [record(shape, dtype, capability) for shape in shapes for dtype in dtypes]
     for written in records:
         (folder / written["file"]).write_text(f"// {written['file']}\n")
@@ -54,7 +54,7 @@ def add_kernels(
     network: str = "denoiser",
     change: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
-    """Give the bundle at `root` kernels for its attention layers, changed before they are hashed; the folder."""
+    """Add kernels for the bundle's attention layers; `change` edits them before they are hashed. Returns the folder."""
     manifest = read_manifest(root)
     place = f"kernels/{network}_sm{capability}-{'0' * 16}"
     (root / place).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a build of engines keeps, replaces and refuses; compiling is a few bytes here except where said."""
+"""What a build of engines keeps, replaces and refuses; compiling only writes a few bytes, except where noted."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def make_bundle(root: Path, weights: bytes = b"weights", precision: Precision = 
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Replaces the two libraries: an engine is the name of its graph; the list of every request."""
+    """Replaces both libraries: an engine is the content of its graph. Returns the list of requests."""
     requests = []
 
     def compile_(request, folder, report):
@@ -183,7 +183,7 @@ def test_a_network_without_a_graph_is_not_compiled(tmp_path, compiled):
 
 
 def test_the_library_looks_for_weights_where_the_graph_says(tmp_path, compiled):
-    """Of a graph's bytes it knows no folder: it is told a file beside the folders that its references name."""
+    """A graph parsed from memory has no path, so the library is given one beside the folders of the weights."""
     build(make_bundle(tmp_path))
     for request in compiled:
         content, place = request.graph
@@ -219,7 +219,7 @@ def test_a_failing_network_leaves_the_finished_ones(tmp_path, compiled, monkeypa
     assert Bundle.open(tmp_path).manifest.engines == ()
     assert not list(tmp_path.rglob(".partial-*"))
     build(tmp_path)
-    assert names_of(compiled) == list(NAMES), "the first network's engine was found again"
+    assert names_of(compiled) == list(NAMES), "the first network's engine is reused"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_what_cannot_be_refitted_is_refused(tmp_path, compiled, monkeypatch):
     assert compiled == []
 
 
-def test_inductor_is_for_the_export(tmp_path, compiled):
+def test_a_target_of_inductor_is_refused(tmp_path, compiled):
     make_bundle(tmp_path)
     with pytest.raises(
         InputError, match=r"^--target inductor: .*: build them with python -m export.build ... --target i"
@@ -318,10 +318,10 @@ def test_layers_are_written_for_an_engine_that_has_none(tmp_path, compiled):
     assert all((tmp_path / engine.folder / LAYERS_NAME).is_file() for engine in engines)
     build(tmp_path, FULL, options=EngineOptions(layers=True))
     build(tmp_path, FULL)
-    assert names_of(compiled) == list(NAMES), "they serve with and without"
+    assert names_of(compiled) == list(NAMES), "engines with layers serve both"
 
 
-def test_what_another_code_compiled_is_not_taken_from_the_store(tmp_path, compiled, monkeypatch):
+def test_engines_of_other_code_are_not_taken_from_the_store(tmp_path, compiled, monkeypatch):
     shared = SharedStore(tmp_path / "store")
     build(make_bundle(tmp_path / "a"), shared=shared)
     monkeypatch.setattr(module, "sha256_file", lambda _: "other code")
@@ -419,7 +419,7 @@ def run_bare(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_the_device_needs_tensorrt_and_numpy_only(repository, tmp_path):
-    """The whole command line, up to the library itself, which finds the graph to be none."""
+    """The whole command line runs, until the library fails to parse the graph."""
     done = run_bare(repository, str(make_bundle(tmp_path)), "--target", "sm86")
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Engines of a bundle that has kernels: when TensorRT gets them, which graph it gets then, what is said and kept."""
+"""Engines of a bundle with kernels: when TensorRT uses them as plugins, which graph it parses, and what is kept."""
 
 import dataclasses
 import shutil
@@ -25,7 +25,7 @@ NOTE = "denoiser note: its own kernels are not used for"
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Replaces the two libraries: an engine is its graph and the hash of its kernels; the list of every request."""
+    """Replaces both libraries: an engine is its graph and its kernels' hash. Returns the list of requests."""
     requests = []
 
     def compile_(request, folder, report):
@@ -41,7 +41,7 @@ def compiled(monkeypatch):
 
 
 def build(root: Path, *targets: EngineTarget, shared=None, **changes):
-    """The denoiser's engines, and what was said of it."""
+    """Build engines; return the denoiser's, and the messages about it."""
     said = []
     plan = EnginePlan(targets or (H100,), **changes)
     bundle = build_engines(root, plan, shared, lambda name, state: said.append(f"{name} {state}"))
@@ -74,7 +74,7 @@ def test_with_kernels_tensorrt_gets_the_full_graph(tmp_path, compiled):
         ((80, 86), H100, "11.4.0", "they are for sm80,sm86, and none for sm90"),
     ],
 )
-def test_where_they_cannot_be_used_it_is_said_once(tmp_path, compiled, monkeypatch, capabilities, target, version, why):
+def test_a_note_says_once_why_kernels_are_not_used(tmp_path, compiled, monkeypatch, capabilities, target, version, why):
     monkeypatch.setattr(module, "library_version", lambda _: version)
     engines, said = build(make_bundle(tmp_path, *capabilities), target)
     assert said[0] == f"{NOTE} {target}: {why}"
@@ -83,7 +83,7 @@ def test_where_they_cannot_be_used_it_is_said_once(tmp_path, compiled, monkeypat
     assert build(tmp_path, target) == (engines, [f"denoiser kept for {target}"])
 
 
-def test_off_builds_without_them_and_says_nothing(tmp_path, compiled):
+def test_plugins_off_builds_without_kernels_and_without_a_note(tmp_path, compiled):
     with_them, _ = build(make_bundle(tmp_path, 90))
     compiled.clear()
     without, said = build(tmp_path, plugins=False)
@@ -110,7 +110,7 @@ def test_other_kernels_are_another_engine(tmp_path, compiled):
     assert first[Flavour.TENSORRT].key != second[Flavour.TENSORRT].key
 
 
-def test_what_other_plugins_built_is_not_taken_from_the_store(tmp_path, compiled, monkeypatch):
+def test_engines_of_other_plugin_code_are_not_taken_from_the_store(tmp_path, compiled, monkeypatch):
     shared = SharedStore(tmp_path / "store")
     build(make_bundle(tmp_path / "a", 90), shared=shared)
     monkeypatch.setattr(module, "code_hash", lambda: "other code")
@@ -151,7 +151,7 @@ def test_engines_leave_the_kernels_in_the_bundle(tmp_path, compiled):
     ]
 
 
-def test_it_is_shown(tmp_path, compiled):
+def test_kernels_and_plugins_are_described(tmp_path, compiled):
     build(make_bundle(tmp_path, 80, 90), H100, RTX)
     lines = describe_bundle(Bundle.open(tmp_path), tensors=True).splitlines()
     assert "kernels of the denoiser for TensorRT's plugins: sm80,sm90" in lines

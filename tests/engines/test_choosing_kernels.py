@@ -1,4 +1,4 @@
-"""Which of a bundle's kernels are taken, why not, and what is refused in a `kernels.json`."""
+"""Which of a bundle's kernels are chosen, why none is, and which `kernels.json` is refused."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_layers_of_one_shape_share_their_kernels():
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [(Precision.FP16, "float16"), (Precision.BF16, "bfloat16")])
-def test_the_networks_own_are_taken(tmp_path, precision, dtype):
+def test_kernels_of_the_networks_dtype_are_chosen(tmp_path, precision, dtype):
     bundle = make_bundle(tmp_path, 80, 90)
     found, why_not = choose(bundle, denoiser(precision), FULL, VERSION, 90)
     assert (found.dtype, why_not) == (dtype, "")
@@ -69,7 +69,7 @@ def test_the_networks_own_are_taken(tmp_path, precision, dtype):
     assert found.sha256 != choose(bundle, denoiser(precision), FULL, VERSION, 80)[0].sha256
 
 
-def test_their_hash_is_that_of_every_file(tmp_path):
+def test_the_hash_covers_every_file(tmp_path):
     def longer(folder: Path) -> None:
         path = min(folder.glob("*-float16-*.ptx"))
         path.write_text(path.read_text() + "// more\n")
@@ -96,11 +96,11 @@ def test_their_hash_is_that_of_every_file(tmp_path):
         (denoiser(name="vae_decoder"), FULL, VERSION, 80, ""),
     ],
 )
-def test_why_they_are_not_taken(tmp_path, network, flavour, version, capability, why):
+def test_why_kernels_are_not_used(tmp_path, network, flavour, version, capability, why):
     assert choose(make_bundle(tmp_path, 80, 86), network, flavour, version, capability) == (None, why)
 
 
-def test_a_bundle_without_kernels_has_nothing_to_say(tmp_path):
+def test_a_bundle_without_kernels_gives_no_reason(tmp_path):
     assert choose(make_bundle(tmp_path), denoiser(), FULL, "10.3.0", 80) == (None, "")
 
 
@@ -142,7 +142,7 @@ def test_a_numpy_that_is_too_new_for_an_old_release(tmp_path, monkeypatch, versi
 
 
 def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
-    """What changes kernels.json before it is hashed: malformed, and not altered."""
+    """Return a function that edits kernels.json before it is hashed: malformed, but with the right hash."""
 
     def edit(folder: Path) -> None:
         data = json.loads((folder / "kernels.json").read_text())

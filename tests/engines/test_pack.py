@@ -1,4 +1,4 @@
-"""Bundles of what one backend reads: what is in them, what they say of the rest, and what is refused."""
+"""Packed bundles: which files they hold, how they describe what was left out, and what is refused."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ ENGINES = (
 
 @pytest.fixture
 def bundle(tmp_path):
-    """Two networks with everything that a bundle can have of them."""
+    """Two networks with every kind of file that a bundle can hold."""
     root, files, networks, engines = tmp_path / "whole", {}, {}, []
 
     def add(name):
@@ -70,7 +70,7 @@ def bundle(tmp_path):
 
 
 def contents(root):
-    """Every file but the manifest, and that those it names are there and whole."""
+    """Verify a bundle's files; return them without the manifest and the tokenizers."""
     packed = Bundle.open(root)
     packed.verify(packed.manifest.files)
     found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
@@ -96,7 +96,7 @@ GRAPHS = {f"networks/{name}-1/model.onnx" for name in NAMES}
         ("inductor", engine_files(3, 4) | WEIGHTS),
     ],
 )
-def test_what_a_target_needs_and_nothing_else(bundle, tmp_path, target, expected):
+def test_a_packed_bundle_holds_what_the_target_needs_and_nothing_else(bundle, tmp_path, target, expected):
     packed = pack(bundle, target, tmp_path / "packed")
     assert contents(tmp_path / "packed") == expected
     assert packed.manifest.sources == bundle.manifest.sources
@@ -105,7 +105,7 @@ def test_what_a_target_needs_and_nothing_else(bundle, tmp_path, target, expected
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_it_tells_what_was_left_out(bundle, tmp_path, capsys):
+def test_what_was_left_out_is_described(bundle, tmp_path, capsys):
     assert main([str(bundle.root), "--target", "sm86", "--out", str(tmp_path / "packed")]) == 0
     left_out = (
         "ONNX graphs; graphs for TensorRT 10.3; weights files; kernels for sm90; engines of inductor 1 for cpu; "
@@ -117,7 +117,7 @@ def test_it_tells_what_was_left_out(bundle, tmp_path, capsys):
     assert f"{'denoiser':<20} {'fp16':<9} {'0 B':>10} {'none':>10}  k" in described
 
 
-def test_inspect_tells_what_is_shared_and_what_was_not_measured(bundle):
+def test_shared_weights_and_unmeasured_kernels_are_described(bundle):
     described = describe_bundle(bundle)
     assert "denoiser and subject_encoder share unet-1, 45 B" in described
     assert described.count("kernels chosen by rule, not measured") == 1
@@ -137,7 +137,7 @@ class NoGpu:
         return "1"
 
 
-def test_what_is_missed_is_said(bundle, tmp_path):
+def test_errors_name_the_target_that_was_packed(bundle, tmp_path):
     packed = pack(bundle, "sm86", tmp_path / "packed").manifest
     with pytest.raises(BundleError, match="no ONNX graphs, since it was packed for sm86: pack the whole bundle again"):
         choose("onnxruntime", packed, NoGpu())
@@ -145,7 +145,7 @@ def test_what_is_missed_is_said(bundle, tmp_path):
         select(packed.engines, packed.networks, Library(Flavour.TENSORRT, "1"), Device("H100", 90), packed.packed_for)
 
 
-def test_a_cpus_packages_are_taken_where_there_is_nothing_else(bundle, tmp_path):
+def test_packages_for_a_cpu_are_chosen_without_a_gpu(bundle, tmp_path):
     packed = pack(bundle, "inductor", tmp_path / "packed").manifest
     found = choose("auto", packed, NoGpu())
     assert found.backend == "inductor"
@@ -161,7 +161,7 @@ def test_a_cpus_packages_are_taken_where_there_is_nothing_else(bundle, tmp_path)
         ("sm12", "no target sm12"),
     ],
 )
-def test_a_target_that_it_cannot_be_packed_for(bundle, tmp_path, capsys, target, says):
+def test_targets_that_cannot_be_packed(bundle, tmp_path, capsys, target, says):
     assert main([str(bundle.root), "--target", target, "--out", str(tmp_path / "packed")]) == 2
     error = capsys.readouterr().err
     assert says in error
@@ -216,4 +216,4 @@ def test_a_folder_with_something_in_it(bundle, tmp_path, capsys):
     assert main([str(bundle.root), "--target", "cpu", "--out", str(tmp_path / "packed")]) == 2
     assert "holds other files" in capsys.readouterr().err
     (tmp_path / "packed" / "mine").unlink()
-    assert main([str(bundle.root), "--target", "cpu", "--out", str(tmp_path / "packed")]) == 0, "an empty one will do"
+    assert main([str(bundle.root), "--target", "cpu", "--out", str(tmp_path / "packed")]) == 0, "an empty one is valid"

@@ -1,4 +1,4 @@
-"""The plugins, through TensorRT's own `tensorrt.plugin` up to what its native part would do with them."""
+"""The plugins, called through TensorRT's own `tensorrt.plugin`; TensorRT's native part is replaced."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def grid_of(shape: KernelShape, block: int, sizes: dict[str, int]) -> dict[str, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_tensorrt_is_told_of_every_layer(plugin_bindings, bundle, dtype):
+def test_the_plugin_of_every_layer(plugin_bindings, bundle, dtype):
     shapes = attention_shapes(GEOMETRY)
     assert len(shapes) == 2 * len(LEVELS)
     answers = drive(plugin_bindings, bundle, dtype, [layer_of(shape, dtype) for shape in shapes])
@@ -91,7 +91,7 @@ def test_what_tensorrt_is_told_of_every_layer(plugin_bindings, bundle, dtype):
             assert found["arguments"] == further
 
 
-def test_what_no_kernel_was_compiled_for_is_named(plugin_bindings, bundle):
+def test_a_missing_kernel_is_named(plugin_bindings, bundle):
     shape = attention_shapes(GEOMETRY)[0]
     layers = [
         layer_of(KernelShape(INJECTED, 8, 48, 4096), "float16"),
@@ -109,7 +109,7 @@ def test_what_no_kernel_was_compiled_for_is_named(plugin_bindings, bundle):
     assert found == [f"there is no kernel {text}; those of the bundle are in float16" for text in wanted]
 
 
-# With TensorRT's own registry, as far as its libraries are here.
+# Uses the plugin registry of the libraries that are installed.
 REGISTER = """
 import json, sys
 from types import MappingProxyType
@@ -137,14 +137,14 @@ print(json.dumps(said))
 """
 
 
-def test_nothing_stays_in_the_registry(bindings_over_rtx):
+def test_plugins_are_deregistered(bindings_over_rtx):
     done = bindings_over_rtx.run("-c", REGISTER, json.dumps([INJECTED, CONTEXT]))
     assert done.returncode == 0, done.stderr
     both, none = [True, True], [False, False]
     assert json.loads(done.stdout.splitlines()[-1]) == [none, both, none, both, none, none, none]
 
 
-# A build up to its parser, which would crash here where it creates a plugin; in its place, one that looks around.
+# A build up to its parser. The real one would crash when it creates a plugin; this one looks into the registry.
 PARSE = """
 import json, sys
 from pathlib import Path
@@ -166,7 +166,7 @@ class Builder(trt.Builder):
     def create_network(self, asked):
         known_flags = trt.NetworkDefinitionCreationFlag.__members__
         flags.append([name for name, flag in known_flags.items() if asked >> int(flag) & 1])
-        # What is behind it here is TensorRT-RTX, which has no such flag.
+        # The library is TensorRT-RTX, which has no such flag.
         return super().create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 class Parser:
@@ -201,7 +201,7 @@ print(json.dumps([flags, seen]))
 """
 
 
-def test_a_build_has_them_registered_while_it_parses(bindings_over_rtx):
+def test_plugins_are_registered_while_a_build_parses(bindings_over_rtx):
     done = bindings_over_rtx.run("-c", PARSE, json.dumps([INJECTED, CONTEXT]), DRIVE)
     assert done.returncode == 0, done.stderr
     flags, seen = json.loads(done.stdout.splitlines()[-1])
@@ -210,8 +210,8 @@ def test_a_build_has_them_registered_while_it_parses(bindings_over_rtx):
     assert seen == [both, none] * 2 + [none, none] * 2
 
 
-def test_the_command_takes_them_and_ends_in_one_line_where_the_library_cannot(tmp_path, bindings_over_rtx):
-    """TensorRT-RTX's libraries make no network that may have plugins; TensorRT's would go on to parse it."""
+def test_a_library_that_cannot_use_plugins_ends_in_one_line(tmp_path, bindings_over_rtx):
+    """TensorRT-RTX's libraries cannot create a network with plugins; TensorRT's would go on to parse the graph."""
     root = make_bundle(tmp_path / "bundle", 90)
     command = ("-m", "engines.build", root, "--target", "local", "--only", "denoiser")
     done = bindings_over_rtx.run(*command)
@@ -220,4 +220,4 @@ def test_the_command_takes_them_and_ends_in_one_line_where_the_library_cannot(tm
     assert "cannot build here: " in done.stderr
     assert done.stderr.count("\n") == 1
     off = bindings_over_rtx.run(*command, "--plugins", "off")
-    assert "cannot compile it: " in off.stderr, "it came as far as the graph, which is a few bytes"
+    assert "cannot compile it: " in off.stderr, "without plugins it gets as far as the graph"

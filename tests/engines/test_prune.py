@@ -4,7 +4,7 @@ from engines.prune import main
 from engines.store import Artifact, SharedStore, Store
 
 
-def test_a_deleted_bundle_frees_its_part(tmp_path, capsys):
+def test_pruning_frees_the_folders_of_a_deleted_bundle(tmp_path, capsys):
     shared = SharedStore(tmp_path / ".store")
     store = Store(tmp_path / "bundle", shared)
 

@@ -1,4 +1,4 @@
-"""A whole bundle with engines for RTX devices, built here: no GPU is needed for that, and none is there in CI."""
+"""A whole bundle with engines of TensorRT-RTX, which are built without a GPU."""
 
 import collections
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_every_network_has_an_engine_for_every_device(bundle):
     assert set(precisions.values()) == {Precision.FP16}
 
 
-def test_engines_are_built_so_that_their_runs_can_be_recorded():
+def test_engines_can_be_captured_as_cuda_graphs():
     trt = pytest.importorskip("tensorrt_rtx")
     config = trt.Builder(library_log(Flavour.TENSORRT_RTX)).create_builder_config()
     assert not config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
@@ -69,7 +69,7 @@ def test_the_memory_an_engine_needs_is_known(bundle):
 
 
 def test_each_softmax_of_the_denoiser_is_one_fused_attention(bundle):
-    """The builder refuses an `Attention` that it has no fused kernel for, so an engine of this graph has them all."""
+    """The builder refuses an `Attention` that it has no fused kernel for, so all in an engine are fused."""
     model = onnx.load(bundle.path(bundle.network("denoiser").onnx), load_external_data=False)
     calls = collections.Counter(node.op_type for node in model.graph.node if node.domain == "moma")
     layers = len(bundle.manifest.geometry.self_attention)
@@ -80,15 +80,15 @@ def test_each_softmax_of_the_denoiser_is_one_fused_attention(bundle):
     assert not [attribute for node in model.graph.node for attribute in node.attribute if "decompos" in attribute.name]
 
 
-def test_with_plugins_the_full_graph_is_known_to_the_first_tensorrt_that_has_them(bundle):
-    """What has no meaning before 10.15, `Attention`, stands in the functions alone, which plugins take the place of."""
+def test_the_first_tensorrt_with_plugins_knows_the_operators_of_the_full_graph(bundle):
+    """`Attention`, which TensorRT knows since 10.15, is only in the functions, which plugins replace."""
     assert PLUGINS_SINCE == (10, 9)
     model = onnx.load(bundle.path(bundle.network("denoiser").onnx), load_external_data=False)
     standard = [node for node in model.graph.node if node.domain == ""]
     names = {node.op_type for node in standard}
     assert "Attention" not in names
     assert {node.op_type for function in model.functions for node in function.node} >= {"Attention"}
-    # 10.9 is the first that knows opset 21's GroupNormalization; all else 10.3 documents, in forms of opset 20.
+    # 10.9 is the first release with opset 21's GroupNormalization; 10.3 documents all others, as of opset 20.
     assert names - DOCUMENTED == {"GroupNormalization"}
     for node in standard:
         if node.op_type != "GroupNormalization":
@@ -113,8 +113,7 @@ def test_the_operators_nodes_name_their_plugin_and_inputs_have_one_dtype(bundle)
         assert {dtypes[name] for name in (*node.input, *node.output)} == {onnx.TensorProto.FLOAT16}, node.name
 
 
-def test_the_plugins_of_its_denoiser_are_those_of_its_layers(bundle):
-    """The shapes that a plugin meets in the graph are those that kernels are compiled for."""
+def test_kernels_are_compiled_for_the_shapes_in_the_graph(bundle):
     model = onnx.load(bundle.path(bundle.network("denoiser").onnx), load_external_data=False)
     values = (*model.graph.input, *model.graph.value_info)
     sizes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in values}

@@ -50,7 +50,7 @@ def overwrite(path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("artifact", ARTIFACTS, ids=KINDS)
-def test_what_was_added_is_found(store, artifact):
+def test_an_added_folder_is_found(store, artifact):
     with store.locked():
         assert store.find(artifact) is None
         added = store.add(artifact, write)
@@ -82,7 +82,7 @@ def test_a_failed_write_leaves_nothing(store, shared):
         '{"files": {"../../outside": {"sha256": "0", "size": 1}}, "notes": {}}',
     ],
 )
-def test_a_damaged_record_is_no_network(store, record):
+def test_a_folder_with_a_damaged_record_is_not_found(store, record):
     with store.locked():
         store.add(NETWORK, write)
         (store.root / PLACE / "record.json").write_text(record)
@@ -90,7 +90,7 @@ def test_a_damaged_record_is_no_network(store, record):
 
 
 @pytest.mark.parametrize("content", [b"lowe", b"LOWERED"], ids=["truncated", "altered"])
-def test_a_damaged_file_is_no_network_and_is_replaced(store, content):
+def test_a_folder_with_a_damaged_file_is_not_found_and_is_replaced(store, content):
     with store.locked():
         store.add(NETWORK, write)
         overwrite(store.root / PLACE / "lowered.onnx", content)
@@ -99,7 +99,7 @@ def test_a_damaged_file_is_no_network_and_is_replaced(store, content):
         assert (store.root / PLACE / "lowered.onnx").read_bytes() == b"lowered"
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_a_bundle_folder_with_other_files_is_refused(tmp_path):
     precious = tmp_path / "networks" / "mine" / "weights.bin"
     precious.parent.mkdir(parents=True)
     precious.write_text("x")
@@ -145,13 +145,13 @@ def test_the_record_names_hashes_and_sizes(store):
 
 
 @pytest.mark.parametrize("artifact", ARTIFACTS, ids=KINDS)
-def test_bundles_share_what_they_have_in_common(tmp_path, shared, artifact):
+def test_bundles_share_equal_folders(tmp_path, shared, artifact):
     first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
     with first.locked(), second.locked():
         added = first.add(artifact, write)
         assert second.find(artifact) == added
     places = [root / added.path("lowered.onnx") for root in (first.root, second.root, shared.root)]
-    assert len({folder.stat().st_ino for folder in places}) == 1, "one file, three names"
+    assert len({path.stat().st_ino for path in places}) == 1, "one file, three names"
     assert not os.access(places[0], os.W_OK) or os.geteuid() == 0
 
 
@@ -168,16 +168,16 @@ def test_without_links_files_are_copied(tmp_path, shared, monkeypatch):
     assert (second.root / PLACE / "lowered.onnx").read_bytes() == b"lowered"
 
 
-def test_what_was_damaged_in_one_bundle_is_not_handed_to_another(tmp_path, shared):
+def test_a_damaged_folder_is_not_linked_into_another_bundle(tmp_path, shared):
     first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
     with first.locked(), second.locked():
         first.add(NETWORK, write)
-        # In folder, so the store's own name of the file shows the same.
+        # Written in place, so the store's hard link shows the same content.
         overwrite(first.root / PLACE / "lowered.onnx", b"LOWERED")
         assert second.find(NETWORK) is None
         assert entries(shared) == []
         second.add(NETWORK, write)
-        assert first.find(NETWORK) is not None, "the damaged one is replaced by the other's"
+        assert first.find(NETWORK) is not None, "the damaged folder is replaced by the second bundle's"
 
 
 def test_a_store_that_cannot_be_written(store, tmp_path):
@@ -204,7 +204,7 @@ def test_pruning_keeps_what_a_bundle_uses(tmp_path, shared):
         assert entries(shared, "kernels") == entries(shared, "weights") == []
 
 
-def test_two_builds_may_publish_the_same(tmp_path, shared):
+def test_two_builds_may_add_the_same_folder(tmp_path, shared):
     first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
     with first.locked(), second.locked():
         assert first.add(NETWORK, write) == second.add(NETWORK, write)

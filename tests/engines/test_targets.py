@@ -34,7 +34,7 @@ def targets(text, device=None, installed=BOTH):
         ("inductor:sm90", None, {INDUCTOR}, [(INDUCTOR, (90,), False)]),
         ("inductor:sm90, Inductor:SM80", H100, {INDUCTOR}, [(INDUCTOR, (80,), False), (INDUCTOR, (90,), False)]),
         ("inductor:sm89,inductor", None, {INDUCTOR}, [(INDUCTOR, (0,)), (INDUCTOR, (89,), False)]),
-        # What is measured here will do.
+        # A package measured here also serves where one chosen by rule was asked for.
         ("inductor,inductor:sm90,inductor:sm89", H100, BOTH, [(INDUCTOR, (90,)), (INDUCTOR, (89,), False)]),
     ],
 )
@@ -91,7 +91,7 @@ def test_what_cannot_be_built_here(text, device, installed, said):
         ("sm87", RTX4090, ("sm87",)),
     ],
 )
-def test_what_is_built_elsewhere(text, device, expected):
+def test_targets_that_are_built_on_other_devices(text, device, expected):
     names = parse_targets(text)
     found = targets_for_other_devices(names, Machine(device, BOTH))
     assert found == expected

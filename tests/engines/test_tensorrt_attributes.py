@@ -1,7 +1,7 @@
-"""Every TensorRT attribute that the code uses exists in each release, and in TensorRT-RTX, unless a guard says where.
+"""Every TensorRT attribute that the code uses exists in each release and in TensorRT-RTX, unless it is guarded.
 
-What a guard excludes is decided by the release itself: code behind `hasattr(trt, "IStreamWriter")` is checked against
-those releases that have it, code behind `flavour is Flavour.TENSORRT_RTX` against TensorRT-RTX.
+Guarded code is checked against the releases in which the guard is true: code behind `hasattr(trt, "IStreamWriter")`
+against those that have it, code behind `flavour is Flavour.TENSORRT_RTX` against TensorRT-RTX.
 """
 
 import json
@@ -18,7 +18,7 @@ PACKAGES = ("engines", "kernels", "moma_rt")
 
 
 class Release:
-    """What one release says about the paths of a scan."""
+    """The paths of a scan, looked up in one release."""
 
     def __init__(self, scan: Scan, bindings) -> None:
         self._module = bindings.module
@@ -34,13 +34,13 @@ class Release:
         return all(self._holds(guard) == guard.holds for guard in use.guards)
 
     def missing(self, use: Use) -> str | None:
-        """What a use needs and this release lacks."""
+        """Return the attribute or keyword of a use that this release lacks, or None."""
         found = self._found[use.path]
         unknown = [word for word in use.keywords if word not in (found["keywords"] or use.keywords)]
         return found["missing"] or (f"keyword {unknown[0]}" if unknown else None)
 
     def misnamed(self, assignment: Assignment) -> str | None:
-        """The class of a value that is given to a variable whose uses are not checked as that class's."""
+        """Return the class of an assigned value if the variable's name does not stand for it; otherwise None."""
         types = [name for name in self._found[assignment.path]["types"] if name in ROOTS.values()]
         return types[0] if types and ROOTS.get(assignment.variable) not in types else None
 
@@ -57,7 +57,7 @@ def problems(scan: Scan, bindings) -> list[str]:
 
 
 def unreachable(scan: Scan, every_bindings) -> list[str]:
-    """The uses behind guards that let no release through, such as a `hasattr` of a misspelt name."""
+    """Return the uses whose guards are true in no release, such as a `hasattr` of a misspelt name."""
     releases = [Release(scan, bindings) for bindings in every_bindings]
     dead = [use for use in scan.uses if not any(release.reaches(use) for release in releases)]
     return [f"{use.line}: {use.path}" for use in dead]
@@ -103,12 +103,12 @@ def test_every_attribute_exists(scans, bindings):
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 
-def test_every_guard_lets_some_release_through(scans, every_bindings):
+def test_every_guard_is_true_in_some_release(scans, every_bindings):
     found = {name: unreachable(scan, every_bindings) for name, scan in scans.items()}
     assert {name: dead for name, dead in found.items() if dead} == {}
 
 
-# Valid Python, never run. The lines that end in `# wrong` are to be reported, in every release, and no others.
+# Valid Python, never run. Exactly the lines that end in `# wrong` must be reported, in every release.
 EXAMPLE = """
 def f(library, flavour, Flavour):
     trt = library(flavour)
@@ -161,7 +161,7 @@ def f(library, flavour, Flavour):
 """
 
 
-def test_what_does_not_exist_is_found(bindings):
+def test_missing_attributes_are_found(bindings):
     wrong = [number for number, line in enumerate(EXAMPLE.splitlines(), 1) if line.endswith("# wrong")]
     assert sorted(int(problem.partition(":")[0]) for problem in problems(Scan(EXAMPLE), bindings)) == wrong
 
@@ -178,7 +178,7 @@ def f():
 """
 
 
-def test_what_does_not_exist_among_plugins_is_found(plugin_bindings):
+def test_missing_attributes_of_plugins_are_found(plugin_bindings):
     wrong = [number for number, line in enumerate(PLUGIN_EXAMPLE.splitlines(), 1) if line.endswith("# wrong")]
     found = [int(problem.partition(":")[0]) for problem in problems(Scan(PLUGIN_EXAMPLE), plugin_bindings)]
     assert sorted(found) == wrong

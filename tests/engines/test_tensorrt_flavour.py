@@ -1,4 +1,4 @@
-"""The `tensorrt` flavour, run to a built engine on a machine without a GPU: TensorRT's bindings over TensorRT-RTX."""
+"""Engines of the `tensorrt` flavour, built without a GPU: TensorRT's bindings with TensorRT-RTX's libraries."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.tensorrt
 BUILD_ONE = Path(__file__).parent / "build_one.py"
 WIDTH, GRID = 32, 8
 WEIGHT_OI = np.random.default_rng(0).standard_normal((WIDTH, WIDTH)).astype(np.float16)
-SAID_BY_A_FLAG = 256
+FLAG_BYTES = 256
 # What a target machine need not have.
 NOT_NEEDED = {"torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers", "triton"}
 
@@ -35,9 +35,9 @@ class Graph:
 
 
 def _write_graph(folder: Path, batch: int | Dim, last: str = "MatMul") -> Graph:
-    """A convolution, a normalisation and an attention of one head, in fp16 behind fp32 edges.
+    """Write a convolution, a normalization and an attention of one head, in fp16 with fp32 inputs and outputs.
 
-    The weights lie as in a bundle: in a file of another folder, and the graph names it relative to that one's parent.
+    As in a bundle, the weights are in another folder, and the graph names their file relative to that folder's parent.
     """
     shape = (batch, WIDTH, GRID, GRID)
     spec = NetworkSpec("small", (TensorSpec("x", "float32", shape),), (TensorSpec("y", "float32", shape),))
@@ -102,8 +102,8 @@ def test_both_flavours_build_the_same_engine(tmp_path, bindings_over_rtx, batch)
         assert any("1 of" in text for text in result["reported"])
     assert results["tensorrt"]["facts"] == results["tensorrt_rtx"]["facts"]
     engines = [(tmp_path / module / ENGINE_NAME).read_bytes() for module in results]
-    # TensorRT-RTX alone is told that contexts are given their memory, which an engine says of itself.
-    assert abs(len(engines[0]) - len(engines[1])) < SAID_BY_A_FLAG
+    # Only the `tensorrt_rtx` flavour sets REQUIRE_USER_ALLOCATION, which is stored in the engine.
+    assert abs(len(engines[0]) - len(engines[1])) < FLAG_BYTES
     assert all(WEIGHT_OI.tobytes() in engine for engine in engines)
 
 

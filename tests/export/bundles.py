@@ -26,13 +26,13 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def folders(root: Path, kind: str = "networks") -> dict[str, tuple[str, int]]:
-    """Network or group of weights → the name and the inode of its folder."""
+    """Map each network or group of weights to the name and the inode of its folder."""
     places = (root / kind).iterdir()
     return {p.name.rsplit("-", 1)[0]: (p.name, p.stat().st_ino) for p in places}
 
 
 def verify(root: Path) -> Bundle:
-    """A bundle whose every file has its hash, and in whose folder nothing else lies."""
+    """Open a bundle; check that every file has its hash and that the folder holds no other files."""
     bundle = Bundle.open(root)
     bundle.verify(bundle.manifest.files)
     records = {f"{folder}/record.json" for entry in bundle.manifest.networks.values() for folder in entry.folders}
@@ -44,6 +44,6 @@ def verify(root: Path) -> Bundle:
 
 
 def overwrite(path, content):
-    """In place, as a hand or a disk does: files are not writable, and other bundles may link them."""
+    """Overwrite a read-only file in place, so that its hard links in other bundles change as well."""
     path.chmod(0o644)
     path.write_bytes(content)

@@ -25,7 +25,7 @@ def tiny_geometry(tiny_checkpoint) -> Geometry:
 
 @pytest.fixture
 def written(monkeypatch):
-    """Replaces each group of weights by one tensor under the group's own key; the list of the groups written."""
+    """Replaces each group of weights by one tensor under the group's own key; returns the list of written groups."""
     done = []
 
     def groups(network, checkpoint, geometry, precision):
@@ -47,20 +47,20 @@ def written(monkeypatch):
 
 @pytest.fixture
 def exports(monkeypatch, written):
-    """Replaces tracing by writing the hashes of a network's sources; the list of what was exported."""
+    """Replaces tracing by writing the hashes of a network's sources; returns the list of exported networks."""
     done = []
 
     def sources(name, checkpoint):
         return {c.role: c.sha256 for c in checkpoint.components if c.role in NETWORK_ROLES[name]}
 
     def export(request, folder):
-        assert all(path.is_file() for path in request.weights.files), "constants may be folded of them"
+        assert all(path.is_file() for path in request.weights.files), "tracing may fold them to constants"
         name = request.network.name
         (folder / "model.onnx").write_text(f"{name} {sources(name, request.checkpoint)} {request.weights.locations}")
         (folder / "lowered.onnx").write_text(f"{name} lowered")
         done.append(name)
 
     monkeypatch.setattr(bundling, "export_network", export)
-    # There is nothing large to free, and a collection looks at everything that pytest holds.
+    # Nothing large is freed here, and a collection would visit all of pytest's objects.
     monkeypatch.setattr("gc.collect", lambda: 0)
     return done

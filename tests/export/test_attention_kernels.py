@@ -26,12 +26,12 @@ RTX, H100 = EngineTarget(Flavour.TENSORRT_RTX, (86, 89)), EngineTarget(Flavour.T
 
 
 class CompileError(Exception):
-    """As that of `kernels.ptx`, which imports Triton."""
+    """Replaces that of `kernels.ptx`, which imports Triton."""
 
 
 @pytest.fixture
 def compiled(monkeypatch, exports):
-    """Replaces the compiler, and tracing as `exports` does; the list of (capabilities, dtypes) that were compiled."""
+    """Replaces the compiler, and tracing as `exports` does; returns the list of compiled (capabilities, dtypes)."""
     calls = []
 
     @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def compiled(monkeypatch, exports):
 
 
 def build(root: Path, *capabilities: int, names=NAMES, precisions=FP16, shared=None, off=False):
-    """The manifest's kernels by capability, and what was said of the denoiser."""
+    """Build a bundle; return its kernels by capability, and the messages."""
     said = []
     plan = ExportPlan(tuple(names), precisions, None if off else capabilities)
     checkpoint = load_checkpoint(CheckpointRequest("tiny", roles=roles_for(names)))
@@ -88,7 +88,7 @@ def test_for_which_devices(targets, later, precision, expected):
     assert kernel_capabilities(targets, later, precision) == expected
 
 
-def test_they_are_files_of_the_bundle(tmp_path, compiled):
+def test_kernels_are_files_of_the_bundle(tmp_path, compiled):
     kernels, said = build(tmp_path, 80, 90)
     assert compiled == [([80], ["float16"]), ([90], ["float16"])]
     assert [line.partition(" in ")[0] for line in said if "sm" in line] == [
@@ -102,7 +102,7 @@ def test_they_are_files_of_the_bundle(tmp_path, compiled):
         assert entry.file == f"{entry.folder}/kernels.json"
 
 
-def test_what_was_compiled_is_what_the_builder_looks_for(tmp_path, compiled, monkeypatch):
+def test_the_engine_builder_finds_the_compiled_kernels(tmp_path, compiled, monkeypatch):
     monkeypatch.setattr("engines.plugins.is_installed", lambda name: True)
     build(tmp_path, 80)
     bundle = Bundle.open(tmp_path)
@@ -124,7 +124,7 @@ def test_a_second_build_does_nothing(tmp_path, compiled):
     assert "denoiser kept" in said
 
 
-def test_others_are_added(tmp_path, compiled):
+def test_kernels_for_other_devices_are_added(tmp_path, compiled):
     first, _ = build(tmp_path, 80)
     both, _ = build(tmp_path, 90)
     assert both[80] == first[80]
@@ -135,7 +135,7 @@ def test_others_are_added(tmp_path, compiled):
 
 
 @pytest.mark.parametrize("change", ["precision", "code", "off"])
-def test_what_would_be_others_today_is_dropped(tmp_path, compiled, monkeypatch, change):
+def test_outdated_kernels_are_dropped(tmp_path, compiled, monkeypatch, change):
     build(tmp_path, 80, 90)
     if change == "code":
         monkeypatch.setattr(attention_kernels, "kernels_code_hash", lambda: "other code")
@@ -145,7 +145,7 @@ def test_what_would_be_others_today_is_dropped(tmp_path, compiled, monkeypatch, 
         assert f"denoiser dropped: the kernels for sm{capability}, which this export does not use" in said
 
 
-def test_another_dtype_takes_the_place_of_the_first(tmp_path, compiled):
+def test_kernels_of_another_dtype_replace_the_first(tmp_path, compiled):
     first, _ = build(tmp_path, 80)
     second, said = build(tmp_path, 80, precisions=BF16)
     assert compiled == [([80], ["float16"]), ([80], ["bfloat16"])]
@@ -153,7 +153,7 @@ def test_another_dtype_takes_the_place_of_the_first(tmp_path, compiled):
     assert not [line for line in said if "dropped: the kernels" in line]
 
 
-def test_without_triton_there_are_none(tmp_path, compiled, monkeypatch):
+def test_no_kernels_are_compiled_without_triton(tmp_path, compiled, monkeypatch):
     monkeypatch.setattr(attention_kernels, "is_installed", lambda name: False)
     kernels, said = build(tmp_path, *DEFAULT_CAPABILITIES)
     assert kernels == {}
@@ -170,7 +170,7 @@ def test_a_device_that_nothing_is_compiled_for(tmp_path, compiled):
     ]
 
 
-def test_bundles_share_them(tmp_path, compiled):
+def test_bundles_share_kernels(tmp_path, compiled):
     shared = SharedStore(tmp_path / "store")
     first, _ = build(tmp_path / "a", 80, shared=shared)
     second, _ = build(tmp_path / "b", 80, shared=shared)
@@ -179,7 +179,7 @@ def test_bundles_share_them(tmp_path, compiled):
     assert (tmp_path / "a" / first[80].file).samefile(tmp_path / "b" / second[80].file)
 
 
-def test_damaged_ones_are_compiled_anew(tmp_path, compiled):
+def test_damaged_kernels_are_compiled_anew(tmp_path, compiled):
     first, _ = build(tmp_path, 80, 90)
     path = min((tmp_path / first[80].folder).glob("*.ptx"))
     path.chmod(0o644)
@@ -242,7 +242,7 @@ def test_the_key_holds_what_a_kernel_depends_on(tmp_path, compiled, monkeypatch)
     assert len(set(keys)) == len(keys)
 
 
-def test_the_code_is_that_of_the_kernels(monkeypatch, tmp_path):
+def test_the_code_hash_covers_the_kernels_and_not_the_onnx_functions(monkeypatch, tmp_path):
     for name in ("registration.py", "a/triton_kernel.py", "a/onnx_function.py"):
         (tmp_path / "kernels" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "kernels" / name).write_text("x")

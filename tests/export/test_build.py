@@ -1,4 +1,4 @@
-"""The build's command line: what reaches the export, what is refused in one line, what is shown."""
+"""The build's command line: its options, one-line errors, and progress."""
 
 import io
 import subprocess
@@ -20,7 +20,7 @@ from moma_rt.bundle.manifest import Bundle
 
 @pytest.fixture
 def calls(monkeypatch, tiny_bundle):
-    """Replaces the export: the checkpoint, the networks and the folder of every call."""
+    """Replaces the export; returns the checkpoint, the networks and the folder of every call."""
     made = []
 
     def build(checkpoint, plan, out, report, shared):
@@ -84,7 +84,7 @@ def test_only(calls, only, names):
     checkpoint, found, _ = calls[0]
     assert found == names
     assert checkpoint.roles >= roles_for(names)
-    # The language model's sizes need the vision encoder's config, and nothing else asks for more than it is made of.
+    # Only the language model reads more than its own roles: its sizes need the vision encoder's config.
     assert checkpoint.roles - roles_for(names) <= {"vision"}
     assert (checkpoint.vision is not None) == (checkpoint.language is not None)
 
@@ -186,7 +186,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_elsewhere_is_a_line_a_network():
+def test_progress_without_a_terminal_is_a_line_a_network():
     stream = io.StringIO()
     with Progress(2, stream) as progress:
         progress.report("a", "checking")
@@ -206,7 +206,7 @@ def test_progress_on_a_terminal_counts():
         assert "1/2" in stream.getvalue()
 
 
-def test_a_second_base_takes_what_does_not_depend_on_it(tmp_path, capsys):
+def test_a_second_base_reuses_what_does_not_depend_on_it(tmp_path, capsys):
     layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     lora = tmp_path / "style.safetensors"
     save_file({f"{layer}.lora_down.weight": torch.ones(1, 64), f"{layer}.lora_up.weight": torch.ones(128, 1)}, lora)
@@ -247,7 +247,7 @@ def test_a_second_base_takes_what_does_not_depend_on_it(tmp_path, capsys):
         ("--base tiny --target cpu,inductor --mllm-precision int8", "--target inductor does not support int8 weights"),
     ],
 )
-def test_targets_and_choices_that_cannot_be(tmp_path, monkeypatch, capsys, arguments, said):
+def test_invalid_targets_and_options(tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.setattr("engines.targets.local_device", lambda: None)
     assert main([*arguments.split(), "--out", str(tmp_path / "bundle")]) == 2
     assert said in one_line(capsys)
@@ -305,8 +305,8 @@ def test_precisions(monkeypatch, tiny_bundle, arguments, networks, language):
         ("--target sm90", None, True),
     ],
 )
-def test_what_runs_no_onnx_gets_none(monkeypatch, tiny_bundle, arguments, device, graphs):
-    """An engine of TensorRT that is built elsewhere later is built of a graph too."""
+def test_graphs_are_exported_if_a_target_needs_them(monkeypatch, tiny_bundle, arguments, device, graphs):
+    """A TensorRT engine that is built later on another machine needs a graph as well."""
     plans = []
 
     def build(checkpoint, plan, out, report, shared):
@@ -368,7 +368,7 @@ def test_for_which_devices_kernels_are_compiled(monkeypatch, tiny_bundle, capsys
     assert main(["--base", "tiny", *arguments.split(), "--out", "some/bundle"]) == 0
     assert plans[0].kernels == kernels
     assert all(plan.plugins == (kernels is not None) for plan in built)
-    # What is built elsewhere is said, and how; it is no target of the engines that are built here.
+    # A note says how to build for the other devices later; they are no targets of this build's engines.
     named = {name for name in arguments.replace(",", " ").split() if name in ("sm80", "sm87", "sm90", "sm103")}
     later = sorted(named - {f"sm{device}"})
     notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]

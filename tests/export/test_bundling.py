@@ -1,4 +1,4 @@
-"""What a build keeps and replaces; exporting is a few bytes here."""
+"""What a build keeps and replaces; exporting only writes a few bytes here."""
 
 import dataclasses
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_a_whole_bundle(tmp_path, exports, written, tiny_geometry):
 
 
 def made_at(root: Path) -> dict[Path, tuple[int, int]]:
-    """The inode and the time of everything in the folders of networks and weights."""
+    """Return the inode and the modification time of everything in the folders of networks and weights."""
     paths = (path for kind in ("networks", "weights") for path in (root / kind).rglob("*"))
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
@@ -83,7 +83,7 @@ def test_another_source_rebuilds_what_is_made_of_it(tmp_path, exports, written, 
     assert exports == affected
     changed = [name for name, place in folders(tmp_path).items() if place != before[name]]
     assert sorted(changed) == sorted(affected)
-    # Of denoiser and subject encoder, the UNet's weights are a file of their own.
+    # Denoiser and subject encoder share a file with the UNet's weights.
     groups = ["unet"] if role == "unet" else affected
     changed = [name for name, place in folders(tmp_path, "weights").items() if place != weights_before[name]]
     assert sorted(changed) == sorted(written) == sorted(groups)
@@ -96,7 +96,7 @@ def test_only_with_another_source_drops_what_no_longer_fits(tmp_path, exports):
     unet = checkpoint_of(["denoiser"]).unet
     build(tmp_path, ["denoiser"], dataclasses.replace(checkpoint_of(["denoiser"], seed=1), unet=unet))
     manifest = verify(tmp_path).manifest
-    # The adapters are others now: what was made of the old ones may not run beside the new denoiser.
+    # The adapters have changed: networks made of the old ones must not run beside the new denoiser.
     assert set(NETWORKS) - set(manifest.networks) == {"subject_encoder", "language_model", "context_projector"}
     kept = set(manifest.networks) - {"denoiser"}
     assert {name: folders(tmp_path)[name] for name in kept} == {name: before[name] for name in kept}
@@ -119,7 +119,7 @@ def test_networks_of_another_base_do_not_mix(tmp_path, exports, change):
     manifest = verify(tmp_path).manifest
     assert list(manifest.networks) == ["vae_decoder"]
     assert not list((tmp_path / "tokenizers").iterdir())
-    assert exports == [*NETWORKS], "its own content is the same: it is found again"
+    assert exports == [*NETWORKS], "its own content is the same, so it is reused"
 
 
 def test_a_build_without_graphs_writes_weights_alone(tmp_path, exports, written):
@@ -136,7 +136,7 @@ def test_a_build_without_graphs_writes_weights_alone(tmp_path, exports, written)
     assert all(len(entry.graphs) == 2 for entry in verify(tmp_path).manifest.networks.values())
 
 
-def test_a_build_without_graphs_keeps_those_that_are_there(tmp_path, exports, written):
+def test_a_build_without_graphs_keeps_existing_graphs(tmp_path, exports, written):
     build(tmp_path / "a")
     before = contents(tmp_path / "a")
     build(tmp_path / "a", graphs=False)
@@ -146,7 +146,7 @@ def test_a_build_without_graphs_keeps_those_that_are_there(tmp_path, exports, wr
     alone, shared = tmp_path / "alone", SharedStore(tmp_path / "store")
     build(tmp_path / "b", shared=shared)
     build(alone, shared=shared, graphs=False)
-    assert not list((alone / "networks").iterdir()), "what another bundle has is no reason to have them"
+    assert not list((alone / "networks").iterdir()), "graphs of another bundle are not linked"
 
 
 def test_two_builds_at_once(tmp_path, exports):

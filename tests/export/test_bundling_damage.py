@@ -1,4 +1,4 @@
-"""What a build repairs and leaves behind: damage, kills and full disks; exporting is a few bytes here."""
+"""What a build repairs and leaves behind: damage, kills and full disks; exporting only writes a few bytes here."""
 
 import collections
 import json
@@ -58,7 +58,7 @@ def test_a_damaged_network_is_repaired(tmp_path, exports, written, damage, names
 @pytest.mark.parametrize("in_store", [False, True], ids=["bundle", "store as well"])
 @pytest.mark.parametrize("names", [SMALL, ("text_encoder",)], ids=["all", "only"])
 def test_damaged_weights_are_written_anew(tmp_path, exports, written, damage, in_store, names):
-    """And no graph, since nothing else than their content was lost."""
+    """No graph is exported, since only weights were lost."""
     root, shared = tmp_path / "bundle", SharedStore(tmp_path / "store")
     build(root, shared=shared)
     before, place = contents(root), folders(root, "weights")["text_encoder"][0]
@@ -100,7 +100,7 @@ def test_a_bundle_without_its_weights_is_completed_by_the_same_build(tmp_path, e
     assert built == {**{name: name for name in NETWORKS}, "subject_encoder": "unet, subject_encoder"}
 
 
-def test_a_lost_graph_is_not_missed_by_a_build_without_graphs(tmp_path, exports):
+def test_a_build_without_graphs_ignores_a_lost_graph(tmp_path, exports):
     build(tmp_path)
     lose(tmp_path / "networks" / folders(tmp_path)["text_encoder"][0])
     build(tmp_path, graphs=False)
@@ -129,7 +129,7 @@ def test_a_manifest_that_cannot_be_read_is_replaced(tmp_path, exports, content):
     assert contents(tmp_path) == before
 
 
-def test_a_manifest_that_leaves_its_folder_is_not_followed(tmp_path, exports):
+def test_a_path_out_of_the_bundle_is_not_followed(tmp_path, exports):
     out = tmp_path / "bundle"
     build(out)
     (tmp_path / "precious").write_text("keep")
@@ -141,7 +141,7 @@ def test_a_manifest_that_leaves_its_folder_is_not_followed(tmp_path, exports):
     assert (tmp_path / "precious").read_text() == "keep"
 
 
-def test_what_a_killed_build_left_is_removed(tmp_path, exports):
+def test_leftovers_of_a_killed_build_are_removed(tmp_path, exports):
     build(tmp_path)
     before = contents(tmp_path)
     (tmp_path / "networks" / ".partial-x").mkdir()
@@ -182,11 +182,11 @@ def test_interrupted_at_each_stage(tmp_path, exports, written, over, at):
     verify(tmp_path)
     assert [name for name in SMALL if done[name]] == finished
     assert exports == [name for name in SMALL if name not in finished]
-    # "hashing" comes before weights have their name: that work is done again.
+    # At "hashing" the weights have no final name yet, so they are written again.
     assert written == [name for name in SMALL if name not in weights or (name, "hashing") == at]
 
 
-def test_a_full_disk(tmp_path, monkeypatch, exports):
+def test_a_disk_that_is_full_while_exporting(tmp_path, monkeypatch, exports):
     build(tmp_path, ["text_encoder"])
     before = contents(tmp_path)
 
@@ -200,11 +200,11 @@ def test_a_full_disk(tmp_path, monkeypatch, exports):
     assert "\n" not in str(caught.value)
     found = contents(tmp_path)
     kept = {name for name in found.keys() - before.keys() if name.startswith("weights/context_projector-")}
-    assert {name: content for name, content in found.items() if name not in kept} == before, "of its bundle nothing"
-    assert {Path(name).name for name in kept} == {"record.json", "weights.safetensors"}, "whole, for the next build"
+    assert {name: content for name, content in found.items() if name not in kept} == before, "nothing else was added"
+    assert {Path(name).name for name in kept} == {"record.json", "weights.safetensors"}, "complete, for the next build"
 
 
-def test_a_disk_that_is_full_of_weights(tmp_path, monkeypatch, exports):
+def test_a_disk_that_is_full_while_writing_weights(tmp_path, monkeypatch, exports):
     build(tmp_path, ["text_encoder"])
     before = contents(tmp_path)
 

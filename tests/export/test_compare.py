@@ -1,4 +1,4 @@
-"""Comparing a bundle with PyTorch: the numbers, what is listed, and that it sees a network that is wrong."""
+"""Comparing a bundle with PyTorch: the errors, the output, and the detection of a wrong network."""
 
 import dataclasses
 import re
@@ -39,7 +39,7 @@ def test_integers_are_compared_as_numbers():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_passes_with_no_tolerance(value):
+def test_values_that_are_not_finite_pass_with_no_tolerance(value):
     apart = difference("x", np.array([1.0, value]), np.array([1.0, 2.0]))
     assert (apart.at, apart.tolerance, apart.relative) == ((1,), np.inf, np.inf)
 
@@ -88,7 +88,7 @@ def test_random_weights_are_made_again_from_their_seed(tmp_path, capsys):
     assert float(re.search(r"relative error (\S+),", capsys.readouterr().out)[1]) < 1e-5
 
 
-def test_what_nothing_here_runs_is_said(tmp_path, monkeypatch, capsys):
+def test_a_network_that_no_backend_can_run_is_reported(tmp_path, monkeypatch, capsys):
     root = built(tmp_path / "bundle", "--precision", "bf16", "--only", "text_encoder")
     monkeypatch.setattr(compare, "local_device", lambda: None)
     capsys.readouterr()
@@ -108,7 +108,7 @@ def test_the_modules_of_int4_have_its_weights(tmp_path, capsys):
 
 @pytest.fixture
 def wrong_bundle(tiny_bundle, tmp_path) -> Path:
-    """The tiny bundle with one weight of the context projector changed, and hashes that say so."""
+    """The tiny bundle with one weight of the context projector changed, and its hashes updated."""
     root = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     manifest = read_manifest(root)
     (file,) = manifest.networks["context_projector"].weights
@@ -118,7 +118,7 @@ def wrong_bundle(tiny_bundle, tmp_path) -> Path:
     tensors[weight].view(-1)[0] += 1.0
     (root / file).chmod(0o644)
     with (root / file).open("r+b") as stream:
-        # In its place, since the graphs name places.
+        # In its place, since the graphs refer to offsets in the file.
         stream.seek(places_before[weight].offset)
         stream.write(tensors[weight].numpy().tobytes())
     hashes = {file: FileEntry(sha256_file(root / file), (root / file).stat().st_size)}
@@ -132,7 +132,7 @@ def test_a_wrong_weight_is_seen(wrong_bundle, capsys):
 
 
 def test_engines_of_this_device_are_compared(tiny_bundle, monkeypatch, capsys):
-    """The one that serves the device, through what runs engines; the device and its run are stood in for."""
+    """Only the engine for this device is run; the device and the run are replaced."""
     from moma_rt.bundle.engines import EngineEntry, Flavour
 
     bundle = Bundle.open(tiny_bundle)
@@ -152,7 +152,7 @@ def test_engines_of_this_device_are_compared(tiny_bundle, monkeypatch, capsys):
         ("onnxruntime", ("onnxruntime", path, weights)),
         ("tensorrt 11.4.0 on H100", ("tensorrt", path, ())),
     ]
-    # A CPU is a device too, and of it as well only its own engines are compared.
+    # On a CPU only engines for CPUs are compared.
     monkeypatch.setattr(compare, "local_device", lambda: None)
     assert len(list(compare.runs(bundle, entry, {"embedding": np.ones((1, 1024), np.float32)}))) == 1
     monkeypatch.setattr(compare, "local_device", lambda: Device("H100", 90))

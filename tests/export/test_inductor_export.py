@@ -1,4 +1,4 @@
-"""A bundle's packages of inductor: what is kept, compiled again, refused and left behind; and compiled ones, run."""
+"""A bundle's AOTInductor packages: which are kept, compiled again or refused, and the outputs of compiled ones."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ CPU = EngineTarget(Flavour.INDUCTOR, (0,))
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Replaces compiling; the list of what was compiled. No two packages are the same bytes."""
+    """Replaces compiling: every package has other bytes. Returns the list of compiled networks."""
     done = []
 
     def write(request, folder):
@@ -46,7 +46,7 @@ def compiled(monkeypatch):
 
 
 def build(root, seed=0, target=CPU, plan=ExportPlan(NAMES, graphs=False)):  # noqa: B008
-    """Export and compile; the engines, and what was said of them."""
+    """Export and compile; return the engines and the messages about them."""
     said, shared = [], SharedStore(root.parent / "store")
     checkpoint = load_checkpoint(CheckpointRequest("tiny", roles=roles_for(NAMES), seed=seed))
     build_bundle(checkpoint, plan, root, lambda *_: None, shared)
@@ -71,10 +71,10 @@ def test_engines_are_in_the_manifest(tmp_path, compiled):
     assert f"inductor {torch.__version__} on cpu " in describe_bundle(bundle)
     assert {path.name for path in (tmp_path / "bundle" / "engines").iterdir()} == {
         f"{engine.network}-{engine.key[:16]}" for engine in engines
-    }, "what inductor made on the way is gone"
+    }, "inductor's temporary files are deleted"
 
 
-def test_what_is_there_is_kept_and_shared(tmp_path, compiled):
+def test_packages_are_kept_and_shared(tmp_path, compiled):
     first, _ = build(tmp_path / "a")
     assert build(tmp_path / "a") == (first, [f"{name} kept for inductor cpu" for name in NAMES])
     second, said = build(tmp_path / "b")
@@ -99,8 +99,8 @@ def test_another_base_of_one_geometry_compiles_nothing(tmp_path, compiled):
         assert entries[0].weights != entries[1].weights
 
 
-def test_other_weights_in_a_bundle_leave_its_engines(tmp_path, compiled):
-    """What refitting is for TensorRT."""
+def test_packages_are_kept_when_the_weights_change(tmp_path, compiled):
+    """As refitting does for TensorRT."""
     first, _ = build(tmp_path / "a")
     before = {path.name for path in (tmp_path / "a" / "weights").iterdir()}
     second, said = build(tmp_path / "a", seed=1)
@@ -109,8 +109,8 @@ def test_other_weights_in_a_bundle_leave_its_engines(tmp_path, compiled):
     assert before.isdisjoint(path.name for path in (tmp_path / "a" / "weights").iterdir())
 
 
-def test_code_carried_alone_is_completed_by_the_same_build(tmp_path, compiled):
-    """Of a bundle without its weights, and with no store beside it, nothing is compiled again."""
+def test_a_bundle_without_weights_is_completed_without_compiling(tmp_path, compiled):
+    """The copy has no store beside it."""
     first, _ = build(tmp_path / "a")
     before = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     carried = tmp_path / "elsewhere" / "a"
@@ -132,7 +132,7 @@ def test_code_carried_alone_is_completed_by_the_same_build(tmp_path, compiled):
     ],
     ids=["version", "instructions", "compiling code", "options", "networks' code"],
 )
-def test_what_a_key_names(tmp_path, compiled, monkeypatch, change):
+def test_what_a_key_depends_on(tmp_path, compiled, monkeypatch, change):
     first, _ = build(tmp_path / "a")
     change(monkeypatch)
     second, said = build(tmp_path / "a")
@@ -141,7 +141,7 @@ def test_what_a_key_names(tmp_path, compiled, monkeypatch, change):
     assert len(second) == len(NAMES), "they take the place of the old ones"
 
 
-def test_a_gpus_engines_lie_beside_a_cpus(tmp_path, compiled, monkeypatch):
+def test_packages_for_a_gpu_do_not_replace_those_for_a_cpu(tmp_path, compiled, monkeypatch):
     on_cpu, _ = build(tmp_path / "a")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     both, said = build(tmp_path / "a", target=EngineTarget(Flavour.INDUCTOR, (90,)))
@@ -162,7 +162,7 @@ def test_damaged_and_lost_packages_are_compiled_again(tmp_path, compiled):
     bundle.verify(engine.file for engine in engines)
 
 
-def test_an_interrupted_build_leaves_the_bundle_as_it_was_and_goes_on(tmp_path, compiled, monkeypatch):
+def test_an_interrupted_build_leaves_the_bundle_unchanged_and_resumes(tmp_path, compiled, monkeypatch):
     root, write = tmp_path / "a", inductor_export.write_package
 
     def interrupted(request, folder):
@@ -178,7 +178,7 @@ def test_an_interrupted_build_leaves_the_bundle_as_it_was_and_goes_on(tmp_path, 
     assert read_manifest(root).engines == ()
     (finished,) = (root / "engines").iterdir()
     assert finished.name.startswith(f"{NAMES[0]}-")
-    # As a build that was killed leaves it, beside what inductor makes on the way.
+    # Leftovers of a killed build, with inductor's temporary files.
     for name in (".partial-x", ".partial-y"):
         (root / "engines" / name / "cache").mkdir(parents=True)
         (root / "engines" / name / "cache" / "half.so").write_text("half")
@@ -202,7 +202,7 @@ def test_a_network_of_other_weights_is_not_compiled_in_its_place(tmp_path, compi
         (subprocess.CalledProcessError(1, ["ld"], stderr="ld: error: no room"), "ld: error: no room"),
     ],
 )
-def test_what_cannot_be_compiled_is_one_line(tmp_path, monkeypatch, capsys, error, said):
+def test_a_failed_compilation_is_one_line(tmp_path, monkeypatch, capsys, error, said):
     def fail(*_, **__):
         raise error
 
@@ -226,14 +226,14 @@ def test_a_gpu_that_pytorch_cannot_use(tmp_path, compiled, monkeypatch):
     assert compiled == []
 
 
-def test_what_was_not_measured_will_do_where_it_is_not_asked_for(tmp_path, compiled, monkeypatch):
+def test_a_measured_package_replaces_one_chosen_by_rule_only_if_asked_for(tmp_path, compiled, monkeypatch):
     here = EngineTarget(Flavour.INDUCTOR, (90,))
     anywhere = dataclasses.replace(here, measured=False)
     monkeypatch.setattr(inductor_export, "check_cross", lambda capability: None)
     monkeypatch.setattr(inductor_export, "cross_compile", inductor_export.write_package)
     by_rule, _ = build(tmp_path / "a", target=anywhere)
     assert [engine.measured for engine in by_rule] == [False, False]
-    # On such a device: what the bundle has will do, unless it is asked for what this machine measures.
+    # On such a device the package is kept, unless one measured on this machine is asked for.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert build(tmp_path / "a", target=anywhere)[0] == by_rule
@@ -243,7 +243,7 @@ def test_what_was_not_measured_will_do_where_it_is_not_asked_for(tmp_path, compi
     assert [engine.measured for engine in measured] == [True, True]
     kept, said = build(tmp_path / "a", target=anywhere)
     assert said == [f"{name} kept for inductor sm90" for name in NAMES]
-    assert kept == measured, "what was measured is better"
+    assert kept == measured, "a measured package is not replaced"
     assert compiled == [*NAMES, *NAMES]
 
 
@@ -257,13 +257,13 @@ def test_a_pytorch_that_is_too_old(tmp_path, compiled, monkeypatch):
 
 
 def outputs(bundle, backend, file, inputs):
-    """Of a graph or a package of a bundle's network, with the bundle's weights."""
+    """Run a graph or a package of a network of the bundle, with the bundle's weights."""
     entry = next(e for n, e in bundle.manifest.networks.items() if file.split("/")[1].startswith(f"{n}-"))
     return outputs_of(backend, entry.spec, bundle.path(file), tuple(map(bundle.path, entry.weights)), inputs)
 
 
 def assert_as_onnxruntime(bundle, name, **sizes):
-    """What a network's package computes is what its graph does, within 1e-4, and of a picture within a level."""
+    """Check that a network's package and its graph agree within 1e-4, and uint8 pictures within 1."""
     entry = bundle.network(name)
     (engine,) = (e for e in bundle.manifest.engines if e.network == name)
     inputs = sample_inputs(entry.spec, bundle.manifest.geometry, {**usual_sizes(entry.spec), **sizes})
@@ -278,7 +278,7 @@ def assert_as_onnxruntime(bundle, name, **sizes):
 @pytest.mark.parametrize(("batch", "halves"), [(1, 1), (1, 2), (2, 1), (3, 2)])
 def test_compiled_for_this_cpu(on_a_cpu, small_bundles, name, batch, halves):
     bundle = Bundle.open(small_bundles[1])
-    # The subject's tokens may be any number, and one.
+    # The number of reference tokens may be any, down to one.
     tokens = {"reference_tokens_32": 37 * batch, "reference_tokens_16": 1}
     assert_as_onnxruntime(bundle, name, batch=batch, guided_batch=batch * halves, **tokens)
 
@@ -305,7 +305,7 @@ def test_every_network_of_a_whole_bundle(on_a_cpu, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("halves", [1, 2])
 def test_compiled_for_this_gpu(small_gpu_bundle, halves):
-    """In fp16, so as near to ONNX Runtime's as two roundings are to each other."""
+    """Both backends round to fp16, so the outputs differ by two rounding errors."""
     bundle = Bundle.open(small_gpu_bundle)
     for engine in bundle.manifest.engines:
         entry = bundle.network(engine.network)
@@ -323,6 +323,6 @@ def test_the_operators_kernels_are_in_the_gpus_package(small_gpu_bundle):
     with zipfile.ZipFile(bundle.path(engine.file)) as package:
         names = package.namelist()
         (code,) = (package.read(name) for name in names if name.endswith(".so"))
-    assert not [name for name in names if name.endswith(".cubin")], "all of them are in the code"
+    assert not [name for name in names if name.endswith(".cubin")], "all kernels are in the library"
     for kernel in (b"injected_self_attention_kernel", b"context_cross_attention_kernel"):
         assert kernel in code

@@ -1,4 +1,4 @@
-"""What the names of graphs, packages and weights depend on, and what they do not."""
+"""What the keys of graphs and of packages depend on, and what they do not."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from moma_rt.bundle.specs import Precision
 
 
 def changed(checkpoint, role, config=None, **fields):
-    """The checkpoint's components, that of a role with keys of its config or fields of its own replaced."""
+    """Return the checkpoint's components, with keys of the config or fields of one role's component replaced."""
 
     def change(component):
         if component.role != role:
@@ -46,7 +46,7 @@ SAME = [
     ("unet", {"_name_or_path": "runwayml/stable-diffusion-v1-5"}),
     ("unet", {"_diffusers_version": "0.6.0"}),
     ("unet", {"_class_name": "UNet2DConditionModel"}),
-    # What the class takes where nothing is said.
+    # The defaults of the class.
     ("unet", {"act_fn": "silu", "norm_eps": 1e-5, "freq_shift": 0, "flip_sin_to_cos": True}),
     ("vae", {"_name_or_path": "stabilityai/sd-vae-ft-mse", "_diffusers_version": "0.2.2"}),
     ("vae", {"act_fn": "silu", "sample_size": 256, "force_upcast": True}),
@@ -61,7 +61,7 @@ SAME = [
 
 
 @pytest.mark.parametrize(("role", "config"), SAME, ids=[f"{role}-{'-'.join(config)}" for role, config in SAME])
-def test_where_a_config_comes_from_is_no_structure(tiny_checkpoint, tiny_geometry, role, config):
+def test_origin_and_defaults_of_a_config_are_not_part_of_a_structure(tiny_checkpoint, tiny_geometry, role, config):
     for name in (name for name in NETWORKS if role in NETWORK_ROLES[name]):
         spec = NETWORKS[name].spec(tiny_geometry)
         before = structure_key(tiny_checkpoint.components, spec, Precision.FP32)
@@ -87,8 +87,8 @@ OTHER = [
 
 
 @pytest.mark.parametrize(("role", "config"), OTHER, ids=[f"{role}-{'-'.join(config)}" for role, config in OTHER])
-def test_what_a_config_changes_is_another_structure(tiny_checkpoint, tiny_geometry, role, config):
-    """Of the networks that are made of it, and of no other."""
+def test_other_settings_of_a_config_are_another_structure(tiny_checkpoint, tiny_geometry, role, config):
+    """Only of the networks that are made of the component."""
     components = changed(tiny_checkpoint, role, config)
     for name, network in NETWORKS.items():
         spec = network.spec(tiny_geometry)
@@ -115,7 +115,7 @@ def test_precision_code_and_libraries_are_part_of_both(monkeypatch, tiny_checkpo
         assert found() != first
 
 
-def test_sources_are_part_of_one_alone(tiny_checkpoint, tiny_geometry):
+def test_sources_are_part_of_the_network_key_only(tiny_checkpoint, tiny_geometry):
     spec = NETWORKS["vae_decoder"].spec(tiny_geometry)
     components = changed(tiny_checkpoint, "vae", sha256="0" * 64)
     pairs = [[key(c, spec, Precision.FP32) for c in (tiny_checkpoint.components, components)] for key in KEYS]
@@ -125,19 +125,19 @@ def test_sources_are_part_of_one_alone(tiny_checkpoint, tiny_geometry):
 KEYS = (network_key, structure_key)
 
 
-def test_every_source_that_a_graph_is_made_by_is_hashed(repository):
-    """A file that is missing from the list would let an old graph pass for a new one's."""
+def test_every_file_that_affects_a_graph_is_hashed(repository):
+    """If a file were missing from the list, its changes would leave outdated graphs in bundles."""
     hashed = {*keys._CODE, *keys._GRAPH_CODE}
     for name in hashed:
         assert (repository / name).exists(), name
     modules = {path.relative_to(repository).as_posix() for path in (repository / "export").glob("*.py")}
-    # The command line, what lies beside the networks, and what other keys name.
+    # The command line, files that do not affect a graph, and files that other keys hash.
     others = {"__init__", "attention_kernels", "bases", "build", "bundling", "compare", "inductor_export", "keys"}
     others |= {"host_compiler", "packages", "progress", "sample_inputs", "tokenizers", "torch_runs"}
     assert modules - {f"export/{name}.py" for name in others} == {name for name in hashed if name in modules}
 
 
-def test_what_only_writes_a_graph_is_no_part_of_a_structure(monkeypatch, tiny_checkpoint, tiny_geometry):
+def test_libraries_that_only_write_a_graph_are_not_part_of_a_structure(monkeypatch, tiny_checkpoint, tiny_geometry):
     spec = NETWORKS["vae_decoder"].spec(tiny_geometry)
     version = keys.importlib.metadata.version
 

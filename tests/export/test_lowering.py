@@ -1,4 +1,4 @@
-"""Graphs lowered for TensorRT 10.3: they keep to what it documents, and compute what the full ones do."""
+"""Graphs lowered for TensorRT 10.3 use documented operators only, and compute what the full graphs do."""
 
 import getpass
 import shutil
@@ -18,7 +18,7 @@ from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import NetworkSpec
 
 FULL, LOWERED = "model.onnx", "lowered.onnx"
-# Of the dynamic dimensions, in two runs of every network; `reference` bounds those of every grid.
+# The dynamic dimensions in two runs of every network; `reference` limits the tokens of every grid.
 SMALL = {"batch": 1, "guided_batch": 1, "sequence": 1, "past": 0, "image_sequence": 1, "reference": 1}
 LARGE = {"batch": 3, "guided_batch": 6, "sequence": 9, "past": 5, "image_sequence": 7, "reference": 37}
 TOLERANCES = {"float": 1e-6, "float16": 2e-3}
@@ -31,7 +31,7 @@ def specs(tiny_bundle) -> dict[str, NetworkSpec]:
 
 @pytest.fixture(scope="module")
 def folders(tiny_bundle, tmp_path_factory) -> dict[str, Path]:
-    """A copy of each network's graph, lowered, beside its weights, where ONNX's own tools and ONNX Runtime look."""
+    """Each network's graph and its lowered one, copied beside the weights, where ONNX's tools look for them."""
     bundle, root = Bundle.open(tiny_bundle), tmp_path_factory.mktemp("lowered")
     for name, entry in bundle.manifest.networks.items():
         (root / name).mkdir()
@@ -65,7 +65,7 @@ def inputs_of(spec: NetworkSpec, wanted: dict[str, int]) -> dict[str, np.ndarray
             values = generator.integers(0, 50, shape)
         elif tensor.name.startswith("object_mask"):
             values = generator.integers(0, 2, shape)
-            # A token takes part: the operator's condition.
+            # The operator needs at least one token.
             values[:, -1] = 1
         elif tensor.name in ("strength", "foreground_mask", "image", "schedule_row"):
             values = generator.random(shape)
@@ -76,7 +76,7 @@ def inputs_of(spec: NetworkSpec, wanted: dict[str, int]) -> dict[str, np.ndarray
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
-    """By L2 norm, and at the worst place, each relative to what was expected."""
+    """Compare the L2 norm and the maximum of the difference, each relative to that of the expected values."""
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     a, b = found.astype(np.float64), expected.astype(np.float64)
@@ -165,7 +165,7 @@ def test_the_documented_operators_are_in_opset_20():
 
 
 class Graph:
-    """A graph of today's operators, its weights outside of it, and the one it is lowered to."""
+    """A graph of opset 23 with external weights, and its lowered graph."""
 
     def __init__(self, folder: Path, text: str, *initializers: TensorProto) -> None:
         imports = '"" : 23, "com.microsoft" : 1' if "com.microsoft" in text else '"" : 23'
@@ -251,7 +251,7 @@ class TestAttention:
         assert 160 * 30 * 30 > float(np.finfo(np.float16).max)
         np.testing.assert_array_equal(run(graph.lowered, inputs)[0], inputs["q"])
 
-    def test_layers_share_what_a_mask_adds(self, tmp_path):
+    def test_layers_share_the_additive_mask(self, tmp_path):
         text = """(float[1,2,3,4] q, bool[3,3] mask) => (float[1,2,3,4] y) {
             x = Attention (q, q, q, mask)
             y = Attention (x, x, x, mask)
@@ -260,7 +260,7 @@ class TestAttention:
         assert operators(graph.lower()).count("Where") == 1
         graph.assert_same(1e-6)
 
-    def test_a_query_that_may_see_nothing_averages_everything(self, tmp_path):
+    def test_a_fully_masked_query_averages_all_values(self, tmp_path):
         text = "(float[1,1,3,4] q, bool[3,3] mask) => (float[1,1,3,4] y) { y = Attention (q, q, q, mask) }"
         graph = Graph(tmp_path, text)
         graph.lower()
@@ -389,7 +389,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("operator", "text"), REFUSED)
-def test_what_is_not_known_is_refused_by_name(tmp_path, operator, text):
+def test_unsupported_operators_are_refused_by_name(tmp_path, operator, text):
     graph = Graph(tmp_path, text)
     with pytest.raises(LoweringError) as error:
         graph.lower()

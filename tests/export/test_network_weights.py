@@ -1,4 +1,4 @@
-"""Which tensors lie in which file, what a file's name depends on, and that its content is the network's."""
+"""Weights files: which tensors each holds, what its key depends on, and that it equals the module's state."""
 
 import dataclasses
 from pathlib import Path
@@ -24,11 +24,11 @@ OTHERS = tuple(name for name in NETWORKS if name not in WITH_UNET)
 
 @pytest.fixture(scope="module")
 def groups(tiny_checkpoint, tiny_geometry):
-    """The groups of a network by name, of the synthetic checkpoint or another one of its geometry."""
+    """Returns a cached function: a network's groups by name, of the synthetic checkpoint or one of its geometry."""
     made = {}
 
     def of(network: str, checkpoint=tiny_checkpoint, precision=Precision.FP32) -> dict[str, WeightGroup]:
-        # A checkpoint cannot be hashed, and is kept so that no other one gets its identity.
+        # A checkpoint is not hashable; it is kept so that no other one gets the same id.
         key = (network, id(checkpoint), precision)
         if key not in made:
             found = weight_groups(NETWORKS[network], checkpoint, tiny_geometry, precision)
@@ -59,7 +59,7 @@ def test_denoiser_and_subject_encoder_share_the_unet(groups):
     described = [{t.name: t.described for t in found["unet"].tensors} for found in (subject_encoder, denoiser)]
     assert described[0] == described[1]
     assert all(name.startswith("unet.") and ".processor." not in name for name in described[0])
-    # Of the adapters each has its own part.
+    # Each has its own part of the adapters.
     own = [{t.name for t in groups(name)[name].tensors} for name in WITH_UNET]
     assert own[0] != own[1]
     assert all(".processor." in name or not name.startswith("unet.") for names in own for name in names)
@@ -144,7 +144,7 @@ def test_the_files_hold_the_modules_state(groups, tiny_checkpoint, tiny_geometry
     module = NETWORKS[name].module(tiny_checkpoint, tiny_geometry, precision)
     found = {}
     for group in groups(name, precision=precision).values():
-        # Tensors that were read lie in their file, so each group has a file of its own.
+        # The loaded tensors are mapped from their file, so each group needs a file of its own.
         (tmp_path / group.name).mkdir()
         group.write(tmp_path / group.name)
         found |= load_file(tmp_path / group.name / "weights.safetensors")
@@ -155,8 +155,8 @@ def test_the_files_hold_the_modules_state(groups, tiny_checkpoint, tiny_geometry
         assert torch.equal(found[tensor_name], tensor), tensor_name
 
 
-def test_linear_layers_lie_as_they_are_multiplied(groups, tiny_checkpoint, tiny_geometry, tmp_path):
-    """[inputs, outputs], where the checkpoint has [outputs, inputs]; convolutions are as they were."""
+def test_linear_weights_are_stored_transposed(groups, tiny_checkpoint, tiny_geometry, tmp_path):
+    """As [inputs, outputs], where the checkpoint has [outputs, inputs]; convolutions are unchanged."""
     (group,) = groups("vae_encoder").values()
     group.write(tmp_path)
     found, given = load_file(tmp_path / "weights.safetensors"), tiny_checkpoint.vae.load()
@@ -203,7 +203,7 @@ def test_a_bundle_has_one_unet(tiny_checkpoint, tmp_path, precision):
 
 
 def test_bundles_share_weights_of_equal_sources(tiny_checkpoint, tmp_path):
-    """Two bases with another UNet, and what a store frees when one of them is deleted."""
+    """Two bases differ in the UNet, and only a UNet is freed when the bundle of one is deleted."""
     other = dataclasses.replace(tiny_checkpoint, unet=load_checkpoint(CheckpointRequest("tiny", seed=1)).unet)
     shared, plan = SharedStore(tmp_path / "store"), ExportPlan(("denoiser", "context_projector"), graphs=False)
     a, b = (

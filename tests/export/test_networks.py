@@ -105,7 +105,7 @@ def test_every_network_has_roles_and_its_own_name(sd15):
     assert (MAX_BATCH, MAX_LANGUAGE_TOKENS) == (4, 2048)
     for network in NETWORKS.values():
         spec = network.spec(sd15)
-        # An output may carry an input's name nowhere: both are bound by name.
+        # No output has the name of an input, since both are bound by name.
         names = [t.name for t in (*spec.inputs, *spec.outputs)]
         assert len(set(names)) == len(names)
         for dim in {d for t in spec.inputs for d in t.dynamic_axes.values()}:
@@ -142,6 +142,6 @@ def test_example_inputs_are_what_tracing_needs(tiny_geometry, name):
             assert dim.min <= example.shape[axis] <= dim.max
         assert tuple(example.shape) == tensor.resolve(**sizes)
     assert all(size > 1 for size in sizes.values())
-    assert len(set(sizes.values())) == len(sizes), "sizes that tracing would take for one"
+    assert len(set(sizes.values())) == len(sizes), "tracing would take equal sizes for one"
     again = example_inputs(spec)
     assert all(np.array_equal(a, b) for a, b in zip(again, example_inputs(spec), strict=True))

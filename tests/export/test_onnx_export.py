@@ -30,7 +30,7 @@ from moma_rt.timing import StageTimer
 
 DTYPES = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32, "uint8": onnx.TensorProto.UINT8}
 OPERATORS = {"InjectedSelfAttention", "ContextCrossAttention"}
-# Bytes of a tensor that must lie outside of a graph; and, of any size of network, those of a graph's tensors and all.
+# Bytes from which a tensor must be external; and, for any network, the limits of inline tensors and of a graph file.
 LARGE, INLINE, GRAPH = 4096, 1 << 16, 1 << 20
 
 
@@ -54,8 +54,8 @@ def test_the_bundle_has_every_network(bundle, tiny_geometry):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_graph_has_the_specs_tensors(graphs, tmp_path, tiny_geometry, name):
     path, model = graphs[name]
-    # A copy: a bundle's files are links into its store too, and onnx's own loader refuses files of several names. It
-    # also looks for weights beside the graph alone.
+    # A copy: onnx's own loader refuses hard links, which a bundle's files are, and looks for weights only beside the
+    # graph.
     beside = Path(shutil.copytree(path.parents[2] / "weights", tmp_path / name))
     onnx.checker.check_model(shutil.copy(path, beside))
     spec = NETWORKS[name].spec(tiny_geometry)
@@ -103,7 +103,7 @@ def test_nothing_of_the_machine_is_in_the_file(graphs, repository, name):
 
 
 def references(graph: onnx.GraphProto) -> dict[str, dict[str, str]]:
-    """Of each tensor that lies outside of a graph, where it does."""
+    """Return the location, offset and length of each external tensor."""
     outside = (tensor for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL)
     return {tensor.name: {entry.key: entry.value for entry in tensor.external_data} for tensor in outside}
 
@@ -122,7 +122,7 @@ def test_references_are_to_the_modules_own_tensors(bundle, modules, name, file):
         assert dims[tensor] == tuple(state[tensor].shape)
         content = contents[reference["location"]][begin : begin + length]
         assert content == state[tensor].numpy().tobytes(), tensor
-    # Every file serves, and whatever is of some size is in one.
+    # Every file is referred to, and every large tensor is external.
     assert {reference["location"] for reference in found.values()} == contents.keys()
     assert all(name in found for name, tensor in state.items() if tensor.nbytes >= LARGE and name in dims)
 
@@ -130,7 +130,7 @@ def test_references_are_to_the_modules_own_tensors(bundle, modules, name, file):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("file", ["onnx", "lowered"])
 def test_no_weight_is_in_a_graph(bundle, modules, name, file):
-    """But what was computed of weights, such as the part of an embedding that is looked up in every run."""
+    """Folded constants may be, such as the part of an embedding that every run looks up."""
     path = bundle.path(getattr(bundle.network(name), file))
     graph = onnx.load(path, load_external_data=False).graph
     inline = {t.name: t for t in graph.initializer if t.data_location != TensorProto.EXTERNAL}
@@ -142,7 +142,7 @@ def test_no_weight_is_in_a_graph(bundle, modules, name, file):
 
 
 def without_content(group: WeightGroup, root: Path) -> None:
-    """A group's file with zeros that take no room, as large as it would be."""
+    """Write a group's file of its full size, as a sparse file of zeros."""
     path = root / group.location
     path.parent.mkdir(parents=True)
     header, end = {}, 0
@@ -204,7 +204,7 @@ def inputs_of(name: str, spec, sizes: dict[str, int], language) -> dict[str, np.
             inputs[tensor.name] = generator.integers(0, language.vocabulary, shape, np.int32)
         elif tensor.name.startswith("object_mask"):
             inputs[tensor.name] = generator.integers(0, 2, shape).astype(np.float32)
-            # At least one token takes part: the operator's condition, and here the last sample's only one.
+            # The operator needs at least one token; the last sample has only one.
             inputs[tensor.name][-1] = 0.0
             inputs[tensor.name][:, -1] = 1.0
         elif tensor.name in ("strength", "foreground_mask", "image"):
@@ -261,7 +261,7 @@ def test_onnx_runtime_agrees_with_pytorch(networks, modules, tiny_geometry, name
 
 
 def test_one_half_alone_is_the_conditional_half(networks, tiny_geometry):
-    """With one half there is nothing to guide by: the same as both halves under a guidance of 1."""
+    """One half cannot be guided: the result is that of both halves with a guidance scale of 1."""
     spec = NETWORKS["denoiser"].spec(tiny_geometry)
     both = inputs_of("denoiser", spec, sizes_of_case(3, 2, 9), tiny_geometry.language)
     alone = {**both, **{name: both[name][3:] for name in ("text_tokens", "context_tokens")}}

@@ -1,4 +1,4 @@
-"""Packages of inductor, compiled for this CPU: what is in them, and which weights they take and refuse."""
+"""AOTInductor packages, compiled for this CPU: their content, and which weights they accept and refuse."""
 
 import dataclasses
 import json
@@ -26,13 +26,13 @@ QUICK = "vae_encoder,context_projector"
 WITH_UNET = "denoiser,subject_encoder"
 
 
-def test_a_cpu_is_compiled_for_in_a_hurry_and_a_gpu_with_care():
+def test_the_options_for_a_cpu_and_for_a_gpu():
     assert PackageOptions.of("denoiser", 0) == PackageOptions(False, channels_last=False, wrapper_level="O0")
     assert PackageOptions.of("denoiser", 90) == PackageOptions(True, channels_last=True, wrapper_level="O1")
     assert PackageOptions.of("denoiser", 90).settings["max_autotune"] is True
 
 
-def test_only_what_every_picture_is_made_with_is_compiled_with_care():
+def test_only_networks_that_run_for_every_picture_are_autotuned():
     assert [name for name in NETWORKS if PackageOptions.of(name, 90).max_autotune] == ["denoiser", "vae_decoder"]
     assert PackageOptions.of("subject_encoder", 90) == PackageOptions(False, channels_last=True, wrapper_level="O0")
 
@@ -42,7 +42,7 @@ def test_every_setting_is_one_of_inductors():
 
 
 def built(root: Path, only: str, seed: int, store: Path) -> Bundle:
-    """A bundle of packages, and no graphs, of random weights."""
+    """Build a bundle with packages but without graphs, of random weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engines.targets.local_device", lambda: None)
         options = ["--only", only, "--seed", str(seed), "--target", "inductor", "--store", str(store)]
@@ -51,12 +51,12 @@ def built(root: Path, only: str, seed: int, store: Path) -> Bundle:
 
 
 def packages(bundle: Bundle) -> dict[str, Path]:
-    """By the network's name."""
+    """Return the files of the packages by network."""
     return {engine.network: bundle.path(engine.file) for engine in bundle.manifest.engines}
 
 
 def outputs(bundle: Bundle, name: str) -> dict[str, np.ndarray]:
-    """Of a network's package, on inputs that depend on its spec alone."""
+    """Run a network's package, on inputs that depend on its spec alone."""
     entry = bundle.network(name)
     inputs = sample_inputs(entry.spec, bundle.manifest.geometry, usual_sizes(entry.spec))
     return outputs_of("inductor", entry.spec, packages(bundle)[name], weights_of(bundle, name), inputs)
@@ -77,7 +77,7 @@ def first(place) -> Bundle:
 
 
 def check_two_bases_share_their_code(first: Bundle, second: Bundle, alone: Bundle, only: str) -> None:
-    """`second` took all code from `first`, and computes to the bit what code compiled for it alone does."""
+    """Check that `second` shares the packages of `first`, and computes bit for bit what those of `alone` do."""
     for name in only.split(","):
         code = packages(first)[name]
         assert code.samefile(packages(second)[name])
@@ -107,13 +107,13 @@ def test_two_bases_share_the_code_of_both_parts_of_the_unet(on_a_cpu, place):
     held = [{w.tensor.data_ptr(): w.tensor.nbytes for w in network.weights.values()} for network in networks]
     shared = sum(held[0][address] for address in held[0].keys() & held[1].keys())
     (unet,) = {first.path(file) for n in packages(first) for file in first.network(n).weights if "/unet-" in file}
-    # What the subject encoder does not compute, after the last self-attention, is the denoiser's alone.
+    # Only the denoiser has the layers after the last self-attention.
     assert 0.9 * unet.stat().st_size < shared <= unet.stat().st_size
 
 
 @pytest.mark.parametrize("name", QUICK.split(","))
 def test_a_package_holds_no_weights(first, name):
-    """No run of a weight's bytes is in it, and it is smaller than they are; whatever it asks for is in the files."""
+    """It contains no weight's first bytes, and lists the tensors of the weights file."""
     path, (file,) = packages(first)[name], weights_of(first, name)
     with zipfile.ZipFile(path) as archive:
         content = b"".join(archive.read(member) for member in archive.namelist())
@@ -149,7 +149,7 @@ def refused(bundle: Bundle, **given) -> str:
     return str(caught.value)
 
 
-def test_weights_that_a_package_lacks(on_a_cpu, first, tmp_path):
+def test_missing_weights_are_named(on_a_cpu, first, tmp_path):
     (file,) = weights_of(first, NAME)
     tensors = load_file(file)
     dropped = sorted(tensors)[0]
@@ -186,7 +186,7 @@ def test_weights_of_another_geometry(on_a_cpu, first, tmp_path, change, said):
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"\xff" * 8, None], ids=["empty", "text", "header", "cut"])
-def test_files_that_are_no_weights(on_a_cpu, first, tmp_path, content):
+def test_invalid_weights_files(on_a_cpu, first, tmp_path, content):
     (file,) = weights_of(first, NAME)
     (tmp_path / "w").write_bytes(file.read_bytes()[:-4] if content is None else content)
     assert refused(first, weights=(tmp_path / "w",)).startswith(f"{tmp_path / 'w'} cannot be read as weights: ")
@@ -196,8 +196,8 @@ def test_files_that_are_no_weights(on_a_cpu, first, tmp_path, content):
 
 @pytest.mark.parametrize("member", [WEIGHTS_MEMBER, CONSTANTS_MEMBER])
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"tensors": {"x": 1}, "channels_last": true}'])
-def test_a_package_that_does_not_say_what_it_reads(on_a_cpu, first, tmp_path, member, content):
-    """As PyTorch itself writes one, or damaged."""
+def test_a_package_with_missing_or_damaged_metadata(on_a_cpu, first, tmp_path, member, content):
+    """PyTorch itself writes packages without these members."""
     with zipfile.ZipFile(packages(first)[NAME]) as source, zipfile.ZipFile(tmp_path / "p", "w") as target:
         for info in source.infolist():
             if not info.filename.endswith(member):
@@ -207,7 +207,7 @@ def test_a_package_that_does_not_say_what_it_reads(on_a_cpu, first, tmp_path, me
     assert refused(first, package=tmp_path / "p").startswith(f"{tmp_path / 'p'} is not an inductor package: ")
 
 
-def test_weights_that_nothing_asks_for_are_not_loaded(on_a_cpu, first):
+def test_unused_weights_are_not_loaded(on_a_cpu, first):
     every = (*weights_of(first, NAME), *weights_of(first, "vae_encoder"))
     network = load(first, NAME, weights=every)
     with safe_open(weights_of(first, NAME)[0], framework="np") as content:
@@ -215,12 +215,12 @@ def test_weights_that_nothing_asks_for_are_not_loaded(on_a_cpu, first):
 
 
 def in_memory(content: torch.Tensor) -> torch.Tensor:
-    """As a device's weights are, where the CPU's are pages of their file."""
+    """Copy a tensor to memory, as for a device; for the CPU, weights are mapped from their file."""
     return content.clone()
 
 
 def test_memory_is_freed_with_the_last_network_that_reads_it(on_a_cpu, first, monkeypatch):
-    """Though PyTorch keeps the tensors themselves."""
+    """PyTorch keeps the tensors, so their storage is freed."""
     new = LoadedWeights._new
     monkeypatch.setattr(LoadedWeights, "_new", lambda self, tensor, last: new(self, in_memory(tensor), last))
     backend, spec = InductorBackend(None), first.network(NAME).spec
@@ -230,7 +230,7 @@ def test_memory_is_freed_with_the_last_network_that_reads_it(on_a_cpu, first, mo
 
     networks = [network(), network()]
     tensors = [weight.tensor for weight in networks[0].weights.values()]
-    assert [w.tensor.data_ptr() for w in networks[1].weights.values()] == [t.data_ptr() for t in tensors], "held once"
+    assert [w.tensor.data_ptr() for w in networks[1].weights.values()] == [t.data_ptr() for t in tensors], "loaded once"
     sizes = [tensor.nbytes for tensor in tensors]
     for left in (True, False):
         networks.pop()
@@ -240,7 +240,7 @@ def test_memory_is_freed_with_the_last_network_that_reads_it(on_a_cpu, first, mo
 
 
 def test_a_mapped_file_is_mapped_once(on_a_cpu, first):
-    """However often a network is loaded in its turn."""
+    """However often a network is loaded."""
     backend, spec = InductorBackend(None), first.network(NAME).spec
     maps = []
     for _ in range(4):
@@ -269,7 +269,7 @@ def test_a_bundle_with_a_changed_byte_of_weights_is_not_run(on_a_cpu, first, tmp
 
 
 def test_a_build_repairs_weights_and_compiles_nothing(on_a_cpu, first, tmp_path, monkeypatch):
-    """With real packages: what was carried without its weights runs as before."""
+    """With real packages: a bundle copied without its weights computes the same once they are written."""
     root = Path(shutil.copytree(first.root, tmp_path / "carried", ignore=shutil.ignore_patterns("weights")))
     monkeypatch.setattr("export.inductor_export.write_package", None)
     bundle = built(root, QUICK, 0, tmp_path / "store")

@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: what they stand for, how near it is, and what cannot be rounded."""
+"""Int8 and int4 weights: their layout, their error, and values that cannot be quantized."""
 
 import numpy as np
 import onnx
@@ -20,8 +20,8 @@ def normal(outputs: int, inputs: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
 
 
-def stands_for(quantized: module.Quantized) -> torch.Tensor:
-    """The matrix as a linear layer has it, [outputs, inputs], in float32."""
+def dequantized(quantized: module.Quantized) -> torch.Tensor:
+    """Return the dequantized matrix as a linear layer has it, [outputs, inputs], in float32."""
     return dequantize(quantized).float().T
 
 
@@ -44,7 +44,7 @@ def test_int8_is_off_by_half_a_step():
     found = quantize(weight, INT8, "w")
     steps = weight.abs().amax(1, keepdim=True) / 127
     # Half a step; then float16 rounds the scale and the product, by 2^-11 of what may be 127 steps.
-    assert ((stands_for(found) - weight).abs() <= steps * (0.5 + 127 * 2**-10)).all()
+    assert ((dequantized(found) - weight).abs() <= steps * (0.5 + 127 * 2**-10)).all()
 
 
 def test_int4_is_nearer_than_rounding_by_the_largest_weight():
@@ -52,9 +52,9 @@ def test_int4_is_nearer_than_rounding_by_the_largest_weight():
     blocks = weight.unflatten(1, (-1, BLOCK))
     scales = (blocks.abs().amax(2, keepdim=True) / 7).half().float()
     plain = ((blocks / scales).round() * scales).flatten(1)
-    found = stands_for(quantize(weight, INT4, "w"))
+    found = dequantized(quantize(weight, INT4, "w"))
     by_block = [(matrix - weight).unflatten(1, (-1, BLOCK)).square().sum(2) for matrix in (found, plain)]
-    # float16 holds the products of which the found matrix is made, hence the little more.
+    # The dequantized matrix is rounded to float16, hence the factor.
     assert (by_block[0] <= by_block[1] * 1.005).all(), "in no block is it worse"
     relative = [float((matrix - weight).norm() / weight.norm()) for matrix in (found, plain)]
     print(f"clipped {relative[0]:.4f}, plain {relative[1]:.4f}")
@@ -64,9 +64,9 @@ def test_int4_is_nearer_than_rounding_by_the_largest_weight():
 def test_int4_has_a_scale_for_each_block_of_inputs():
     weight = normal(8, 3 * BLOCK)
     weight[:, BLOCK : 2 * BLOCK] *= 1000
-    relative = (stands_for(quantize(weight, INT4, "w")) - weight).unflatten(1, (-1, BLOCK)).norm(dim=2)
+    relative = (dequantized(quantize(weight, INT4, "w")) - weight).unflatten(1, (-1, BLOCK)).norm(dim=2)
     relative = relative / weight.unflatten(1, (-1, BLOCK)).norm(dim=2)
-    assert (relative < 0.15).all(), "large weights in one block leave the others as they are"
+    assert (relative < 0.15).all(), "large weights in one block do not affect the others"
 
 
 @BOTH
@@ -74,7 +74,7 @@ def test_zeros_stay_zeros(precision):
     weight = normal(4, 2 * BLOCK)
     weight[1] = 0
     weight[2, :BLOCK] = 0
-    found = stands_for(quantize(weight, precision, "w"))
+    found = dequantized(quantize(weight, precision, "w"))
     assert not found[1].any()
     assert not found[2, :BLOCK].any()
     assert found[3].any()
@@ -85,14 +85,14 @@ def test_zeros_stay_zeros(precision):
 def test_weights_too_small_for_exact_scales(precision, size):
     """Scales below 6e-5 have fewer digits in float16, and below 3e-8 none: the error stays below the weights' size."""
     weight = normal(16, BLOCK) * size
-    found = stands_for(quantize(weight, precision, "w"))
+    found = dequantized(quantize(weight, precision, "w"))
     assert found.isfinite().all()
     assert float((found - weight).norm()) <= 1.001 * float(weight.norm())
 
 
 @BOTH
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e8])
-def test_what_cannot_be_rounded_is_named(precision, value):
+def test_values_that_cannot_be_quantized_are_named(precision, value):
     weight = normal(5, 2 * BLOCK)
     weight[3, 100] = value
     with pytest.raises(CheckpointError, match=rf"^layers\.7\.mlp\.up_proj\.weight contains NaN.*{precision.value}$"):

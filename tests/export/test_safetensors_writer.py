@@ -31,7 +31,7 @@ def stored(name: str, tensor: torch.Tensor) -> StoredTensor:
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
-    """Of every dtype and shape, with values of both signs."""
+    """Return tensors of every dtype and shape, with values of both signs."""
     generator = torch.Generator().manual_seed(0)
     return {
         f"{dtype}{list(shape)}".removeprefix("torch."): torch.randint(-99, 99, shape, generator=generator).to(dtype)
@@ -50,7 +50,7 @@ def test_the_library_reads_every_dtype_and_shape(tmp_path):
         assert torch.equal(found[name], tensor), name
 
 
-def test_what_is_not_finite_or_is_negative_zero_keeps_its_bits(tmp_path):
+def test_nan_infinity_and_negative_zero_keep_their_bits(tmp_path):
     values = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-40])
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         write_safetensors(tmp_path / "w", [stored("x", values.to(dtype))])
@@ -97,7 +97,7 @@ def test_places_of_a_file_that_the_library_wrote(tmp_path):
     }
 
 
-def test_what_can_begin_at_a_multiple_of_64_does(tmp_path):
+def test_tensors_begin_at_multiples_of_64_where_possible(tmp_path):
     sizes = {"odd": (63,), "even": (64,), "one": (), "matrix": (16, 3), "small": (8,), "other": (65, 2)}
     tensors = [stored(name, torch.zeros(shape)) for name, shape in sizes.items()]
     write_safetensors(tmp_path / "w", tensors)
@@ -111,7 +111,7 @@ def test_what_can_begin_at_a_multiple_of_64_does(tmp_path):
     assert ends == sorted(ends), "in their order otherwise"
 
 
-def test_one_tensor_is_held_at_a_time(tmp_path):
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     alive: list[weakref.ref] = []
 
     def read():
@@ -134,7 +134,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
     ],
     ids=["size", "dtype", "order"],
 )
-def test_content_that_is_not_what_was_said(tmp_path, content, said):
+def test_content_that_does_not_match_its_shape_and_dtype(tmp_path, content, said):
     with pytest.raises(ValueError, match=said):
         write_safetensors(tmp_path / "w", [StoredTensor("x", onnx_ir.DataType.FLOAT, (3, 4), lambda: content)])
 

@@ -1,4 +1,4 @@
-"""The language model exported from placeholders: what its graph holds, what it computes, and what is in memory."""
+"""The language model exported from placeholders: its weights, its outputs, and how many weights are in memory."""
 
 import dataclasses
 import weakref
@@ -37,7 +37,7 @@ DTYPES = {Precision.FP32: "FLOAT", Precision.BF16: "BFLOAT16"}
 ALL = pytest.mark.parametrize("precision", Precision, ids=lambda p: p.value)
 # ONNX Runtime's CPU kernels have no bfloat16.
 RUN = [p for p in Precision if p is not Precision.BF16]
-# Of keys and values: the relative error that the weights' rounding alone makes.
+# Bounds of the relative error of keys and values that the rounding of the weights causes.
 ROUNDING = {
     Precision.FP32: (0.0, 0.0),
     Precision.FP16: (1e-5, 1e-3),
@@ -48,7 +48,7 @@ SIZES = {"sequence": 21, "past": 0, "image_sequence": 8}
 
 
 class Watch:
-    """Which weights were read and rounded, and how many of them were alive at the same time."""
+    """Lists which weights were read and quantized, and counts how many were alive at the same time."""
 
     def __init__(self) -> None:
         self.read: list[str] = []
@@ -74,7 +74,7 @@ class Watch:
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint) -> Checkpoint:
-    """A language model just large enough that no scales are short enough to lie in the graph itself."""
+    """A language model just large enough that all scales are external tensors of the graph."""
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "mm_hidden_size": 64}
     language = random_component(LANGUAGE, {**tiny_checkpoint.language.config, **sizes}, 0)
     mapping = {"gate_proj": (96, WIDTH), "up_proj": (96, WIDTH), "down_proj": (1024, 96)}
@@ -96,7 +96,7 @@ def geometry(checkpoint) -> Geometry:
 
 @pytest.fixture(scope="module")
 def exports(checkpoint, geometry, tmp_path_factory) -> dict[Precision, tuple[Path, Watch]]:
-    """The folder of each precision, and what was seen while it was written."""
+    """The folder of each precision, and the `Watch` of its export."""
     made = {}
     for precision in Precision:
         watch = Watch()
@@ -140,7 +140,7 @@ def inputs(geometry) -> dict[str, Array]:
 def run(path: Path, spec: NetworkSpec, inputs: dict[str, Array]) -> dict[str, Array]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Or else it rounds what quantized weights are multiplied by to 8 bits as well.
+    # By default it also rounds the activations that quantized weights are multiplied by to 8 bits.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     outputs = session.run(None, {t.name: inputs[t.name].astype(t.dtype, copy=False) for t in spec.inputs})
@@ -164,11 +164,11 @@ def initializers(path: Path) -> dict[str, onnx.TensorProto]:
 
 
 @ALL
-def test_every_weight_is_read_once_and_let_go(exports, precision):
+def test_every_weight_is_read_once_and_freed(exports, precision):
     watch = exports[precision][1]
     assert sorted(watch.read) == sorted(QUANTIZED | KEPT)
     assert sorted(watch.rounded) == sorted(QUANTIZED if precision.is_weight_only else ())
-    # A weight that is being written, with what it was rounded to, while the next one is read.
+    # The weight being written, its quantized values, and the next weight.
     assert watch.most_alive <= 3
 
 
@@ -179,14 +179,14 @@ def test_the_weights_in_the_graph(exports, precision, graph):
     found = initializers(folder / graph)
     names = {number: name for name, number in onnx.TensorProto.DataType.items()}
     kept = KEPT if precision.is_weight_only else KEPT | QUANTIZED
-    # Norms of random weights are all ones: equal ones are one.
+    # Norms of random weights are all ones, and equal tensors are merged.
     assert len(kept & found.keys() - NORMS) == len(kept - NORMS)
     for name in kept & found.keys():
         assert names[found[name].data_type] == DTYPES.get(precision, "FLOAT16"), name
     assert tuple(found["mapping.up_proj.weight"].dims) == (WIDTH, 96), "inputs, outputs"
     nodes = onnx.load(folder / graph, load_external_data=False).graph.node
     of_weights = [n for n in nodes if n.op_type in ("Transpose", "Cast") and n.input[0] in found]
-    assert not of_weights, "weights lie as they are multiplied"
+    assert not of_weights, "weights are stored as they are multiplied"
     rounding = {n.output[0]: n for n in nodes if n.op_type == "DequantizeLinear"}
     assert len(rounding) == (len(QUANTIZED) if precision.is_weight_only else 0)
     products = [n for n in nodes if n.op_type == "MatMul" and n.input[1] in rounding]
@@ -215,11 +215,11 @@ def test_the_files_are_as_small_as_the_weights(exports):
 
 @pytest.mark.parametrize("precision", RUN, ids=lambda p: p.value)
 def test_what_it_computes(exports, checkpoint, geometry, inputs, precision):
-    """Against fp32 arithmetic on the weights that the graph holds: at most twice the error of PyTorch in its dtype.
+    """The error is at most twice that of PyTorch in the same dtype, against fp32 arithmetic on the graph's weights.
 
-    And those weights are as far from the checkpoint's as the precision makes them, which is most for random ones.
+    The rounding error of those weights is within the bounds of the precision; it is largest for random weights.
     """
-    held = dataclasses.replace(checkpoint, language=as_held(checkpoint.language, precision))
+    held = dataclasses.replace(checkpoint, language=as_stored(checkpoint.language, precision))
     spec, plain = NETWORK.spec(geometry, precision), NETWORK.spec(geometry)
     exact = torch_run(NETWORK.module(held, geometry), plain, inputs)
     rounding = errors(exact, torch_run(NETWORK.module(checkpoint, geometry), plain, inputs))["new_kv"]
@@ -233,8 +233,8 @@ def test_what_it_computes(exports, checkpoint, geometry, inputs, precision):
     assert lowest <= rounding <= highest
 
 
-def as_held(language: Component, precision: Precision) -> Component:
-    """The component with weights of which the graph of a precision holds the same values."""
+def as_stored(language: Component, precision: Precision) -> Component:
+    """Return the component with its weights rounded to the values in the graph of a precision."""
     dtype = torch.float32 if precision is Precision.FP32 else torch.float16
 
     def load(names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
@@ -249,7 +249,7 @@ def as_held(language: Component, precision: Precision) -> Component:
 
 @pytest.mark.parametrize("precision", RUN, ids=lambda p: p.value)
 @pytest.mark.parametrize("cut", [1, 12])
-def test_a_prefix_kept_and_a_suffix(exports, geometry, inputs, precision, cut):
+def test_a_cached_prefix_and_a_suffix_equal_one_pass(exports, geometry, inputs, precision, cut):
     path, spec = exports[precision][0] / MODEL_NAME, NETWORK.spec(geometry, precision)
     whole = run(path, spec, inputs)
     prefix, suffix = ({**inputs, **{n: inputs[n][:, part] for n in ("token_ids", "positions")}} for part in parts(cut))
@@ -270,4 +270,4 @@ def test_tensorrt_rtx_compiles_it(exports, geometry, tmp_path, precision):
     folder, spec = exports[precision][0], NETWORK.spec(geometry, precision)
     request = EngineRequest(Flavour.TENSORRT_RTX, (86, 89, 120), folder / MODEL_NAME, folder, spec)
     facts = build_engine(request, tmp_path, lambda _: None)
-    assert facts.weight_bytes == pytest.approx(weights_bytes(folder), rel=0.02), "as small as they are given"
+    assert facts.weight_bytes == pytest.approx(weights_bytes(folder), rel=0.02), "weights keep their quantized size"

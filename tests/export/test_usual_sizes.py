@@ -22,7 +22,7 @@ def test_kernels_are_tuned_for_the_optimum_of_every_size(tiny_checkpoint, tiny_g
     for user_input, tensor in zip(program.graph_signature.user_inputs, spec.inputs, strict=True):
         for axis, dim in tensor.dynamic_axes.items():
             size = nodes[user_input].shape[axis].node
-            # As inductor's own hints are made of them.
+            # Inductor takes its own hints from these.
             found[dim.name] = size.shape_env.var_to_hint_override[size.expr]
             assert size.shape_env.backed_var_to_val[size.expr] != 1, "tracing takes 1 for a constant"
     wanted = {dim.name: dim.opt for tensor in spec.inputs for dim in tensor.dynamic_axes.values()}

@@ -1,4 +1,4 @@
-"""What the export at full size reports of its files, seen on the tiny bundle."""
+"""The full-size export: how it sums up the bytes of a bundle's files, and which output folders it accepts."""
 
 import pytest
 
@@ -17,12 +17,12 @@ def test_shared_weights_are_counted_once(tiny_bundle):
     assert sizes["weights of unet"] > 20 * sizes["weights of denoiser"]
 
 
-def test_a_new_or_an_empty_folder_will_do(tmp_path):
+def test_a_new_or_empty_folder_is_accepted(tmp_path):
     assert used_folder(tmp_path) == used_folder(tmp_path / "new") == ""
 
 
 @pytest.mark.parametrize("module", [full_size, engine_builds])
-def test_a_used_folder_is_refused(module, tmp_path, monkeypatch, capsys):
+def test_a_folder_with_files_is_refused(module, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").touch()
     for out in (tmp_path, tmp_path / "mine"):
         monkeypatch.setattr("sys.argv", ["x", "--out", str(out)])

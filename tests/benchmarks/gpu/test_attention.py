@@ -1,4 +1,4 @@
-"""The attention step, as far as a CPU goes: one that is wrong is told and does not hide the others."""
+"""The attention step, rehearsed on the CPU: a wrong case is reported, and the others are still measured."""
 
 import json
 

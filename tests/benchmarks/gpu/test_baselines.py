@@ -1,10 +1,10 @@
-"""Which baselines are measured, and their one line."""
+"""Which baselines are measured, in which order, and their summary line."""
 
 from benchmarks.gpu.baselines import Variant, summary, variants
 from moma_rt.bundle.specs import Precision
 
 
-def test_both_precisions_and_formats_that_of_the_bundle_first():
+def test_both_precisions_are_measured_the_bundles_first():
     found = list(variants("eager", Precision.FP16, rehearse=False))
     assert [(v.kind, v.precision, v.execution) for v in found] == [
         ("moma", Precision.FP16, "eager"),
@@ -16,7 +16,7 @@ def test_both_precisions_and_formats_that_of_the_bundle_first():
     assert {v.formats for v in found if v.execution == "eager"} == {(False, True)}
 
 
-def test_what_compiles_the_fastest_is_compiled_first():
+def test_the_variant_that_compiles_fastest_comes_first():
     found = list(variants("compiled", Precision.BF16, rehearse=False))
     assert found == [Variant(kind, Precision.BF16, "compiled", (True,)) for kind in ("plain", "moma")]
 
@@ -27,7 +27,7 @@ def test_a_rehearsal_is_eager_in_the_precision_of_its_bundle():
         assert {(v.precision, v.execution) for v in found} == {(Precision.FP32, "eager")}
 
 
-def test_the_fastest_are_told():
+def test_the_summary_names_the_fastest():
     cases = [{"kind": "moma", "scheduler": "ddim", "steps": 50, "ms": {"p50": ms}} for ms in (900.0, 800.0)] + [
         {"kind": "plain", "scheduler": "lcm", "steps": 4, "ms": {"p50": 70.0}}
     ]

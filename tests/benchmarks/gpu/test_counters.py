@@ -1,4 +1,4 @@
-"""What Nsight Compute is asked and what it says."""
+"""The Nsight Compute step: its command, the parsing of its output, and its results."""
 
 import json
 
@@ -17,12 +17,12 @@ SAID = """==PROF== Connected to process 12
 """
 
 
-def test_metrics_are_read_after_what_others_print():
+def test_metrics_are_parsed_from_output_with_other_lines():
     assert metrics(SAID) == {"Compute (SM) Throughput": "71.3 %", "Registers Per Thread": "128 register/thread"}
     assert metrics("nothing\n") == {}
 
 
-def test_three_kernels_by_their_whole_names(tmp_path, monkeypatch):
+def test_the_three_slowest_kernels_are_selected_by_full_name(tmp_path, monkeypatch):
     assert slowest({"slowest": [{"name": name} for name in "abcd"]}) == ["a", "b", "c"]
     monkeypatch.setattr(counters.shutil, "which", lambda name: f"/bin/{name}")
     command = profiler("void k<int, 2>(float*)")
@@ -32,13 +32,13 @@ def test_three_kernels_by_their_whole_names(tmp_path, monkeypatch):
         profiler("k")
 
 
-def test_without_a_profile_nothing_is_known(tmp_path, monkeypatch, capsys):
+def test_needs_the_step_profile(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MOMA_RT_RESULTS", str(tmp_path))
     assert main(["--bundle", "there"]) == 2
     assert "run the step profile first" in capsys.readouterr().err
 
 
-def test_what_it_says_is_kept_kernel_by_kernel(tmp_path, monkeypatch, capsys):
+def test_results_are_saved_after_every_kernel(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MOMA_RT_RESULTS", str(tmp_path))
     monkeypatch.setattr(counters, "profiler", lambda name: ["ncu", name])
     (tmp_path / "profile.json").write_text(json.dumps({"slowest": [{"name": "a"}, {"name": "b"}]}))

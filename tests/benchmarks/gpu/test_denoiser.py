@@ -1,4 +1,4 @@
-"""A package's step is right or wrong against eager PyTorch."""
+"""How a package's step is judged against eager PyTorch, and how uncaptured graphs are reported."""
 
 import numpy as np
 import pytest
@@ -37,8 +37,8 @@ def test_a_package_may_be_twice_as_far_off_as_eager(package, eager, precision, i
     assert found["is_right"] == is_right
 
 
-def test_a_threshold_in_the_mask_decides_nothing():
-    """A pixel at its edge falls on either side of it for the smallest rounding."""
+def test_errors_of_the_thresholded_mask_are_ignored():
+    """The smallest rounding error can move a pixel across the threshold."""
     assert errors(outputs(1.0, 0.0), outputs(1.0), outputs(1.0), Precision.FP16)["is_right"]
 
 

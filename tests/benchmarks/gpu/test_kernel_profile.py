@@ -1,4 +1,4 @@
-"""Kernels are sorted by what they do, and summed up."""
+"""Kernels of a profile are grouped by name, and summed by group."""
 
 import pytest
 
@@ -19,14 +19,14 @@ from benchmarks.gpu.kernel_profile import GROUPS, Kernel, group_of, summed
         ("void cudnn::engines_precompiled::nchwToNhwcKernel<__half>", "conv"),
         ("triton_red_fused_native_group_norm_silu_3", "norm"),
         ("triton_per_fused_native_layer_norm_12", "norm"),
-        # What is fused after a convolution adds its bias and multiplies nothing.
+        # The pointwise kernel after a convolution adds its bias, and is no convolution itself.
         ("triton_poi_fused_add_convolution_7", "other"),
         ("triton_red_fused_mean_1", "other"),
         ("Memcpy DtoD (Device -> Device)", "other"),
         ("aten::mkldnn_convolution", "conv"),
     ],
 )
-def test_what_a_kernel_does(name, group):
+def test_the_group_of_a_kernel(name, group):
     assert group_of(name) == group
 
 

@@ -1,4 +1,4 @@
-"""The command of a lease: what it refuses and lists, and rehearsals of whole calls on this CPU."""
+"""The lease command: what it refuses, which steps it lists, and rehearsals of whole calls on this CPU."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_the_defaults_are_those_of_the_gpu(setup, tmp_path):
     assert setup.carried.parts[-2:] == (".ship", "first")
 
 
-def test_variables_decide(on_gpu, tmp_path):
+def test_environment_variables_override_the_defaults(on_gpu, tmp_path):
     given = {"BACKEND": "tensorrt", "TARGET": "sm90", "PRECISION": "bf16", "BUNDLE": "there", "SHIP": "carried"}
     setup = Setup.of(given, "second")
     assert (setup.backend, setup.target, setup.precision) == ("tensorrt", "sm90", "bf16")
@@ -51,13 +51,13 @@ def test_variables_decide(on_gpu, tmp_path):
         ({"REHEARSE": "1", "BACKEND": "cuda"}, "BACKEND=cuda; there are: auto, onnxruntime"),
     ],
 )
-def test_what_the_environment_cannot_be(environ, said, monkeypatch):
+def test_invalid_environment_variables(environ, said, monkeypatch):
     monkeypatch.setattr(plan, "gpu_facts", lambda: None)
     with pytest.raises(InputError, match=said):
         Setup.of(environ, "first")
 
 
-def test_the_calls_are_those_of_the_table(setup):
+def test_the_steps_of_each_call(setup):
     assert [[step.name for step in group] for group in groups(setup, "first", ())] == [
         ["facts"],
         ["kernel_tests", "prepare"],
@@ -69,7 +69,7 @@ def test_the_calls_are_those_of_the_table(setup):
         ["latency"],
     ]
     assert [step.name for (step,) in groups(setup, "second", ())] == ["rtx_probe", "latency_again", "compiled"]
-    # Even where each takes as long as it may, whole requests are measured at the end.
+    # Even if every step takes its time limit, enough is left to measure whole requests at the end.
     before = [group for group in groups(setup, "first", ()) if group[0].name not in ("build", "latency")]
     limits = sum(max(step.seconds for step in group) for group in before)
     steps = all_steps(setup)
@@ -77,19 +77,19 @@ def test_the_calls_are_those_of_the_table(setup):
     assert steps["build"].leaves >= steps["latency"].least
 
 
-def test_a_build_is_measured_without_inductors_own_matrix_products(setup):
+def test_a_build_uses_matrix_products_of_aten_only(setup):
     steps = all_steps(setup)
     for name in ("build", "whole_build"):
         assert steps[name].environment["TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS"] == "ATEN"
     command = steps["build"].command
     assert command[command.index("--target") + 1] == "inductor"
     assert command[command.index("--only") + 1] == "text_encoder,denoiser,vae_decoder,context_projector"
-    # What was carried is completed with the options that it was made with.
+    # A carried bundle is completed with the options it was built with.
     prepare = steps["prepare"].command
     assert prepare[prepare.index("--") + 1 :][-2:] == ("--target", "inductor:sm90")
 
 
-def test_tools_are_called_where_there_is_a_gpu(setup, tmp_path, monkeypatch):
+def test_gpu_tools_are_used_only_where_there_is_a_gpu(setup, tmp_path, monkeypatch):
     assert all_steps(setup)["memcheck"].command[:3] == ("compute-sanitizer", "--tool", "memcheck")
     rehearsed = Setup.of({"REHEARSE": "1", "WORK": str(tmp_path)}, "first")
     assert all_steps(rehearsed)["memcheck"].command[0] == sys.executable
@@ -129,7 +129,7 @@ def test_steps_are_listed_where_there_is_no_gpu(given, monkeypatch, capsys):
         main([])
 
 
-def test_no_time_at_all_is_no_success(tmp_path, monkeypatch, capsys):
+def test_a_lease_without_time_fails(tmp_path, monkeypatch, capsys):
     for name, value in {"REHEARSE": "1", "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work")}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(lease.signal, "signal", lambda *_: None)
@@ -144,7 +144,7 @@ def test_no_time_at_all_is_no_success(tmp_path, monkeypatch, capsys):
 
 
 def rehearsed(repository, script, out, *steps, **variables):
-    """Run one of the scripts as a rehearsal; its output, and what is told of each step."""
+    """Run one of the scripts as a rehearsal; return its output and its report of the steps."""
     environment = {**os.environ, "REHEARSE": "1", "PYTHON": sys.executable, "OUT": str(out), **variables}
     done = subprocess.run(
         ["bash", str(repository / "benchmarks" / "gpu" / script), *steps],
@@ -162,20 +162,20 @@ def rehearsed(repository, script, out, *steps, **variables):
 
 @pytest.fixture(scope="module")
 def own_bundle(tiny_bundle, tmp_path_factory):
-    """A copy, which a lease may complete."""
+    """A copy of the tiny bundle, which a lease may change."""
     folder = tmp_path_factory.mktemp("lease") / "bundle"
     shutil.copytree(tiny_bundle, folder)
     return folder
 
 
 def test_a_rehearsal_of_the_first_call(repository, own_bundle, tmp_path):
-    """Every step, on ONNX Runtime: packages take minutes to compile."""
+    """Run every step on ONNX Runtime, since packages take minutes to compile."""
     out, work = tmp_path / "out", tmp_path / "work"
     variables = {"BACKEND": "onnxruntime", "TARGET": "cpu", "BUNDLE": str(own_bundle), "WORK": str(work)}
     said, found = rehearsed(repository, "lease.sh", out, **variables)
     assert found["rehearsal"] is True
     assert [step["status"] for step in found["steps"].values()] == ["passed"] * 9
-    # One line a step, and one of all.
+    # One line for each step, and a summary.
     assert len(said.splitlines()) == 10
     assert sorted(path.name for path in out.iterdir()) == ["lease.json", "lease.tar.gz"]
     written = {path.stem: json.loads(path.read_text()) for path in (work / "results").glob("*.json")}
@@ -194,7 +194,7 @@ def test_a_rehearsal_of_the_first_call(repository, own_bundle, tmp_path):
 
 @pytest.mark.slow
 def test_a_rehearsal_with_inductors_packages(repository, tmp_path):
-    """Both calls, as they are on a GPU but for the device: packages are compiled, which takes minutes."""
+    """Run both calls as on a GPU, but on the CPU: packages are compiled, which takes minutes."""
     pytest.importorskip("diffusers")
     out, work = tmp_path / "out", tmp_path / "work"
     rehearsed(repository, "lease.sh", out, WORK=str(work))
@@ -205,7 +205,7 @@ def test_a_rehearsal_with_inductors_packages(repository, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rehearsal_of_what_belongs_to_no_call(repository, own_bundle, tmp_path):
+def test_a_rehearsal_of_the_steps_of_no_call(repository, own_bundle, tmp_path):
     out = tmp_path / "out"
     variables = {"BACKEND": "onnxruntime", "TARGET": "cpu", "BUNDLE": str(own_bundle), "WORK": str(tmp_path / "work")}
     rehearsed(repository, "lease.sh", out, "prepare", "profile", **variables)

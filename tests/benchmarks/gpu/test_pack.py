@@ -1,4 +1,4 @@
-"""What a call carries: parts that are put together again, and no more than it may."""
+"""Packing what a call carries to the GPU machine: archive parts, bundles, and the size limit."""
 
 import io
 import sys
@@ -17,7 +17,7 @@ from moma_rt.errors import BundleError, MomaError
 
 @pytest.fixture
 def archive():
-    """That of a module, as TensorRT-RTX's is."""
+    """The archive of a small module in place of TensorRT-RTX."""
     packed, text = io.BytesIO(), b"__version__ = '9.9'\n"
     with tarfile.open(fileobj=packed, mode="w:xz") as target:
         info = tarfile.TarInfo("./tensorrt_rtx.py")
@@ -28,7 +28,7 @@ def archive():
 
 @pytest.fixture
 def not_installed(monkeypatch):
-    """No TensorRT-RTX but what is unpacked; that goes again, and what was imported before comes back."""
+    """Hide an installed TensorRT-RTX; afterwards, restore the module that was imported before."""
     monkeypatch.setattr("sys.path", ["-"])
     before = sys.modules.pop("tensorrt_rtx", None)
     yield
@@ -47,7 +47,7 @@ def test_parts_are_divided_between_two_calls(archive, not_installed, tmp_path, m
     first, second = ([path.name for path in sorted((tmp_path / call).iterdir())] for call in ("first", "second"))
     assert first == [f"{RTX_PART}00"]
     assert second == [f"{RTX_PART}{number:02d}" for number in range(1, -(-len(archive) // 100))]
-    # There, the first is where it was kept.
+    # On the GPU machine, the first call has kept its part in the work folder.
     work = tmp_path / "first"
     assert library(tmp_path / "second", work).__version__ == "9.9"
     assert sorted(path.name for path in work.iterdir()) == ["rtx", f"{RTX_PART}00"]
@@ -75,7 +75,7 @@ def test_a_part_that_was_carried_and_kept_counts_once(archive, not_installed, tm
     assert library(carried, work).__version__ == "9.9"
 
 
-def test_a_part_that_is_missing_is_said(archive, tmp_path):
+def test_a_missing_part_is_reported(archive, tmp_path):
     parts = [tmp_path / f"{RTX_PART}{number:02d}" for number in range(3)]
     for path, part in zip(parts, parts_of(archive, -(-len(archive) // 3)), strict=True):
         path.write_bytes(part)
@@ -86,7 +86,7 @@ def test_a_part_that_is_missing_is_said(archive, tmp_path):
 
 @pytest.fixture
 def bundle(tmp_path, monkeypatch):
-    """A folder with the files of a manifest, and those that builds which were stopped left there."""
+    """A folder with the files of a manifest and leftovers of interrupted builds."""
     named = ("engines/denoiser-1/engine.pt2", "tokenizers/text.json", "weights/unet-1/weights.safetensors")
     left = ("engines/.partial-x/engine.pt2", "engines/denoiser-0/engine.pt2", "engines/denoiser-0/record.json", "core")
     records = ("engines/denoiser-1/record.json", "weights/unet-1/record.json")
@@ -99,7 +99,7 @@ def bundle(tmp_path, monkeypatch):
     return tmp_path / "bundle"
 
 
-def test_a_bundle_is_carried_as_far_as_its_manifest_names_it(bundle, tmp_path):
+def test_leftovers_and_weights_are_not_packed(bundle, tmp_path):
     pack_bundle(bundle, tmp_path / "bundle.tar.xz")
     with tarfile.open(tmp_path / "bundle.tar.xz") as files:
         assert files.getnames() == [
@@ -117,7 +117,7 @@ def test_a_bundle_that_lacks_a_file_is_not_packed(bundle, tmp_path):
     assert not (tmp_path / "bundle.tar.xz").exists()
 
 
-def test_too_much_is_refused(tmp_path, monkeypatch, capsys):
+def test_more_than_the_size_limit_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pack, "sources_mib", lambda root: 64.5)
     assert main(["--no-wheels", "--out", str(tmp_path)]) == 2
     captured = capsys.readouterr()

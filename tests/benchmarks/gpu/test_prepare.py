@@ -1,4 +1,4 @@
-"""What was carried is put in place: wheels, a bundle without weights, a subject."""
+"""The prepare step: it installs wheels, completes a bundle without weights, and makes a subject."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def make_wheel(folder, name):
     return path
 
 
-def test_only_what_is_missing_is_installed(tmp_path):
+def test_only_missing_packages_are_installed(tmp_path):
     wheels = [make_wheel(tmp_path, "carried_module"), make_wheel(tmp_path, "numpy")]
     install(wheels, tmp_path / "packages")
     names = {path.name for path in (tmp_path / "packages").iterdir()}
@@ -44,7 +44,7 @@ def test_only_what_is_missing_is_installed(tmp_path):
     assert done.stdout == "7\n"
 
 
-def test_a_wheel_that_is_none_is_an_error(tmp_path):
+def test_an_invalid_wheel_is_an_error(tmp_path):
     wheel = tmp_path / "carried_module-1.0-py3-none-any.whl"
     wheel.write_bytes(b"no zip")
     with pytest.raises(MomaError, match="pip install"):
@@ -60,7 +60,7 @@ def test_parts_for_a_later_call_are_kept(tmp_path):
 
 @pytest.fixture(scope="module")
 def packed(small_bundles, tmp_path_factory):
-    """A bundle with engines, as it is carried."""
+    """The archive of a bundle with engines."""
     archive = tmp_path_factory.mktemp("carried") / "bundle.tar.xz"
     pack_bundle(small_bundles[1], archive)
     return archive
@@ -75,7 +75,7 @@ def test_a_bundle_is_carried_without_weights(packed, small_bundles, tmp_path):
     assert found == {name for name in files if not name.startswith(("weights/", "."))}
     assert found != files
     assert packed.stat().st_size < 0.7 * sum((whole / name).stat().st_size for name in files)
-    # What is there is not touched again.
+    # An existing bundle is left alone.
     (there / "manifest.json").write_text("mine")
     unpack(packed, there)
     assert (there / "manifest.json").read_text() == "mine"
@@ -129,7 +129,7 @@ def carried(tmp_path):
     return tmp_path / "bundle.tar.xz"
 
 
-def test_what_a_stopped_build_left_is_replaced(carried, tmp_path):
+def test_leftovers_of_an_interrupted_build_are_replaced(carried, tmp_path):
     there = tmp_path / "work" / "bundle"
     for name in ("networks/.partial-1/x", "engines/denoiser-1/engine.pt2", ".lock", "../.partial-bundle/bundle/stale"):
         (there / name).parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def test_what_a_stopped_build_left_is_replaced(carried, tmp_path):
     assert [path.name for path in there.parent.iterdir()] == ["bundle"]
 
 
-def test_what_is_no_bundle_is_not_replaced(carried, tmp_path):
+def test_a_folder_with_other_files_is_not_replaced(carried, tmp_path):
     there = tmp_path / "work" / "bundle"
     (there / "networks").mkdir(parents=True)
     (there / "thesis.txt").write_text("mine")
@@ -166,12 +166,12 @@ run([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); tim
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="it is Linux's kernel that ends it")
-def test_what_it_started_ends_with_it(repository):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_child_process_ends_with_its_parent(repository):
     parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=repository, stdout=subprocess.PIPE, text=True)
     assert int(parent.stdout.readline()) != parent.pid
     parent.kill()
-    # The pipe is closed when the last process that has it ended: that this comes to an end is what is tested.
+    # The pipe closes when the last process that holds it ends: this read returns only if the child has ended.
     assert parent.stdout.read() == ""
     parent.wait()
     parent.stdout.close()
@@ -199,7 +199,7 @@ def test_a_random_subject_fits_its_bundle(small_bundles, tmp_path, on_a_cpu):
     assert runtime.generate(loaded, "A coffee cup.", steps=1, context_embedding=embedding).images
 
 
-def test_each_part_is_timed_and_a_failing_build_is_said(tmp_path, monkeypatch, capsys):
+def test_each_part_is_timed_and_a_failing_build_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MOMA_RT_RESULTS", str(tmp_path / "out"))
     (tmp_path / "carried").mkdir()
     places = ["--carried", tmp_path / "carried", "--work", tmp_path / "work", "--bundle", tmp_path / "bundle"]

@@ -1,4 +1,4 @@
-"""The probe of TensorRT-RTX, as far as it goes without a GPU."""
+"""The TensorRT-RTX probe without a GPU: its model, its report, and its builds for other devices."""
 
 import json
 
@@ -10,7 +10,7 @@ from benchmarks.gpu.rtx_probe import described, main, model, tried
 from moma_rt.errors import MomaError
 
 
-def test_what_was_not_carried_is_no_failure(tmp_path, monkeypatch, capsys):
+def test_a_missing_library_is_no_failure(tmp_path, monkeypatch, capsys):
     def missing(name):
         raise ImportError(name)
 
@@ -20,7 +20,7 @@ def test_what_was_not_carried_is_no_failure(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_its_model_is_what_pytorch_compares_with():
+def test_the_model_and_its_pytorch_reference_agree():
     onnxruntime = pytest.importorskip("onnxruntime")
     proto, reference = model()
     for tensor in (*proto.graph.input, *proto.graph.output):

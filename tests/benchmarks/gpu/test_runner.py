@@ -1,4 +1,4 @@
-"""Steps under a deadline: one that fails, hangs or has no time left stops no other, and what was written stays."""
+"""Steps under a deadline: one that fails, hangs or is skipped does not stop the others, and results survive a kill."""
 
 import dataclasses
 import errno
@@ -23,7 +23,7 @@ def step(name, code, seconds=30.0, **others):
 
 
 def is_running(pid):
-    """Whether it is there, and no corpse that nobody has asked about."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def test_all_passed(lease):
     code = "from benchmarks.environment import write_results; write_results('only', {'cases': [1]}); print('fine')"
     environment = {"MOMA_RT_RESULTS": str(lease.results)}
     assert run_steps(lease, [(step("only", code, environment=environment),)])
-    # What goes back is few files, with everything in them.
+    # Few files are sent back; the archive holds all results and logs.
     assert sorted(path.name for path in lease.out.iterdir()) == ["lease.json", "lease.tar.gz"]
     with tarfile.open(lease.out / "lease.tar.gz") as archive:
         assert archive.getnames() == ["only.json", "only.log"]
@@ -78,7 +78,7 @@ def test_all_passed(lease):
 
 
 def test_a_running_steps_results_are_in_the_archive(lease):
-    """A step that ends when it finds what it wrote there."""
+    """The step ends when it finds its own results in the archive."""
     code = f"""
 import tarfile
 from pathlib import Path
@@ -91,7 +91,7 @@ print("found")
 """
     ticks = iter(range(10**9))
     environment = {"MOMA_RT_RESULTS": str(lease.results)}
-    # A clock by which a second passes with every look.
+    # Every reading of the clock advances it by a second.
     unhurried = dataclasses.replace(lease, seconds=1e9)
     assert run_steps(unhurried, [(step("waits", code, 1e9, environment=environment),)], lambda: float(next(ticks)))
 
@@ -109,7 +109,7 @@ def test_a_full_disk_does_not_end_the_lease(lease, monkeypatch, capsys):
     assert sorted({line.rpartition("/")[2].split("'")[0] for line in told}) == ["lease.json", "lease.tar.gz"]
 
 
-def test_a_program_that_is_not_there_is_a_failure(lease):
+def test_a_missing_program_is_a_failure(lease):
     assert not run_steps(lease, [(Step("gone", ("no-such-program",), 5.0),), (step("next", "print(1)"),)])
     assert records(lease)["gone"]["summary"] == "no-such-program: No such file or directory"
     assert records(lease)["next"]["status"] == "passed"
@@ -124,7 +124,7 @@ def test_a_step_is_killed_at_its_limit_with_all_that_it_started(lease, tmp_path,
     )
 
     def clock():
-        """That of a machine on which 20 s have gone since the step's own process was there."""
+        """A clock that is 20 s ahead once the step's child process runs."""
         return time.monotonic() + (20.0 if _written(tmp_path / "child") else 0.0)
 
     assert not run_steps(lease, [(step("hangs", code, 10.0),), (step("next", "print(1)"),)], clock)
@@ -136,8 +136,8 @@ def test_a_step_is_killed_at_its_limit_with_all_that_it_started(lease, tmp_path,
     assert not is_running(int((tmp_path / "child").read_text()))
 
 
-def test_what_has_too_little_time_is_skipped(lease, capsys):
-    """By a clock that runs ten seconds with every look at it."""
+def test_a_step_with_too_little_time_is_skipped(lease, capsys):
+    """Every reading of the clock advances it by ten seconds."""
     times = iter(range(0, 10**6, 10))
     steps = [
         (step("short", "print(1)", 1000.0, least=5.0),),
@@ -147,21 +147,21 @@ def test_what_has_too_little_time_is_skipped(lease, capsys):
     assert not run_steps(lease, steps, lambda: next(times))
     found = records(lease)
     assert found["short"]["status"] == "passed"
-    # What was left when it began, but for the time that ending takes.
+    # The time left when it began, without the reserve for killing it.
     assert 5.0 < found["short"].get("limit", 84.0) < 90.0
     assert {found["long"]["status"], found["leaves"]["status"]} == {"skipped"}
     assert found["long"]["summary"].startswith("needs 90 s, ")
     assert "skipped: needs 90 s" in capsys.readouterr().out
 
 
-def test_a_step_is_told_what_it_has(lease):
+def test_a_step_is_told_its_time_limit(lease):
     code = f"import os; print(os.environ[{runner.SECONDS_VARIABLE!r}])"
     assert run_steps(lease, [(step("told", code, 12.0),)])
     assert float(records(lease)["told"]["summary"]) == 12.0
 
 
 def test_steps_of_a_group_run_at_the_same_time(lease, tmp_path):
-    """Each waits for what the other one writes."""
+    """Each step waits for a file that the other one writes."""
 
     def waits(own, other):
         return (
@@ -195,7 +195,7 @@ def test_a_lease_that_is_killed_leaves_the_results_of_every_finished_step(moment
     chosen = random.Random(moment)
     command = [sys.executable, "-c", LEASE, str(tmp_path), str(repository)]
     process = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True)
-    # At a moment of the lease's own course, however fast this machine is.
+    # At a random point of the lease's progress, which does not depend on this machine's speed.
     finished = chosen.randrange(3)
     told = [process.stdout.readline() for _ in range(finished)]
     while not (cases := _cases(tmp_path, ("one", "two", "three")[finished])) or cases < chosen.randrange(1, 25):
@@ -209,7 +209,7 @@ def test_a_lease_that_is_killed_leaves_the_results_of_every_finished_step(moment
     assert passed[:finished] == ["one", "two", "three"][:finished]
     for name in passed:
         assert json.loads((tmp_path / "results" / f"{name}.json").read_text())["cases"] == list(range(30))
-    # And what the killed one had written is whole.
+    # The running step left a complete file as well.
     running = json.loads((tmp_path / "results" / f"{('one', 'two', 'three')[finished]}.json").read_text())
     assert running["cases"] == list(range(len(running["cases"])))
 
@@ -233,7 +233,7 @@ run_steps(Lease("lease", OUT, OUT / "results", 100.0, {}), [(STEP,)])
 """
 
 
-def test_a_lease_that_is_told_to_end_takes_its_steps_with_it(repository, tmp_path):
+def test_a_terminated_lease_ends_its_steps(repository, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SLEEPING, str(tmp_path)], cwd=repository)
     log = tmp_path / "results" / "sleeps.log"
     while not _written(log):

@@ -1,4 +1,4 @@
-"""CUDA's headers and the driver's library are found where they are."""
+"""Finding CUDA's headers and the driver's library."""
 
 import pytest
 
@@ -17,17 +17,17 @@ def cuda(tmp_path):
     return home, library
 
 
-def test_what_is_named_is_taken_if_it_has_headers(cuda, tmp_path, monkeypatch):
+def test_cuda_home_is_used_if_it_has_headers(cuda, tmp_path, monkeypatch):
     home, library = cuda
     monkeypatch.setattr(module, "_driver_library", lambda: library)
     found = toolchain(tmp_path / "lib", {"CUDA_HOME": str(home), "LIBRARY_PATH": "/there"})
     assert found == {"CUDA_HOME": str(home), "LIBRARY_PATH": f"{tmp_path / 'lib'}:/there"}
     assert (tmp_path / "lib" / "libcuda.so").resolve() == library
-    # Once more, over what is there.
+    # Again, over the existing link.
     assert toolchain(tmp_path / "lib", {"CUDA_HOME": str(home)})["LIBRARY_PATH"] == str(tmp_path / "lib")
 
 
-def test_a_wrapper_of_nvcc_leads_to_its_toolkit(cuda, tmp_path, monkeypatch):
+def test_a_link_to_nvcc_leads_to_its_toolkit(cuda, tmp_path, monkeypatch):
     home, _ = cuda
     (home / "bin").mkdir()
     (home / "bin" / "nvcc").write_text("#!/bin/sh\n")
@@ -36,12 +36,12 @@ def test_a_wrapper_of_nvcc_leads_to_its_toolkit(cuda, tmp_path, monkeypatch):
     tools.mkdir()
     (tools / "nvcc").symlink_to(home / "bin" / "nvcc")
     monkeypatch.setattr(module, "_driver_library", lambda: None)
-    # One without headers is passed over.
+    # A CUDA_HOME without headers is skipped.
     assert toolchain(tmp_path / "lib", {"CUDA_HOME": "/nowhere", "PATH": str(tools)}) == {"CUDA_HOME": str(home)}
     assert not (tmp_path / "lib").exists()
 
 
-def test_the_linkers_list_says_where_the_driver_is(tmp_path, monkeypatch):
+def test_the_driver_is_found_in_the_linkers_cache(tmp_path, monkeypatch):
     ldconfig = tmp_path / "ldconfig"
     library = tmp_path / "libcuda.so.1"
     library.touch()

@@ -1,4 +1,4 @@
-"""What PyTorch is measured with computes what the operators compute."""
+"""The PyTorch baselines compute what the operators compute."""
 
 import pytest
 import torch

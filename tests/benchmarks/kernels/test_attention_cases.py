@@ -1,4 +1,4 @@
-"""What is measured: the sizes, the masks, and the work that is counted."""
+"""The measured attention cases: sizes, masks, gates, and the counted operations and bytes."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_a_blob_covers_its_share_around_the_middle(share, count):
     inside = blob(4, share).reshape(4, 4)
     assert inside.sum() == covered(16, share) == count
     assert inside[1, 1]
-    # What is nearer than something inside is inside.
+    # No token outside is nearer to the middle than one inside.
     axis = torch.arange(4) - 1.5
     distance = axis[:, None] ** 2 + axis**2
     assert count == 16 or distance[inside].max() <= distance[~inside].min()

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels without its GPU: what it measures, counts, sums up and prints."""
+"""The kernel benchmark without a GPU: its measurements, summary, output and errors."""
 
 import json
 
@@ -31,7 +31,7 @@ def bench(fake_timer, peaks):
 
 @pytest.fixture
 def on_cpu(monkeypatch, tmp_path, fake_timer, peaks, tiny_cases, quick_compiler):
-    """The command runs its cases on the CPU, and its results come here."""
+    """Run the command's cases on the CPU; returns its results by name."""
     written = {}
 
     def write(name, results):
@@ -98,7 +98,7 @@ def test_a_case(tiny_cases, bench, quick_compiler):
     assert found | facts == found
 
 
-def test_what_a_compiler_refuses_is_a_result(tiny_cases, bench, monkeypatch):
+def test_a_baseline_that_cannot_be_compiled_is_a_result(tiny_cases, bench, monkeypatch):
     def refuse(function):
         raise NotImplementedError("no power of two\nand a long story")
 
@@ -108,7 +108,7 @@ def test_what_a_compiler_refuses_is_a_result(tiny_cases, bench, monkeypatch):
     assert "ms" in measure(tiny_cases[2], bench)["measured"]["sdpa"]
 
 
-def test_what_fails_uncompiled_is_an_error(tiny_cases, bench, monkeypatch):
+def test_a_failing_eager_baseline_is_an_error(tiny_cases, bench, monkeypatch):
     def fail(inputs):
         raise RuntimeError("out of memory")
 
@@ -137,7 +137,7 @@ def test_no_case_is_started_after_the_deadline(tiny_cases, bench, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_what_compiles_comes_last_and_all_is_kept_on_the_way(tiny_cases, bench, monkeypatch):
+def test_compiled_baselines_come_last_and_results_are_saved_after_every_case(tiny_cases, bench, monkeypatch):
     order, kept = [], []
     monkeypatch.setattr(kernels, "measure", lambda case, _: order.append("eager") or result(case, moma=1.0))
     monkeypatch.setattr(kernels, "measure_compiled", lambda case, _: order.append("compiled") or {"sdpa_compiled": {}})
@@ -162,7 +162,7 @@ def test_a_step_is_the_sum_of_its_layers(tiny_cases):
         result(CrossCase(level, 2, "soft"), moma=1.0, **times),
         result(SelfCase(level, 2, "soft", "packed", 0.4), moma=1.5, sdpa=3.0, sdpa_compiled=2.5),
         result(SelfCase(level, 2, "soft", "masked", 0.4), moma=2.0, sdpa=5.0, sdpa_compiled=None, flex_compiled=1.0),
-        # Of other rows and other masks.
+        # Other rows and masks, which the summary leaves out.
         result(CrossCase(level, 8, "soft"), moma=100.0, **times),
         result(SelfCase(level, 2, "soft", "packed", 0.1), moma=100.0, sdpa=100.0, sdpa_compiled=100.0),
     ]
@@ -230,6 +230,6 @@ def test_a_line_has_a_column_for_every_contender(tiny_cases, bench, monkeypatch,
     assert printed[: ends["moma"]].endswith("1.0000 (0%)")
     assert printed[: ends["sdpa"]].endswith(" 1.0000")
     assert printed[: ends["sdpa_compiled"]].endswith(" refused")
-    # The cross-attention's second composition, and FlexAttention, are not there.
+    # This case has no columns for the cross-attention's definition and for FlexAttention.
     assert line(found) == printed
     assert len(printed) == ends["sdpa_compiled"]

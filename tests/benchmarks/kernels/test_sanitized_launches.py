@@ -1,4 +1,4 @@
-"""The launches that compute-sanitizer watches; test_triton_kernel.py says that the kernels are right."""
+"""The launches that compute-sanitizer watches; test_triton_kernel.py tests the kernels' results."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from benchmarks.kernels import sanitized_launches
 from benchmarks.kernels.sanitized_launches import TOLERANCE, difference, launches, main
 
 
-def test_the_edges_are_there():
+def test_the_launches_cover_edge_cases():
     partial, masked, cross = launches()
     assert partial[1][0].shape[1] % 128 != 0
     assert partial[1][5].shape[1] % 64 != 0

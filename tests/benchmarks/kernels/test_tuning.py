@@ -1,4 +1,4 @@
-"""The tuning of launches without its GPU: what is tried, and which is chosen."""
+"""Tuning the launches without a GPU: which are tried, and which is chosen."""
 
 import dataclasses
 
@@ -71,7 +71,7 @@ def test_candidates(shared_limit):
             assert (config.num_stages - 1) * config.block_tokens * columns * 4 <= shared_limit
 
 
-def test_what_a_compiler_says_of_a_launch_is_kept(tiny_cases, monkeypatch):
+def test_compiling_a_launch_returns_its_shared_memory(tiny_cases, monkeypatch):
     def launched(case, inputs, config):
         triton.knobs.compilation.listener(metadata={"shared": 1024 * config.num_stages}, cache_hit=False)
 
@@ -98,7 +98,7 @@ FAST, PORTABLE, WRONG, REFUSED = (LaunchConfig(64, tokens, 4, 2) for tokens in (
 
 @pytest.fixture
 def fake_launches(tiny_cases, monkeypatch):
-    """Four launches of two entries: one much faster, one that is portable, one wrong, one refused; and the present."""
+    """Four launches of two entries: fast, portable, wrong, refused; the present one takes 3 ms. Returns the timer."""
     level = tiny_cases[0].level
     seconds = {FAST: 1.0, PORTABLE: 2.0, WRONG: 0.5}
     last = []

@@ -1,4 +1,4 @@
-"""How far pictures are apart, and how long replays took the host."""
+"""Differences between pictures, and the host's time for replays of CUDA graphs."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_agreement_is_that_of_the_worst_pair():
     assert agreement({RUNTIME: ours, "plain": eager}) is None
 
 
-def test_replays_are_told_by_the_step():
+def test_replay_times_are_given_per_step():
     warm = [answer(100, 100e-6), answer(50, 300e-6)]
     found = replays({"cold": [answer(7, 200e-6)], "warm": warm, "warm_watched": [answer(101), answer(47)]}, 50)
     assert found == {

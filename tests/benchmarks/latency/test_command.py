@@ -1,4 +1,4 @@
-"""The latency benchmark: what it asks for and sums up, and one small run of it."""
+"""The latency benchmark: its requests, summary and errors, and small runs of it."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def settings(bundle, **others) -> Settings:
     return Settings(bundle, "onnxruntime", 1, "ddim", None, options, **others)
 
 
-def test_each_request_is_what_it_is_named():
+def test_the_requests_of_each_kind():
     turns = [requests(turn) for turn in range(81)]
     assert all(list(turn) == list(KINDS) for turn in turns)
     cold, warm, cached, watched = ([turn[kind] for turn in turns] for kind in KINDS)
@@ -39,7 +39,7 @@ def test_each_request_is_what_it_is_named():
     assert len({r.seed for r in cold + warm + cached}) == 3 * 81
 
 
-def test_times_are_milliseconds_and_count_a_skipped_stage_as_nothing():
+def test_times_are_milliseconds_and_count_a_skipped_stage_as_zero():
     measured = times([answer(1.0, denoiser=0.5), answer(2.0, denoiser=0.7, text_encoder=0.2), answer(3.0)])
     assert measured["total"] == {"p20": 1400.0, "p50": 2000.0, "p80": 2600.0}
     assert measured["stages"]["denoiser"]["p50"] == 500.0
@@ -101,12 +101,12 @@ def test_the_runtime_is_measured_without_pytorch(repository):
     assert subprocess.run([sys.executable, "-c", code], cwd=repository, check=False).returncode == 0
 
 
-def test_what_a_contender_cannot_do_is_said(tmp_path):
+def test_an_error_in_a_contenders_process_is_raised(tmp_path):
     with pytest.raises(MomaError, match=r"moma-rt: .*is not there"):
         ContenderProcess(RUNTIME, settings(tmp_path / "is not there"))
 
 
-def test_a_contender_that_is_killed_is_said(tiny_bundle):
+def test_a_killed_contender_is_reported(tiny_bundle):
     contender = ContenderProcess(RUNTIME, settings(tiny_bundle))
     contender._process.kill()
     contender._process.join()
@@ -114,7 +114,7 @@ def test_a_contender_that_is_killed_is_said(tiny_bundle):
         contender._receive()
 
 
-def test_pictures_that_disagree_are_no_measurement(tiny_bundle, monkeypatch, capsys):
+def test_pictures_that_disagree_fail_the_run(tiny_bundle, monkeypatch, capsys):
     ours, eager = ({kind: [answer(1.0, grey)] for kind in KINDS} for grey in (0, 200))
     monkeypatch.setattr(latency, "measure", lambda *_: {RUNTIME: Samples(ours), "eager": Samples(eager)})
     monkeypatch.setattr(latency, "device_mib_used", lambda: None)
@@ -123,10 +123,10 @@ def test_pictures_that_disagree_are_no_measurement(tiny_bundle, monkeypatch, cap
     assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime"]) == 2
     assert "not the same algorithm" in capsys.readouterr().err
     assert written == []
-    # Without guidance built in, other schedulers have noise of their own: there is nothing to compare.
+    # Other schedulers than ddim draw their own noise in every step, so pictures are not compared.
     assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime", "--scheduler", "lcm", "--steps", "4"]) == 0
     assert written[0][1]["agreement"] is None
-    # On a GPU the baselines are bfloat16, which random weights make other pictures of.
+    # On a GPU the agreement is only reported: in bfloat16, random weights make other pictures.
     monkeypatch.setattr(latency, "device_mib_used", lambda: 1.0)
     assert main(["--bundle", str(tiny_bundle), "--backend", "onnxruntime"]) == 0
     assert written[1][1]["agreement"]["psnr_db"] < 10
@@ -147,7 +147,7 @@ def test_replayed_pictures_that_differ_fail_once_they_are_written(tiny_bundle, m
 
 
 @pytest.mark.parametrize(("gpu", "watched"), [(None, False), (1.0, True)])
-def test_only_on_a_gpu_is_the_watched_request_one_of_all(gpu, watched, monkeypatch):
+def test_the_watched_request_is_a_default_only_on_a_gpu(gpu, watched, monkeypatch):
     monkeypatch.setattr(latency, "device_mib_used", lambda: gpu)
     assert ("warm_watched" in latency._kinds(None)) == watched
     assert latency._kinds("warm_watched") == ("warm", "warm_watched")
@@ -172,7 +172,7 @@ class FakeContender:
         pass
 
 
-def test_no_turn_is_begun_once_it_is_over(monkeypatch, tmp_path):
+def test_no_repetition_starts_after_the_deadline(monkeypatch, tmp_path):
     monkeypatch.setattr(latency, "ContenderProcess", FakeContender)
     asked = []
 
@@ -182,11 +182,11 @@ def test_no_turn_is_begun_once_it_is_over(monkeypatch, tmp_path):
 
     samples = measure(settings(tmp_path), ("warm",), ("eager",), 9, is_over)
     assert [len(samples[name].answers["warm"]) for name in (RUNTIME, "eager")] == [3, 3]
-    # One turn in any case.
+    # The first one is made in any case.
     assert len(measure(settings(tmp_path), ("warm",), (), 9, lambda: True)[RUNTIME].answers["warm"]) == 1
 
 
-def test_what_was_measured_is_kept_after_every_turn(monkeypatch, tmp_path):
+def test_samples_are_saved_after_every_repetition(monkeypatch, tmp_path):
     monkeypatch.setattr(latency, "ContenderProcess", FakeContender)
     kept = []
 
@@ -199,7 +199,7 @@ def test_what_was_measured_is_kept_after_every_turn(monkeypatch, tmp_path):
 
 @pytest.fixture
 def written_here(tmp_path, monkeypatch):
-    """Results are written to the folder that this is."""
+    """Make the command write its results to a temporary folder; returns the folder."""
 
     def write(name, results):
         path = tmp_path / f"{name}.json"
@@ -222,7 +222,7 @@ def test_without_the_cold_request_nothing_is_enrolled(tiny_bundle, written_here)
 
 
 def test_a_saved_subject_is_used_as_it_is(tiny_bundle, small_bundles, written_here, capsys):
-    """By a name of its own, by a bundle that could enroll nobody; one of another bundle is refused."""
+    """The subject keeps its name and nothing is enrolled; a subject of another bundle is refused."""
     photo, mask = (requests(0)["warm"].photo, requests(0)["warm"].mask)
     runtime = Runtime.load(tiny_bundle, "onnxruntime")
     runtime.enroll(photo, mask, "red mug").save(written_here / "mug.subject")
@@ -231,7 +231,7 @@ def test_a_saved_subject_is_used_as_it_is(tiny_bundle, small_bundles, written_he
     found = json.loads((written_here / "mug.json").read_text())
     assert set(found["runtime"]["requests"]) == {"warm", "warm_cached_prompt"}
     assert "subject_encoder" not in found["runtime"]["requests"]["warm"]["stages"]
-    # A baseline read another photo.
+    # The baselines use another photo.
     assert found["agreement"] is None
     assert found["settings"]["baseline_precision"] == "fp32"
     assert found["settings"]["baseline_memory_format"] == "channels_first"

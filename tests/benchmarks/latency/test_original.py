@@ -1,4 +1,4 @@
-"""The baselines: what is measured as the original is the original, and the plain one is diffusers' own pipeline."""
+"""The baselines make the pictures of the original implementation and of diffusers' own pipeline."""
 
 import argparse
 import dataclasses
@@ -44,7 +44,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Threads of PyTorch spin while they wait: where cores are shared, small networks take ten times as long."""
+    """Use one thread: waiting threads of PyTorch spin, which slows small networks tenfold on shared cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,9 +56,9 @@ def tiny():
     return load_checkpoint(CheckpointRequest("tiny"))
 
 
-# LCM's only step is too early to inject anything, has no guidance, and adds no noise of its own.
+# LCM's only step injects nothing, has no guidance, and adds no noise.
 @pytest.mark.parametrize(("scheduler", "steps"), [("ddim", 3), ("lcm", 1)])
-def test_the_original_ends_in_the_runtimes_latents(scheduler, steps, tiny, tiny_bundle):
+def test_the_original_and_the_runtime_make_the_same_latents(scheduler, steps, tiny, tiny_bundle):
     request, asked = requests(3)["cold"], settings(tiny_bundle, steps, scheduler)
     original = Original(tiny, asked)
     latents = keep_latents(original)
@@ -73,8 +73,8 @@ def test_the_original_ends_in_the_runtimes_latents(scheduler, steps, tiny, tiny_
     assert np.abs(np.asarray(result.images[0], np.int16) - answer.image).max() <= 1
 
 
-class Recorded(Original):
-    """The original with the noises of a recorded run."""
+class OriginalWithGoldenNoise(Original):
+    """The original with the noise of the golden trace."""
 
     trace: dict[str, np.ndarray]
 
@@ -84,8 +84,8 @@ class Recorded(Original):
 
 
 @pytest.mark.slow
-def test_the_original_makes_the_recorded_picture(goldens, hub, golden_bundle):
-    """Of its 20 steps the first is too early to inject anything."""
+def test_the_original_makes_the_golden_picture(goldens, hub, golden_bundle):
+    """The first of its 20 steps injects nothing."""
     case = goldens / "context"
     meta = json.loads((case / "meta.json").read_text())
     checkpoint = load_checkpoint(
@@ -97,7 +97,7 @@ def test_the_original_makes_the_recorded_picture(goldens, hub, golden_bundle):
             vae=hub / "stabilityai/sd-vae-ft-mse",
         )
     )
-    original = Recorded(checkpoint, settings(golden_bundle, meta["steps"], strength=meta["strength"]))
+    original = OriginalWithGoldenNoise(checkpoint, settings(golden_bundle, meta["steps"], strength=meta["strength"]))
     original.trace = dict(np.load(case / "trace.npz"))
     latents = keep_latents(original)
     answer = original.answer(Request(case / "image.png", case / "mask.png", meta["subject"], meta["prompt"], 0, 0))
@@ -157,13 +157,13 @@ def test_compiled_is_eager_with_its_unet_and_decoder_compiled(tiny, tiny_bundle,
 
 
 def test_the_compiled_unet_is_one_graph_for_steps_with_and_without_injection(tiny, tiny_bundle, monkeypatch):
-    """The first of three steps is early enough that nothing is injected."""
+    """The first of three steps injects nothing."""
     monkeypatch.setattr(original, "_INJECTION_BELOW", 500)
     embedding = np.random.default_rng(0).standard_normal(1024, dtype=np.float32)
     asked = dataclasses.replace(settings(tiny_bundle, 3), embedding=embedding)
     eager = Original(tiny, asked).answer(requests(0)["warm"])
     counter, compile = CompileCounter(), torch.compile
-    # A graph for every shape, and an error where there would have to be two.
+    # `fullgraph` makes a graph break an error; the backend counts the graphs.
     monkeypatch.setattr(torch, "compile", lambda function, mode: compile(function, backend=counter, fullgraph=True))
     compiled = Original(tiny, asked, "compiled").answer(requests(0)["warm"])
     torch.compiler.reset()
@@ -175,7 +175,7 @@ def test_the_compiled_unet_is_one_graph_for_steps_with_and_without_injection(tin
 
 @pytest.mark.parametrize("kind", [Original, PlainDiffusion])
 def test_precision_and_memory_format_are_settings(kind, tiny, tiny_bundle):
-    """And each makes about the picture of the bundle's precision with its channels first."""
+    """In bfloat16 with channels last, the picture is about that of fp32 with channels first."""
     embedding = np.random.default_rng(0).standard_normal(1024, dtype=np.float32)
     asked = dataclasses.replace(settings(tiny_bundle, 1), embedding=embedding)
     exact = kind(tiny, asked)
@@ -189,14 +189,14 @@ def test_precision_and_memory_format_are_settings(kind, tiny, tiny_bundle):
     assert np.abs(found - wanted).mean() < 8
 
 
-def test_a_graph_of_the_unet_needs_a_gpu(tiny, tiny_bundle, monkeypatch):
+def test_a_cuda_graph_of_the_unet_needs_a_gpu(tiny, tiny_bundle, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="needs a CUDA GPU"):
         PlainDiffusion(tiny, settings(tiny_bundle, 1), "graph")
 
 
 @pytest.mark.gpu
-def test_a_graph_of_the_unet_makes_the_eager_picture(tiny, tiny_bundle):
+def test_a_cuda_graph_of_the_unet_makes_the_eager_picture(tiny, tiny_bundle):
     eager, captured = (PlainDiffusion(tiny, settings(tiny_bundle, 3), how) for how in ("eager", "graph"))
     for request in (requests(0)["warm"], requests(1)["warm"]):
         found, wanted = (baseline.answer(request).image.astype(int) for baseline in (captured, eager))

@@ -1,4 +1,4 @@
-"""Replays are timed, and everything else of a backend is as it was."""
+"""Replays of captured graphs are timed; everything else is passed to the backend."""
 
 from types import SimpleNamespace
 
@@ -39,7 +39,7 @@ def test_each_replay_is_timed():
     assert not graph.is_valid
 
 
-def test_the_rest_is_the_backends_own():
+def test_everything_else_is_passed_to_the_backend():
     inner = FakeBackend()
     backend = TimedReplays(inner)
     assert (backend.name, backend.supports_capture) == ("fake", True)

@@ -1,4 +1,4 @@
-"""The soak benchmark: what it sums up and fails for, and one small run of it."""
+"""The soak benchmark: its summary, what makes it fail, and small runs of it."""
 
 import json
 
@@ -17,7 +17,7 @@ def picture(*differences: int, batch_id: float = 1.0, seconds: float = 0.1) -> O
     return Outcome(Kind.PICTURE, seconds, differences, (), batch_id)
 
 
-def test_memory_grows_over_the_most_of_the_first_requests():
+def test_growth_is_counted_from_the_maximum_of_the_first_requests():
     early = [100.0, 300.0, *[250.0] * (SETTLED - 2)]
     assert memory(50.0, [*early, 280.0, 299.0]) == {
         "before": 50.0,
@@ -34,7 +34,7 @@ def test_memory_grows_over_the_most_of_the_first_requests():
         memory(50.0, [*early, None])
 
 
-def test_the_summary_counts_pictures_calls_and_passes():
+def test_the_summary_counts_requests_pictures_and_batches():
     answers = [
         picture(0, 1, batch_id=1.0, seconds=0.2),
         picture(0, batch_id=1.0, seconds=0.2),
@@ -65,7 +65,7 @@ def results() -> dict:
     }
 
 
-def test_what_a_run_fails_for(results):
+def test_the_verdict_says_why_a_run_failed(results):
     assert verdict(results) == ""
     assert "GPU memory  1000 MiB after 50, most 1016, end 1016: growth 16, 16 allowed" in table(results)
     results["together"]["difference"] = 9
@@ -78,7 +78,7 @@ def test_what_a_run_fails_for(results):
     assert table(results).endswith("\n  request 7: it was answered\n  request 9: KeyError")
 
 
-def test_growth_without_end_is_wrong_however_little_it_is(results):
+def test_steady_growth_fails_however_small(results):
     results["memory"]["most_of_each_50"] = [900.0, 1000.0, 1002.0, 1004.0, 1006.0, 1008.0]
     assert verdict(results) == "memory grew in each of the last 5 x 50 requests, to 1008 MiB"
     results["memory"]["most_of_each_50"][3] = 1002.0
@@ -93,7 +93,7 @@ def test_batches_are_powers_of_two_where_graphs_are_captured(batch, on_gpu, batc
     assert Plan(100, 8, batch, 0, 0, 2, 16.0, on_gpu, 0.0).batches == batches
 
 
-def test_memory_that_needs_a_process_is_asked_for_now_and_then(monkeypatch):
+def test_memory_is_sampled_rarely_if_that_takes_a_process(monkeypatch):
     plan = Plan(100, 8, 1, 0, 0, 2, 16.0, True, 0.0)
     monkeypatch.setattr(command, "device_mib_used", lambda: 7.0)
     monkeypatch.setattr(command, "device_mib_in_process", lambda: None)
@@ -102,7 +102,7 @@ def test_memory_that_needs_a_process_is_asked_for_now_and_then(monkeypatch):
     assert plan.used_mib(1) == 8.0
 
 
-def test_pictures_that_could_be_mixed_up_prove_nothing(results):
+def test_references_that_are_too_similar_fail(results):
     results["closest_pair"]["difference"] = 2
     assert "this one and that one could be mixed up" in verdict(results)
 
@@ -127,16 +127,15 @@ def test_a_mistake_is_one_line(options, said, tmp_path, capsys):
     assert captured.err.count("\n") == 1
 
 
-def test_what_cannot_be_made_alone_is_said(small_bundles, capsys):
-    """A bundle that enrolls nobody."""
+def test_a_bundle_that_cannot_enroll_is_refused(small_bundles, capsys):
     _, making = small_bundles
     assert main(["--bundle", str(making), "--backend", "inductor"]) == 2
     assert "encoder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("backend", "measures"), [("inductor", False), ("onnxruntime", True)])
-def test_two_processes_choose_the_same_convolutions(backend, measures, monkeypatch):
-    """With inductor, whose backend has cuDNN measure them on a GPU when it is created."""
+def test_every_process_chooses_the_same_convolutions(backend, measures, monkeypatch):
+    """Loading the inductor backend lets cuDNN time convolutions, which may choose others in each process."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
 
     def load(bundle, name, **limits):
@@ -150,7 +149,7 @@ def test_two_processes_choose_the_same_convolutions(backend, measures, monkeypat
 
 @pytest.fixture
 def written_here(tmp_path, monkeypatch):
-    """Results are written to the folder that this is."""
+    """Make the command write its results to a temporary folder; returns the folder."""
 
     def write(name, results):
         path = tmp_path / f"{name}.json"
@@ -163,7 +162,7 @@ def written_here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def few(monkeypatch) -> list[str]:
-    """Options of a run of two dozen requests with much of everything."""
+    """Options of a run of 24 requests with many of each kind."""
     monkeypatch.setattr(command, "SETTLED", 8)
     shares = dict.fromkeys((Kind.WATCHED, Kind.CANCELLED, Kind.REFUSED, Kind.ENROLLED), 15)
     monkeypatch.setattr(requests, "_SHARES", shares)
@@ -187,7 +186,7 @@ def test_a_small_run(tiny_bundle, written_here, few, capsys):
 
 
 def test_a_run_in_which_requests_are_mixed_up(tiny_bundle, written_here, few, monkeypatch, capsys):
-    """Every request is compared with what was made of the other one."""
+    """Every request is compared with the references of the other one."""
     made_alone = command.references
     monkeypatch.setattr(command, "references", lambda *given: made_alone(*given)[::-1])
     assert main(["--bundle", str(tiny_bundle), *few, "--distinct", "2", "--out", "mixed"]) == 1

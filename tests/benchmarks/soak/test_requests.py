@@ -1,4 +1,4 @@
-"""What the soak run asks for: different requests whose pictures can be told apart by name, drawn alike every time."""
+"""The soak test's requests: a pool of distinct ones, and a reproducible sequence drawn from it."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def test_no_picture_belongs_to_two_requests(has_language_model):
 
 
 @pytest.mark.parametrize("has_language_model", [True, False])
-def test_each_thing_is_varied_alone(has_language_model):
+def test_some_requests_differ_in_a_single_argument(has_language_model):
     found = pool(48, has_language_model, seed=0)
     first = next(r for r in found if r.schedule == SCHEDULES[0])
     alone = {
@@ -38,13 +38,13 @@ def test_each_thing_is_varied_alone(has_language_model):
         if len(names := [f.name for f in dataclasses.fields(first) if getattr(first, f.name) != getattr(other, f.name)])
         == 1
     }
-    # Where the embedding stands for a reading of the prompt the two differ together.
+    # Without a language model the embedding follows from the prompt, so the two differ together.
     assert alone >= {"schedule", "subject", "seed", "strength", "negative_prompt", "embedding"}
     assert ("prompt" in alone) == has_language_model
     assert any(r.num_images == 2 for r in found)
 
 
-def test_what_is_left_of_the_language_model():
+def test_embeddings_replace_the_language_model():
     assert all(r.options(8)["context_embedding"] is not None for r in pool(48, False, seed=0))
     kinds = {r.embedding is None for r in pool(48, True, seed=0)}
     assert kinds == {True, False}
@@ -53,12 +53,12 @@ def test_what_is_left_of_the_language_model():
     np.testing.assert_array_equal(given, PictureRequest(SCHEDULES[1], embedding=5).options(8)["context_embedding"])
 
 
-def test_a_request_of_two_is_two_of_one():
+def test_a_request_for_two_pictures_splits_into_two():
     request = PictureRequest(SCHEDULES[0], seed=1000, num_images=2)
     assert [(r.seed, r.num_images) for r in request.single()] == [(1000, 1), (1001, 1)]
 
 
-def test_a_thousand_drawn_hold_everything():
+def test_a_thousand_drawn_requests_cover_everything():
     drawn = draw_requests(1000, 48, seed=0)
     assert drawn == draw_requests(1000, 48, seed=0)
     assert drawn != draw_requests(1000, 48, seed=1)

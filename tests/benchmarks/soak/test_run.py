@@ -1,4 +1,4 @@
-"""The soak run finds what is wrong: pictures that are another request's, and calls that end as they should not."""
+"""The soak run detects pictures of another request, and calls that end in an unexpected way."""
 
 from types import SimpleNamespace
 
@@ -18,12 +18,12 @@ def grey(value: int) -> np.ndarray:
 
 @pytest.fixture
 def checker() -> Checker:
-    """Of two requests, the second one for two pictures."""
+    """A checker of two requests, the second for two pictures."""
     requests = [PictureRequest(SCHEDULES[0]), PictureRequest(SCHEDULES[0], seed=1000, num_images=2)]
     return Checker(requests, [Reference([grey(10)]), Reference([grey(100), grey(200)])], tolerance=2)
 
 
-def test_what_is_wrong_is_named(checker):
+def test_wrong_pictures_are_reported(checker):
     assert checker.check(1, [grey(102), grey(200)]) == ((2, 0), [])
     assert checker.check(1, [grey(104), grey(200)]) == ((4, 0), ["its picture 1 is 4/255 from the one generated alone"])
     differences, (line,) = checker.check(1, [grey(100), grey(11)])
@@ -32,7 +32,7 @@ def test_what_is_wrong_is_named(checker):
     assert checker.check(1, [grey(100)])[1] == ["1 pictures instead of 2"]
 
 
-def test_where_requests_are_made_together_a_picture_may_be_that_of_any_batch():
+def test_a_batched_picture_may_match_the_reference_of_any_batch_size():
     request = PictureRequest(SCHEDULES[0])
     reference = Reference([grey(100)], [grey(100)], [[grey(103)], [grey(107)]])
     checker = Checker([request], [reference], tolerance=1)
@@ -52,7 +52,7 @@ def test_the_closest_pair(checker):
 
 
 class FakeRuntime:
-    """Makes grey pictures of requests of the pool; `generates` replaces that."""
+    """Generates grey pictures for the requests of the pool, or calls `generates` if it is set."""
 
     bundle = SimpleNamespace(manifest=SimpleNamespace(geometry=SimpleNamespace(embedding_width=8)))
 
@@ -127,7 +127,7 @@ def test_a_request_that_is_refused(client, runtime):
 
 @pytest.mark.parametrize("kind", [Kind.REFUSED, Kind.CANCELLED, Kind.PICTURE, Kind.WATCHED])
 @pytest.mark.parametrize("error", [MomaError("the GPU failed"), KeyError("lost")])
-def test_an_error_that_should_not_be(kind, error, client, runtime):
+def test_an_unexpected_error_is_reported(kind, error, client, runtime):
     def fail(**_):
         raise error
 
@@ -136,7 +136,7 @@ def test_an_error_that_should_not_be(kind, error, client, runtime):
     assert line.startswith(f"request 7 ({kind.value}, 1 of the pool): {type(error).__name__}: ")
 
 
-def test_what_was_enrolled_anew_is_used(client, runtime):
+def test_a_newly_enrolled_subject_is_used(client, runtime):
     assert client.ask(0, DrawnRequest(Kind.ENROLLED, 0)).wrong == ()
     assert runtime.enrolled == [SUBJECTS[0]]
     client.ask(1, DrawnRequest(Kind.PICTURE, 0))
@@ -157,7 +157,7 @@ def test_every_request_is_made_once():
     assert sorted(answer.seconds for answer in answers) == list(range(100))
 
 
-def test_no_request_is_begun_once_it_is_over():
+def test_no_request_starts_after_the_deadline():
     asked = []
 
     def ask(number, item):

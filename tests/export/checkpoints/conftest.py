@@ -81,6 +81,6 @@ def base() -> tuple[Component, Component]:
 
 @pytest.fixture(scope="session")
 def states(base) -> tuple[StateDict, StateDict]:
-    """Their weights, which nothing may change."""
+    """The weights of `base`, which tests must not change."""
     unet, text_encoder = base
     return unet.load(), text_encoder.load()

@@ -12,7 +12,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def written(folder: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
-    """A safetensors file in the folder."""
+    """Write a safetensors file into the folder."""
     path = folder / "my.safetensors"
     save_file({n: t.contiguous().clone() for n, t in tensors.items()}, path, metadata=metadata)
     return path

@@ -95,7 +95,7 @@ def test_missing_tokenizer(copy):
     assert "no tokenizer" in error_of(copy.base, copy.vae, ROLES)
 
 
-def test_only_asked_roles_are_opened(copy):
+def test_only_requested_roles_are_opened(copy):
     shutil.rmtree(copy.base / "vae")
     shutil.rmtree(copy.base / "tokenizer")
     copy.truncate(copy.base / "text_encoder/model.safetensors")

@@ -13,7 +13,7 @@ WEIGHTS = frozenset({"unet", "vae", "text_encoder"})
 
 
 class FakeHub:
-    """In place of the hub's library: folders by repository, and a record of what was asked for."""
+    """Replaces the hub's library: folders by repository, and a list of the requested downloads."""
 
     def __init__(self, folders):
         self.folders, self.asked = folders, []

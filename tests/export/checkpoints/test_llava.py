@@ -79,7 +79,7 @@ def test_bin_shards_and_old_buffers(copy):
     assert has_vision_tower(copy.llava)
 
 
-def test_vision_beside(original):
+def test_vision_encoder_in_its_own_folder(original):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     component = read_vision(original.clip)
@@ -108,7 +108,7 @@ def test_vision_half_alone_and_full_model(copy):
     assert "--vision takes" in error_of(read_vision, copy.clip / "none")
 
 
-def test_vision_inside(copy):
+def test_vision_encoder_inside_the_language_model(copy):
     assert has_vision_tower(copy.llava)
     clip = json.loads((copy.clip / "config.json").read_text())
     copy.edit_json(copy.llava / "config.json", vision_config=clip["vision_config"])
@@ -118,7 +118,7 @@ def test_vision_inside(copy):
     assert_same(found.load(), {name.removeprefix(TOWER + "vision_model."): t for name, t in inside.items()})
 
 
-def test_vision_inside_of_an_unknown_kind(copy):
+def test_unknown_vision_encoder_inside_the_language_model(copy):
     message = error_of(read_vision_copy, copy.llava, "")
     assert "clip-vit-large-patch14-336" in message
     assert "--vision" in message
@@ -126,7 +126,7 @@ def test_vision_inside_of_an_unknown_kind(copy):
     assert "google/siglip" in error_of(read_vision_copy, copy.llava, "")
 
 
-def test_without_a_copy(copy):
+def test_language_model_without_a_vision_encoder(copy):
     rewrite(copy, {name: t for name, t in stored(copy).items() if not name.startswith(TOWER)})
     assert not has_vision_tower(copy.llava)
     assert len(read_language(copy.llava).load()) == 33

@@ -47,7 +47,7 @@ def test_content_decides_the_hash(copy, original):
     assert after.unet.sha256 == before.unet.sha256
 
 
-def test_vision_inside_or_beside(copy):
+def test_vision_encoder_inside_the_language_model_or_in_its_own_folder(copy):
     beside = load_checkpoint(files(copy))
     copy.edit_json(copy.llava / "config.json", vision_config=beside.vision.config)
     inside = load_checkpoint(files(copy, vision=None))
@@ -68,7 +68,7 @@ def test_tiny_needs_nothing():
     assert checkpoint.adapters.config["language_width"] == checkpoint.language.config["hidden_size"]
 
 
-def test_bases_share_what_is_not_trained_for_each_of_them():
+def test_bases_share_all_but_unet_and_text_encoder():
     first, second = (load_checkpoint(CheckpointRequest(name, weights="random")) for name in ("sd15", "rev_animated"))
     changed = {c.role for c, other in zip(first.components, second.components, strict=True) if c.sha256 != other.sha256}
     assert changed == {"unet", "text_encoder"}
@@ -137,7 +137,7 @@ def test_unneeded_roles_may_be_absent(original):
     assert [c.role for c in checkpoint.components] == ["unet", "adapters"]
 
 
-def test_vision_that_is_nowhere(copy):
+def test_a_missing_vision_encoder(copy):
     tensors = {n: t for f in sorted(copy.llava.glob("*.safetensors")) for n, t in load_file(f).items()}
     for file in (*copy.llava.glob("*.safetensors"), copy.llava / "model.safetensors.index.json"):
         file.unlink()

@@ -80,7 +80,7 @@ def old_diffusers(factors):
 
 
 def oldest_diffusers(factors):
-    """Attention's processors hold the LoRAs; the text encoder's are named as if it had such."""
+    """LoRAs in attention processors; the text encoder's are named as if it had processors."""
     names = {
         (UNET, UNET_LAYERS[0]): "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora",
         (UNET, UNET_LAYERS[1]): "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora",

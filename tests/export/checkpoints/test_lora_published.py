@@ -45,7 +45,7 @@ def few_step_shapes(unet_config, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 def empty_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, metadata: dict) -> bytes:
-    """Write a safetensors file of zeros, as one hole in the disk; its header is what the library would write."""
+    """Write a sparse safetensors file of zeros, with the header that the library would write; return the header."""
     entries, end = dict(metadata), 0
     for name in sorted(shapes):
         start, end = end, end + torch.Size(shapes[name]).numel() * {"F16": 2, "F32": 4}[dtype]
@@ -60,7 +60,7 @@ def empty_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, metad
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_files_are_read(tmp_path, name):
-    """Each to the byte but for the values: every tensor has a place in SD1.5's UNet, and none is left over."""
+    """The published files, byte for byte except for the values: every tensor belongs to a layer of SD1.5's UNet."""
     dtype, metadata, size, sha256 = PUBLISHED[name]
     shapes = few_step_shapes(SD15.unet, 64)
     assert len(shapes) == 3 * 278
@@ -94,7 +94,7 @@ def assert_fused(found, expected, before, count: int) -> None:
 
 @pytest.fixture
 def trained(states):
-    """diffusers' UNet in PEFT's wrapper, after a training whose result is random."""
+    """diffusers' UNet in PEFT's wrapper, with random LoRA weights."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=3,
@@ -132,7 +132,7 @@ def test_an_adapter_that_peft_wrote(tmp_path, base, states, trained):
 
 
 def test_an_adapter_that_diffusers_wrote_of_a_peft_model(tmp_path, base, states, trained):
-    """As diffusers' scripts of consistency distillation end: both prefixes, and nothing on the strength."""
+    """As diffusers' consistency distillation scripts save it: with both prefixes, and without the scale."""
     from diffusers import StableDiffusionPipeline
     from peft import get_peft_model_state_dict
 
@@ -147,7 +147,7 @@ def test_an_adapter_that_diffusers_wrote_of_a_peft_model(tmp_path, base, states,
 
 
 def test_an_adapter_of_the_unet_alone_that_diffusers_wrote(tmp_path, base, states, trained):
-    """`save_lora_adapter`: no prefix in the names, nor in the header that says how strong it is."""
+    """`save_lora_adapter` writes no prefix in the names, nor in the header, which holds the scale."""
     count = adapted_layers(trained)
     unet = trained.get_base_model()
     unet.peft_config = trained.peft_config
@@ -177,8 +177,8 @@ def test_damaged_configurations_of_peft(tmp_path, base, config, said):
     assert "\n" not in str(caught.value)
 
 
-def test_what_peft_knows_besides_lora_is_refused(tmp_path, base, states):
-    """DoRA's magnitudes are tensors that a LoRA does not have."""
+def test_other_adapters_of_peft_are_refused(tmp_path, base, states):
+    """DoRA adds tensors of magnitudes."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["to_q"], use_dora=True)
     peft.get_peft_model(tiny_unet(states[0]), config).save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Checkpoints in the CompVis layout, written from known weights by a mapping of this file's own."""
+"""Checkpoints in the CompVis layout, written from known weights by a separate mapping of names."""
 
 import itertools
 import shutil
@@ -97,7 +97,7 @@ def compvis_vae_name(name: str) -> str:
 
 
 def compvis(known) -> dict[str, torch.Tensor]:
-    """The whole checkpoint: VAE attention as 1×1 convolutions, the buffers that training leaves beside the weights."""
+    """Return a whole checkpoint, with VAE attention as 1×1 convolutions and the buffers that training saves."""
     unet, vae, text = known[UNET], known[VAE], known[TEXT_ENCODER]
     file = {f"model.diffusion_model.{compvis_unet_name(name)}": tensor for name, tensor in unet.items()}
     for name, tensor in vae.items():
@@ -211,7 +211,7 @@ def test_ckpt(tmp_path, known, checkpoint, nesting):
 
 
 class Callback:
-    """Stands for what a trainer pickles beside the weights."""
+    """An object that a trainer pickles beside the weights."""
 
 
 def test_ckpt_with_objects_is_refused(tmp_path, checkpoint):
@@ -336,8 +336,8 @@ def test_names_agree_with_diffusers(checkpoint):
             assert torch.equal(converted[new], stored.reshape(converted[new].shape)), new
 
 
-def test_from_the_command_line_s_point_of_view(tmp_path, original, checkpoint):
-    """As a base or as a named base's weights; CLIP's tokenizer beside the file, or in --vision's folder."""
+def test_a_file_as_a_base_or_as_the_weights_of_a_named_base(tmp_path, original, checkpoint):
+    """CLIP's tokenizer is beside the file, or in --vision's folder."""
     path = written(tmp_path, checkpoint, "mine.safetensors")
     given = {"weights": "random", "roles": ROLES}
     with pytest.raises(CheckpointError, match="tokenizer"):

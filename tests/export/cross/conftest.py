@@ -1,4 +1,4 @@
-"""What the tests of cross-compiling need of this machine."""
+"""The toolchains that the tests of cross-compiling need."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from export.cross.stubs import Toolchain
 
 @pytest.fixture
 def triton_tools(tmp_path: Path) -> Toolchain:
-    """Compilers, and the CUDA headers that Triton brings: enough for the stubs, not for a package."""
+    """Compilers and the CUDA headers in Triton: enough for the stubs, but not for a package."""
     home = tmp_path / "cuda"
     home.mkdir()
     (home / "include").symlink_to(Path(triton.backends.nvidia.__path__[0]) / "include")
@@ -20,6 +20,6 @@ def triton_tools(tmp_path: Path) -> Toolchain:
 
 @pytest.fixture(scope="session")
 def cuda_build() -> None:
-    """A PyTorch that has code for GPUs."""
+    """Skip the test unless PyTorch is a build with CUDA."""
     if torch.version.cuda is None:
         pytest.skip("PyTorch is a build for CPUs here; compiling for a GPU takes PyPI's own, with CUDA")

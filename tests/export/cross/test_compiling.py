@@ -1,6 +1,6 @@
-"""Compiling for a GPU that is not here: what is refused, how processes end, and the packages themselves.
+"""Compiling for a GPU that this machine lacks: what is refused, how child processes end, and the packages.
 
-Packages take PyPI's build of PyTorch, with CUDA; where PyTorch is a build for CPUs their tests are skipped.
+Packages need PyPI's build of PyTorch, with CUDA; their tests are skipped if PyTorch is a CPU build.
 """
 
 import json
@@ -32,7 +32,7 @@ HERE = [capability for capability, facts in DEVICES.items() if platform.machine(
 
 @pytest.fixture
 def cuda_version(monkeypatch):
-    """A PyTorch that says that it has code for GPUs."""
+    """Make PyTorch report that it is a build with CUDA."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
 
@@ -97,8 +97,8 @@ def test_how_a_process_ends(monkeypatch, tmp_path, code, said):
 
 
 @pytest.fixture
-def pretended(monkeypatch, tiny_checkpoint, tiny_geometry, tmp_path):
-    """Compiles nothing: a function of what the two processes find."""
+def compile_with_results(monkeypatch, tiny_checkpoint, tiny_geometry, tmp_path):
+    """Returns a function that runs `cross_compile` with the given results of its two child processes."""
     monkeypatch.setattr(compiling, "check_cross", lambda capability: (None, None))
     monkeypatch.setattr(compiling, "build_stubs", lambda *_: {})
     request = PackageRequest(tiny_checkpoint, NETWORKS["denoiser"], tiny_geometry, Precision.FP16, 90, False)
@@ -112,22 +112,22 @@ def pretended(monkeypatch, tiny_checkpoint, tiny_geometry, tmp_path):
     return compile_package
 
 
-def test_code_that_asks_for_weights_alone(pretended):
-    pretended(3, ["unet.b"])
+def test_code_that_reads_only_weights(compile_with_results):
+    compile_with_results(3, ["unet.b"])
 
 
-def test_code_that_asks_for_something_else(pretended):
+def test_code_that_reads_another_tensor(compile_with_results):
     with pytest.raises(BundleError, match=r"^denoiser: its code asks for 1 tensors that are not weights of the .* lif"):
-        pretended(3, ["unet.a", "lifted_0"])
+        compile_with_results(3, ["unet.a", "lifted_0"])
 
 
-def test_kernels_that_nobody_chose(pretended):
+def test_kernels_that_were_not_chosen_by_rule(compile_with_results):
     with pytest.raises(BundleError, match="^denoiser: PyTorch .* compiled kernels that were not chosen by rule$"):
-        pretended(0, ["unet.a"])
+        compile_with_results(0, ["unet.a"])
 
 
-def test_a_worker_that_pytorch_fails_says_so_in_its_result(tmp_path):
-    """The real one, on a machine whose PyTorch has no such network."""
+def test_a_failing_worker_writes_no_result(tmp_path):
+    """Runs the real worker on a package that does not exist."""
     (tmp_path / "job.json").write_text(json.dumps({"constants": str(tmp_path / "none.pt2")}))
     command = [sys.executable, "-m", "export.cross.worker", str(tmp_path / "job.json"), str(tmp_path / "result.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -151,7 +151,7 @@ for engine in bundle.manifest.engines:
 
 
 def loaded(root: Path, capability: int = 90) -> dict[str, int]:
-    """How many weights the runtime gives each package of a bundle, on a device that is not there."""
+    """Load each package of a bundle on a stubbed device; return how many weights each gets."""
     facts, tools = check_cross(capability)
     with tempfile.TemporaryDirectory() as folder:
         environment = build_stubs(facts, tools, Path(folder))
@@ -168,7 +168,7 @@ def cross_bundle(cuda_build, tmp_path_factory):
     return root
 
 
-def test_packages_for_a_gpu_that_is_not_here(cross_bundle):
+def test_packages_for_a_gpu_that_this_machine_lacks(cross_bundle):
     bundle = Bundle.open(cross_bundle)
     engines = {engine.network: engine for engine in bundle.manifest.engines}
     assert set(engines) == set(GENERATION_NETWORKS.split(","))
@@ -182,7 +182,7 @@ def test_packages_for_a_gpu_that_is_not_here(cross_bundle):
         assert b"sm_90" in code, "the kernels are inside"
 
 
-def test_the_runtime_finds_every_weight_that_their_code_asks_for(cross_bundle):
+def test_the_runtime_finds_every_weight_that_a_package_reads(cross_bundle):
     bundle = Bundle.open(cross_bundle)
     counts = loaded(cross_bundle)
     for engine in bundle.manifest.engines:
@@ -191,14 +191,14 @@ def test_the_runtime_finds_every_weight_that_their_code_asks_for(cross_bundle):
         assert 0 < counts[engine.network] <= len(weights)
 
 
-def test_they_are_kept(cross_bundle, capsys):
+def test_packages_are_kept(cross_bundle, capsys):
     assert main([*COMMAND, "--only", GENERATION_NETWORKS, "--out", str(cross_bundle)]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "inductor sm90" in line]
     assert [line.split(maxsplit=1)[1] for line in said] == ["kept for inductor sm90"] * 3
 
 
 @pytest.mark.usefixtures("cuda_build")
-def test_what_inductor_cannot_compile_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_failed_compilation_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compiling, "to_json", lambda request: {"network": "no such"})
     assert main([*COMMAND, "--only", "context_projector", "--out", str(tmp_path / "a")]) == 2
     said = capsys.readouterr().err.splitlines()[-1]

@@ -14,7 +14,7 @@ def test_a_device_for_every_capability_that_our_kernels_have():
 
 
 @pytest.mark.parametrize("facts", DEVICES.values(), ids=lambda facts: facts.name)
-def test_every_number_that_the_stubs_take_is_given(facts):
+def test_every_macro_of_the_stubs_is_defined(facts):
     folder = Path(devices.__file__).parent
     sources = {path.name: path.read_text() for path in folder.glob("*.[ch]")}
     used = {name for text in sources.values() for name in re.findall(r"\bDEVICE_[A-Z0-9_]+\b", text)}

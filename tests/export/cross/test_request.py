@@ -10,7 +10,7 @@ from moma_rt.bundle.specs import Precision
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_another_process_reads_is_the_same_network(tiny_checkpoint, tiny_geometry, name):
+def test_a_request_is_the_same_after_json(tiny_checkpoint, tiny_geometry, name):
     request = PackageRequest(tiny_checkpoint, NETWORKS[name], tiny_geometry, Precision.FP16, 90, False)
     read = from_json(json.loads(json.dumps(to_json(request))))
     assert (read.network, read.geometry, read.precision, read.capability) == (
@@ -28,7 +28,7 @@ def test_what_another_process_reads_is_the_same_network(tiny_checkpoint, tiny_ge
     assert kinds[0]
 
 
-def test_a_checkpoint_in_part(tiny_checkpoint, tiny_geometry):
+def test_a_partial_checkpoint(tiny_checkpoint, tiny_geometry):
     part = dataclasses.replace(tiny_checkpoint, language=None, vision=None, roles=frozenset({"vae"}))
     geometry = dataclasses.replace(tiny_geometry, language=None)
     request = PackageRequest(part, NETWORKS["vae_decoder"], geometry, Precision.BF16, 89, False)

@@ -26,13 +26,13 @@ def config(**kwargs):
         ([{"BLOCK_QUERIES": 64}], 0),
     ],
 )
-def test_what_is_chosen(configs, chosen):
+def test_the_chosen_configuration(configs, chosen):
     configs = [config(**kwargs) for kwargs in configs]
     assert choose(configs) is configs[chosen]
 
 
-def test_this_pytorch_has_everything_that_cross_compiling_leans_on():
-    """Fails where a version of PyTorch renames something: then `rules.py` has to follow."""
+def test_this_pytorch_has_everything_that_cross_compiling_uses():
+    """Fails when a version of PyTorch renames something; `rules.py` must then be adapted."""
     rules.check()
 
 
@@ -40,7 +40,7 @@ def test_this_pytorch_has_everything_that_cross_compiling_leans_on():
     "path",
     ["torch._inductor.nothing", "torch._nothing.config", "torch._inductor.config.nothing.more", "no_such_module"],
 )
-def test_what_is_gone_is_one_line(path):
+def test_a_missing_name_is_one_line(path):
     with pytest.raises(BundleError) as caught:
         look_up(path)
     said = str(caught.value)
@@ -49,19 +49,19 @@ def test_what_is_gone_is_one_line(path):
 
 
 @pytest.mark.parametrize("name", ["cached_autotune", "CachingAutotuner"])
-def test_nothing_is_compiled_without_what_chooses(monkeypatch, name):
+def test_nothing_is_compiled_without_the_autotuner(monkeypatch, name):
     monkeypatch.delattr(triton_heuristics, name)
     with pytest.raises(BundleError, match=rf"triton_heuristics\.{name}\S* is missing"):
         install()
 
 
-def test_a_function_that_takes_something_else_is_gone(monkeypatch):
+def test_a_function_with_another_signature_is_missing(monkeypatch):
     monkeypatch.setattr(triton_heuristics, "cached_autotune", lambda size_hints, candidates: None)
     with pytest.raises(BundleError, match=r"cached_autotune\(\.\.\., configs\) is missing"):
         rules.check()
 
 
-def test_a_setting_that_is_gone(monkeypatch):
+def test_a_missing_setting(monkeypatch):
     monkeypatch.setattr(rules, "SETTINGS", {"shape_padding": False, "shape_knitting": False})
     with pytest.raises(BundleError, match=r"torch\._inductor\.config\.shape_knitting is missing"):
         rules.check()

@@ -33,7 +33,7 @@ print(json.dumps([device.name, device.capability, count.value]))
 
 @pytest.mark.parametrize("capability", DEVICES)
 def test_a_process_finds_the_device(tmp_path, triton_tools, capability):
-    """Asked as the runtime does it, of the driver that the dynamic linker finds."""
+    """The runtime's own query goes to the stub of the driver, which the dynamic linker finds."""
     facts = DEVICES[capability]
     environment = build_stubs(facts, triton_tools, tmp_path)
     done = subprocess.run([sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, check=False)

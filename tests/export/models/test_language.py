@@ -54,7 +54,7 @@ def test_the_embedding_of_the_last_token(models, images):
 
 
 @pytest.mark.parametrize("cut", [1, 4, len(IDS) - 1])
-def test_a_prefix_kept_and_a_suffix(models, images, cut):
+def test_a_cached_prefix_and_a_suffix_equal_one_pass(models, images, cut):
     model = models[2]
     embedding, kv = run(model, IDS, images)
     _, prefix = run(model, IDS[:cut], images)

@@ -1,4 +1,4 @@
-"""The foreground mask against the original's rules, written out in NumPy; and the batch the UNet sees."""
+"""The foreground mask against the original's rules in NumPy; and the update and injection of the denoiser."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def unit(values: np.ndarray) -> np.ndarray:
 
 
 def expected_foreground(saliency_gs: list[np.ndarray], batch: int) -> np.ndarray:
-    """Sample by sample: each layer and half to [0, 1], nearest to the finest grid, mean; both halves jointly again."""
+    """Scale each layer and half to [0, 1], upsample to the finest grid, average, and scale both halves jointly."""
     masks = []
     for sample in range(batch):
         rows = range(sample, len(saliency_gs[0]), batch)
@@ -121,8 +121,8 @@ def relative(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-def test_a_row_decides_the_update(denoiser, tiny_geometry):
-    """Every column takes part once: the row's linear form on a prediction that is read off first."""
+def test_a_schedule_row_defines_the_update(denoiser, tiny_geometry):
+    """The update is linear in the row: each column's contribution is measured alone, then they are combined."""
     columns = (Column.LATENTS, Column.HISTORY, Column.NOISE, Column.EPS)
     base = np.zeros(64, np.float32)
     base[[Column.TIMESTEP, Column.GUIDANCE, Column.INJECTION]] = 500, 2.0, 1.0
