@@ -139,7 +139,7 @@ def test_one_line_and_nothing_written(hub, tmp_path, monkeypatch, capsys, argume
     assert (tmp_path / "photo.png").read_text() == "a file"
 
 
-def test_loras_are_named_in_the_bundle(tmp_path, monkeypatch):
+def test_loras_are_named_in_the_bundle(exports, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     save_file(
@@ -206,7 +206,7 @@ def test_progress_on_a_terminal_counts():
         assert "1/2" in stream.getvalue()
 
 
-def test_a_second_base_reuses_what_does_not_depend_on_it(tmp_path, capsys):
+def test_a_second_base_reuses_what_does_not_depend_on_it(exports, tmp_path, capsys):
     layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     lora = tmp_path / "style.safetensors"
     save_file({f"{layer}.lora_down.weight": torch.ones(1, 64), f"{layer}.lora_up.weight": torch.ones(128, 1)}, lora)

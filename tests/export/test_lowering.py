@@ -31,14 +31,14 @@ def specs(tiny_bundle) -> dict[str, NetworkSpec]:
 
 @pytest.fixture(scope="module")
 def folders(tiny_bundle, tmp_path_factory) -> dict[str, Path]:
-    """Each network's graph and its lowered one, copied beside the weights, where ONNX's tools look for them."""
+    """The bundle's graphs of each network, copied beside the weights, where ONNX's tools look for them."""
     bundle, root = Bundle.open(tiny_bundle), tmp_path_factory.mktemp("lowered")
     for name, entry in bundle.manifest.networks.items():
         (root / name).mkdir()
-        shutil.copy(bundle.path(entry.onnx), root / name)
+        for graph in (entry.onnx, entry.lowered):
+            shutil.copy(bundle.path(graph), root / name)
         for file in entry.weights:
             shutil.copytree(bundle.path(file).parent, root / name / Path(file).parent.name)
-        write_lowered(root / name / FULL, root / name / LOWERED)
     return {name: root / name for name in bundle.manifest.networks}
 
 
@@ -145,10 +145,10 @@ class TestNetworks:
                 assert_close(a, b, 1e-5)
 
     @pytest.mark.parametrize("name", NETWORKS)
-    def test_nothing_of_the_machine_is_in_the_file(self, folders, repository, name):
+    def test_nothing_of_the_machine_is_in_the_file(self, folders, tiny_bundle, repository, name):
         path = folders[name] / LOWERED
         content = path.read_bytes()
-        for place in (str(repository), sysconfig.get_paths()["purelib"], str(path.parent.parent), '.py"', ".py:"):
+        for place in (str(repository), sysconfig.get_paths()["purelib"], str(tiny_bundle.parent), '.py"', ".py:"):
             assert place.encode() not in content, place
         assert getpass.getuser() not in graph_of(path).producer_name
 

@@ -38,6 +38,18 @@ def groups(tiny_checkpoint, tiny_geometry):
     return of
 
 
+@pytest.fixture(scope="module")
+def same_checkpoint():
+    """The synthetic checkpoint, loaded again."""
+    return load_checkpoint(CheckpointRequest("tiny"))
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint():
+    """The synthetic checkpoint of another seed."""
+    return load_checkpoint(CheckpointRequest("tiny", seed=1))
+
+
 def keys(found: dict[str, WeightGroup]) -> dict[str, str]:
     return {name: group.key for name, group in found.items()}
 
@@ -66,17 +78,15 @@ def test_denoiser_and_subject_encoder_share_the_unet(groups):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_keys_are_equal_where_sources_are(groups, name):
-    again, other = (load_checkpoint(CheckpointRequest("tiny", seed=seed)) for seed in (0, 1))
-    assert keys(groups(name, again)) == keys(groups(name))
-    assert not set(keys(groups(name, other)).values()) & set(keys(groups(name)).values())
+def test_keys_are_equal_where_sources_are(groups, same_checkpoint, other_checkpoint, name):
+    assert keys(groups(name, same_checkpoint)) == keys(groups(name))
+    assert not set(keys(groups(name, other_checkpoint)).values()) & set(keys(groups(name)).values())
 
 
 @pytest.mark.parametrize("role", ["unet", "vae", "text_encoder", "adapters", "language", "vision"])
-def test_a_file_depends_on_its_own_sources(groups, tiny_checkpoint, role):
+def test_a_file_depends_on_its_own_sources(groups, tiny_checkpoint, other_checkpoint, role):
     """So two bases share MoMA's adapters, and everything else that they have in common."""
-    other = getattr(load_checkpoint(CheckpointRequest("tiny", seed=1)), role)
-    checkpoint = dataclasses.replace(tiny_checkpoint, **{role: other})
+    checkpoint = dataclasses.replace(tiny_checkpoint, **{role: getattr(other_checkpoint, role)})
     changed = {
         group
         for name in NETWORKS
@@ -202,9 +212,9 @@ def test_a_bundle_has_one_unet(tiny_checkpoint, tmp_path, precision):
     assert manifest.files[unet].size == pytest.approx(width * weights, rel=0.03)
 
 
-def test_bundles_share_weights_of_equal_sources(tiny_checkpoint, tmp_path):
+def test_bundles_share_weights_of_equal_sources(tiny_checkpoint, other_checkpoint, tmp_path):
     """Two bases differ in the UNet, and only a UNet is freed when the bundle of one is deleted."""
-    other = dataclasses.replace(tiny_checkpoint, unet=load_checkpoint(CheckpointRequest("tiny", seed=1)).unet)
+    other = dataclasses.replace(tiny_checkpoint, unet=other_checkpoint.unet)
     shared, plan = SharedStore(tmp_path / "store"), ExportPlan(("denoiser", "context_projector"), graphs=False)
     a, b = (
         build_bundle(checkpoint, plan, tmp_path / name, lambda *_: None, shared)
@@ -227,8 +237,8 @@ def test_bundles_share_weights_of_equal_sources(tiny_checkpoint, tmp_path):
     assert all((shared.root / file).is_file() for file in files[0].values())
 
 
-def test_weights_that_no_network_names_are_removed(tiny_checkpoint, tmp_path):
-    other = dataclasses.replace(tiny_checkpoint, unet=load_checkpoint(CheckpointRequest("tiny", seed=1)).unet)
+def test_weights_that_no_network_names_are_removed(tiny_checkpoint, other_checkpoint, tmp_path):
+    other = dataclasses.replace(tiny_checkpoint, unet=other_checkpoint.unet)
     plan = ExportPlan(("denoiser",), graphs=False)
     before = build_bundle(tiny_checkpoint, plan, tmp_path, lambda *_: None)
     after = build_bundle(other, plan, tmp_path, lambda *_: None)

@@ -29,8 +29,13 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def subject(small_bundles, photo, mask):
-    return Runtime.load(small_bundles[0], "onnxruntime").enroll(photo, mask, "car")
+def subjects(small_bundles, photo, mask):
+    return four_subjects(Runtime.load(small_bundles[0], "onnxruntime"), photo, mask)
+
+
+@pytest.fixture(scope="module")
+def subject(subjects):
+    return subjects[0]
 
 
 @pytest.fixture
@@ -66,23 +71,25 @@ def test_the_same_pictures_as_onnxruntime(on_a_cpu, small_bundles, subject, opti
 
 
 @pytest.fixture(scope="module")
-def subjects(small_bundles, photo, mask):
-    return four_subjects(Runtime.load(small_bundles[0], "onnxruntime"), photo, mask)
+def batching(small_bundles):
+    with pytest.MonkeyPatch.context() as patch:
+        # As `on_a_cpu` does for each test.
+        for module in ("moma_rt.backends", "moma_rt.backends.selection"):
+            patch.setattr(f"{module}.local_device", lambda: None)
+        return Runtime.load(small_bundles[1], "inductor", max_batch=4)
 
 
-def test_a_batch_of_four_subjects_equals_single_requests(on_a_cpu, small_bundles, subjects):
-    runtime = Runtime.load(small_bundles[1], "inductor", max_batch=4)
-    check_four_subjects(runtime, subjects, context_embedding=EMBEDDING)
+def test_a_batch_of_four_subjects_equals_single_requests(on_a_cpu, batching, subjects):
+    check_four_subjects(batching, subjects, context_embedding=EMBEDDING)
 
 
-def test_a_cancelled_and_a_failing_request_do_not_affect_others(on_a_cpu, small_bundles, subjects):
-    runtime = Runtime.load(small_bundles[1], "inductor", max_batch=4)
+def test_a_cancelled_and_a_failing_request_do_not_affect_others(on_a_cpu, batching, subjects):
     good, cancelled, failing, other = calls_of(subjects, steps=2, context_embedding=EMBEDDING)
-    expected = [runtime.generate(subject, prompt, **options) for subject, prompt, options in (good, other)]
+    expected = [batching.generate(subject, prompt, **options) for subject, prompt, options in (good, other)]
     cancelled[2]["on_step"] = lambda info: False
-    size = runtime.bundle.manifest.geometry.latent_size
+    size = batching.bundle.manifest.geometry.latent_size
     failing[2]["latents"] = np.full((1, 4, size, size), 3e38, np.float32)
-    first, second, third, last = run_queued(runtime, [good, cancelled, failing, other], context_embedding=EMBEDDING)
+    first, second, third, last = run_queued(batching, [good, cancelled, failing, other], context_embedding=EMBEDDING)
     assert type(second) is Cancelled
     assert type(third) is MomaError
     assert "NaN or infinity" in str(third)
@@ -90,10 +97,9 @@ def test_a_cancelled_and_a_failing_request_do_not_affect_others(on_a_cpu, small_
         assert_same(result, wanted)
 
 
-def test_a_batch_that_runs_out_of_memory_is_retried_one_by_one(on_a_cpu, small_bundles, subjects, monkeypatch):
-    runtime = Runtime.load(small_bundles[1], "inductor", max_batch=4)
+def test_a_batch_that_runs_out_of_memory_is_retried_one_by_one(on_a_cpu, batching, subjects, monkeypatch):
     calls = calls_of(subjects[:2], steps=1, context_embedding=EMBEDDING)
-    expected = [runtime.generate(subject, prompt, **options) for subject, prompt, options in calls]
+    expected = [batching.generate(subject, prompt, **options) for subject, prompt, options in calls]
     enqueue, refused = TorchBound.enqueue, []
 
     def crowded(bound):
@@ -103,7 +109,7 @@ def test_a_batch_that_runs_out_of_memory_is_retried_one_by_one(on_a_cpu, small_b
         enqueue(bound)
 
     monkeypatch.setattr(TorchBound, "enqueue", crowded)
-    found = run_queued(runtime, calls, context_embedding=EMBEDDING)
+    found = run_queued(batching, calls, context_embedding=EMBEDDING)
     assert set(refused) == {2}
     for result, wanted in zip(found, expected, strict=True):
         assert_same(result, wanted)

@@ -190,7 +190,8 @@ run_steps(lease, [(Step(name, (sys.executable, "-c", CODE, name), 30.0),) for na
 """
 
 
-@pytest.mark.parametrize("moment", range(10))
+# One in each of the three steps.
+@pytest.mark.parametrize("moment", [1, 0, 5])
 def test_a_lease_that_is_killed_leaves_the_results_of_every_finished_step(moment, repository, tmp_path):
     chosen = random.Random(moment)
     command = [sys.executable, "-c", LEASE, str(tmp_path), str(repository)]

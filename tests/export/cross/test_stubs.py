@@ -31,7 +31,7 @@ print(json.dumps([device.name, device.capability, count.value]))
 """
 
 
-@pytest.mark.parametrize("capability", DEVICES)
+@pytest.mark.parametrize("capability", [87, 120])
 def test_a_process_finds_the_device(tmp_path, triton_tools, capability):
     """The runtime's own query goes to the stub of the driver, which the dynamic linker finds."""
     facts = DEVICES[capability]
