@@ -77,11 +77,6 @@ def test_an_error_is_one_line_and_exit_code_2(error, line):
     assert outcome(raising(error)) == (2, [line])
 
 
-def test_a_file_name_that_is_too_long_is_one_line():
-    name = "x" * 300
-    assert outcome(lambda: len(os.listdir(name))) == (2, [f"prog: error: {name}: File name too long"])
-
-
 def test_a_defect_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         outcome(raising(ZeroDivisionError()))

@@ -1,9 +1,13 @@
+"""What `import moma_rt` offers and what it loads."""
+
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import moma_rt
 
 HEAVY = {"torch", "onnxruntime", "PIL", "numpy", "tokenizers", "safetensors", "transformers", "diffusers", "tensorrt"}
 
@@ -23,7 +27,18 @@ def test_import_loads_nothing_heavy(code: str, repository: Path):
     assert loaded & HEAVY == set()
 
 
-@pytest.mark.parametrize("name", ["Runtime", "Subject", "Result"])
-def test_public_names_arrive_without_torch(name: str, repository: Path):
-    loaded = modules_after(f"import moma_rt; assert isinstance(moma_rt.{name}, type)", repository)
-    assert loaded & {"torch", "transformers", "diffusers", "export", "engines", "kernels"} == set()
+def test_every_public_name_can_be_imported():
+    for name in moma_rt.__all__:
+        assert getattr(moma_rt, name) is not None
+        assert name in dir(moma_rt)
+    with pytest.raises(AttributeError, match="no attribute 'Painter'"):
+        _ = moma_rt.Painter
+
+
+def test_public_names_and_the_default_backend_arrive_without_torch(repository: Path):
+    code = (
+        "import moma_rt; assert all(isinstance(o, type) for o in (moma_rt.Runtime, moma_rt.Subject, moma_rt.Result))\n"
+        "import moma_rt.backends.onnxruntime, moma_rt.backends.selection"
+    )
+    loaded = modules_after(code, repository)
+    assert loaded & {"torch", "transformers", "diffusers", "onnx", "export", "engines", "kernels"} == set()

@@ -175,7 +175,7 @@ class TestOpen:
 
     def test_missing_file(self, root: Path):
         (root / WEIGHTS).unlink()
-        assert f"{WEIGHTS} is missing" in open_error(root)
+        assert f"{WEIGHTS} is missing; build the bundle again" in open_error(root)
 
     def test_folder_in_place_of_a_file(self, root: Path):
         (root / WEIGHTS).unlink()
