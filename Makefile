@@ -61,7 +61,7 @@ $(BINDINGS)/complete: tests/engines/tensorrt_bindings.txt $(INSTALLED)
 
 # On all cores. A file's tests run in one process, since they share fixtures; memory is what limits the number of them.
 test: $(INSTALLED) $(BINDINGS)/complete lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -14,6 +14,25 @@ import pytest
 from tests.sharing import SharedFolders
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Files of half a minute or more run first, so that no worker process is left alone with one of them. Those that share a
+# bundle stand apart: a worker would wait for the other one to build it.
+SLOW_FILES = (
+    "export/test_packages.py",
+    "benchmarks/gpu/test_lease.py",
+    "moma_rt/test_runtime_inductor.py",
+    "engines/test_rtx_bundle.py",
+    "benchmarks/latency/test_original.py",
+    "test_precision.py",
+    "kernels/test_ptx.py",
+    "test_parity.py",
+    "export/test_inductor_export.py",
+    "moma_rt/test_tiny_bundle.py",
+    "test_killed.py",
+    "moma_rt/backends/test_inductor.py",
+    "benchmarks/latency/test_command.py",
+    "benchmarks/soak/test_command.py",
+    "export/test_streaming.py",
+)
 
 
 def _has_gpu() -> bool:
@@ -28,7 +47,13 @@ def _has_tensorrt() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in ("tensorrt", "tensorrt_rtx"))
 
 
+def _place_in_run(item: pytest.Item) -> int:
+    name = item.path.relative_to(REPOSITORY / "tests").as_posix()
+    return SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place_in_run)
     requirements = (
         ("gpu", _has_gpu, "needs an NVIDIA GPU"),
         ("tensorrt", _has_tensorrt, "needs tensorrt or tensorrt_rtx"),
