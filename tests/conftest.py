@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import shutil
 import subprocess
 import tarfile
@@ -45,6 +46,21 @@ def _has_gpu() -> bool:
 
 def _has_tensorrt() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in ("tensorrt", "tensorrt_rtx"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for each of several worker processes: threads of ONNX Runtime and OpenMP that wait take a core."""
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) == 1:
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import onnxruntime
+
+    class OneThread(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    onnxruntime.SessionOptions = OneThread
 
 
 def _place_in_run(item: pytest.Item) -> int:

@@ -94,7 +94,7 @@ def test_two_bases_of_one_geometry_share_their_code(on_a_cpu, place, first, caps
     said = [line for line in capsys.readouterr().err.splitlines() if "for inductor" in line]
     assert len(said) == 2
     assert all("kept for inductor cpu: another bundle had it" in line for line in said)
-    check_two_bases_share_their_code(first, second, built(place / "alone", QUICK, 1, place / "other store"), QUICK)
+    check_two_bases_share_their_code(first, second, built(place / "alone", NAME, 1, place / "other store"), NAME)
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_weights_of_another_geometry(on_a_cpu, first, tmp_path, change, said):
     had = f"{str(tensors[name].dtype).removeprefix('torch.')} {list(tensors[name].shape)}"
     found = refused(first, weights=(tmp_path / "w",))
     assert (
-        f"was compiled for {name} float32 [1024, 256], and {tmp_path / 'w'} has it as {had}: the weights are those"
+        f"was compiled for {name} float32 [1024, 256], and {tmp_path / 'w'} has it as {had}: the weights have another"
         in found
     )
 
