@@ -68,7 +68,7 @@ def test_the_original_and_the_runtime_make_the_same_latents(scheduler, steps, ti
     options = {"steps": steps, "scheduler": scheduler, "guidance_scale": asked.guidance_scale}
     result = runtime.generate(subject, request.prompt, seed=request.seed, **options)
     (buffers,) = runtime._sampler._buffers._values.values()
-    assert relative_error(buffers.state("latents"), latents[0]) < 1e-3
+    assert relative_error(buffers.read_state("latents"), latents[0]) < 1e-3
     assert np.abs(result.foreground_masks[0] - answer.foreground_mask).mean() < 1e-3
     assert np.abs(np.asarray(result.images[0], np.int16) - answer.image).max() <= 1
 
