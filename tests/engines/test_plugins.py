@@ -106,7 +106,7 @@ def test_a_missing_kernel_is_named(plugin_bindings, bundle):
         "in BF16 of InjectedSelfAttention of 8 heads of width 40 with 4096 queries",
         "in FLOAT of InjectedSelfAttention of 8 heads of width 40 with 4096 queries",
     ]
-    assert found == [f"there is no kernel {text}; those of the bundle are in float16" for text in wanted]
+    assert found == [f"there is no kernel {text}; the bundle's kernels are in float16" for text in wanted]
 
 
 # Uses the plugin registry of the libraries that are installed.
