@@ -18,21 +18,22 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Files of half a minute or more run first, so that no worker process is left alone with one of them. Those that share a
 # bundle stand apart: a worker would wait for the other one to build it.
 SLOW_FILES = (
-    "export/test_packages.py",
-    "benchmarks/gpu/test_lease.py",
-    "moma_rt/test_runtime_inductor.py",
-    "engines/test_rtx_bundle.py",
-    "benchmarks/latency/test_original.py",
-    "test_precision.py",
-    "kernels/test_ptx.py",
     "test_parity.py",
-    "export/test_inductor_export.py",
-    "moma_rt/test_tiny_bundle.py",
+    "moma_rt/test_runtime_inductor.py",
+    "benchmarks/gpu/test_lease.py",
+    "engines/test_rtx_bundle.py",
     "test_killed.py",
-    "moma_rt/backends/test_inductor.py",
+    "test_precision.py",
+    "export/test_packages.py",
+    "benchmarks/latency/test_original.py",
+    "moma_rt/test_tiny_bundle.py",
+    "kernels/test_dispatch.py",
+    "export/test_inductor_export.py",
+    "export/test_streaming.py",
     "benchmarks/latency/test_command.py",
     "benchmarks/soak/test_command.py",
-    "export/test_streaming.py",
+    "kernels/test_ptx.py",
+    "moma_rt/backends/test_inductor.py",
 )
 
 
