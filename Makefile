@@ -50,7 +50,7 @@ demo: $(INSTALLED)
 $(BINDINGS)/complete: tests/engines/tensorrt_bindings.txt $(INSTALLED)
 	@mkdir -p $(@D); missing=; \
 	for wheel in $$(sed '/^#/d' $<); do \
-		$(BIN)/python -m pip download --disable-pip-version-check -q --retries 1 --timeout 20 \
+		$(BIN)/python -m pip download --disable-pip-version-check -q --retries 1 --timeout 20 --only-binary :all: \
 			--no-deps -d $(@D) "$$wheel" >/dev/null 2>&1 || missing="$$missing $$wheel"; \
 	done; \
 	if [ -n "$$missing" ]; then \

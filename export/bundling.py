@@ -127,7 +127,7 @@ def _dropped(previous: Manifest, manifest: Manifest, networks: set[str]) -> Iter
         if kernels.capability not in {k.capability for k in manifest.kernels}:
             yield kernels.network, f"the kernels for sm{kernels.capability}, which this export does not use"
     for name in sorted(networks - manifest.networks.keys()):
-        yield name, "its checkpoints have changed"
+        yield name, "its checkpoints or its files have changed"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ SLOW_FILES = (
     "benchmarks/latency/test_command.py",
     "benchmarks/soak/test_command.py",
     "kernels/test_ptx.py",
+    "moma_rt/schedulers/test_solvers.py",
     "moma_rt/backends/test_inductor.py",
 )
 

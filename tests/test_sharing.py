@@ -3,6 +3,7 @@
 import pytest
 from filelock import FileLock
 
+from tests.conftest import SLOW_FILES
 from tests.sharing import SharedFolders
 
 
@@ -67,3 +68,7 @@ def test_a_folder_is_locked_while_it_is_built(workers):
 def test_what_a_test_changed_is_named(workers, change, named):
     change(workers[0].build("a", write))
     assert workers[0].changed() == named
+
+
+def test_the_files_that_run_first_exist(repository):
+    assert [name for name in SLOW_FILES if not (repository / "tests" / name).is_file()] == []

@@ -41,19 +41,19 @@ class Networks:
         self._budget = budget
         self._loaded: dict[str, Network] = {}
         self._verified: dict[str, tuple[int, int, int]] = {}
-        self._on_unload: list[weakref.WeakMethod[Callable[[str], None]]] = []
+        self._on_eviction: list[weakref.WeakMethod[Callable[[str], None]]] = []
 
     @property
     def geometry(self) -> Geometry:
         return self.bundle.manifest.geometry
 
-    def on_unload(self, call: Callable[[str], None]) -> None:
+    def on_eviction(self, call: Callable[[str], None]) -> None:
         """Register a method that takes a network's name and drops what its object caches for that network.
 
         It is called before a network is unloaded, and for all loaded networks when memory runs out. The object is
         referenced weakly, so that device memory is freed with the last reference to the runtime.
         """
-        self._on_unload.append(weakref.WeakMethod(call))
+        self._on_eviction.append(weakref.WeakMethod(call))
 
     def get(self, name: str, stages: StageTimer) -> Network:
         """Return a network, loaded if it is not yet.
@@ -101,7 +101,7 @@ class Networks:
         if need > self._budget:
             raise OutOfMemory(
                 f"{' and '.join(names)}: {format_bytes(need)} of memory needed, the memory budget is "
-                f"{format_bytes(self._budget)}"
+                f"{format_bytes(self._budget)}: raise it"
             )
         evictable = [name for name in self._loaded if name not in names]
         while evictable and combined_bytes(map(self._footprint, {*self._loaded, *names})) > self._budget:
@@ -114,7 +114,7 @@ class Networks:
         del self._loaded[name]
 
     def _drop_caches(self, name: str) -> None:
-        for call in self._on_unload:
+        for call in self._on_eviction:
             if (method := call()) is not None:
                 method(name)
 

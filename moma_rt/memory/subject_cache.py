@@ -26,7 +26,7 @@ class SubjectCache:
     def __init__(self, networks: Networks, budget: int) -> None:
         self._networks = networks
         self._cached: Lru[tuple[str, str], Mapping[str, Buffer]] = Lru(_UNLIMITED, _size, budget)
-        networks.on_unload(self._evict)
+        networks.on_eviction(self._evict)
 
     def reference(self, subject: Subject) -> Mapping[str, Buffer]:
         """Return a subject's denoiser inputs, in the denoiser's dtypes: keys and values [N_g,C], object masks [N_g].

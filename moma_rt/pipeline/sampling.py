@@ -110,7 +110,7 @@ class Sampler:
             _CAPTURED_SETS if self._use_graphs else _BUFFER_SETS, lambda buffers: buffers.size, limits.graph_memory
         )
         self._subjects = subjects
-        networks.on_unload(self._evict)
+        networks.on_eviction(self._evict)
 
     def _evict(self, name: str) -> None:
         if name in GENERATION_NETWORKS:

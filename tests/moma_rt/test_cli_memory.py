@@ -25,5 +25,5 @@ def test_a_memory_budget_that_is_too_small(fake_bundle, photo, mask, tmp_path, c
     arguments += ["--out", tmp_path / "car.subject", "--memory-budget", "5", "--backend", "onnxruntime"]
     assert entry(["enroll", *map(str, arguments)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "moma-rt: error: text_encoder: 45 B of memory needed, the memory budget is 5 B"
+    assert line == "moma-rt: error: text_encoder: 45 B of memory needed, the memory budget is 5 B: raise it"
     assert not (tmp_path / "car.subject").exists()

@@ -35,7 +35,7 @@ SIZES = {
 
 
 class Unloaded:
-    """Names of unloaded networks. `Networks.on_unload` keeps a weak reference, which a list's method does not allow."""
+    """Names of unloaded networks. `on_eviction` keeps a weak reference, which a list's method does not allow."""
 
     def __init__(self):
         self.names = []
@@ -151,7 +151,7 @@ def test_an_engine_needs_the_bytes_that_its_builder_counted(manifest):
 
 def test_the_least_recently_used_network_is_evicted(networks, backend):
     loaded, unloaded = networks(8200), Unloaded()
-    loaded.on_unload(unloaded.append)
+    loaded.on_eviction(unloaded.append)
     for name in ("text_encoder", "language_model", "vae_encoder"):
         loaded.get(name, StageTimer())
     loaded.get("text_encoder", StageTimer())
@@ -168,7 +168,7 @@ def test_the_least_recently_used_network_is_evicted(networks, backend):
 
 def test_a_network_is_never_evicted_for_one_loaded_with_it(networks):
     loaded, unloaded = networks(1100), Unloaded()
-    loaded.on_unload(unloaded.append)
+    loaded.on_eviction(unloaded.append)
     loaded.get("vae_decoder", StageTimer())
     loaded.get("text_encoder", StageTimer())
     loaded.get_all(("denoiser", "vae_decoder"), StageTimer())
@@ -177,7 +177,7 @@ def test_a_network_is_never_evicted_for_one_loaded_with_it(networks):
 
 def test_networks_that_never_fit_are_refused_before_any_is_evicted(networks):
     loaded, unloaded = networks(1050), Unloaded()
-    loaded.on_unload(unloaded.append)
+    loaded.on_eviction(unloaded.append)
     loaded.get("text_encoder", StageTimer())
     with pytest.raises(
         OutOfMemory, match=r"denoiser and vae_decoder: 1.05 KiB of memory needed, .* budget is 1.03 KiB"
