@@ -13,6 +13,7 @@ from types import MappingProxyType
 import pytest
 
 from tests.sharing import SharedFolders
+from tests.torchlib import read_once
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Files of half a minute or more run first, so that no worker process is left alone with one of them. Those that share a
@@ -118,6 +119,7 @@ def _build(out: Path, *arguments: object) -> None:
     pytest.importorskip("diffusers")
     from export.build import main
 
+    read_once()
     assert main([*map(str, arguments), "--out", str(out)]) == 0
 
 
@@ -127,8 +129,8 @@ def tiny_bundle(shared: SharedFolders) -> Path:
     return shared.build("tiny", lambda out: _build(out, "--base", "tiny"))
 
 
-def _build_small(out: Path, only: str, *options: str) -> None:
-    """Build a bundle of a synthetic checkpoint with a small UNet, which inductor compiles in half a minute."""
+def _build_small(out: Path, *options: str) -> None:
+    """Build a bundle of a synthetic checkpoint with a small UNet, a quarter of the work of the tiny one."""
     pytest.importorskip("diffusers")
     from export.checkpoints import presets
 
@@ -137,7 +139,7 @@ def _build_small(out: Path, only: str, *options: str) -> None:
     small = dataclasses.replace(presets.TINY, unet=MappingProxyType({**presets.TINY.unet, **unet}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(presets, "TINY", small)
-        _build(out, "--base", "tiny", "--only", only, *options)
+        _build(out, "--base", "tiny", *options)
 
 
 @pytest.fixture(scope="session")
@@ -149,10 +151,10 @@ def small_bundles(shared: SharedFolders) -> tuple[Path, Path]:
     pictures = "text_encoder,denoiser,vae_decoder,context_projector"
 
     def build(folder: Path) -> None:
-        _build_small(folder / "enrolling", f"{pictures},vae_encoder,subject_encoder")
+        _build_small(folder / "enrolling", "--only", f"{pictures},vae_encoder,subject_encoder")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("engines.targets.local_device", lambda: None)
-            _build_small(folder / "making pictures", pictures, "--target", "cpu,inductor")
+            _build_small(folder / "making pictures", "--only", pictures, "--target", "cpu,inductor")
 
     folder = shared.build("small", build)
     return folder / "enrolling", folder / "making pictures"
@@ -161,7 +163,15 @@ def small_bundles(shared: SharedFolders) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def small_gpu_bundle(shared: SharedFolders) -> Path:
     """An fp16 bundle of two networks, with ONNX graphs and inductor engines for this machine's GPU."""
-    return shared.build("of a gpu", lambda out: _build_small(out, "denoiser,vae_decoder", "--target", "cpu,inductor"))
+    options = ("--only", "denoiser,vae_decoder", "--target", "cpu,inductor")
+    return shared.build("of a gpu", lambda out: _build_small(out, *options))
+
+
+@pytest.fixture(scope="session")
+def small_rtx_bundle(shared: SharedFolders) -> Path:
+    """A bundle of all networks, with engines of TensorRT-RTX for three devices and the language model in int4."""
+    options = ("--target", "sm86,sm89,sm120", "--mllm-precision", "int4")
+    return shared.build("rtx", lambda out: _build_small(out, *options))
 
 
 @pytest.fixture

@@ -23,17 +23,21 @@ KINDS = ("networks", "weights", "engines", "kernels")
 MOMENTS = 10
 # SIGVTALRM has no handler here, so it ends the process as abruptly as SIGKILL. Its timer counts CPU time.
 SERVER = """
-import json, os, signal, sys
+import dataclasses, json, os, signal, sys
 from pathlib import Path
 from engines.builder import EnginePlan, build_engines
 from engines.store import SharedStore
 from engines.targets import Machine, resolve
 from export.bundling import ExportPlan, build_bundle
-from export.checkpoints import CheckpointRequest, load_checkpoint, roles_for
+from export.checkpoints import CheckpointRequest, load_checkpoint, presets, roles_for
 from export.networks import Precisions
 from moma_rt.bundle.specs import Precision
+from tests.torchlib import read_once
 
+read_once(now=True)
 names, targets = json.loads(sys.argv[1])
+one_layer = {**presets.TINY.text_encoder, "num_hidden_layers": 1}
+presets.TINY = dataclasses.replace(presets.TINY, text_encoder=one_layer)
 checkpoint = load_checkpoint(CheckpointRequest("tiny", roles=roles_for(names)))
 plan = ExportPlan(tuple(names), Precisions(Precision.FP16, Precision.FP16))
 engines = EnginePlan(resolve(tuple(targets), Machine.here()))

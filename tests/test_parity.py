@@ -3,97 +3,15 @@
 The bounds are the promised ones; the original itself varies by 1e-5 between library versions.
 """
 
-import json
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from moma_rt.inputs.tokenizers import text_prompt
-from moma_rt.memory.networks import Networks
 from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import ROW_LENGTH, Column, schedule
-from moma_rt.subject import Subject
 from moma_rt.timing import StageTimer
+from tests.recorded import GUIDANCE, Case, relative_error
 
-GUIDANCE = 7.5
 SETS = ["small", pytest.param("large", marks=pytest.mark.slow)]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One recorded run of the original, and the bundle of its checkpoints, enrolled on the same photo."""
-
-    folder: Path
-    runtime: Runtime
-
-    @cached_property
-    def meta(self) -> dict:
-        return json.loads((self.folder / "meta.json").read_text())
-
-    @cached_property
-    def trace(self) -> dict[str, np.ndarray]:
-        return dict(np.load(self.folder / "trace.npz"))
-
-    @cached_property
-    def language(self) -> dict[str, np.ndarray]:
-        return dict(np.load(self.folder / "mllm.npz"))
-
-    @cached_property
-    def subject(self) -> Subject:
-        photo, mask = self.folder / "image.png", self.folder / "mask.png"
-        noises = {"vae_noise": self.trace["vae_noise"], "reference_noise": self.trace["ref_noise"]}
-        return self.runtime.enroll(photo, mask, self.meta["subject"], **noises)
-
-    @property
-    def networks(self) -> Networks:
-        return self.runtime._networks
-
-    @cached_property
-    def conditions(self) -> dict[str, np.ndarray]:
-        """The denoiser's inputs that stay the same over the steps, computed by the deployed networks."""
-        conditioner, stages = self.runtime._conditioner, StageTimer()
-        text, ids = conditioner.text_tokens(text_prompt(self.meta["subject"], self.meta["prompt"]), stages)
-        unconditional, _ = conditioner.text_tokens("", stages)
-        context = conditioner.context_tokens(self.subject, self.meta["prompt"], stages)
-        return {
-            "text_tokens": np.stack([unconditional, text]),
-            "context_tokens": np.stack([conditioner.unconditional_context_tokens(stages), context]),
-            "subject_weights": conditioner.text_tokenizer.subject_weights(self.meta["subject"], ids)[None],
-            "strength": np.array([self.meta["strength"]], np.float32),
-            **{name: array[None] for name, array in self.subject.inputs().items()},
-        }
-
-    @cached_property
-    def recorded_steps(self) -> list[dict[str, np.ndarray]]:
-        """Each recorded step: its number, the state it started from, and its results."""
-        t = self.trace
-        numbers = t["steps"] if "steps" in t else np.arange(len(t["timesteps"]))
-        if "latents_before" in t:
-            latents, foreground = t["latents_before"], t["foreground_before"]
-        else:
-            latents = np.concatenate([t["init_latents"][None], t["latents_after"][:-1]])
-            conditional = t["mask_uncond_cond_64"][:, 1:2]
-            foreground = np.concatenate([np.ones_like(conditional[:1]), conditional[:-1]])
-        return [
-            {
-                "number": int(number),
-                "latents": latents[i],
-                "foreground_mask": foreground[i],
-                "noise": t["noise_pred_uncond_cond"][i],
-                "next_latents": t["latents_after"][i],
-                "next_foreground_mask": t["mask_uncond_cond_64"][i, 1:2],
-            }
-            for i, number in enumerate(numbers)
-        ]
-
-    def denoise(self, step: dict[str, np.ndarray], row: np.ndarray) -> dict[str, np.ndarray]:
-        zeros = np.zeros_like(step["latents"])
-        inputs = {"latents": step["latents"], "history": zeros, "noise": zeros, "schedule_row": row}
-        inputs["foreground_mask"] = step["foreground_mask"]
-        return self.networks.run("denoiser", {**inputs, **self.conditions}, StageTimer())
 
 
 @pytest.fixture(scope="module", params=SETS)
@@ -107,12 +25,6 @@ def runtime_and_folder(request, goldens):
 def case(request, runtime_and_folder) -> Case:
     runtime, folder = runtime_and_folder
     return Case(folder / request.param, runtime)
-
-
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    found, expected = found.astype(np.float64), expected.astype(np.float64)
-    assert found.shape == expected.shape
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def noise_row(case: Case, number: int, guidance: float) -> np.ndarray:
@@ -185,16 +97,6 @@ def test_every_step_from_the_originals_own_state(case):
 
 
 def test_a_whole_generation_makes_the_same_picture(case):
-    result = case.runtime.generate(
-        case.subject,
-        case.meta["prompt"],
-        strength=case.meta["strength"],
-        steps=case.meta["steps"],
-        latents=case.trace["init_latents"],
-    )
-    final = np.load(case.folder / "final_image.npz")["final_image_f16"][0].transpose(1, 2, 0).astype(np.float64)
-    found = np.asarray(result.images[0], np.float64) / 255
-    decibels = -10 * np.log10(np.mean((found - final) ** 2))
-    assert decibels >= 50
-    expected_mask = case.trace["final_mask_64"][0, 0].repeat(8, 0).repeat(8, 1)
-    assert (np.abs(result.foreground_masks[0] - expected_mask) > 1e-3).mean() <= 1e-3
+    result = case.generate()
+    assert case.decibels(result.images[0]) >= 50
+    assert (np.abs(result.foreground_masks[0] - case.final_mask()) > 1e-3).mean() <= 1e-3

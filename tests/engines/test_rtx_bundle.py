@@ -9,7 +9,6 @@ import pytest
 
 from engines.plugins import CONTEXT, PLUGINS_SINCE, KernelShape, attention_shapes
 from engines.tensorrt import EngineRequest, _configure
-from export.build import main
 from export.lowering import DOCUMENTED
 from moma_rt.backends.libraries import library_log
 from moma_rt.bundle.engines import Device, Flavour, Library, select
@@ -25,11 +24,9 @@ SOFTMAXES_PER_LAYER = 2
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Bundle:
+def bundle(request) -> Bundle:
     pytest.importorskip("tensorrt_rtx")
-    root = tmp_path_factory.mktemp("bundles") / "rtx"
-    assert main(["--base", "tiny", "--target", TARGET, "--mllm-precision", "int4", "--out", str(root)]) == 0
-    return Bundle.open(root)
+    return Bundle.open(request.getfixturevalue("small_rtx_bundle"))
 
 
 def test_every_network_has_an_engine_for_every_device(bundle):

@@ -11,6 +11,13 @@ from export.geometry import geometry_of
 from export.network_weights import WeightGroup
 from export.safetensors_writer import StoredTensor
 from moma_rt.bundle.specs import Geometry
+from tests.torchlib import read_once
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchlib() -> None:
+    """Make the exports of these tests faster."""
+    read_once()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,17 @@
+"""PyTorch's exporter reads its library of ONNX functions anew for each network, a second each; here once a process."""
+
+import functools
+
+
+def read_once(*, now: bool = False) -> None:
+    """Read it at the first export of this process only, or now; a PyTorch that has it elsewhere is left as it is."""
+    try:
+        from torch.onnx._internal._lazy_import import onnxscript_apis
+
+        read = onnxscript_apis.get_torchlib_ops
+    except (ImportError, AttributeError):
+        return
+    if not hasattr(read, "cache_info"):
+        onnxscript_apis.get_torchlib_ops = functools.cache(read)
+    if now:
+        onnxscript_apis.get_torchlib_ops()
