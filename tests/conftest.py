@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -129,16 +129,28 @@ def tiny_bundle(shared: SharedFolders) -> Path:
     return shared.build("tiny", lambda out: _build(out, "--base", "tiny"))
 
 
-def _build_small(out: Path, *options: str) -> None:
-    """Build a bundle of a synthetic checkpoint with a small UNet, a quarter of the work of the tiny one."""
+# Four attention layers on two grids: inductor compiles it in half a minute.
+_SMALL_UNET = MappingProxyType(
+    {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+    }
+)
+# All grids and kinds of blocks of the tiny UNet, with 10 of its 16 attention layers.
+_SHALLOW_UNET = MappingProxyType({"layers_per_block": 1})
+
+
+def _build_changed(out: Path, unet: Mapping[str, object], *options: str) -> None:
+    """Build a bundle of the synthetic checkpoint with one text layer and some of its UNet's settings changed."""
     pytest.importorskip("diffusers")
     from export.checkpoints import presets
 
-    unet = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 1}
-    unet |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "block_out_channels": (32, 64)}
-    small = dataclasses.replace(presets.TINY, unet=MappingProxyType({**presets.TINY.unet, **unet}))
+    text = MappingProxyType({**presets.TINY.text_encoder, "num_hidden_layers": 1})
+    changed = dataclasses.replace(presets.TINY, text_encoder=text, unet=MappingProxyType({**presets.TINY.unet, **unet}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(presets, "TINY", small)
+        patch.setattr(presets, "TINY", changed)
         _build(out, "--base", "tiny", *options)
 
 
@@ -151,10 +163,10 @@ def small_bundles(shared: SharedFolders) -> tuple[Path, Path]:
     pictures = "text_encoder,denoiser,vae_decoder,context_projector"
 
     def build(folder: Path) -> None:
-        _build_small(folder / "enrolling", "--only", f"{pictures},vae_encoder,subject_encoder")
+        _build_changed(folder / "enrolling", _SMALL_UNET, "--only", f"{pictures},vae_encoder,subject_encoder")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("engines.targets.local_device", lambda: None)
-            _build_small(folder / "making pictures", "--only", pictures, "--target", "cpu,inductor")
+            _build_changed(folder / "making pictures", _SMALL_UNET, "--only", pictures, "--target", "cpu,inductor")
 
     folder = shared.build("small", build)
     return folder / "enrolling", folder / "making pictures"
@@ -164,14 +176,14 @@ def small_bundles(shared: SharedFolders) -> tuple[Path, Path]:
 def small_gpu_bundle(shared: SharedFolders) -> Path:
     """An fp16 bundle of two networks, with ONNX graphs and inductor engines for this machine's GPU."""
     options = ("--only", "denoiser,vae_decoder", "--target", "cpu,inductor")
-    return shared.build("of a gpu", lambda out: _build_small(out, *options))
+    return shared.build("of a gpu", lambda out: _build_changed(out, _SMALL_UNET, *options))
 
 
 @pytest.fixture(scope="session")
-def small_rtx_bundle(shared: SharedFolders) -> Path:
-    """A bundle of all networks, with engines of TensorRT-RTX for three devices and the language model in int4."""
+def rtx_bundle(shared: SharedFolders) -> Path:
+    """A bundle of all networks, with engines of TensorRT-RTX for sm86, sm89 and sm120; the language model is int4."""
     options = ("--target", "sm86,sm89,sm120", "--mllm-precision", "int4")
-    return shared.build("rtx", lambda out: _build_small(out, *options))
+    return shared.build("rtx", lambda out: _build_changed(out, _SHALLOW_UNET, *options))
 
 
 @pytest.fixture

@@ -26,20 +26,22 @@ def overlap(mask: np.ndarray, expected: np.ndarray) -> float:
     return (mask & expected).sum() / (mask | expected).sum()
 
 
-# In fp16 ONNX Runtime needs a minute for the 20 steps of the other case, whose steps are checked one by one below.
+# On a CPU the 20 steps of "context" take a minute in fp16. By default, how errors add up over a whole generation is
+# checked with the 10 steps of "texture", and single steps with those that are recorded of "context".
 @pytest.mark.parametrize("name", ["texture", pytest.param("context", marks=pytest.mark.slow)])
 def test_the_picture_and_its_mask_are_those_of_fp32(runtime_and_folder, name):
     runtime, folder = runtime_and_folder
     case = Case(folder / name, runtime)
     assert all(k.dtype == np.float16 for k in case.subject.reference_k.values())
     result = case.generate()
-    found = case.decibels(result.images[0]), overlap(result.foreground_masks[0], case.final_mask())
-    print(f"{name}: {found[0]:.1f} dB, masks' IoU {found[1]:.4f}")
-    assert found[0] >= 30
-    assert found[1] >= 0.98
+    decibels, shared = case.decibels(result.images[0]), overlap(result.foreground_masks[0], case.final_mask())
+    print(f"{name}: {decibels:.1f} dB, masks' IoU {shared:.4f}")
+    assert decibels >= 30
+    assert shared >= 0.98
 
 
-def test_every_step_from_the_originals_own_state(runtime_and_folder):
+def test_recorded_steps_from_the_originals_own_state(runtime_and_folder):
+    """The first step's latents are off by 8.5e-4 in fp16 and the later ones' by less; the bound is about twice that."""
     runtime, folder = runtime_and_folder
     case = Case(folder / "context", runtime)
     rows = schedule("ddim", case.meta["steps"], GUIDANCE)

@@ -4,7 +4,11 @@ import functools
 
 
 def read_once(*, now: bool = False) -> None:
-    """Read it at the first export of this process only, or now; a PyTorch that has it elsewhere is left as it is."""
+    """Read it at the first export of this process only, or now.
+
+    The exporter only iterates over what was read, so tests cannot disturb each other. A PyTorch that keeps the library
+    elsewhere is left as it is: slower.
+    """
     try:
         from torch.onnx._internal._lazy_import import onnxscript_apis
 

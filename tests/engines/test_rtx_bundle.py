@@ -26,7 +26,7 @@ SOFTMAXES_PER_LAYER = 2
 @pytest.fixture(scope="module")
 def bundle(request) -> Bundle:
     pytest.importorskip("tensorrt_rtx")
-    return Bundle.open(request.getfixturevalue("small_rtx_bundle"))
+    return Bundle.open(request.getfixturevalue("rtx_bundle"))
 
 
 def test_every_network_has_an_engine_for_every_device(bundle):

@@ -15,8 +15,8 @@ from tests.torchlib import read_once
 
 
 @pytest.fixture(scope="session", autouse=True)
-def torchlib() -> None:
-    """Make the exports of these tests faster."""
+def torchlib_read_once() -> None:
+    """Make exports faster."""
     read_once()
 
 
