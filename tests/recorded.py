@@ -15,8 +15,6 @@ from moma_rt.runtime import Runtime
 from moma_rt.subject import Subject
 from moma_rt.timing import StageTimer
 
-GUIDANCE = 7.5
-
 
 @dataclass(frozen=True)
 class Case:
@@ -104,9 +102,3 @@ class Case:
         inputs = {"latents": step["latents"], "history": zeros, "noise": zeros, "schedule_row": row}
         inputs["foreground_mask"] = step["foreground_mask"]
         return self.networks.run("denoiser", {**inputs, **self.conditions}, StageTimer())
-
-
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    found, expected = found.astype(np.float64), expected.astype(np.float64)
-    assert found.shape == expected.shape
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

@@ -9,8 +9,9 @@ import pytest
 from moma_rt.runtime import Runtime
 from moma_rt.schedulers.tables import ROW_LENGTH, Column, schedule
 from moma_rt.timing import StageTimer
-from tests.recorded import GUIDANCE, Case, relative_error
+from tests.recorded import Case
 
+GUIDANCE = 7.5
 SETS = ["small", pytest.param("large", marks=pytest.mark.slow)]
 
 
@@ -25,6 +26,12 @@ def runtime_and_folder(request, goldens):
 def case(request, runtime_and_folder) -> Case:
     runtime, folder = runtime_and_folder
     return Case(folder / request.param, runtime)
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def noise_row(case: Case, number: int, guidance: float) -> np.ndarray:

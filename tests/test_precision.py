@@ -7,8 +7,7 @@ import pytest
 
 from moma_rt.bundle.specs import Precision
 from moma_rt.runtime import Runtime
-from moma_rt.schedulers.tables import schedule
-from tests.recorded import GUIDANCE, Case, relative_error
+from tests.recorded import Case
 
 SETS = ["small", pytest.param("large", marks=pytest.mark.slow)]
 
@@ -26,9 +25,7 @@ def overlap(mask: np.ndarray, expected: np.ndarray) -> float:
     return (mask & expected).sum() / (mask | expected).sum()
 
 
-# On a CPU the 20 steps of "context" take a minute in fp16. By default, how errors add up over a whole generation is
-# checked with the 10 steps of "texture", and single steps with those that are recorded of "context".
-@pytest.mark.parametrize("name", ["texture", pytest.param("context", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["context", "texture"])
 def test_the_picture_and_its_mask_are_those_of_fp32(runtime_and_folder, name):
     runtime, folder = runtime_and_folder
     case = Case(folder / name, runtime)
@@ -38,20 +35,6 @@ def test_the_picture_and_its_mask_are_those_of_fp32(runtime_and_folder, name):
     print(f"{name}: {decibels:.1f} dB, masks' IoU {shared:.4f}")
     assert decibels >= 30
     assert shared >= 0.98
-
-
-def test_recorded_steps_from_the_originals_own_state(runtime_and_folder):
-    """The first step's latents are off by 8.5e-4 in fp16 and the later ones' by less; the bound is about twice that."""
-    runtime, folder = runtime_and_folder
-    case = Case(folder / "context", runtime)
-    rows = schedule("ddim", case.meta["steps"], GUIDANCE)
-    for step in case.recorded_steps:
-        found = case.denoise(step, rows[step["number"]])
-        error = relative_error(found["next_latents"], step["next_latents"])
-        shared = overlap(found["next_foreground_mask"][0], step["next_foreground_mask"][0])
-        print(f"step {step['number']}: latents off by {error:.1e}, masks' IoU {shared:.4f}")
-        assert error < 2e-3, step["number"]
-        assert shared >= 0.98, step["number"]
 
 
 def test_what_is_kept_in_fp32(runtime_and_folder):
