@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from export.keys import network_key, structure_key
 from export.network_weights import WEIGHTS_NAME, ExternalWeights, WeightGroup, weight_groups
 from export.networks import NETWORKS, Network, Precisions
 from export.onnx_export import LOWERED_NAME, MODEL_NAME, ExportRequest, export_network
+from export.overflow import LIMIT, VAE_NETWORKS, peaks
 from moma_rt.bundle.engines import format_capabilities
 from moma_rt.bundle.manifest import (
     LANGUAGE_TOKENIZER,
@@ -37,8 +39,8 @@ from moma_rt.bundle.manifest import (
     read_manifest,
     write_manifest,
 )
-from moma_rt.bundle.specs import Geometry
-from moma_rt.errors import BundleError, InputError
+from moma_rt.bundle.specs import Geometry, Precision
+from moma_rt.errors import BundleError, CheckpointError, InputError
 from moma_rt.files import resolve_inside, sha256_file
 
 _TOKENIZER_ROLES = MappingProxyType({TEXT_TOKENIZER: TEXT_ENCODER, LANGUAGE_TOKENIZER: LANGUAGE})
@@ -73,7 +75,7 @@ def build_bundle(
 
     Raises:
         InputError: `out` cannot be written, or another build is writing it.
-        CheckpointError: a tokenizer or weights are unusable.
+        CheckpointError: a tokenizer or weights are unusable, or the VAE makes NaN or infinity even in fp32.
     """
     geometry, store = geometry_of(checkpoint), Store(out, shared)
     with contextlib.suppress(BundleError):  # no bundle yet, or one that will be overwritten
@@ -84,6 +86,7 @@ def build_bundle(
         before = _networks_before(out)
         previous = _previous(out, checkpoint, geometry)
         geometry = previous.geometry
+        plan = dataclasses.replace(plan, precisions=_within_range(checkpoint, geometry, plan, store, report))
         exporter = _Exporter(checkpoint, geometry, plan, store, report)
         built = {name: exporter.stored(NETWORKS[name]) for name in plan.names}
         files = {name: file for _, of_network in built.values() for name, file in of_network.items()}
@@ -201,6 +204,36 @@ class _Exporter:
             return {}
 
         return self.store.add(artifact, write), True
+
+
+def _within_range(
+    checkpoint: Checkpoint, geometry: Geometry, plan: ExportPlan, store: Store, report: Report
+) -> Precisions:
+    """Return the plan's precisions, with fp32 for the halves of a VAE that leaves half precision's range."""
+
+    def is_exported(name: str) -> bool:
+        spec = NETWORKS[name].spec(geometry, Precision.FP16)
+        key = network_key(checkpoint.components, spec, Precision.FP16)
+        return store.find(Artifact(NETWORKS_FOLDER, name, key)) is not None
+
+    halves = [name for name in VAE_NETWORKS if name in plan.names and plan.precisions.of(name) is Precision.FP16]
+    # A half in the store was found to be in range when it was exported.
+    unknown = tuple(name for name in halves if not is_exported(name))
+    if not unknown:
+        return plan.precisions
+    for name in unknown:
+        report(name, "looking for values that half precision cannot hold")
+    wide = set()
+    for name, peak in peaks(checkpoint, geometry, unknown).items():
+        if not math.isfinite(peak):
+            raise CheckpointError(
+                f"{checkpoint.vae.name}: its {name} makes NaN or infinity even in fp32: use another VAE"
+            )
+        if peak > LIMIT:
+            wide.add(name)
+            report(name, f"note: stays in fp32, since its values reach {peak:.3g} and half precision ends at 65,504")
+    gc.collect()
+    return dataclasses.replace(plan.precisions, wide=frozenset(wide))
 
 
 def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer]:

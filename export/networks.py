@@ -76,10 +76,14 @@ class Network:
 
 @dataclass(frozen=True)
 class Precisions:
-    """The precisions of a bundle's networks: of the language model, and of all others."""
+    """The precisions of a bundle's networks: of the language model, and of all others.
+
+    `wide` names networks whose values leave half precision's range: they are fp32 where the others are fp16.
+    """
 
     networks: Precision = Precision.FP32
     language: Precision = Precision.FP32
+    wide: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.networks.is_weight_only:
@@ -88,7 +92,7 @@ class Precisions:
 
     def of(self, name: str) -> Precision:
         """The precision of a network. The context projector's 3 million weights are too few to be worth rounding."""
-        if name == "context_projector":
+        if name == "context_projector" or (name in self.wide and self.networks is Precision.FP16):
             return Precision.FP32
         return self.language if name == "language_model" else self.networks
 
@@ -205,7 +209,7 @@ def denoiser_arguments(flat: tuple[Any, ...], g: Geometry) -> tuple[Any, ...]:
 
 def _vae_decoder_spec(g: Geometry, edge: str) -> NetworkSpec:
     image = TensorSpec("image", "uint8", (_BATCH, g.image_size, g.image_size, 3))
-    return NetworkSpec("vae_decoder", (_latents("latents", g, _BATCH),), (image,))
+    return NetworkSpec("vae_decoder", (_latents("latents", g, _BATCH),), (image, _float("pixel_mean", _BATCH)))
 
 
 def _language(g: Geometry) -> Any:

@@ -23,7 +23,7 @@ from moma_rt.messages import short_repr, warn
 from moma_rt.pipeline.batching import PendingRequest, RequestQueue
 from moma_rt.pipeline.conditioning import Conditioner
 from moma_rt.pipeline.enrollment import ReferenceNoise, keep_masked_tokens, reference_pass
-from moma_rt.pipeline.request import Result, Settings, check_array
+from moma_rt.pipeline.request import Result, Settings, check_array, explain_overflow
 from moma_rt.pipeline.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
 from moma_rt.subject import Origin, Prefix, Subject
@@ -151,6 +151,7 @@ class Runtime:
             InputError: a photo, mask, name, seed or noise cannot be used, or this was called from ``on_step``.
             BundleError: a network that enrolling needs is missing or was altered.
             OutOfMemory: too little device memory, or too small a ``memory_budget``.
+            MomaError: a network made NaN or infinity; the message names the network and what helps.
         """
         self._conditioner.text_tokenizer.check_subject(name)
         seed = check_seed(seed)
@@ -230,7 +231,7 @@ class Runtime:
             BundleError: a network that is needed is missing or was altered.
             Cancelled: ``on_step`` returned False.
             OutOfMemory: too little device memory, or too small a ``memory_budget``.
-            MomaError: the latents became NaN or infinity.
+            MomaError: a network made NaN or infinity; the message names the network and what helps.
         """
         if not isinstance(subject, Subject):
             raise InputError(f"subject must be a Subject, from enroll or Subject.load, not {short_repr(subject)}")
@@ -274,12 +275,25 @@ class Runtime:
                 return
         else:
             for pending, own_samples in accepted:
-                _complete(pending, [next(pictures) for _ in own_samples], stages)
+                self._complete(pending, [next(pictures) for _ in own_samples], stages)
             return
         # Retry one by one: one request may have failed the batch, or the batch may have run out of memory. This is not
         # in the except clause, where the error's traceback keeps device memory alive.
         for pending, _ in accepted:
             self._run_batch([pending])
+
+    def _complete(
+        self, pending: PendingRequest[_Request, Result], pictures: Sequence[Picture], stages: StageTimer
+    ) -> None:
+        """Complete a request with its pictures, or with an error if one of them is not finite."""
+        settings = pending.request.settings
+        network = next(filter(None, (picture.fault for picture in pictures)), None)
+        if network is None:
+            images, masks = [picture.image for picture in pictures], [picture.foreground_mask for picture in pictures]
+            pending.set_result(Result(images, masks, settings.seeds, dict(stages.seconds)))
+        else:
+            advice = explain_overflow(settings, pending.request.latents) or self._networks.overflow_advice(network)
+            pending.error = MomaError(f"the picture became NaN or infinity in the {network}: {advice}")
 
     def _samples(self, request: _Request, stages: StageTimer) -> list[Sample]:
         settings = request.settings
@@ -314,14 +328,3 @@ class Runtime:
         unconditional_text, _ = conditioner.text_tokens(negative, stages)
         unconditional_context = conditioner.unconditional_context_tokens(stages)
         return _Conditions(np.stack([unconditional_text, text]), np.stack([unconditional_context, context]), weights)
-
-
-def _complete(pending: PendingRequest[_Request, Result], pictures: Sequence[Picture], stages: StageTimer) -> None:
-    """Complete a request with its pictures, or with an error if one of them is not finite."""
-    if all(picture.finite for picture in pictures):
-        images, masks = [picture.image for picture in pictures], [picture.foreground_mask for picture in pictures]
-        pending.set_result(Result(images, masks, pending.request.settings.seeds, dict(stages.seconds)))
-    else:
-        pending.error = MomaError(
-            "the latents became NaN or infinity while denoising: lower guidance_scale or strength"
-        )

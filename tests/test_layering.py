@@ -37,7 +37,7 @@ ROOMS: Mapping[str, tuple[set[str], ...]] = {
         {"subject"},
         {"backends"},
         {"bundle", "inputs", "schedulers"},
-        {"messages", "files", "timing"},
+        {"messages", "files", "timing", "finite"},
         {"errors"},
     ),
     "benchmarks": (

@@ -59,16 +59,19 @@ class VaeEncoder(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """Scaled latents [B, 4, h, w] → RGB uint8 [B, H, W, 3], clipped and rounded to nearest."""
+    """Scaled latents [B, 4, h, w] → RGB uint8 [B, H, W, 3], and the mean of each picture before clipping, float32 [B].
+
+    The picture is clipped and rounded to nearest, so it cannot show NaN or infinity; the mean does.
+    """
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
         self.scaling_factor = float(vae.config.scaling_factor)
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         unscaled = (latents / self.scaling_factor).to(self.post_quant_conv.weight.dtype)
         image = self.decoder(self.post_quant_conv(unscaled)).float()
         unit = (image * 0.5 + 0.5).clamp(0.0, 1.0)
         # The conversion comes last, because TensorRT supports uint8 only for a network's inputs and outputs.
-        return (unit * 255.0).round().permute(0, 2, 3, 1).to(torch.uint8)
+        return (unit * 255.0).round().permute(0, 2, 3, 1).to(torch.uint8), image.mean((1, 2, 3))

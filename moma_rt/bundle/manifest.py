@@ -23,7 +23,7 @@ from moma_rt.errors import BundleError
 from moma_rt.files import atomic_write, resolve_inside, sha256_file
 from moma_rt.messages import short_repr
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST_NAME = "manifest.json"
 # Graphs name weights relative to this folder.
 WEIGHTS_FOLDER = "weights"

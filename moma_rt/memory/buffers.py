@@ -15,6 +15,8 @@ from moma_rt.memory.lru import Lru
 STATE = ("latents", "history", "foreground_mask")
 # Inputs that differ between the guidance halves; their batch dimension is halves * batch.
 CONDITIONS = ("text_tokens", "context_tokens")
+# What the VAE decoder writes.
+PICTURES = ("image", "pixel_mean")
 # Inputs that differ between steps lie in tables with a row per step. These are the fewest rows a table is made with.
 _MIN_TABLE_ROWS = MappingProxyType({"schedule_row": 64, "noise": 1})
 # One per number of steps and guidance; a graph of 50 steps holds some ten thousand launches.
@@ -50,7 +52,7 @@ class GenerationBuffers:
             "inputs": _sizes(spec, sizes, shared),
             "even": _sizes(spec, sizes, STATE),
             "odd": _sizes(spec, sizes, STATE),
-            "images": _sizes(decoder.spec, sizes, ("image",)),
+            "pictures": _sizes(decoder.spec, sizes, PICTURES),
         }
         for count in halves:
             groups[count] = _sizes(spec, {**sizes, "guided_batch": count * batch}, CONDITIONS)
@@ -66,11 +68,9 @@ class GenerationBuffers:
         self._inputs = buffers_of("inputs")
         self._conditions = {count: buffers_of(count) for count in halves}
         self._states = (buffers_of("even"), buffers_of("odd"))
-        self._images = buffers_of("images")
+        self._pictures = buffers_of("pictures")
         self._steps = {count: tuple(self._bind_step(denoiser, count, i) for i in range(2)) for count in halves}
-        self._decoders = tuple(
-            decoder.bind({"latents": state["latents"], "image": self._images["image"]}) for state in self._states
-        )
+        self._decoders = tuple(decoder.bind({"latents": state["latents"], **self._pictures}) for state in self._states)
         self._tables: dict[str, Buffer] = {}
         self._tables_in_use: tuple[str, ...] = ()
         self._graphs: Lru[tuple[int, ...], CapturedGraph | None] = Lru(_MAX_GRAPHS, _graph_size, graph_budget)
@@ -191,9 +191,12 @@ class GenerationBuffers:
         """Download one of `STATE`, after all enqueued work."""
         return self._backend.download(self._states[self._current][name])
 
-    def read_images(self) -> Array:
-        """Download the images decoded last, uint8 [B,H,W,3]."""
-        return self._backend.download(self._images["image"])
+    def read_pictures(self) -> tuple[Array, Array]:
+        """Download the pictures decoded last, uint8 [B,H,W,3], and the mean of each, float32 [B]: NaN or infinity if
+        the decoder's output has any.
+        """
+        image, mean = (self._backend.download(self._pictures[name]) for name in PICTURES)
+        return image, mean
 
     def _upload_table(self, name: str, rows: Array) -> None:
         """Upload a table in place, since graphs refer to its address; reallocate it if it is too short."""

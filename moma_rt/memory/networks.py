@@ -12,8 +12,9 @@ from moma_rt.backends.base import Array, Backend, Buffer, Network
 from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.footprint import Footprint, combined_bytes, footprint, format_bytes
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.bundle.specs import Geometry, NetworkSpec
-from moma_rt.errors import BundleError, OutOfMemory, os_error_line
+from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision
+from moma_rt.errors import BundleError, MomaError, OutOfMemory, os_error_line
+from moma_rt.finite import all_finite
 from moma_rt.timing import LOADING, StageTimer
 
 T = TypeVar("T")
@@ -147,10 +148,29 @@ class Networks:
         Args:
             inputs: arrays, which are uploaded, or buffers, which are bound as they are.
             wanted: the outputs to download; None: all of them.
+
+        Raises:
+            MomaError: an output is NaN or infinity.
         """
         network = self.get(name, stages)
         with stages.timed(name):
-            return self.retry_after_eviction(lambda: run_once(self.backend, network, inputs, wanted))
+            outputs = self.retry_after_eviction(lambda: run_once(self.backend, network, inputs, wanted))
+            for output, array in outputs.items():
+                if not all_finite(array):
+                    given = (np.abs(a).max() for a in inputs.values() if isinstance(a, np.ndarray) and a.size)
+                    raise MomaError(
+                        f"{name} computed NaN or infinity ({output}) from numbers of up to {max(given):.3g}: "
+                        f"{self.overflow_advice(name)}"
+                    )
+            return outputs
+
+    def overflow_advice(self, name: str) -> str:
+        """What to do about a network that makes NaN or infinity of finite inputs, as the end of a sentence."""
+        precision = self.bundle.network(name).precision
+        if precision.edge_dtype == "float16":
+            option = "--mllm-precision" if name == "language_model" else "--precision"
+            return f"it overflows half precision; build it with --only {name} {option} {Precision.FP32.value}"
+        return f"it was built in {precision.value}, which cannot help further; check the checkpoint and the inputs"
 
 
 def _file_state(path: Path) -> tuple[int, int, int]:

@@ -15,6 +15,8 @@ from moma_rt.schedulers.tables import ALL_TIMESTEPS, guidance_halves, schedule
 
 MAX_STRENGTH = 2.0
 MAX_GUIDANCE_SCALE = 100.0
+# No picture needs values above these, and they make large latents.
+_USUAL_STRENGTH, _USUAL_GUIDANCE_SCALE, _USUAL_LATENT = 1.5, 30.0, 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,25 @@ class Settings:
     @property
     def seeds(self) -> list[int]:
         return [int(self.seed) + i for i in range(self.num_images)]
+
+
+def explain_overflow(settings: Settings, latents: FloatArray) -> str:
+    """Name the parameters that explain latents of NaN or infinity, and what to do; empty if none is unusual.
+
+    Args:
+        latents: the initial noise, float32 [N,4,h,w].
+    """
+    largest = float(np.abs(latents).max())
+    found = [
+        f"{name} ({value:g})"
+        for name, value, usual in (
+            ("guidance_scale", settings.guidance_scale, _USUAL_GUIDANCE_SCALE),
+            ("strength", settings.strength, _USUAL_STRENGTH),
+            ("the values in latents", largest, _USUAL_LATENT),
+        )
+        if value > usual
+    ]
+    return f"lower {' and '.join(found)}" if found else ""
 
 
 def check_array(name: str, array: object, shape: tuple[int, ...]) -> FloatArray:

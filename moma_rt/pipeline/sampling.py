@@ -16,6 +16,7 @@ from PIL import Image
 from moma_rt.backends.base import Array, CapturedGraph, Network
 from moma_rt.bundle.footprint import GENERATION_NETWORKS
 from moma_rt.errors import Cancelled, OutOfMemory
+from moma_rt.finite import all_finite
 from moma_rt.inputs.noise import Stream, draw
 from moma_rt.memory.buffers import GenerationBuffers
 from moma_rt.memory.limits import Limits
@@ -91,12 +92,12 @@ class Picture:
     Attributes:
         image: RGB.
         foreground_mask: float32 [H,W] in 0..1.
-        finite: False if the latents became NaN or infinity, which makes the picture useless.
+        fault: the network that made NaN or infinity, which makes the picture useless; empty if none did.
     """
 
     image: Image.Image
     foreground_mask: FloatArray
-    finite: bool
+    fault: str
 
 
 class Sampler:
@@ -181,15 +182,16 @@ class Sampler:
                 buffers.replay(graph, len(rows))
             else:
                 denoise(buffers, halves, rows, on_step)
-            latents = buffers.read_state("latents")
+            networks.backend.synchronize()
         with stages.timed("vae_decoder"):
             if graph is None:
                 buffers.decode()
-            images = buffers.read_images()
-        masks = upsample(buffers.read_state("foreground_mask"), images.shape[1])
+            images, means = buffers.read_pictures()
+        masks = buffers.read_state("foreground_mask")
+        faults = _faults(buffers, masks, means)
         return [
-            Picture(Image.fromarray(image), mask, bool(np.isfinite(latent).all()))
-            for image, mask, latent in zip(images[:requested], masks, latents, strict=False)
+            Picture(Image.fromarray(image), upsample(mask, len(image)), fault)
+            for image, mask, fault in zip(images[:requested], masks, faults, strict=False)
         ]
 
     def _upload_inputs(self, buffers: GenerationBuffers, samples: Sequence[Sample]) -> None:
@@ -249,10 +251,23 @@ def denoise(buffers: GenerationBuffers, halves: Sequence[int], rows: FloatArray,
             raise Cancelled(f"cancelled after step {index + 1} of {len(rows)}")
 
 
-def upsample(masks_b1hw: FloatArray, size: int) -> list[FloatArray]:
-    """Upsample masks from the latents' grid to pixels, nearest neighbor: float32 [size,size] each."""
-    factor = size // masks_b1hw.shape[-1]
-    return [mask[0].repeat(factor, axis=0).repeat(factor, axis=1) for mask in masks_b1hw]
+def upsample(mask_1hw: FloatArray, size: int) -> FloatArray:
+    """Upsample a mask from the latents' grid to pixels, nearest neighbor: float32 [size,size]."""
+    factor = size // mask_1hw.shape[-1]
+    return mask_1hw[0].repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _faults(buffers: GenerationBuffers, masks_b1hw: FloatArray, means_b: FloatArray) -> list[str]:
+    """For each picture, the first network whose results are not finite; empty if all are."""
+    if all_finite(masks_b1hw) and all_finite(means_b):
+        return [""] * len(means_b)
+    denoiser, decoder = GENERATION_NETWORKS
+    # Latents that are not finite show in the decoder's mean, so they need not be downloaded otherwise.
+    latents_bchw = buffers.read_state("latents")
+    return [
+        denoiser if not (all_finite(latents) and all_finite(mask)) else "" if np.isfinite(mean) else decoder
+        for latents, mask, mean in zip(latents_bchw, masks_b1hw, means_b, strict=True)
+    ]
 
 
 def _step_noise(rows: FloatArray, samples: Sequence[Sample]) -> FloatArray | None:

@@ -31,7 +31,10 @@ SD15 = {
         {"embedding": ("float32", 1, 1024), "new_kv": ("float32", 32, 2, 32, SEQUENCE, 128)},
     ),
     "context_projector": ({"embedding": ("float32", B, 1024)}, {"context_tokens": ("float32", B, 4, 768)}),
-    "vae_decoder": ({"latents": ("float32", B, 4, 64, 64)}, {"image": ("uint8", B, 512, 512, 3)}),
+    "vae_decoder": (
+        {"latents": ("float32", B, 4, 64, 64)},
+        {"image": ("uint8", B, 512, 512, 3), "pixel_mean": ("float32", B)},
+    ),
 }
 LATENTS, MASK = ("float32", B, 4, 64, 64), ("float32", B, 1, 64, 64)
 # Layer, grid, width: in the adapter file's order.

@@ -100,7 +100,9 @@ SPECS = {
             ),
         ),
         NetworkSpec(
-            "vae_decoder", (_f32("latents", B, *_LATENTS),), (TensorSpec("image", "uint8", (B, SIZE, SIZE, 3)),)
+            "vae_decoder",
+            (_f32("latents", B, *_LATENTS),),
+            (TensorSpec("image", "uint8", (B, SIZE, SIZE, 3)), _f32("pixel_mean", B)),
         ),
     )
 }
@@ -178,7 +180,8 @@ def _denoiser(i: Arrays) -> Arrays:
 
 def _vae_decoder(i: Arrays) -> Arrays:
     levels = np.tanh(i["latents"][:, :3] / 4) * 127.5 + 127.5
-    return {"image": levels.transpose(0, 2, 3, 1).repeat(8, 1).repeat(8, 2).round().astype(np.uint8)}
+    image = levels.transpose(0, 2, 3, 1).repeat(8, 1).repeat(8, 2).round().astype(np.uint8)
+    return {"image": image, "pixel_mean": i["latents"].mean((1, 2, 3))}
 
 
 FUNCTIONS: dict[str, Callable[[Arrays], Arrays]] = {

@@ -277,7 +277,7 @@ def change_format(path):
         (lambda root: (root / "manifest.json").unlink(), "is not a bundle: it has no manifest.json"),
         (
             lambda root: change_format(root / "manifest.json"),
-            "has bundle format 99; this moma-rt reads format 4: upgrade it",
+            "has bundle format 99; this moma-rt reads format 5: upgrade it",
         ),
         (lambda root: (root / "networks/text_encoder/model.onnx").unlink(), "text_encoder/model.onnx is missing"),
         (lambda root: (root / "networks/denoiser/model.onnx").write_text("fake Denoiser"), "model.onnx was altered"),
