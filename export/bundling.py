@@ -227,7 +227,7 @@ def _within_range(
     for name, peak in peaks(checkpoint, geometry, unknown).items():
         if not math.isfinite(peak):
             raise CheckpointError(
-                f"{checkpoint.vae.name}: its {name} makes NaN or infinity even in fp32: use another VAE"
+                f"the VAE {checkpoint.vae.name} cannot be used: its {name[4:]} makes NaN or infinity even in fp32"
             )
         if peak > LIMIT:
             wide.add(name)

@@ -183,7 +183,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", default=AUTO, metavar="NAME", help=f"what runs the networks: {', '.join(NAMES)} (default: {AUTO})"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="number of CPU threads (default: one per core)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="number of CPU threads (default: one per core that this process may use)",
+    )
     parser.add_argument(
         "--memory-budget",
         metavar="BYTES",

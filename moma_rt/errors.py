@@ -5,11 +5,15 @@ code 2; a service catches `MomaError`. Any other exception is a bug, except an `
 """
 
 import contextlib
+import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TextIO, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -49,6 +53,28 @@ class MomaWarning(UserWarning):
     """Something that was done differently from what the user may expect, such as a prompt that was truncated."""
 
 
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Convert the `MemoryError` of NumPy, Pillow or Python itself to an `OutOfMemory`."""
+    try:
+        yield
+    except MemoryError as error:
+        reason = (str(error).strip().splitlines() or ["an allocation failed"])[0]
+        raise OutOfMemory(f"this process has too little memory: {reason}; ask for fewer pictures at a time") from None
+
+
+def with_memory_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function raise `OutOfMemory` in the place of `MemoryError`."""
+
+    # Not contextlib's decorator: its frame is outside this package, and warnings would be attributed to it.
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with memory_errors():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 def run_command(program: str, main: Callable[[], int], stderr: TextIO | None = None) -> int:
     """Run a command line's body; turn errors, warnings and Ctrl-C into one line each on stderr.
 
@@ -68,7 +94,8 @@ def run_command(program: str, main: Callable[[], int], stderr: TextIO | None = N
         warnings.simplefilter("always", MomaWarning)
         warnings.showwarning = show_warning
         try:
-            code = main()
+            with memory_errors():
+                code = main()
         except SystemExit:
             if failed := _flush_stdout(program, stream):
                 return failed

@@ -12,7 +12,7 @@ from moma_rt.backends.base import Array, Backend
 from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.errors import InputError, MomaError
+from moma_rt.errors import InputError, MomaError, with_memory_errors
 from moma_rt.inputs.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
 from moma_rt.inputs.noise import Stream, check_seed, draw
 from moma_rt.inputs.tokenizers import check_prompt, text_prompt
@@ -23,7 +23,7 @@ from moma_rt.messages import short_repr, warn
 from moma_rt.pipeline.batching import PendingRequest, RequestQueue
 from moma_rt.pipeline.conditioning import Conditioner
 from moma_rt.pipeline.enrollment import ReferenceNoise, keep_masked_tokens, reference_pass
-from moma_rt.pipeline.request import Result, Settings, check_array, explain_overflow
+from moma_rt.pipeline.request import Result, Settings, check_array, check_on_step, explain_overflow
 from moma_rt.pipeline.sampling import FloatArray, OnStep, Picture, Sample, Sampler
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
 from moma_rt.subject import Origin, Prefix, Subject
@@ -60,7 +60,8 @@ class Runtime:
     """Enrolls subjects and generates pictures of them with one bundle.
 
     Thread-safe: calls wait in a queue and run one at a time, or in batches of up to ``max_batch`` pictures. A step
-    callback runs while its call occupies the device.
+    callback runs while its call occupies the device. A forked process must load a runtime of its own; one on ONNX
+    Runtime's CPU backend that was idle at the fork goes on.
     """
 
     def __init__(
@@ -75,9 +76,12 @@ class Runtime:
         self._subjects = SubjectCache(self._networks, limits.subject_memory)
         self._conditioner = Conditioner(self._networks, self._subjects)
         self._sampler = Sampler(self._networks, self._subjects, limits)
-        self._queue: RequestQueue[_Request, Result] = RequestQueue(min(limits.max_batch, self._sampler.max_batch))
+        self._queue: RequestQueue[_Request, Result] = RequestQueue(
+            min(limits.max_batch, self._sampler.max_batch), backend.survives_fork
+        )
 
     @classmethod
+    @with_memory_errors
     def load(
         cls,
         bundle: str | Path,
@@ -98,7 +102,8 @@ class Runtime:
             backend: one of ``moma_rt.backends.NAMES``. ``"auto"`` runs the bundle's engines if all of them serve this
                 machine's GPU, and otherwise its ONNX files: on the GPU if a GPU build of ONNX Runtime is installed,
                 else on the CPU. A ``MomaWarning`` says why engines for other GPUs, or that ONNX Runtime, are not used.
-            threads: CPU threads that a network may use; None: the backend's default.
+            threads: CPU threads that a network may use; None: one per core, and at most as many as the process's
+                affinity and its container's quota allow.
             max_batch: largest batch that pictures of different calls may share, 1 to 64, and at most the bundle's
                 largest. Calls that wait for the device share one if they have the same schedule (steps, scheduler,
                 guidance) and no ``on_step``; subject, prompt, strength and seed may differ.
@@ -127,6 +132,7 @@ class Runtime:
             warn(choice.warning)
         return cls(opened, backends.create(choice.backend, threads), choice.engines, limits)
 
+    @with_memory_errors
     def enroll(
         self,
         image: ImageSource,
@@ -153,6 +159,7 @@ class Runtime:
             OutOfMemory: too little device memory, or too small a ``memory_budget``.
             MomaError: a network made NaN or infinity; the message names the network and what helps.
         """
+        self._queue.check_process()
         self._conditioner.text_tokenizer.check_subject(name)
         seed = check_seed(seed)
         geometry = self.bundle.manifest.geometry
@@ -184,6 +191,7 @@ class Runtime:
             seconds=stages.seconds,
         )
 
+    @with_memory_errors
     def generate(
         self,
         subject: Subject,
@@ -222,8 +230,8 @@ class Runtime:
             latents: initial noise, float32 [num_images,4,h,w], standard normal; None: drawn from the seeds.
             context_embedding: float32 [1024], in place of the language model's output for photo and prompt.
             on_step: called with a ``StepInfo`` once a step is enqueued and the one before it has finished; returning
-                False cancels. It must neither call this runtime, which is busy with this call, nor wait for a thread
-                that does.
+                False (or NumPy's False) cancels. It must not be ``async``, nor call this runtime, which is busy with
+                this call, nor wait for a thread that does.
 
         Raises:
             InputError: a value is out of range, or this was called from ``on_step``; nothing was computed.
@@ -235,8 +243,8 @@ class Runtime:
         """
         if not isinstance(subject, Subject):
             raise InputError(f"subject must be a Subject, from enroll or Subject.load, not {short_repr(subject)}")
-        if on_step is not None and not callable(on_step):
-            raise InputError(f"on_step must be a function of a StepInfo, not {short_repr(on_step)}")
+        self._queue.check_process()
+        check_on_step(on_step)
         settings = Settings(strength, steps, guidance_scale, guidance_interval, scheduler, seed, num_images)
         check_prompt(prompt)
         check_prompt(negative_prompt, "negative prompt")

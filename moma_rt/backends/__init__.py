@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from moma_rt.backends.cpu import usable_cores
 from moma_rt.backends.device import local_device
 from moma_rt.backends.libraries import check_cuda_provider, library, onnx_runtime
 from moma_rt.bundle.engines import Flavour
@@ -34,7 +35,8 @@ def create(name: str, threads: int | None = None) -> "Backend":
 
     Args:
         name: one of `NAMES` except `AUTO`, which depends on a bundle (`moma_rt.backends.selection.choose`).
-        threads: CPU threads a network may use, 1 to 1024; None leaves the choice to the backend. A GPU uses none.
+        threads: CPU threads a network may use, 1 to 1024; None: as many as this process may use cores, or the
+            backend's default if it may use all. A GPU uses none.
 
     Raises:
         InputError: there is no such backend, threads is out of range, or a library is not installed.
@@ -43,6 +45,8 @@ def create(name: str, threads: int | None = None) -> "Backend":
     check(name, threads)
     if name == AUTO:
         raise InputError(f"backend {AUTO} depends on the bundle; name one of: {', '.join(NAMES[1:])}")
+    if threads is None:
+        threads = usable_cores()
     # The check before each import raises an error that names the missing package.
     if name == ONNXRUNTIME:
         onnx_runtime()

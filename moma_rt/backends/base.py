@@ -81,6 +81,10 @@ class Backend(Protocol):
     def is_host(self) -> bool:
         """Whether buffers are in host memory, where caching a copy of host data is useless."""
 
+    @property
+    def survives_fork(self) -> bool:
+        """Whether networks and buffers can be used in a process that was forked while none of them ran."""
+
     def load(self, spec: NetworkSpec, path: Path, weights: Sequence[Path] = ()) -> Network:
         """Load a network from the file that this backend runs: an ONNX graph, or an engine.
 

@@ -30,6 +30,8 @@ class DeviceBackend:
     """Base class of the GPU backends: allocates buffers, and enqueues copies on `stream`."""
 
     is_host = False
+    # CUDA cannot be used after a fork.
+    survives_fork = False
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream

@@ -153,6 +153,7 @@ class InductorBackend:
     """
 
     name = "inductor"
+    survives_fork = False  # OpenMP would wait for threads that are gone, and CUDA cannot be used
 
     def __init__(self, device: Device | None, threads: int | None = None) -> None:
         if device is not None and not torch.cuda.is_available():
@@ -261,13 +262,12 @@ class InductorBackend:
         if not self.supports_capture:
             return None
         queue, graph, used = self._queue, torch.cuda.CUDAGraph(), list[object]()
-        # A capture begins with this too; done before, so that the memory of the graph can be measured.
+        # A capture begins with this too: done first, the graph's memory can be measured.
         torch.cuda.empty_cache()
         free_before, _ = torch.cuda.mem_get_info(queue.device)
         queue.used = used
         try:
-            # The outer stream context restores the thread's stream if the capture fails to end. Other threads of this
-            # process may use the GPU meanwhile, hence thread_local.
+            # The outer context restores the thread's stream if the capture fails; other threads may use the GPU.
             with (
                 torch.cuda.stream(queue.stream),
                 torch.cuda.graph(graph, stream=queue.stream, capture_error_mode="thread_local"),

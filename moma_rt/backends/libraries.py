@@ -3,10 +3,13 @@
 TensorRT's two flavours have the same interface, so code that works with both names the module trt.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 import re
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +26,8 @@ CUDA_PROVIDER, _OLDEST_CUDA_PROVIDER = "CUDAExecutionProvider", (1, 31)
 CUDA_PROVIDER_INSTALLATION = (
     "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31'"
 )
+# Otherwise it looks up an address of its maker's and writes a device id and a database into the home folder.
+_NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _MEMORY_LINE = re.compile(r"Total (Activation|Weights) Memory: (\d+)")
 
 
@@ -53,12 +58,15 @@ def cuda_runtime() -> Any:
 
 
 def onnx_runtime() -> Any:
-    """Import the Python package of ONNX Runtime, with whichever providers.
+    """Import the Python package of ONNX Runtime, with whichever providers and without its telemetry.
+
+    It reads the variable once, when it is imported: a program that imports it before has decided for itself.
 
     Raises:
         InputError: as for `library`, or parts of it are missing.
     """
-    ort = _load("onnxruntime", "onnxruntime")
+    with _environment(_NO_TELEMETRY, "1"):
+        ort = _load("onnxruntime", "onnxruntime")
     if not hasattr(ort, "InferenceSession"):
         raise InputError(
             "parts of the Python package onnxruntime are missing: pip uninstall onnxruntime onnxruntime-gpu, then pip "
@@ -86,6 +94,19 @@ def check_cuda_provider() -> None:
         raise InputError(f"the installed onnxruntime {ort.__version__} is for CPUs only: {CUDA_PROVIDER_INSTALLATION}")
     if version_tuple(ort.__version__) < _OLDEST_CUDA_PROVIDER:
         raise InputError(f"onnxruntime-gpu {ort.__version__} is too old: {CUDA_PROVIDER_INSTALLATION}")
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while, unless it is set."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 def _load(module: str, pip_name: str) -> ModuleType:

@@ -1,7 +1,8 @@
 """The CPU backend: ONNX Runtime sessions, each bound to its buffers once."""
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import onnxruntime as ort
 
 from moma_rt.backends.base import OUT_OF_MEMORY_ADVICE, Array, Buffer, K, Size, check_shape, check_tensors
 from moma_rt.bundle.specs import NetworkSpec
-from moma_rt.errors import BundleError, OutOfMemory, os_error_line
-from moma_rt.messages import first_line
+from moma_rt.errors import BundleError, MomaError, OutOfMemory, os_error_line
+from moma_rt.messages import first_line, one_line
 
 LOG_FATAL = 4
 _WEIGHTS_ROOT = "session.model_external_initializers_file_folder_path"
@@ -41,12 +42,14 @@ class OrtBuffer:
 class OrtBound:
     """A session and one of its bindings. It keeps the buffers alive, because ONNX Runtime's binding does not."""
 
+    name: str
     session: ort.InferenceSession
     binding: ort.IOBinding
     buffers: tuple[OrtBuffer, ...]
 
     def enqueue(self) -> None:
-        self.session.run_with_iobinding(self.binding)
+        with run_errors(self.name):
+            self.session.run_with_iobinding(self.binding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,7 @@ class OrtNetwork:
             buffer = _as_ort_buffer(buffers[tensor.name])
             binding.bind_ortvalue_output(tensor.name, buffer.value)
             kept.append(buffer)
-        return OrtBound(self.session, binding, tuple(kept))
+        return OrtBound(self.spec.name, self.session, binding, tuple(kept))
 
 
 class OnnxRuntimeBackend:
@@ -76,6 +79,8 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     supports_capture = False
     is_host = True
+    # A run in a process without ONNX Runtime's other threads does all the work itself.
+    survives_fork = True
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
@@ -166,6 +171,23 @@ def open_session(
     check_tensors(path, "inputs", [t.name for t in spec.inputs], [t.name for t in session.get_inputs()])
     check_tensors(path, "outputs", [t.name for t in spec.outputs], [t.name for t in session.get_outputs()])
     return session
+
+
+@contextlib.contextmanager
+def run_errors(name: str) -> Iterator[None]:
+    """Convert the errors that ONNX Runtime raises while it runs a network.
+
+    Raises:
+        OutOfMemory: there is too little memory to run.
+        MomaError: the session cannot run.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_ort_error(error):
+            raise
+        problem = f"{name}: ONNX Runtime {ort.__version__} cannot run it"
+        raise as_out_of_memory(problem, error) or MomaError(f"{problem}: {one_line(error)}") from None
 
 
 def as_out_of_memory(problem: str, error: Exception) -> OutOfMemory | None:

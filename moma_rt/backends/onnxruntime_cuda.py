@@ -17,10 +17,9 @@ from moma_rt.backends.base import Buffer
 from moma_rt.backends.cuda import Stream
 from moma_rt.backends.device_buffers import DeviceBackend, DeviceBuffer, as_device_buffer
 from moma_rt.backends.libraries import CUDA_PROVIDER, CUDA_PROVIDER_INSTALLATION
-from moma_rt.backends.onnxruntime import LOG_FATAL, as_out_of_memory, is_ort_error, open_session, session_options
+from moma_rt.backends.onnxruntime import LOG_FATAL, open_session, run_errors, session_options
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError, InputError, MomaError, OutOfMemory
-from moma_rt.messages import one_line
 
 # NVIDIA's PCI vendor id, by which ONNX Runtime distinguishes device memory from host memory.
 _NVIDIA = 0x10DE
@@ -74,13 +73,8 @@ class _Binding:
             for name in self._host_inputs:
                 self._bind(self._binding.bind_input, name)
         stream.keep_alive(self)
-        try:
+        with run_errors(self._name):
             self._session.run_with_iobinding(self._binding, options)
-        except Exception as error:
-            if not is_ort_error(error):
-                raise
-            problem = f"{self._name}: {self._shared.library} cannot run it"
-            raise as_out_of_memory(problem, error) or MomaError(f"{problem}: {one_line(error)}") from None
 
     def _bind(self, bind: Callable[..., None], name: str) -> None:
         buffer = self._buffers[name]

@@ -13,7 +13,7 @@ from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.footprint import Footprint, combined_bytes, footprint, format_bytes
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision
-from moma_rt.errors import BundleError, MomaError, OutOfMemory, os_error_line
+from moma_rt.errors import BundleError, MomaError, OutOfMemory, memory_errors, os_error_line
 from moma_rt.finite import all_finite
 from moma_rt.timing import LOADING, StageTimer
 
@@ -125,13 +125,14 @@ class Networks:
         Raises:
             OutOfMemory: memory is too short even then.
         """
-        with contextlib.suppress(OutOfMemory):
+        with contextlib.suppress(OutOfMemory), memory_errors():
             return make()
         for name in self._loaded:
             self._drop_caches(name)
         self.backend.trim()
         try:
-            return make()
+            with memory_errors():
+                return make()
         except OutOfMemory:
             # Free what the failed attempt allocated, so that the next call has it.
             self.backend.trim()

@@ -1,11 +1,12 @@
 """Request queue: one thread at a time uses the device, and answers compatible waiting requests in one batch."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-from moma_rt.errors import InputError
+from moma_rt.errors import InputError, MomaError
 
 R = TypeVar("R")
 A = TypeVar("A")
@@ -50,12 +51,18 @@ class RequestQueue(Generic[R, A]):
     The thread at the head of the queue runs its own request together with the waiting ones of equal `batch_key`.
     Batches thus form while the device is busy, and no request waits for others to arrive. Not reentrant.
 
+    A forked process has none of its parent's threads. There the queue goes on if it was idle and the device can be
+    used after a fork, and otherwise refuses every request.
+
     Args:
         max_batch: largest sum of sizes in a batch; a larger request runs alone.
+        survives_fork: whether the device can be used in a forked process.
     """
 
-    def __init__(self, max_batch: int) -> None:
+    def __init__(self, max_batch: int, survives_fork: bool = False) -> None:
         self._max_batch = max_batch
+        self._survives_fork = survives_fork
+        self._process = os.getpid()
         self._changed = threading.Condition()
         self._owner: int | None = None
         # Pending requests, and a ticket for each thread that waits in `exclusive`.
@@ -67,7 +74,9 @@ class RequestQueue(Generic[R, A]):
 
         Raises:
             InputError: this thread is using it already.
+            MomaError: see `check_process`.
         """
+        self.check_process()
         self._refuse_reentrant_call()
         ticket = object()
         try:
@@ -88,7 +97,9 @@ class RequestQueue(Generic[R, A]):
 
         Raises:
             InputError: this thread is using the device already.
+            MomaError: see `check_process`.
         """
+        self.check_process()
         self._refuse_reentrant_call()
         batch: list[PendingRequest[R, A]] = []
         try:
@@ -103,6 +114,27 @@ class RequestQueue(Generic[R, A]):
         finally:
             self._release(pending)
         return pending.result()
+
+    def check_process(self) -> None:
+        """Check that requests can be answered in this process.
+
+        Raises:
+            MomaError: it was forked from the one that made the queue, while the queue was in use or its device cannot
+                be used after a fork.
+        """
+        if os.getpid() == self._process:
+            return
+        # A lock that another thread of the parent held stays locked here.
+        is_idle = self._changed.acquire(blocking=False)
+        if is_idle:
+            is_idle = self._owner is None and not self._waiting
+            self._changed.release()
+        if not (is_idle and self._survives_fork):
+            raise MomaError(
+                f"this runtime was loaded by process {self._process}, and this one was forked from it"
+                f"{'' if is_idle else ' while it was in use'}: load a runtime after the fork, in each process"
+            )
+        self._process = os.getpid()
 
     def _may_run(self, waiting: object) -> bool:
         # A request that left the queue unanswered was in the batch of an interrupted thread: it has waited longest.

@@ -1,5 +1,7 @@
 """Checked parameters of a generation, and its result."""
 
+import functools
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,6 +83,28 @@ class Settings:
     @property
     def seeds(self) -> list[int]:
         return [int(self.seed) + i for i in range(self.num_images)]
+
+
+def check_on_step(on_step: object) -> None:
+    """Check that a step callback does its work when it is called.
+
+    Raises:
+        InputError: it cannot be called, or calling it only makes a coroutine or generator, which nobody would run.
+    """
+    if on_step is None:
+        return
+    if not callable(on_step):
+        raise InputError(f"on_step must be a function of a StepInfo, not {short_repr(on_step)}")
+    function = inspect.unwrap(on_step)
+    while isinstance(function, functools.partial):
+        function = function.func
+    for called in (function, type(function).__call__):
+        if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
+            raise InputError(f"on_step must not be async: {short_repr(on_step)} would never run; give a plain function")
+        if inspect.isgeneratorfunction(called):
+            raise InputError(
+                f"on_step must not be a generator: {short_repr(on_step)} would never run; use no yield in it"
+            )
 
 
 def explain_overflow(settings: Settings, latents: FloatArray) -> str:

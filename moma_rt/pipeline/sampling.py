@@ -5,6 +5,7 @@ without guidance on the conditional half alone (G = 1).
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from PIL import Image
 
 from moma_rt.backends.base import Array, CapturedGraph, Network
 from moma_rt.bundle.footprint import GENERATION_NETWORKS
-from moma_rt.errors import Cancelled, OutOfMemory
+from moma_rt.errors import Cancelled, InputError, OutOfMemory
 from moma_rt.finite import all_finite
 from moma_rt.inputs.noise import Stream, draw
 from moma_rt.memory.buffers import GenerationBuffers
@@ -130,6 +131,7 @@ class Sampler:
 
         Raises:
             Cancelled: `on_step` returned False.
+            InputError: `on_step` returned something to await.
             OutOfMemory: too little device memory, or too small a memory budget.
             BundleError, MomaError: a network cannot be loaded or run.
         """
@@ -241,20 +243,37 @@ def denoise(buffers: GenerationBuffers, halves: Sequence[int], rows: FloatArray,
 
     Raises:
         Cancelled: `on_step` returned False.
+        InputError: it returned something to await.
     """
     for index, row in enumerate(rows):
         buffers.step(index, halves[index])
         if on_step is None:
             continue
         buffers.limit_run_ahead()
-        if on_step(StepInfo(index + 1, len(rows), int(row[Column.TIMESTEP]))) is False:
+        if _is_false(on_step(StepInfo(index + 1, len(rows), int(row[Column.TIMESTEP])))):
             raise Cancelled(f"cancelled after step {index + 1} of {len(rows)}")
+
+
+def _is_false(result: object) -> bool:
+    """Whether a callback returned Python's, NumPy's or PyTorch's False; other values, such as 0, have no meaning.
+
+    Raises:
+        InputError: it returned something to await.
+    """
+    if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            # Closed, so that Python does not warn that it was never awaited.
+            result.close()
+        raise InputError("on_step returned something to await: give a plain function")
+    is_boolean = isinstance(result, bool) or str(getattr(result, "dtype", "")) in ("bool", "torch.bool")
+    return is_boolean and getattr(result, "ndim", 0) == 0 and not result
 
 
 def upsample(mask_1hw: FloatArray, size: int) -> FloatArray:
     """Upsample a mask from the latents' grid to pixels, nearest neighbor: float32 [size,size]."""
     factor = size // mask_1hw.shape[-1]
-    return mask_1hw[0].repeat(factor, axis=0).repeat(factor, axis=1)
+    mask_hw: FloatArray = mask_1hw[0].repeat(factor, axis=0).repeat(factor, axis=1)
+    return mask_hw
 
 
 def _faults(buffers: GenerationBuffers, masks_b1hw: FloatArray, means_b: FloatArray) -> list[str]:

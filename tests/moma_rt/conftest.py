@@ -69,6 +69,7 @@ class FakeBackend:
     name: str = "fake"
     supports_capture: bool = False
     is_host: bool = True
+    survives_fork: bool = True
     loads: list[str] = field(default_factory=list)
     weights: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     allocations: list[tuple[int, ...]] = field(default_factory=list)

@@ -1,6 +1,7 @@
 """Arguments, subjects and bundles that the runtime refuses, with fake networks."""
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -9,6 +10,27 @@ import pytest
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import BundleError, InputError, SubjectError
 from moma_rt.runtime import Runtime
+
+
+async def hear(info):
+    return False
+
+
+async def stream(info):
+    yield info
+
+
+def numbers(info):
+    yield info.step
+
+
+class Listener:
+    async def __call__(self, info):
+        return False
+
+    async def hear(self, info):
+        return False
+
 
 WRONG = [
     ({"strength": -0.1}, "strength is -0.1: it must be between 0 and 2"),
@@ -60,6 +82,12 @@ WRONG = [
     ({"subject": "car.subject"}, "subject must be a Subject, from enroll or Subject.load, not 'car.subject'"),
     ({"on_step": 0}, "on_step must be a function of a StepInfo, not 0"),
     ({"on_step": "print"}, "on_step must be a function of a StepInfo, not 'print'"),
+    ({"on_step": hear}, "on_step must not be async: <function hear"),
+    ({"on_step": functools.partial(hear)}, "on_step must not be async: functools.partial(<function hear"),
+    ({"on_step": Listener()}, "on_step must not be async: <"),
+    ({"on_step": Listener().hear}, "on_step must not be async: <bound method Listener.hear"),
+    ({"on_step": stream}, "on_step must not be async: <function stream"),
+    ({"on_step": numbers}, "on_step must not be a generator: <function numbers"),
     ({"scheduler": None}, "unknown scheduler None; available: ddim"),
     ({"scheduler": ["ddim"]}, "unknown scheduler ['ddim']; available: ddim"),
     ({"prompt": None}, "prompt must be a text, not None"),

@@ -1,5 +1,7 @@
 """The request queue: who uses the device when, and which requests share a batch."""
 
+import os
+import signal
 import threading
 import weakref
 
@@ -244,3 +246,89 @@ def test_a_raised_error_keeps_nothing_alive():
     with pytest.raises(ValueError, match="this one"):
         queue.submit(PendingRequest(1, "batch_key", 1), fail)
     assert alive[0]() is None
+
+
+def in_a_fork(call):
+    """What `call` returns in a forked process, as text, or the error that it raises."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        # Ends a child that waits for ever.
+        signal.alarm(60)
+        try:
+            text = str(call())
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+        os.write(writing, text.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        text = stream.read()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, "the child waited for ever"
+    return text
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+
+def answer(queue):
+    return queue.submit(PendingRequest("call", "key", 1), lambda batch: [call.set_result("done") for call in batch])
+
+
+@needs_fork
+def test_an_idle_queue_goes_on_in_a_fork():
+    queue = RequestQueue(1, survives_fork=True)
+    assert answer(queue) == "done"
+    assert in_a_fork(lambda: answer(queue)) == "done"
+    assert in_a_fork(lambda: in_a_fork(lambda: answer(queue))) == "done"
+    assert answer(queue) == "done"
+
+
+@needs_fork
+def test_a_queue_whose_device_does_not_survive_is_refused_in_a_fork():
+    queue = RequestQueue(1)
+    assert answer(queue) == "done"
+    text = in_a_fork(lambda: answer(queue))
+    assert text.startswith("MomaError: this runtime was loaded by process")
+    assert text.endswith("was forked from it: load a runtime after the fork, in each process")
+    assert answer(queue) == "done"
+
+
+@needs_fork
+@pytest.mark.parametrize("state", ["running", "exclusive", "waiting", "locked"])
+def test_a_fork_of_a_busy_queue_is_refused_at_once(state):
+    queue = RequestQueue(1, survives_fork=True)
+    entered, go_on = threading.Event(), threading.Event()
+
+    def block(batch=()):
+        entered.set()
+        assert go_on.wait(60)
+        for call in batch:
+            call.set_result("done")
+
+    def hold():
+        if state == "exclusive":
+            with queue.exclusive():
+                block()
+        elif state == "locked":
+            with queue._changed:
+                block()
+        else:
+            queue.submit(PendingRequest("first", "key", 1), block)
+
+    threads = [threading.Thread(target=hold)]
+    threads[0].start()
+    assert entered.wait(60)
+    if state == "waiting":
+        threads.append(threading.Thread(target=answer, args=(queue,)))
+        threads[1].start()
+        wait_until(lambda: len(queue._waiting) == 1)
+    for use in (lambda: answer(queue), queue.check_process, lambda: queue.exclusive().__enter__()):
+        text = in_a_fork(use)
+        assert text.startswith("MomaError: this runtime was loaded by process")
+        assert "while it was in use: load a runtime after the fork" in text
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert answer(queue) == "done"
