@@ -19,7 +19,9 @@ LOG_FATAL = 4
 _WEIGHTS_ROOT = "session.model_external_initializers_file_folder_path"
 _ORT_ERROR = "onnxruntime"
 # Texts of the out of memory errors of its allocators and of the libraries that it calls.
-_NO_MEMORY = re.compile(r"failed to allocate memory[\w ]*|out of memory|bad_?alloc|\w+_ALLOC_FAILED", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"failed to allocate memory[\w ]*|out of memory|bad_?alloc|\w+_ALLOC_FAILED|pthread_create failed", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, eq=False)

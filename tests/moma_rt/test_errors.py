@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 
 from moma_rt.errors import InputError, MomaWarning, run_command
@@ -117,3 +118,13 @@ def test_a_stderr_that_cannot_be_written_leaves_the_exit_code():
             raise OSError(errno.ENOSPC, "No space left on device")
 
     assert run_command("prog", raising(InputError("steps is 0")), Full()) == 2
+
+
+def test_too_little_memory_is_one_line():
+    """Of NumPy, of Pillow or of Python itself."""
+    code, lines = outcome(lambda: np.zeros((1 << 45,), np.float64))
+    assert code == 2
+    assert lines[0].startswith("prog: error: this process has too little memory: Unable to allocate 256. TiB for an")
+    assert len(lines) == 1
+    line = "prog: error: this process has too little memory: an allocation failed; ask for fewer pictures at a time"
+    assert outcome(raising(MemoryError())) == (2, [line])

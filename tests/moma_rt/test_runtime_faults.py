@@ -139,3 +139,40 @@ def test_any_amount_of_device_memory(gpu, bundle, make, budget):  # noqa: F811
         check_nothing_is_left(gpu, runtimes.pop())
     assert counts == sorted(counts)
     assert (counts[0], counts[-1]) == (0, len(CALLS))
+
+
+@pytest.mark.parametrize("method", ["allocate", "upload", "download"])
+def test_memory_that_runs_out_in_the_host_is_an_error_of_one_line(fakes, fake_bundle, photo, mask, method, monkeypatch):
+    """Once: other buffers are evicted and the call succeeds, if it allocates. For ever: OutOfMemory, until it ends."""
+    backend = fakes.FakeBackend()
+    runtime = Runtime(Bundle.open(fake_bundle), backend)
+    subject = runtime.enroll(photo, mask, "car")
+    expected = np.asarray(runtime.generate(subject, "A car.", steps=2).images[0])
+    work, failures = getattr(backend, method), []
+
+    def failing(*arguments):
+        if failures:
+            failures.pop()
+            raise MemoryError("Unable to allocate 3 GiB")
+        return work(*arguments)
+
+    monkeypatch.setattr(backend, method, failing)
+    failures.append(None)
+    # The first result of a new prompt: evicting and trying again helps.
+    assert runtime.generate(subject, "A car on a hill.", steps=2).images
+    failures[:] = [None] * 50
+    with pytest.raises(OutOfMemory, match=r"too little memory: Unable to allocate 3 GiB; ask for fewer"):
+        runtime.generate(subject, "A car in a lake.", steps=2)
+    with pytest.raises(OutOfMemory, match=r"too little memory: Unable to allocate 3 GiB; ask for fewer"):
+        runtime.enroll(photo, mask, "green car")
+    failures.clear()
+    np.testing.assert_array_equal(runtime.generate(subject, "A car.", steps=2).images[0], expected)
+
+
+def test_memory_errors_of_loading_are_out_of_memory(fake_bundle, monkeypatch):
+    def choose(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("moma_rt.runtime.choose", choose)
+    with pytest.raises(OutOfMemory, match="too little memory: an allocation failed"):
+        Runtime.load(fake_bundle)

@@ -1,5 +1,6 @@
 """Finding and loading the libraries' Python packages."""
 
+import os
 import subprocess
 import sys
 
@@ -63,3 +64,51 @@ def test_the_log_keeps_the_first_error_and_memory_sizes(monkeypatch):
     assert (log.error, log.memory) == ("the first of them", {"Activation": 4096})
     log.begin()
     assert (log.error, log.memory) == ("", {})
+
+
+FAKE_ONNX_RUNTIME = """
+import os
+class InferenceSession: ...
+seen = os.environ.get("ORT_DISABLE_TELEMETRY")
+"""
+IMPORT = (
+    "import os; from moma_rt.backends.libraries import onnx_runtime;"
+    "print(onnx_runtime().seen, os.environ.get('ORT_DISABLE_TELEMETRY'))"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "seen"),
+    [
+        (None, IMPORT, "1 None"),
+        ("0", IMPORT, "0 0"),
+        ("1", IMPORT, "1 1"),
+        (None, f"import onnxruntime; {IMPORT}", "None None"),
+    ],
+)
+def test_onnx_runtime_is_imported_without_telemetry_unless_the_user_decides(tmp_path, repository, given, code, seen):
+    """The variable is set for the import only: a program that embeds the runtime keeps its environment."""
+    (tmp_path / "onnxruntime.py").write_text(FAKE_ONNX_RUNTIME)
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{repository}"
+    environment |= {} if given is None else {"ORT_DISABLE_TELEMETRY": given}
+    found = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path, env=environment)
+    assert found.strip() == seen
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the folders of another system")
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_session_writes_nothing_into_the_home_folder_and_nothing_on_stderr(tmp_path, repository, writable):
+    code = (
+        "import sys; from moma_rt.backends import create; from moma_rt.bundle.specs import NetworkSpec;"
+        "from pathlib import Path; from tests.moma_rt.backends.networks import STEP, save_graph;"
+        "create('onnxruntime').load(STEP, save_graph(Path(sys.argv[1]) / 'step.onnx', STEP))"
+    )
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
+    environment["HOME"] = str(home if writable else "/proc/no/home")
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    assert list(home.rglob("*")) == []

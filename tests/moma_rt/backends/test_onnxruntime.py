@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from moma_rt import backends
 from moma_rt.backends.onnxruntime import OnnxRuntimeBackend
 from moma_rt.bundle.specs import NetworkSpec, TensorSpec
-from moma_rt.errors import BundleError, InputError
+from moma_rt.errors import BundleError, InputError, MomaError, OutOfMemory
 from tests.moma_rt.backends.networks import (
     PAST,
     STEP,
@@ -158,3 +158,38 @@ def test_an_unknown_backend_lists_those_there_are():
     with pytest.raises(InputError, match="no backend 'abacus'; there are: auto, onnxruntime, "):
         backends.create("abacus")
     assert backends.create("onnxruntime").name == "onnxruntime"
+
+
+def test_out_of_memory_while_running_is_one_line(backend, tmp_path):
+    """A network that allocates as many zeros as its input says, and sums them up."""
+    spec = NetworkSpec("zeros", (TensorSpec("count", "int64", (1,)),), (TensorSpec("total", "float32", ()),))
+    nodes = [
+        helper.make_node("ConstantOfShape", ["count"], ["zeros"]),
+        helper.make_node("ReduceSum", ["zeros"], ["total"], keepdims=0),
+    ]
+    tensors = (("count", TensorProto.INT64, [1]), ("total", TensorProto.FLOAT, []))
+    given, made = (helper.make_tensor_value_info(*tensor) for tensor in tensors)
+    network = backend.load(spec, save(tmp_path / "zeros.onnx", nodes, [given], [made]))
+    buffers = backend.allocate({"count": ((1,), "int64"), "total": ((), "float32")})
+    bound = network.bind(buffers)
+    backend.upload(buffers["count"], np.array([1 << 50]))
+    with pytest.raises(OutOfMemory, match=r"^zeros: ONNX Runtime .* cannot run it: .*; close other programs") as caught:
+        bound.enqueue()
+    assert "\n" not in str(caught.value)
+    backend.upload(buffers["count"], np.array([3]))
+    bound.enqueue()
+    assert backend.download(buffers["total"]) == 0
+
+
+def test_another_failure_while_running_is_one_line(backend, tmp_path):
+    spec = NetworkSpec("pick", (TensorSpec("index", "int64", (1,)),), (TensorSpec("value", "float32", (1,)),))
+    table = numpy_helper.from_array(np.ones(4, np.float32), "table")
+    nodes = [helper.make_node("Gather", ["table", "index"], ["value"])]
+    given = helper.make_tensor_value_info("index", TensorProto.INT64, [1])
+    made = helper.make_tensor_value_info("value", TensorProto.FLOAT, [1])
+    network = backend.load(spec, save(tmp_path / "pick.onnx", nodes, [given], [made], [table]))
+    buffers = backend.allocate({"index": ((1,), "int64"), "value": ((1,), "float32")})
+    backend.upload(buffers["index"], np.array([9]))
+    with pytest.raises(MomaError, match=r"^pick: ONNX Runtime .* cannot run it: .*indices element out of") as caught:
+        network.bind(buffers).enqueue()
+    assert "\n" not in str(caught.value)
