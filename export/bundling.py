@@ -240,14 +240,18 @@ def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer]:
     """Make the tokenizers that the checkpoint's networks need, keyed by their file names in the bundle."""
     made = {}
     if TEXT_ENCODER in checkpoint.roles:
-        folder = checkpoint.text_tokenizer
+        folder, embeddings = checkpoint.text_tokenizer, int(checkpoint.text_encoder.config["vocab_size"])
         made[TEXT_TOKENIZER] = (
-            tokenizers.text_tokenizer(folder) if folder is not None else tokenizers.synthetic_text_tokenizer()
+            tokenizers.text_tokenizer(folder, embeddings)
+            if folder is not None
+            else tokenizers.synthetic_text_tokenizer()
         )
     if checkpoint.language is not None:
-        folder = checkpoint.language_tokenizer
+        folder, embeddings = checkpoint.language_tokenizer, int(checkpoint.language.config["vocab_size"])
         made[LANGUAGE_TOKENIZER] = (
-            tokenizers.language_tokenizer(folder) if folder is not None else tokenizers.synthetic_language_tokenizer()
+            tokenizers.language_tokenizer(folder, embeddings)
+            if folder is not None
+            else tokenizers.synthetic_language_tokenizer()
         )
     return made
 

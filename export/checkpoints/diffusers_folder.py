@@ -11,10 +11,10 @@ from export.checkpoints.matching import Origin, fit, unread
 from export.checkpoints.model import TEXT_ENCODER, UNET, VAE, BaseParts, Component
 from export.checkpoints.single_file import read_vae_file
 from export.checkpoints.weights import content_hash, open_weights, read_json
+from export.tokenizers import has_text_tokenizer
 from moma_rt.errors import CheckpointError
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -115,6 +115,6 @@ def _text_encoder_name(name: str) -> str | None:
 
 
 def _tokenizer(folder: Path) -> Path:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointError(f"{folder} has no tokenizer: looked for {' and '.join(_TOKENIZER_FILES)}")
+    if not has_text_tokenizer(folder):
+        raise CheckpointError(f"{folder} has no tokenizer: looked for vocab.json with merges.txt, and tokenizer.json")
     return folder

@@ -35,12 +35,12 @@ from export.checkpoints.model import (
 from export.checkpoints.presets import Preset
 from export.checkpoints.single_file import read_single_file
 from export.checkpoints.synthetic import random_adapters, random_component
+from export.tokenizers import has_text_tokenizer
 from moma_rt.errors import CheckpointError
 
 TINY = "tiny"
 RANDOM = "random"
 _CLIP = "openai/clip-vit-large-patch14"
-_TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _tokenizer_of_file(plan: _Plan) -> Path:
     file, vision = Path(str(plan.source)), plan.request.vision
     beside = file.parent / "tokenizer"
     for folder in (beside, *((vision,) if vision is not None else ())):
-        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        if has_text_tokenizer(folder):
             return folder
     raise CheckpointError(
         f"{file} needs CLIP's tokenizer: put vocab.json and merges.txt of https://huggingface.co/{_CLIP} into {beside}"

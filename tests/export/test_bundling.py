@@ -9,7 +9,7 @@ from engines.store import SharedStore, Store
 from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint
 from export.networks import NETWORKS
 from moma_rt.bundle.manifest import Bundle
-from moma_rt.errors import InputError
+from moma_rt.errors import CheckpointError, InputError
 from tests.export.bundles import SMALL, build, checkpoint_of, contents, folders, verify
 
 
@@ -29,6 +29,23 @@ def test_a_whole_bundle(tmp_path, exports, written, tiny_geometry):
     denoiser, subject_encoder = (bundle.network(name) for name in ("denoiser", "subject_encoder"))
     assert denoiser.weights[0] == subject_encoder.weights[0], "they share the UNet"
     assert sorted(written) == sorted({*NETWORKS, "unet"}), "each once"
+
+
+@pytest.mark.parametrize(
+    ("role", "folder", "reason"),
+    [
+        ("text_encoder", "SG161222/Realistic_Vision_V4.0_noVAE/tokenizer", "616 embeddings, but .* 615 tokens"),
+        ("language", "KunpengSong/MoMA_llava_7b", "ids up to 554, but the language model has 500 embeddings"),
+    ],
+)
+def test_a_tokenizer_that_does_not_belong_to_its_network(tmp_path, exports, tiny_checkpoint, hub, role, folder, reason):
+    component, size = getattr(tiny_checkpoint, role), {"text_encoder": 616, "language": 500}[role]
+    component = dataclasses.replace(component, config={**component.config, "vocab_size": size})
+    tokenizer = {"text_encoder": "text_tokenizer", "language": "language_tokenizer"}[role]
+    checkpoint = dataclasses.replace(tiny_checkpoint, **{role: component, tokenizer: hub / folder})
+    with pytest.raises(CheckpointError, match=reason):
+        build(tmp_path, ["text_encoder", "language_model"], checkpoint)
+    assert exports == []
 
 
 def made_at(root: Path) -> dict[Path, tuple[int, int]]:

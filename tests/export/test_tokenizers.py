@@ -1,6 +1,8 @@
+import itertools
 import json
 import random
 import shutil
+import unicodedata
 
 import pytest
 from tokenizers import Tokenizer
@@ -13,6 +15,7 @@ from export.tokenizers import (
     text_tokenizer,
 )
 from moma_rt.errors import CheckpointError
+from tests.clip_reference import ClipReference, write_real_vocabulary
 
 CLIP_FOLDER = "SG161222/Realistic_Vision_V4.0_noVAE/tokenizer"
 LLAVA_FOLDER = "KunpengSong/MoMA_llava_7b"
@@ -42,6 +45,64 @@ def _random_texts(count):
     parts = ["a", "b", "e", "A", "US", "photo", "car", " ", "  ", "\n", ".", "é", "e\u0301", "日", "😀", "\x00", "▁"]
     parts += ["aaaa", "...", " o", "ho", "an", "'s", "12", "<0x41>"]
     return ["".join(generator.choices(parts, k=generator.randrange(12))) for _ in range(count)]
+
+
+# Blocks that a prompt may hold something of, and the blocks that the original sets apart with what is next to them.
+_BLOCKS = (
+    *((0x20, 0x7F),) * 6,
+    *((0x0, 0x20), (0x7F, 0x100), (0x100, 0x370), (0x370, 0x530), (0x590, 0x700), (0x900, 0xE00), (0x1100, 0x1200)),
+    *((0x1E00, 0x2070), (0x2070, 0x2C00), (0x2E80, 0x3410), (0x4DB0, 0x4E40), (0x9FE0, 0xA010), (0xAC00, 0xAC80)),
+    *((0xE000, 0xE010), (0xF8F0, 0xFB50), (0xFE00, 0xFE30), (0xFF00, 0x10000), (0x1D400, 0x1D800), (0x1F300, 0x1FB00)),
+    *((0x20000, 0x20010), (0x2A6D0, 0x2A710), (0x2B730, 0x2B830), (0x2CEA0, 0x2CEB8), (0x2F800, 0x2FA20)),
+    *((0x30000, 0x30010), (0xE0000, 0xE0200)),
+)
+
+
+def _is_assigned(code):
+    """Whether this Python knows a character: the other libraries know more, and those not assigned are removed."""
+    return not 0xD800 <= code < 0xE000 and unicodedata.category(chr(code)) != "Cn"
+
+
+def _has_a_known_order(code):
+    """Whether a character is no mark, or a usual one: `tokenizers` cannot order those of Unicode 10 and later."""
+    return 0x300 <= code < 0x370 or not unicodedata.combining(chr(code))
+
+
+def _random_unicode(count):
+    generator = random.Random(1)
+    parts = [
+        "photo",
+        "car",
+        "'s",
+        "'S",
+        "'LL",
+        "e\u0301",
+        "ΟΔΟΣ",
+        "İ",
+        "ẞ",
+        "日本",
+        " ",
+        "\n",
+        "\u200b",
+        "\u200d",
+        "\ufe0f",
+    ]
+    codes = [[c for c in range(*block) if _is_assigned(c) and _has_a_known_order(c)] for block in _BLOCKS]
+
+    def part():
+        return generator.choice(parts) if generator.random() < 0.4 else chr(generator.choice(generator.choice(codes)))
+
+    return ["".join(part() for _ in range(generator.randrange(14))) for _ in range(count)]
+
+
+def _representatives():
+    """All characters below U+3400, and of later runs of one category the first and the last."""
+    codes = [code for code in range(0x110000) if _is_assigned(code)]
+    edges = {code for code in codes if code < 0x3400 or code & 0xFFFE == 0xFFFE}
+    for before, code in itertools.pairwise(codes):
+        if code != before + 1 or unicodedata.category(chr(before)) != unicodedata.category(chr(code)):
+            edges |= {before, code}
+    return sorted(map(chr, edges))
 
 
 @pytest.fixture
@@ -79,13 +140,93 @@ def _train(folder, **options):
     return folder
 
 
+@pytest.fixture(scope="module")
+def real_clip(shared):
+    """CLIP's real vocabulary."""
+    return shared.build("clip-vocabulary", write_real_vocabulary)
+
+
+@pytest.fixture(scope="module", params=["goldens", "real"])
+def vocabulary(request, hub):
+    """A folder with vocab.json and merges.txt."""
+    return hub / CLIP_FOLDER if request.param == "goldens" else request.getfixturevalue("real_clip")
+
+
 class TestTextTokenizer:
-    def test_ids_are_those_of_transformers(self, hub):
+    def test_ids_are_those_of_the_original(self, vocabulary):
+        ours, original = text_tokenizer(vocabulary), ClipReference(vocabulary)
+        for text in [*ODD_TEXTS, "a <|endoftext|> b <|startoftext|>", *_random_texts(1000), *_random_unicode(3000)]:
+            assert ours.encode(text).ids == original.encode(text), ascii(text)
+
+    def test_every_character_is_cleaned_as_in_the_original(self, hub):
+        ours, original = text_tokenizer(hub / CLIP_FOLDER), ClipReference(hub / CLIP_FOLDER)
+        for character in _representatives():
+            text = f"a{character}b {character} 1{character}!{character}'s"
+            assert ours.encode(text).ids == original.encode(text), ascii(text)
+
+    # By transformers 4.37.2, between begin and end.
+    @pytest.mark.parametrize(
+        ("text", "real", "small"),
+        [
+            ("photo of a car", [1125, 539, 320, 1615], [556, 534, 320, 561]),
+            (
+                "日本の車",
+                [37156, 19277, 361, 4813, 362, 164, 119, 488],
+                [162, 245, 354, 162, 250, 361, 159, 223, 362, 164, 119, 488],
+            ),
+            ("hello\u200bworld", [12887, 1002], [71, 68, 568, 78, 581, 81, 75, 323]),
+            ("\x07bell", [3718], [65, 68, 75, 331]),
+            ("\u202eRTL", [81, 8190], [81, 83, 331]),
+            # What is removed joins a letter to its accent.
+            ("a\u00adb e\u200d\u0301", [3937, 4166], [64, 321, 127, 358]),
+            ("\ufffd\ue000\x0b\x85a\nb", [320, 321], [320, 321]),
+            (
+                "👩\u200d🚀 🏖\ufe0f",
+                [18800, 13542, 1109, 28877],
+                [172, 253, 239, 102, 172, 253, 248, 478, 172, 253, 237, 244, 171, 116, 493],
+            ),
+            # A compatibility ideograph, one of extension B, and wide and unbreakable spaces.
+            (
+                "\uf900\u3000\U00020000\u00a0か",
+                [164, 109, 486, 172, 254, 222, 478, 4813, 489],
+                [164, 109, 486, 172, 254, 222, 478, 159, 223, 489],
+            ),
+            *(
+                (text, ids, ids)
+                for text, ids in (
+                    ("ΟΔΟΣ ΑΣΑ", [138, 123, 138, 112, 138, 123, 139, 480, 138, 109, 139, 225, 138, 365]),
+                    ("'ſ \u0345x", [6, 129, 379, 343]),
+                )
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("source", ["goldens", "real"])
+    def test_recorded_ids(self, request, hub, source, text, real, small):
+        is_real = source == "real"
+        folder = request.getfixturevalue("real_clip") if is_real else hub / CLIP_FOLDER
+        assert text_tokenizer(folder).encode(text).ids[1:-1] == (real if is_real else small)
+
+    def test_begin_and_end_of_the_real_vocabulary(self, real_clip):
+        ids = text_tokenizer(real_clip, 49408).encode("photo of a car").ids
+        assert ids == [49406, 1125, 539, 320, 1615, 49407]
+
+    def test_plain_texts_are_read_as_by_newer_versions_of_transformers(self, hub):
         transformers = pytest.importorskip("transformers")
         theirs = transformers.CLIPTokenizerFast.from_pretrained(hub / CLIP_FOLDER)
         ours = text_tokenizer(hub / CLIP_FOLDER)
-        for text in [*ODD_TEXTS, "a <|endoftext|> b <|startoftext|>", *_random_texts(2000)]:
+        plain = [text for text in [*ODD_TEXTS, *_random_texts(1000)] if text.isprintable() and "日" not in text]
+        assert len(plain) > 500
+        for text in [*plain, "a <|endoftext|> b <|startoftext|>", "line\nbreak\r\nand\ttab"]:
             assert ours.encode(text).ids == theirs(text)["input_ids"], repr(text)
+
+    def test_a_fast_tokenizers_file_is_read_as_the_vocabulary_is(self, hub, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        folder = hub / CLIP_FOLDER
+        transformers.CLIPTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path)
+        assert not (tmp_path / "vocab.json").exists()
+        tokenizer, whole = text_tokenizer(tmp_path), text_tokenizer(folder)
+        for text in [*ODD_TEXTS, *_random_unicode(300)]:
+            assert tokenizer.encode(text).ids == whole.encode(text).ids, ascii(text)
 
     def test_padding_names_the_pad_token_and_nothing_is_cut(self, hub):
         tokenizer = text_tokenizer(hub / CLIP_FOLDER)

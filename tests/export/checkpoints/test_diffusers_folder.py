@@ -91,6 +91,8 @@ def test_text_encoder_from_a_full_clip_file(copy):
 
 
 def test_missing_tokenizer(copy):
+    (copy.base / "tokenizer/merges.txt").unlink()
+    assert "no tokenizer: looked for vocab.json with merges.txt, and tok" in error_of(copy.base, copy.vae, ROLES)
     shutil.rmtree(copy.base / "tokenizer")
     assert "no tokenizer" in error_of(copy.base, copy.vae, ROLES)
 

@@ -346,7 +346,11 @@ def test_a_file_as_a_base_or_as_the_weights_of_a_named_base(tmp_path, original, 
     shutil.copytree(original.base / "tokenizer", vision)
     found = load_checkpoint(CheckpointRequest(str(path), **given, vision=vision))
     assert (found.base, found.text_tokenizer) == ("mine", vision)
-    shutil.copytree(vision, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer").mkdir()
+    shutil.copy(vision / "vocab.json", tmp_path / "tokenizer")
+    found = load_checkpoint(CheckpointRequest(str(path), **given, vision=vision))
+    assert found.text_tokenizer == vision, "the folder beside the file has no merges.txt"
+    shutil.copytree(vision, tmp_path / "tokenizer", dirs_exist_ok=True)
     found = load_checkpoint(CheckpointRequest(str(path), **given))
     assert found.text_tokenizer == tmp_path / "tokenizer"
     named = load_checkpoint(CheckpointRequest("rev_animated", weights=str(path), roles=ROLES))

@@ -152,6 +152,10 @@ class TestTextTokenizer:
             ("a " * 74 + "\U0001f697 a", "'\U0001f697 a'"),
             ("a " * 70 + "1234567890", "'67890'"),
             ("'" + "a " * 74 + "it's", '"it\'s"'),
+            # What the tokenizer removes from a text still counts as part of it.
+            ("\u202e\x07" + "a\u200b " * 75 + "c\u00adar\u200b A", "'c\\xadar\\u200b A'"),
+            ("\u200d" * 9 + "a " * 73 + "e\u0301\u200b日\u200b本", "'\u65e5\\u200b\u672c'"),
+            ("a " * 71 + "日<|endoftext|>\u200bΟΔΟΣ 車", "'ΟΔΟΣ 車'"),
         ],
     )
     def test_the_warning_names_what_was_cut(self, text, prompt, cut):
