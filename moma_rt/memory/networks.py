@@ -171,7 +171,9 @@ class Networks:
         if precision.edge_dtype == "float16":
             option = "--mllm-precision" if name == "language_model" else "--precision"
             return f"it overflows half precision; build it with --only {name} {option} {Precision.FP32.value}"
-        return f"it was built in {precision.value}, which cannot help further; check the checkpoint and the inputs"
+        return (
+            f"it computes in {precision.value}, so another precision cannot help: check its checkpoint and its inputs"
+        )
 
 
 def _file_state(path: Path) -> tuple[int, int, int]:
