@@ -170,7 +170,9 @@ class Networks:
         precision = self.bundle.network(name).precision
         if precision.edge_dtype == "float16":
             option = "--mllm-precision" if name == "language_model" else "--precision"
-            return f"it overflows half precision; build it with --only {name} {option} {Precision.FP32.value}"
+            return (
+                f"numbers beyond half precision are likely; build it with --only {name} {option} {Precision.FP32.value}"
+            )
         return (
             f"it computes in {precision.value}, so another precision cannot help: check its checkpoint and its inputs"
         )
