@@ -13,8 +13,9 @@ from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import InputError, MomaError
-from moma_rt.inputs.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
+from moma_rt.inputs.images import VISION_SIZE, load_mask, load_photo, prepare
 from moma_rt.inputs.noise import Stream, check_seed, draw
+from moma_rt.inputs.reading import ImageSource
 from moma_rt.inputs.tokenizers import check_prompt, text_prompt
 from moma_rt.memory.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
 from moma_rt.memory.networks import Networks

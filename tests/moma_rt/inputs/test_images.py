@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from moma_rt.errors import InputError
-from moma_rt.inputs import images
-from moma_rt.inputs.images import MAX_PIXELS, contact_sheet, load_mask, load_photo, prepare
+from moma_rt.inputs import reading
+from moma_rt.inputs.images import contact_sheet, load_mask, load_photo, prepare
+from moma_rt.inputs.reading import MAX_PIXELS
 
 CASES = ("context", "texture")
 ORIENTATION = 0x0112
@@ -290,7 +291,7 @@ class TestUnusableFiles:
                 load(source)
 
     def test_limit_is_inclusive(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(images, "MAX_PIXELS", 600)
+        monkeypatch.setattr(reading, "MAX_PIXELS", 600)
         assert load_photo(gradient(30, 20)).size == (30, 20)
         with pytest.raises(InputError, match="31x20"):
             load_photo(gradient(31, 20))

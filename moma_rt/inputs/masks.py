@@ -1,0 +1,148 @@
+"""Which pixels of a mask image belong to the subject, and warnings about masks that are probably not meant so.
+
+A pixel belongs to the subject if it is neither black nor transparent. A channel that is the same everywhere, such as
+the blue of red on dark blue, says nothing. For gray masks this equals the original's rule, the first channel above 0.
+
+Where a part is transparent, the mask is a cut-out or a silhouette: all that is visible belongs to the subject, its
+black parts too. Only a white subject on a black ground, with transparency around it, remains what it shows.
+"""
+
+import functools
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageChops
+
+from moma_rt.messages import warn
+
+# Longest side of the copy of a mask that decides how it was drawn.
+_SAMPLE_SIDE = 512
+# Two-tone masks: one colour on so much of what is not black, which leaves room for soft edges.
+_FLAT = 0.75
+# A ground that was left black: so much of what adjoins the transparent part is black.
+_BLACK_EDGE = 0.75
+# From here on a mask marks nearly everything. No subject covers most of the photo's edge, but its background does.
+_MOST_OF_PHOTO = 0.95
+_MOST_OF_EDGE = 0.75
+# 262 pixels of 512x512: four of the 64x64 places at which the photo's appearance is kept.
+_LEAST_OF_PHOTO = 0.001
+# Values that only noise and very soft edges have: the palest colour of usual palettes is 32.
+_FAINT = 31
+_CLEAR = 128
+# A mask of the same pixels in white would be half as large.
+_MOST_OF_MASK = 0.5
+
+
+def foreground(image: Image.Image) -> Image.Image:
+    """Make 8-bit gray ("L") of a mask of any mode: 0 is background, any other value belongs to the subject.
+
+    Gray and colours keep their brightest channel, cut-outs their alpha channel.
+
+    Raises:
+        TypeError, ValueError: a transparent colour does not fit the mode.
+    """
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        # Scaling to 8 bits would lose small values such as the labels 0 and 1, and any positive value counts.
+        marked = values > 0
+        if (transparent := image.info.get("transparency")) is not None:
+            marked &= values != transparent
+        return Image.fromarray(np.where(marked, 255, 0).astype(np.uint8))
+    if not image.has_transparency_data:
+        return _brightest(image.convert("RGB"))
+    rgba = to_rgba(image)
+    alpha = rgba.getchannel("A")
+    least, most = (int(function(np.asarray(alpha))) for function in (np.min, np.max))
+    value = _brightest(rgba)
+    if least > 0:
+        return value
+    if most == 0 or not _is_black_ground(rgba):
+        return alpha
+    return Image.composite(value, Image.new("L", value.size), alpha.point(lambda a: 255 if a else 0))
+
+
+def to_rgba(image: Image.Image) -> Image.Image:
+    """Convert an image with transparency to RGBA.
+
+    Raises:
+        TypeError, ValueError: a transparent colour does not fit the mode.
+    """
+    # La converts to no other mode.
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+
+
+def warn_of_unlikely(mask: Image.Image, mask_hw: npt.NDArray[np.bool_]) -> None:
+    """Warn if a mask marks nearly everything, next to nothing, or mostly noise.
+
+    Args:
+        mask: from `foreground`.
+        mask_hw: bool [H, W], the mask at the size that the model works on.
+    """
+    share = float(mask_hw.mean())
+    edge = np.concatenate([mask_hw[0], mask_hw[-1], mask_hw[:, 0], mask_hw[:, -1]])
+    rule = "everything that is neither black nor transparent counts"
+    histogram = np.array(mask.histogram())
+    faint, clear = histogram[1 : _FAINT + 1].sum(), histogram[_CLEAR:].sum()
+    if share >= _MOST_OF_PHOTO:
+        warn(f"the mask marks {percent(share)} of the photo as the subject: {rule}, however dark")
+    elif edge.mean() >= _MOST_OF_EDGE:
+        warn(
+            f"the mask marks {percent(share)} of the photo as the subject, and {percent(edge.mean())} of its edge: "
+            f"it seems to be inverted ({rule})"
+        )
+    elif share < _LEAST_OF_PHOTO:
+        warn(f"the mask marks only {percent(share)} of the photo as the subject: crop the photo around the subject")
+    if clear and faint > _MOST_OF_MASK * histogram[1:].sum():
+        warn(
+            f"{percent(faint / histogram[1:].sum())} of what the mask marks is nearly black or transparent (values "
+            f"of 1 to {_FAINT} of 255) and counts as the subject: if it is noise or a soft edge, make it black"
+        )
+
+
+def _brightest(image: Image.Image) -> Image.Image:
+    """Largest value of red, green and blue, of those that vary if any does."""
+    channels = [image.getchannel(name) for name in "RGB"]
+    varying = [channel for channel in channels if np.ptp(np.asarray(channel)) > 0]
+    return functools.reduce(ImageChops.lighter, varying or channels)
+
+
+def _is_black_ground(rgba: Image.Image) -> bool:
+    """Whether a partly transparent mask is white on a ground that is black where it ends; warns if that is a guess."""
+    scale = min(1, _SAMPLE_SIDE / max(rgba.size))
+    size = (max(1, round(rgba.width * scale)), max(1, round(rgba.height * scale)))
+    rgba_hwc = np.asarray(rgba.resize(size, Image.Resampling.NEAREST)).astype(np.int32)
+    visible = rgba_hwc[:, :, 3] > 0
+    codes = rgba_hwc[:, :, :3] @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    black = visible & (codes == 0)
+    colours, counts = np.unique(codes[visible & ~black], return_counts=True)
+    if not black.any() or not counts.size or counts.max() < _FLAT * counts.sum():
+        return False
+    edge = visible & _beside(~visible)
+    is_white = colours[counts.argmax()] == 0xFFFFFF
+    black_edge = not edge.any() or bool(black[edge].mean() >= _BLACK_EDGE)
+    part = percent(black.sum() / visible.sum())
+    if is_white and black_edge:
+        warn(
+            f"the mask is partly transparent, and {part} of what is visible is black: taken as background "
+            "(fill it with another colour if it belongs to the subject)"
+        )
+    elif is_white or black_edge:
+        warn(
+            f"the mask is partly transparent, and {part} of what is visible is black: taken as the subject's, like all "
+            "that is visible (fill the transparent part with black if it is background)"
+        )
+    return bool(is_white) and black_edge
+
+
+def _beside(region_hw: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Pixels with one of their four neighbours in the region."""
+    padded = np.pad(region_hw, 1)
+    return padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+
+
+def percent(share: float) -> str:
+    """A share that neither reads as 0 nor as 100 % unless it is."""
+    percent = 100 * share
+    if percent == 100:
+        return "100 %"
+    return f"{percent:.2g} %" if percent < 1 else f"{min(percent, 99.9):.1f} %"
