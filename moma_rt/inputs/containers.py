@@ -227,7 +227,8 @@ def _tiff(file: SourceFile) -> Content:
 
 def _single(directory: Directory, entry: Entry) -> bytes:
     """The entry with its first value only, if its tag has a single one by definition: Pillow warns about others."""
-    if entry.count == 1 or TiffTags.lookup(entry.tag).length != 1:
+    is_text = entry.kind in (TiffTags.BYTE, TiffTags.ASCII, TiffTags.UNDEFINED)
+    if entry.count == 1 or is_text or TiffTags.lookup(entry.tag).length != 1:
         return entry.raw
     layout = directory.order + ("Q" if directory.big else "L")
     return entry.raw[:4] + struct.pack(layout, 1) + entry.data.ljust(struct.calcsize(layout), b"\0")

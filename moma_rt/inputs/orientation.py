@@ -53,6 +53,7 @@ class Entry:
     """One entry of a TIFF directory.
 
     Attributes:
+        kind: TIFF's number of its data type.
         value: the first value; None for a rational that is no number, and for text that is no digit.
         data: its bytes.
         size: number of bytes of all values.
@@ -61,6 +62,7 @@ class Entry:
     """
 
     tag: int
+    kind: int
     count: int
     value: float | None
     data: bytes
@@ -117,7 +119,7 @@ def read_directory(stream: BinaryIO) -> Directory:
             data = _at(stream, where, value_size)
         data = data[:value_size]
         value = _number(struct.unpack(order + _TYPES[kind], data))
-        entries.append(Entry(tag, values, value, data, values * value_size, where, raw))
+        entries.append(Entry(tag, kind, values, value, data, values * value_size, where, raw))
     return Directory(order, big, start, tuple(entries))
 
 
