@@ -28,11 +28,12 @@ from moma_rt.inputs.spliced import Part, SourceFile, SplicedFile
 _MAX_METADATA = 1 << 20
 # The TIFF tags that pixels are decoded with: layout, compression, colors, tiles, JPEG tables, YCbCr, LERC.
 _TIFF_TAGS = frozenset(
-    {*range(254, 260), 262, 266, 273, *range(277, 280), 284, 292, 293, 317, 320, *range(322, 326), 332, 334, 336}
-    | {338, 339, 347, *range(512, 522), *range(529, 533), 50674}
+    {*range(256, 260), 262, 266, 273, *range(277, 280), 284, 292, 293, 317, 320, *range(322, 326), 332, 338, 339, 347}
+    | {*range(512, 522), *range(529, 533), 50674}
 )
-_SAMPLES_TAG, _XMP_TAG = 277, 700
-_MAX_SAMPLES = 6
+# Those that can be left out without changing a pixel: byte counts, and colors as they usually are.
+_TIFF_OPTIONAL = frozenset({279, 325, 529, 532})
+_XMP_TAG = 700
 _PNG_PREFIX = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT_KEYS = (b"Raw profile type exif", b"Raw profile type APP1")
 _XMP_PREFIX = b"http://ns.adobe.com/xap/1.0/\0"
@@ -74,6 +75,9 @@ def without_metadata(stream: BinaryIO, kind: str) -> tuple[BinaryIO, int | None]
     Returns:
         The file without metadata, as a stream that reads from `stream`; `stream` itself for a format that has none, or
         if its structure is not understood. And the file's orientation, 1 to 8; None if there is none.
+
+    Raises:
+        ValueError: the file is damaged in a part that pixels are decoded with.
     """
     read = _READERS.get(kind)
     size = stream.seek(0, io.SEEK_END)
@@ -201,21 +205,25 @@ def _webp(file: SourceFile) -> Content:
 
 
 def _tiff(file: SourceFile) -> Content:
-    """Keep the entries of the first directory that pixels are decoded with, and no other directory."""
+    """Keep the entries of the first directory that pixels are decoded with, and no other directory.
+
+    Raises:
+        ValueError: such an entry is damaged: Pillow would decode other pixels without it.
+    """
     directory = read_directory(file.stream)
+    if not directory.complete:
+        raise ValueError("its TIFF directory is cut off")
     content = Content(tag=directory.orientation)
     kept: dict[int, bytes] = {}
-    outside = 0
     for entry in directory.entries:
-        if entry.tag == _XMP_TAG and entry.offset is not None:
+        if entry.tag == _XMP_TAG and entry.intact and entry.offset is not None:
             content.xmp = file.at(entry.offset, min(entry.size, _MAX_METADATA))
-        elif entry.tag in _TIFF_TAGS and entry.tag not in kept:
-            outside += entry.size if entry.offset is not None else 0
-            # Pillow ignores values beyond the file's size, and warns.
-            fits = entry.offset is None or outside <= file.size
-            # And it logs an error for more samples than it can decode.
-            if fits and not (entry.tag == _SAMPLES_TAG and (entry.value or 0) > _MAX_SAMPLES):
-                kept[entry.tag] = _single(directory, entry)
+        elif entry.tag not in _TIFF_TAGS or entry.tag in kept:
+            continue
+        elif entry.intact:
+            kept[entry.tag] = _single(directory, entry)
+        elif entry.tag not in _TIFF_OPTIONAL:
+            raise ValueError(f"its TIFF tag {entry.tag} ({TiffTags.lookup(entry.tag).name}) cannot be read")
     count_size, field_size = (8, 8) if directory.big else (2, 4)
     table = len(kept).to_bytes(count_size, "little" if directory.order == "<" else "big")
     table += b"".join(kept.values()) + bytes(field_size)

@@ -54,8 +54,9 @@ class Entry:
 
     Attributes:
         kind: TIFF's number of its data type.
-        value: the first value; None for a rational that is no number, and for text that is no digit.
+        value: the first value; None for a rational that is no number, for text that is no digit, and if not `intact`.
         data: its bytes.
+        intact: whether there are values of a known type, inside the file.
         size: number of bytes of all values.
         offset: where they are, if not in the entry itself.
         raw: the whole entry.
@@ -68,16 +69,25 @@ class Entry:
     data: bytes
     size: int
     offset: int | None
+    intact: bool
     raw: bytes
 
 
 @dataclass(frozen=True)
 class Directory:
-    """The first directory of a TIFF file: byte order of `struct`, whether it is a BigTIFF, and position."""
+    """The first directory of a TIFF file.
+
+    Attributes:
+        order: byte order of `struct`.
+        big: whether the file is a BigTIFF.
+        start: position of the directory.
+        complete: whether all entries that it announces are inside the file.
+    """
 
     order: str
     big: bool
     start: int
+    complete: bool
     entries: tuple[Entry, ...]
 
     @property
@@ -86,7 +96,7 @@ class Directory:
 
 
 def read_directory(stream: BinaryIO) -> Directory:
-    """Read the first directory of a TIFF file or of Exif data; entries whose values lie outside the file are left out.
+    """Read the first directory of a TIFF file or of Exif data.
 
     Raises:
         struct.error: it is no TIFF data, or there is no directory where its header says.
@@ -108,19 +118,17 @@ def read_directory(stream: BinaryIO) -> Directory:
     for position in range(0, len(table) // entry_size * entry_size, entry_size):
         raw = table[position : position + entry_size]
         tag, kind, values = struct.unpack_from(f"{order}HH{offset_code}", raw)
-        if kind not in _TYPES or values == 0:
-            continue
-        value_size = struct.calcsize(order + _TYPES[kind])
-        data, where = raw[4 + field :], None
+        value_size = struct.calcsize(order + _TYPES.get(kind, ""))
+        data, where, value = raw[4 + field :], None, None
         if values * value_size > field:
             (where,) = struct.unpack(order + offset_code, data)
-            if where + values * value_size > size:
-                continue
             data = _at(stream, where, value_size)
-        data = data[:value_size]
-        value = _number(struct.unpack(order + _TYPES[kind], data))
-        entries.append(Entry(tag, kind, values, value, data, values * value_size, where, raw))
-    return Directory(order, big, start, tuple(entries))
+        intact = 0 < values * value_size and (where or 0) + values * value_size <= size
+        if intact:
+            data = data[:value_size]
+            value = _number(struct.unpack(order + _TYPES[kind], data))
+        entries.append(Entry(tag, kind, values, value, data, values * value_size, where, intact, raw))
+    return Directory(order, big, start, len(entries) == count, tuple(entries))
 
 
 def exif_orientation(exif: bytes) -> int | None:
