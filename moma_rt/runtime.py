@@ -142,7 +142,9 @@ class Runtime:
 
         Args:
             image: photo of any mode and size, as a path or a Pillow image.
-            mask: likewise, with the photo's aspect ratio; pixels above 0 belong to the subject.
+            mask: likewise, with the photo's aspect ratio; what is neither black nor transparent belongs to the
+                subject, and of a cut-out everything that is visible. A ``MomaWarning`` tells of a mask that is
+                probably not meant so.
             name: the subject's name in prompts, such as ``"teddy bear"``.
             seed: seed of the two noises below, 0 to ``2**64 - 1``.
             vae_noise: noise of the VAE's latent sample, float32 [1,4,h,w], standard normal; None: drawn from ``seed``.

@@ -33,7 +33,8 @@ _TIFF_TAGS = frozenset(
 )
 # Those that can be left out without changing a pixel: byte counts, and colors as they usually are.
 _TIFF_OPTIONAL = frozenset({279, 325, 529, 532})
-_XMP_TAG = 700
+_SAMPLES_TAG, _XMP_TAG = 277, 700
+_MAX_SAMPLES = 6
 _PNG_PREFIX = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT_KEYS = (b"Raw profile type exif", b"Raw profile type APP1")
 _XMP_PREFIX = b"http://ns.adobe.com/xap/1.0/\0"
@@ -220,6 +221,9 @@ def _tiff(file: SourceFile) -> Content:
             content.xmp = file.at(entry.offset, min(entry.size, _MAX_METADATA))
         elif entry.tag not in _TIFF_TAGS or entry.tag in kept:
             continue
+        elif entry.tag == _SAMPLES_TAG and (entry.value or 0) > _MAX_SAMPLES:
+            # Pillow would also log this to stderr.
+            raise ValueError(f"it has {entry.value:.0f} samples per pixel")
         elif entry.intact:
             kept[entry.tag] = _single(directory, entry)
         elif entry.tag not in _TIFF_OPTIONAL:

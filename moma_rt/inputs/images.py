@@ -114,7 +114,7 @@ def prepare(photo: Image.Image, mask: Image.Image, size: int, vision_size: int =
     Raises:
         InputError: the aspect ratios differ by more than `MAX_ASPECT_DIFFERENCE`, or the mask has no foreground.
     """
-    _check_aspect(photo.size, mask.size)
+    _check_aspect(photo, mask)
     _warn_if_one_is_turned(photo, mask)
     if mask.getbbox() is None:
         raise InputError(
@@ -192,14 +192,18 @@ def _aspect_fits(photo_size: tuple[int, int], mask_size: tuple[int, int]) -> boo
     return abs(ratio - 1) <= MAX_ASPECT_DIFFERENCE
 
 
-def _check_aspect(photo_size: tuple[int, int], mask_size: tuple[int, int]) -> None:
-    if not _aspect_fits(photo_size, mask_size):
-        turned = _aspect_fits(photo_size, mask_size[::-1])
-        hint = "; it seems turned by 90 degrees" if turned else ""
-        raise InputError(
-            f"the mask's aspect ratio is not the photo's: the photo is {photo_size[0]}x{photo_size[1]}, "
-            f"the mask {mask_size[0]}x{mask_size[1]}{hint}"
-        )
+def _check_aspect(photo: Image.Image, mask: Image.Image) -> None:
+    if _aspect_fits(photo.size, mask.size):
+        return
+    hint = ""
+    if _aspect_fits(photo.size, mask.size[::-1]):
+        orientations = [(name, image.info.get(ORIENTATION_KEY)) for name, image in (("photo", photo), ("mask", mask))]
+        turned = [f"the {name} was turned by its EXIF orientation" for name, value in orientations if value in SIDEWAYS]
+        hint = "; ".join(["; it seems turned by 90 degrees", *turned])
+    raise InputError(
+        f"the mask's aspect ratio is not the photo's: the photo is {photo.width}x{photo.height}, "
+        f"the mask {mask.width}x{mask.height}{hint}"
+    )
 
 
 def _warn_if_one_is_turned(photo: Image.Image, mask: Image.Image) -> None:

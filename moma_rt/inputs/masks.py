@@ -48,6 +48,9 @@ def foreground(image: Image.Image) -> Image.Image:
         if (transparent := image.info.get("transparency")) is not None:
             marked &= values != transparent
         return Image.fromarray(np.where(marked, 255, 0).astype(np.uint8))
+    if image.mode == "LAB":
+        # Its black is no exact black in RGB.
+        return image.getchannel("L")
     if not image.has_transparency_data:
         return _brightest(image.convert("RGB"))
     rgba = to_rgba(image)
