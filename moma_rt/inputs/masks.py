@@ -56,11 +56,11 @@ def foreground(image: Image.Image) -> Image.Image:
     rgba = to_rgba(image)
     alpha = rgba.getchannel("A")
     least, most = (int(function(np.asarray(alpha))) for function in (np.min, np.max))
-    value = _brightest(rgba)
     if least > 0:
-        return value
+        return _brightest(rgba)
     if most == 0 or not _is_black_ground(rgba):
         return alpha
+    value = _brightest(rgba)
     return Image.composite(value, Image.new("L", value.size), alpha.point(lambda a: 255 if a else 0))
 
 
@@ -103,10 +103,15 @@ def warn_of_unlikely(mask: Image.Image, mask_hw: npt.NDArray[np.bool_]) -> None:
 
 
 def _brightest(image: Image.Image) -> Image.Image:
-    """Largest value of red, green and blue, of those that vary if any does."""
-    channels = [image.getchannel(name) for name in "RGB"]
-    varying = [channel for channel in channels if np.ptp(np.asarray(channel)) > 0]
-    return functools.reduce(ImageChops.lighter, varying or channels)
+    """Largest value of red, green and blue, of those that vary if any does; warns if that makes up a ground."""
+    channels = {name: image.getchannel(name) for name in "RGB"}
+    constant = {name: np.max(values) for name in "RGB" if np.ptp(values := np.asarray(channels[name])) == 0}
+    if len(constant) == len(channels):
+        return functools.reduce(ImageChops.lighter, channels.values())
+    if any(value > _FAINT for value in constant.values()):
+        ground = ", ".join(f"{name} = {value}" for name, value in constant.items())
+        warn(f"no pixel of the mask is black: {ground} everywhere is taken as black")
+    return functools.reduce(ImageChops.lighter, (channels[name] for name in channels if name not in constant))
 
 
 def _is_black_ground(rgba: Image.Image) -> bool:

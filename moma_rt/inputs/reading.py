@@ -59,7 +59,8 @@ def read_image(source: object, role: str) -> Image.Image:
     except ValueError as error:
         raise InputError(f"{name} cannot be read: {error}") from None
     with stream:
-        return _decode(*_open(stream, name))
+        image, orientation = _open(stream, name)
+        return _decode(image, name, orientation)
 
 
 def decode_error(name: str, error: Exception) -> InputError:
@@ -67,13 +68,11 @@ def decode_error(name: str, error: Exception) -> InputError:
     return InputError(f"{name} is damaged and cannot be decoded: {first_line(error)}")
 
 
-def _open(stream: BinaryIO, name: str) -> tuple[Image.Image, str, int | None]:
-    """`Image.open` without its warning about large images, which cannot be silenced for a single thread.
+def _open(stream: BinaryIO, name: str) -> tuple[Image.Image, int | None]:
+    """`Image.open` without its warnings, which cannot be silenced for a single thread, and the file's orientation.
 
-    Such images exceed this module's own limit, which raises an error of one line.
-
-    Returns:
-        The image, `name`, and the orientation that the file's metadata tells.
+    Pillow warns about damaged metadata, which it does not see here, and about large images, which exceed this module's
+    own limit.
     """
     Image.init()
     refusal: InputError | None = None
@@ -87,7 +86,7 @@ def _open(stream: BinaryIO, name: str) -> tuple[Image.Image, str, int | None]:
                 continue
             bare, orientation = without_metadata(stream, kind)
             try:
-                return factory(bare, ""), name, orientation
+                return factory(bare, ""), orientation
             except (SyntaxError, IndexError, TypeError, struct.error) as error:
                 refusal = InputError(f"{name} starts as {kind} but cannot be decoded: {first_line(error)}")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

@@ -69,7 +69,9 @@ class TestColours:
         assert_marks_the_subject(on((0, 0, 0), Image.new("RGB", SIZE, colour)).convert(mode))
 
     def test_parts_in_different_colours(self):
-        assert_marks_the_subject(on((0, 0, 0), halves((255, 0, 0), (0, 255, 0))))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_marks_the_subject(on((0, 0, 0), halves((255, 0, 0), (0, 255, 0))))
 
     @pytest.mark.parametrize("palette", [VOC, [0, 0, 0, 0, 128, 0, 224, 224, 192], [0, 0, 0, 0, 0, 255, 0, 64, 0]])
     def test_label_maps(self, palette: list[int]):
@@ -96,7 +98,9 @@ class TestColours:
             np.testing.assert_array_equal(np.asarray(load_mask(tmp_path / "mask.jpg")), np.asarray(stored)[:, :, 0])
 
     def test_channel_that_is_the_same_everywhere_says_nothing(self):
-        assert_marks_the_subject(on((0, 0, 90), Image.new("RGB", SIZE, (250, 0, 90))))
+        assert_marks_the_subject(on((0, 0, 9), Image.new("RGB", SIZE, (250, 0, 9))))
+        with pytest.warns(MomaWarning, match="is black: G = 0, B = 90 everywhere is taken as black"):
+            assert_marks_the_subject(on((0, 0, 90), Image.new("RGB", SIZE, (250, 0, 90))))
         assert marked(Image.new("RGB", SIZE, (0, 0, 90))).all()
 
     def test_black_of_lab(self):
