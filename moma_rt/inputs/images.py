@@ -14,8 +14,15 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from moma_rt.errors import InputError
 from moma_rt.inputs.masks import foreground, percent, to_rgba, warn_of_unlikely
-from moma_rt.inputs.orientation import SIDEWAYS, TURNS
-from moma_rt.inputs.reading import ORIENTATION_KEY, ImageSource, decode_error, read_image
+from moma_rt.inputs.reading import (
+    ORIENTATION_KEY,
+    SIDEWAYS,
+    TURNS,
+    ImageSource,
+    decode_error,
+    pillow_warnings_ignored,
+    read_image,
+)
 from moma_rt.messages import warn
 
 MAX_ASPECT_DIFFERENCE = 0.02
@@ -64,15 +71,16 @@ def load_photo(source: ImageSource) -> Image.Image:
     info: dict[str | tuple[int, int], Any] = {ORIENTATION_KEY: image.info[ORIENTATION_KEY]}
     if image.mode.startswith(("I", "F")):
         image = _scaled_to_8_bits(image)
-    if image.has_transparency_data:
-        try:
-            image = to_rgba(image)
-        except (TypeError, ValueError) as error:
-            raise decode_error("the photo", error) from None
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        info[_ALPHA_KEY] = image.getchannel("A")
-        image = Image.alpha_composite(white, image)
-    photo = image.convert("RGB")
+    with pillow_warnings_ignored():
+        if image.has_transparency_data:
+            try:
+                image = to_rgba(image)
+            except (TypeError, ValueError) as error:
+                raise decode_error("the photo", error) from None
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            info[_ALPHA_KEY] = image.getchannel("A")
+            image = Image.alpha_composite(white, image)
+        photo = image.convert("RGB")
     photo.info = info
     return photo
 
@@ -91,7 +99,8 @@ def load_mask(source: ImageSource) -> Image.Image:
     """
     image = read_image(source, "mask")
     try:
-        mask = foreground(image)
+        with pillow_warnings_ignored():
+            mask = foreground(image)
     except (TypeError, ValueError) as error:
         raise decode_error("the mask", error) from None
     mask.info = {ORIENTATION_KEY: image.info[ORIENTATION_KEY]}

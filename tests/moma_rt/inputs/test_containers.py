@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import io
 import struct
 import warnings
@@ -93,7 +94,6 @@ class TestPng:
         "chunk",
         [
             png_chunk(b"eXIf", GARBAGE),
-            png_chunk(b"eXIf", TURNED_EXIF)[:-1] + b"?",
             png_chunk(b"tEXt", b"Raw profile type exif\0\nexif\n      8\nzzzz\n"),
             png_chunk(b"zTXt", b"Comment\0\1broken"),
             png_chunk(b"zTXt", b"Raw profile type exif\0\0broken"),
@@ -107,8 +107,6 @@ class TestPng:
             png_chunk(b"cHRM", b"\0"),
             png_chunk(b"sRGB", b""),
             png_chunk(b"pHYs", b"\0"),
-            png_chunk(b"tRNS", b"\0"),
-            png_chunk(b"tRNS", bytes(6))[:-1] + b"?",
             png_chunk(b"acTL", b"\0"),
             png_chunk(b"acTL", bytes(8)),
             png_chunk(b"fcTL", b"\0"),
@@ -116,9 +114,12 @@ class TestPng:
         ],
     )
     def test_damaged_chunks(self, tmp_path: Path, chunk: bytes):
-        orientation = 6 if chunk[4:8] == b"eXIf" and chunk[8:10] == b"II" else None
-        assert_taken(png(chunk), tmp_path, orientation)
-        assert_taken(png(after=chunk), tmp_path, orientation)
+        assert_taken(png(chunk), tmp_path)
+        assert_taken(png(after=chunk), tmp_path)
+
+    @pytest.mark.parametrize("chunk", [png_chunk(b"tRNS", b"\0"), png_chunk(b"tRNS", bytes(6))[:-1] + b"?"])
+    def test_damaged_transparency(self, tmp_path: Path, chunk: bytes):
+        assert_taken(png(chunk), tmp_path)
 
     @pytest.mark.parametrize(
         "chunk",
@@ -126,10 +127,6 @@ class TestPng:
             png_chunk(b"eXIf", TURNED_EXIF),
             png_chunk(b"eXIf", b"Exif\0\0" + TURNED_EXIF),
             png_chunk(b"tEXt", f"Raw profile type exif\0\nexif\n{len(TURNED_EXIF):8}\n{TURNED_EXIF.hex()}\n".encode()),
-            png_chunk(
-                b"zTXt",
-                b"Raw profile type APP1\0\0" + zlib.compress(f"\nexif\n 0\n{TURNED_EXIF.hex()}\n".encode()),
-            ),
             png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
             png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP)),
         ],
@@ -138,23 +135,24 @@ class TestPng:
         assert_taken(png(chunk), tmp_path, 6)
         assert_taken(png(after=chunk), tmp_path, 6)
 
-    def test_xmp_counts_where_exif_is_damaged(self, tmp_path: Path):
-        chunk = png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)
-        assert_taken(png(png_chunk(b"eXIf", GARBAGE), chunk), tmp_path, 6)
+    @pytest.mark.parametrize(
+        "exif_chunk", [png_chunk(b"eXIf", TURNED_EXIF), png_chunk(b"eXIf", TURNED_EXIF)[:-1] + b"?"]
+    )
+    def test_orientation_counts_where_another_chunk_is_damaged(self, tmp_path: Path, exif_chunk: bytes):
+        assert_taken(png(exif_chunk, png_chunk(b"zTXt", b"Comment\0\1broken")), tmp_path, 6)
+        assert_taken(png(after=png_chunk(b"zTXt", b"Comment\0\1broken") + exif_chunk), tmp_path, 6)
 
     def test_transparency_is_kept(self, tmp_path: Path):
-        (tmp_path / "photo.png").write_bytes(png(png_chunk(b"tRNS", bytes(2)), image=subject_mask()))
-        assert load_photo(tmp_path / "photo.png").getpixel((0, 0)) == (255, 255, 255)
+        for chunks in ([], [png_chunk(b"zTXt", b"Comment\0\1broken")]):
+            data = png(*chunks, png_chunk(b"tRNS", bytes(2)), image=subject_mask())
+            (tmp_path / "photo.png").write_bytes(data)
+            assert load_photo(tmp_path / "photo.png").getpixel((0, 0)) == (255, 255, 255)
 
     def test_animation_is_its_default_picture(self, tmp_path: Path):
         frames = encoded(gradient(), "PNG", save_all=True, append_images=[gradient().rotate(180)])
+        at = frames.index(b"IDAT") - 4
         assert_taken(frames, tmp_path)
-
-    def test_truncated_pixels_are_refused(self, tmp_path: Path):
-        data = png(png_chunk(b"eXIf", GARBAGE), image=gradient(300, 200))
-        (tmp_path / "photo.png").write_bytes(data[: len(data) * 2 // 3])
-        with pytest.raises(InputError, match="is damaged and cannot be decoded"):
-            load_photo(tmp_path / "photo.png")
+        assert_taken(frames[:at] + png_chunk(b"zTXt", b"Comment\0\1broken") + frames[at:], tmp_path)
 
 
 class TestJpeg:
@@ -165,13 +163,9 @@ class TestJpeg:
             (0xE1, b"Exif\0\0II*\0\x08\0\0\0\x40\0\x12\x01"),
             (0xE1, b"Exif\0\0"),
             (0xE1, b"http://ns.adobe.com/xap/1.0/\0<broken"),
-            (0xE0, b"JFIF\0"),
-            (0xEE, b"Adobe"),
-            (0xE2, b"ICC_PROFILE\0"),
             (0xE2, b"ICC_PROFILE\0\1\2broken"),
             (0xE2, b"MPF\0II*\0\x08\0\0\0\2\0"),
             (0xE2, b"MPF\0broken"),
-            (0xED, b"Photoshop 3.0\x008BIM\x03\xed"),
             (0xED, b"Photoshop 3.0\x008BIM\x03\xed\0\0\0\0\0\1\0"),
             (0xFE, b""),
         ],
@@ -181,13 +175,8 @@ class TestJpeg:
 
     def test_orientation(self, tmp_path: Path):
         assert_taken(jpeg((0xE1, b"Exif\0\0" + TURNED_EXIF)), tmp_path, 6, tolerance=12)
+        assert_taken(jpeg((0xE1, b"Exif\0\0" + TURNED_EXIF[:-3])), tmp_path, 6, tolerance=12)
         assert_taken(jpeg((0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP)), tmp_path, 6, tolerance=12)
-        broken = (0xE1, b"Exif\0\0" + GARBAGE)
-        assert_taken(jpeg(broken, (0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP)), tmp_path, 6, tolerance=12)
-
-    def test_thumbnails_and_fill_bytes_are_no_picture(self, tmp_path: Path):
-        data = jpeg((0xE1, b"Exif\0\0" + TURNED_EXIF + encoded(gradient(4, 4), "JPEG")))
-        assert_taken(data[:2] + b"\xff\xff" + data[2:], tmp_path, 6, tolerance=12)
 
     @pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
     def test_colours_are_what_pillow_reads(self, tmp_path: Path, mode: str):
@@ -205,10 +194,11 @@ class TestWebp:
         assert_taken(webp(exif=GARBAGE, xmp=b"<", icc_profile=b"icc"), tmp_path)
 
     def test_cut_off_in_metadata(self, tmp_path: Path):
+        assert_taken(webp(exif=TURNED_EXIF)[:-4], tmp_path, 6)
         assert_taken(webp(exif=TURNED_EXIF, xmp=b"<" * 99)[:-50], tmp_path, 6)
 
     def test_orientation(self, tmp_path: Path):
-        assert_taken(webp((b"EXIF", TURNED_EXIF)), tmp_path, 6)
+        assert_taken(webp(exif=TURNED_EXIF), tmp_path, 6)
         assert_taken(webp(exif=b"Exif\0\0" + TURNED_EXIF), tmp_path, 6)
         assert_taken(webp(xmp=XMP), tmp_path, 6)
 
@@ -217,12 +207,7 @@ class TestWebp:
             gradient(), "WEBP", lossless=True, save_all=True, append_images=[gradient().rotate(180)], exif=TURNED_EXIF
         )
         assert_taken(data, tmp_path, 6)
-
-    def test_truncated_pixels_are_refused(self, tmp_path: Path):
-        data = webp(exif=GARBAGE)
-        (tmp_path / "photo.webp").write_bytes(data[: len(data) // 2])
-        with pytest.raises(InputError):
-            load_photo(tmp_path / "photo.webp")
+        assert_taken(data[:-4], tmp_path, 6)
 
 
 class TestTiff:
@@ -234,7 +219,6 @@ class TestTiff:
             (305, 77, 1, 0),
             (34665, 4, 1, 2**32 - 20),
             (34665, 4, 1, 9),
-            (34675, 7, 2**20, 0),
             (700, 1, 2**20, 0),
             (282, 5, 1, 2**32 - 1),
             (296, 3, 2, 0x00020002),
@@ -258,77 +242,43 @@ class TestTiff:
         info[700] = XMP
         assert_taken(encoded(gradient(), "TIFF", tiffinfo=info), tmp_path, 6)
 
-    @pytest.mark.parametrize("tag", [258, 262, 273, 277])
-    def test_damaged_entry_that_pixels_depend_on(self, tmp_path: Path, tag: int):
-        data = tiff()
-        at = next(i for i in range(TIFF_DIRECTORY + 2, 400, 12) if data[i : i + 2] == struct.pack("<H", tag))
-        (tmp_path / "photo.tif").write_bytes(data[: at + 2] + struct.pack("<HII", 3, 99, 2**32 - 1) + data[at + 12 :])
-        with pytest.raises(InputError, match=rf"is damaged and cannot be decoded: its TIFF tag {tag} \(\w+\)"):
-            load_photo(tmp_path / "photo.tif")
 
-    def test_first_of_several_pictures(self, tmp_path: Path):
-        data = encoded(gradient(), "TIFF", save_all=True, append_images=[subject_mask()], compression="tiff_lzw")
-        assert_taken(data, tmp_path)
-
-    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F", "LAB"])
-    @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "packbits", "jpeg"])
-    def test_pixels_are_what_pillow_reads(self, tmp_path: Path, mode: str, compression: str):
-        if compression == "jpeg" and mode not in ("L", "LA", "RGBA", "CMYK"):
-            pytest.skip("JPEG holds no such pixels")
-        image = Image.new("LAB", (30, 20), (99, 1, 2)) if mode == "LAB" else gradient().convert("L").convert(mode)
-        path = tmp_path / "photo.tif"
-        image.save(path, compression=compression)
-        with path.open("rb") as stream, Image.open(path) as expected:
-            bare, _ = without_metadata(stream, "TIFF")
-            with Image.open(bare) as ours:
-                assert ours.mode == expected.mode
-                assert ours.tobytes() == expected.tobytes()
-
-
-class TestOtherFormats:
-    def test_gif_comments_and_applications(self, tmp_path: Path):
-        data = encoded(gradient().quantize(200), "GIF")
-        position = 13 + (3 << (data[10] & 7) + 1)
-        extensions = b"!\xfe\x03abc\xff" + bytes(255) + b"\0" + b"!\xff\x0bNETSCAPE2.0\x01\x01\0" + b"!\xff\0"
-        (tmp_path / "photo.gif").write_bytes(data[:position] + extensions + data[position:])
-        (tmp_path / "plain.gif").write_bytes(data)
-        assert load_photo(tmp_path / "photo.gif").tobytes() == load_photo(tmp_path / "plain.gif").tobytes()
-
-    def test_gif_that_enlarges_its_screen_beyond_measure(self, tmp_path: Path):
-        data = bytearray(encoded(gradient().quantize(200), "GIF"))
-        at = data.index(b",", 13 + (3 << (data[10] & 7) + 1))
-        data[at + 1 : at + 5] = struct.pack("<HH", 12_000, 12_000)
-        (tmp_path / "photo.gif").write_bytes(data)
-        with pytest.raises(InputError, match="too large: 12030x12020 pixels"):
-            load_photo(tmp_path / "photo.gif")
-
-    def test_jpeg_2000_resolution(self, tmp_path: Path):
-        data = encoded(gradient(), "JPEG2000")
-        at = data.index(b"jp2h") - 4
-        (size,) = struct.unpack_from(">I", data, at)
-        broken = struct.pack(">I4sI4s", 16, b"res ", 8, b"resc")
-        header = struct.pack(">I", size + len(broken)) + data[at + 4 : at + size] + broken
-        assert_taken(data[:at] + header + data[at + size :], tmp_path)
-
-    def test_avif_exif(self, tmp_path: Path):
+class TestAvif:
+    def test_orientation_is_the_images_own(self, tmp_path: Path):
         if "AVIF" not in Image.registered_extensions().values():
             pytest.skip("this Pillow reads no AVIF")
         for start in (b"MM\0*", b"????"):
             (tmp_path / "photo.avif").write_bytes(AVIF.replace(b"MM\0*", start))
-            assert load_photo(tmp_path / "photo.avif").size == (20, 30)
+            photo = load_photo(tmp_path / "photo.avif")
+            assert (photo.size, photo.info[ORIENTATION_KEY]) == ((20, 30), 6)
 
-    @pytest.mark.parametrize("kind", ["BMP", "PPM"])
-    def test_formats_without_metadata_are_not_changed(self, kind: str):
-        stream = io.BytesIO(encoded(gradient(), kind))
-        assert without_metadata(stream, kind) == (stream, None)
-        assert stream.tell() == 0
+
+class TestTruncated:
+    @pytest.mark.parametrize("damage", [b"", GARBAGE])
+    @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+    def test_pixels_that_are_cut_off_are_refused(self, tmp_path: Path, kind: str, damage: bytes):
+        options = {"exif": damage, "lossless": True} if damage else {}
+        data = encoded(gradient(300, 200), kind, **options)
+        (tmp_path / "photo").write_bytes(data[: len(data) // 2])
+        with pytest.raises(InputError, match=r"is damaged|cannot be decoded|cannot be read"):
+            load_photo(tmp_path / "photo")
 
     @pytest.mark.parametrize("kind", ["AVIF", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP"])
-    def test_files_that_are_not_understood_are_not_changed(self, kind: str):
-        for data in (b"", b"\0" * 7, b"\xff" * 40):
-            bare, orientation = without_metadata(io.BytesIO(data), kind)
-            assert orientation is None
-            assert len(bare.read()) <= 64
+    def test_no_other_error_at_any_length(self, tmp_path: Path, kind: str):
+        if kind == "AVIF":
+            data = AVIF
+        else:
+            data = encoded(gradient().quantize(9) if kind == "GIF" else gradient(), kind, exif=TURNED_EXIF)
+        for length in range(0, len(data), max(1, len(data) // 150)):
+            (tmp_path / "photo").write_bytes(data[:length])
+            with contextlib.suppress(InputError):
+                load_photo(tmp_path / "photo")
+
+    @pytest.mark.parametrize("prefix", [b"", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b"\0\0\0\x1cftypavif"])
+    @pytest.mark.parametrize("rest", [b"", b"\0" * 40, b"\xff" * 40, b"\0\0\0\0tRNS", b"VP8X\0\0\0\0"])
+    def test_files_without_structure(self, prefix: bytes, rest: bytes):
+        found = without_metadata(io.BytesIO(prefix + rest))
+        assert (found is None) == (prefix == b"")
 
 
 def test_damaged_profile_of_a_mask(tmp_path: Path):
@@ -337,3 +287,12 @@ def test_damaged_profile_of_a_mask(tmp_path: Path):
     at = data.index(b"iCCP") + 20
     (tmp_path / "mask.png").write_bytes(data[:at] + b"????" + data[at + 4 :])
     assert load_mask(tmp_path / "mask.png").tobytes() == subject_mask().tobytes()
+
+
+def test_screen_that_a_gif_enlarges_beyond_measure(tmp_path: Path):
+    data = bytearray(encoded(gradient().quantize(200), "GIF"))
+    at = data.index(b",", 13 + (3 << (data[10] & 7) + 1))
+    data[at + 1 : at + 5] = struct.pack("<HH", 12_000, 12_000)
+    (tmp_path / "photo.gif").write_bytes(data)
+    with pytest.raises(InputError, match="too large: 12030x12020 pixels"):
+        load_photo(tmp_path / "photo.gif")
