@@ -4,7 +4,8 @@ A pixel belongs to the subject if it is neither black nor transparent. A channel
 the blue of red on dark blue, says nothing. For gray masks this equals the original's rule, the first channel above 0.
 
 Where a part is transparent, the mask is a cut-out or a silhouette: all that is visible belongs to the subject, its
-black parts too. Only a white subject on a black ground, with transparency around it, remains what it shows.
+black parts too. The exception is white that is surrounded by black where the transparent part begins: a usual mask on a
+black ground, of which only the white belongs to the subject.
 """
 
 import functools
@@ -15,11 +16,9 @@ from PIL import Image, ImageChops
 
 from moma_rt.messages import warn
 
-# Longest side of the copy of a mask that decides how it was drawn.
-_SAMPLE_SIDE = 512
-# Two-tone masks: one colour on so much of what is not black, which leaves room for soft edges.
-_FLAT = 0.75
-# A ground that was left black: so much of what adjoins the transparent part is black.
+# White on black: so much of what is not black is white, which leaves room for soft edges, and so much of what adjoins
+# the transparent part is black.
+_MOSTLY_WHITE = 0.75
 _BLACK_EDGE = 0.75
 # From here on a mask marks nearly everything. No subject covers most of the photo's edge, but its background does.
 _MOST_OF_PHOTO = 0.95
@@ -55,13 +54,12 @@ def foreground(image: Image.Image) -> Image.Image:
         return _brightest(image.convert("RGB"))
     rgba = to_rgba(image)
     alpha = rgba.getchannel("A")
-    least, most = (int(function(np.asarray(alpha))) for function in (np.min, np.max))
-    if least > 0:
+    visible_hw = np.asarray(alpha) > 0
+    if visible_hw.all():
         return _brightest(rgba)
-    if most == 0 or not _is_black_ground(rgba):
+    if not _is_white_on_black(rgba, visible_hw):
         return alpha
-    value = _brightest(rgba)
-    return Image.composite(value, Image.new("L", value.size), alpha.point(lambda a: 255 if a else 0))
+    return Image.fromarray(np.where(visible_hw, np.asarray(_brightest(rgba)), 0).astype(np.uint8))
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
@@ -114,21 +112,17 @@ def _brightest(image: Image.Image) -> Image.Image:
     return functools.reduce(ImageChops.lighter, (channels[name] for name in channels if name not in constant))
 
 
-def _is_black_ground(rgba: Image.Image) -> bool:
-    """Whether a partly transparent mask is white on a ground that is black where it ends; warns if that is a guess."""
-    scale = min(1, _SAMPLE_SIDE / max(rgba.size))
-    size = (max(1, round(rgba.width * scale)), max(1, round(rgba.height * scale)))
-    rgba_hwc = np.asarray(rgba.resize(size, Image.Resampling.NEAREST)).astype(np.int32)
-    visible = rgba_hwc[:, :, 3] > 0
-    codes = rgba_hwc[:, :, :3] @ np.array([1 << 16, 1 << 8, 1], np.int32)
-    black = visible & (codes == 0)
-    colours, counts = np.unique(codes[visible & ~black], return_counts=True)
-    if not black.any() or not counts.size or counts.max() < _FLAT * counts.sum():
+def _is_white_on_black(rgba: Image.Image, visible_hw: npt.NDArray[np.bool_]) -> bool:
+    """Whether what is visible is a mask on a black ground; warns if it may be, for that is a guess."""
+    channels = [rgba.getchannel(name) for name in "RGB"]
+    black_hw = visible_hw & (np.asarray(functools.reduce(ImageChops.lighter, channels)) == 0)
+    white_hw = visible_hw & (np.asarray(functools.reduce(ImageChops.darker, channels)) == 255)
+    visible, black, white = (int(region_hw.sum()) for region_hw in (visible_hw, black_hw, white_hw))
+    if black in (0, visible):
         return False
-    edge = visible & _beside(~visible)
-    is_white = colours[counts.argmax()] == 0xFFFFFF
-    black_edge = not edge.any() or bool(black[edge].mean() >= _BLACK_EDGE)
-    part = percent(black.sum() / visible.sum())
+    is_white = white >= _MOSTLY_WHITE * (visible - black)
+    black_edge = bool(black_hw[visible_hw & _beside(~visible_hw)].mean() >= _BLACK_EDGE)
+    part = percent(black / visible)
     if is_white and black_edge:
         warn(
             f"the mask is partly transparent, and {part} of what is visible is black: taken as background "
@@ -139,7 +133,7 @@ def _is_black_ground(rgba: Image.Image) -> bool:
             f"the mask is partly transparent, and {part} of what is visible is black: taken as the subject's, like all "
             "that is visible (fill the transparent part with black if it is background)"
         )
-    return bool(is_white) and black_edge
+    return is_white and black_edge
 
 
 def _beside(region_hw: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

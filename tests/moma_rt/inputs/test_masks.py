@@ -170,6 +170,14 @@ class TestTransparency:
         with pytest.warns(MomaWarning, match=r"\d+\.\d % of what is visible is black: taken as background"):
             assert_marks_the_subject(image)
 
+    def test_colour_on_a_black_ground_with_a_transparent_margin_is_ambiguous(self):
+        image = on((0, 0, 0), Image.new("RGB", SIZE, (200, 0, 0)))
+        margin = Image.new("L", SIZE)
+        margin.paste(255, (5, 5, 55, 36))
+        image.putalpha(margin)
+        with pytest.warns(MomaWarning, match="is black: taken as the subject's, like all that is visible"):
+            np.testing.assert_array_equal(marked(image), np.asarray(margin) > 0)
+
     def test_black_and_white_cut_out_is_ambiguous(self):
         with pytest.warns(MomaWarning, match="is black: taken as the subject's, like all that is visible"):
             assert_marks_the_subject(cut_out(halves((0, 0, 0), (255, 255, 255)), (0, 0, 0)))
