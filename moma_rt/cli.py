@@ -38,7 +38,8 @@ examples:
 A bundle is the folder that `python -m export.build` writes. Wrong input ends with one line and exit code 2.
 """
 _ENROLL_EPILOG = """\
-The mask must have the photo's aspect ratio. Its black pixels are background, all others the subject.
+The mask must have the photo's aspect ratio. Its black and transparent pixels are background, all others the subject.
+A cut-out of the subject on a transparent ground is a mask too: all that is visible is the subject.
 
 example:
   moma-rt enroll bundles/tiny bear.jpg bear-mask.png --name "teddy bear" --out bear.subject
@@ -99,7 +100,7 @@ def _add_enroll(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add = parser.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="folder that python -m export.build wrote")
     add("photo", type=Path, metavar="PHOTO", help="photo of the subject: any image format and size")
-    add("mask", type=Path, metavar="MASK", help="image that is black outside the subject")
+    add("mask", type=Path, metavar="MASK", help="image that is black or transparent outside the subject")
     add("--name", required=True, help='what prompts call the subject, such as car or "teddy bear"')
     add("--out", required=True, type=Path, metavar="FILE", help="subject file to write")
     add("--seed", type=int, default=0, help="seed of the reference's noise (default: 0)")

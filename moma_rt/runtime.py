@@ -13,8 +13,9 @@ from moma_rt.backends.selection import Host, choose
 from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.errors import InputError, MomaError, with_memory_errors
-from moma_rt.inputs.images import VISION_SIZE, ImageSource, load_mask, load_photo, prepare
+from moma_rt.inputs.images import VISION_SIZE, load_mask, load_photo, prepare
 from moma_rt.inputs.noise import Stream, check_seed, draw
+from moma_rt.inputs.reading import ImageSource
 from moma_rt.inputs.tokenizers import check_prompt, text_prompt
 from moma_rt.memory.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
 from moma_rt.memory.networks import Networks
@@ -147,7 +148,9 @@ class Runtime:
 
         Args:
             image: photo of any mode and size, as a path or a Pillow image.
-            mask: likewise, with the photo's aspect ratio; pixels above 0 belong to the subject.
+            mask: likewise, with the photo's aspect ratio; what is neither black nor transparent belongs to the
+                subject, and of a cut-out everything that is visible. A ``MomaWarning`` tells of a mask that is
+                probably not meant so.
             name: the subject's name in prompts, such as ``"teddy bear"``.
             seed: seed of the two noises below, 0 to ``2**64 - 1``.
             vae_noise: noise of the VAE's latent sample, float32 [1,4,h,w], standard normal; None: drawn from ``seed``.

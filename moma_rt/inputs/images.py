@@ -1,38 +1,39 @@
 """Photos and masks: read a user's image files and prepare the arrays the networks take.
 
-Any Pillow mode is accepted, and each image's own EXIF orientation is applied. RGB photos and RGB or gray masks are
+Any Pillow mode is accepted, and each image's own EXIF or XMP orientation is applied. RGB photos and gray masks are
 processed exactly as in MoMA; modes that MoMA cannot read are converted to these first.
 """
 
-import contextlib
-import os
-import stat
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from moma_rt.errors import InputError
-from moma_rt.messages import first_line
+from moma_rt.inputs.masks import foreground, percent, to_rgba, warn_of_unlikely
+from moma_rt.inputs.reading import (
+    ORIENTATION_KEY,
+    SIDEWAYS,
+    TURNS,
+    ImageSource,
+    decode_error,
+    pillow_warnings_ignored,
+    read_image,
+)
+from moma_rt.messages import warn
 
-MAX_PIXELS = 64_000_000
 MAX_ASPECT_DIFFERENCE = 0.02
 VISION_SIZE = 336
-# An allowlist, because Pillow passes some formats to other programs (EPS to Ghostscript).
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-
-ImageSource = str | Path | Image.Image
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-# The part of a file by which Pillow's plugins recognize their format.
-_PREFIX_BYTES = 16
+# The key of `Image.info` with a transparent photo's alpha channel.
+_ALPHA_KEY = "moma_rt alpha"
+# Less of what the mask marks than this is visible in the photo.
+_LEAST_VISIBLE = 0.5
 _THUMBNAIL_SIDE = 256
 _SHEET_COLUMNS = 4
 _SHEET_MARGIN = 12
@@ -64,35 +65,46 @@ def load_photo(source: ImageSource) -> Image.Image:
 
     Raises:
         InputError: neither a path nor a Pillow image, no such file, a device or pipe, not an image, truncated, or more
-            than `MAX_PIXELS` pixels.
+            than `moma_rt.inputs.reading.MAX_PIXELS` pixels.
     """
-    image = _read(source, "photo")
-    if _is_wide(image):
-        return _scaled_to_8_bits(image).convert("RGB")
-    if _has_alpha(image):
-        image = _rgba(image, "photo")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    image = read_image(source, "photo")
+    info: dict[str | tuple[int, int], Any] = {ORIENTATION_KEY: image.info[ORIENTATION_KEY]}
+    if image.mode.startswith(("I", "F")):
+        image = _scaled_to_8_bits(image)
+    with pillow_warnings_ignored():
+        if image.has_transparency_data:
+            try:
+                image = to_rgba(image)
+            except (TypeError, ValueError) as error:
+                raise decode_error("the photo", error) from None
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            info[_ALPHA_KEY] = image.getchannel("A")
+            image = Image.alpha_composite(white, image)
+        photo = image.convert("RGB")
+    photo.info = info
+    return photo
 
 
 def load_mask(source: ImageSource) -> Image.Image:
-    """Read a mask of any mode as 8-bit gray ("L"), upright; any value above 0 is foreground.
+    """Read a mask of any mode as 8-bit gray ("L"), upright; any value above 0 belongs to the subject.
 
-    The mask is the first channel of its RGB form, or the alpha channel if that varies and the first does not.
+    Whatever is neither black nor transparent belongs to the subject; of a cut-out, everything visible. See
+    `moma_rt.inputs.masks`.
+
+    Warns:
+        MomaWarning: a partly transparent mask can be understood in two ways.
 
     Raises:
         InputError: as `load_photo`.
     """
-    image = _read(source, "mask")
-    if _is_wide(image):
-        # Scaling to 8 bits would lose small values such as the labels 0 and 1, and any positive value counts.
-        return Image.fromarray(np.where(np.asarray(image) > 0, 255, 0).astype(np.uint8))
-    if _has_alpha(image):
-        image = _rgba(image, "mask")
-        first, alpha = image.getchannel("R"), image.getchannel("A")
-        return alpha if _is_constant(first) and not _is_constant(alpha) else first
-    return image.convert("RGB").getchannel("R")
+    image = read_image(source, "mask")
+    try:
+        with pillow_warnings_ignored():
+            mask = foreground(image)
+    except (TypeError, ValueError) as error:
+        raise decode_error("the mask", error) from None
+    mask.info = {ORIENTATION_KEY: image.info[ORIENTATION_KEY]}
+    return mask
 
 
 def prepare(photo: Image.Image, mask: Image.Image, size: int, vision_size: int = VISION_SIZE) -> PreparedImages:
@@ -104,16 +116,26 @@ def prepare(photo: Image.Image, mask: Image.Image, size: int, vision_size: int =
         size: side of the square that the diffusion model works on, 512 for SD1.5.
         vision_size: side of the square that the vision encoder sees.
 
+    Warns:
+        MomaWarning: the mask marks nearly everything, next to nothing, or little of what is visible in the photo; or it
+            fits the photo both upright and as it is stored, and only one of them has an orientation.
+
     Raises:
         InputError: the aspect ratios differ by more than `MAX_ASPECT_DIFFERENCE`, or the mask has no foreground.
     """
-    _check_aspect(photo.size, mask.size)
+    _check_aspect(photo, mask)
+    _warn_if_one_is_turned(photo, mask)
     if mask.getbbox() is None:
-        raise InputError("the mask has no foreground: its first channel is 0 everywhere (mark the subject in white)")
+        raise InputError(
+            "the mask has no foreground: it is black or transparent everywhere (mark the subject in white)"
+        )
     square = (size, size)
     mask_hw = np.asarray(mask.resize(square, Image.Resampling.BILINEAR)) > 0
     if not mask_hw.any():
         raise InputError(f"the mask has no foreground left at {size}x{size} pixels: the marked subject is too small")
+    warn_of_unlikely(mask, mask_hw)
+    if (alpha := photo.info.get(_ALPHA_KEY)) is not None:
+        _warn_if_invisible(alpha, mask_hw)
     photo_hwc = np.asarray(photo.resize(square, Image.Resampling.BILINEAR))
     photo_chw = (photo_hwc.astype(np.float32) / 255 * 2 - 1).transpose(2, 0, 1)[np.newaxis]
 
@@ -161,101 +183,6 @@ def contact_sheet(items: Sequence[tuple[str, Image.Image]], side: int = 256) -> 
     return sheet
 
 
-def _read(source: object, role: str) -> Image.Image:
-    """Open, check and decode an image, and turn it upright. `role` names it in errors, with its path if it has one."""
-    if isinstance(source, Image.Image):
-        return _decode(source, f"the {role}")
-    if not isinstance(source, str | os.PathLike):
-        # The argument of `Runtime.enroll` is called image.
-        argument = {"photo": "image"}.get(role, role)
-        raise InputError(f"{argument} must be a path or a Pillow image, not {type(source).__name__}")
-    name = f"{role} {os.fspath(source)!s}"
-    try:
-        # Opening a pipe would wait for its other end.
-        mode = os.stat(source).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise InputError(f"{name} cannot be read: it is a device or pipe, not a file")
-        stream = open(source, "rb")  # noqa: SIM115 - closed below, where other errors are expected
-    except FileNotFoundError:
-        raise InputError(f"{name} does not exist") from None
-    except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(f"{name} cannot be read: {error}") from None
-    with stream:
-        return _decode(_open(stream, name), name)
-
-
-def _open(stream: BinaryIO, name: str) -> Image.Image:
-    """`Image.open` without its warning about large images, which cannot be silenced for a single thread.
-
-    Such images exceed this module's own limit, which raises an error of one line.
-    """
-    Image.init()
-    try:
-        prefix = stream.read(_PREFIX_BYTES)
-        for kind in FORMATS:
-            factory, accepts = Image.OPEN.get(kind, (None, None))
-            accepted = accepts is None or accepts(prefix)
-            # A text means that Pillow was built without the decoder.
-            if factory is None or isinstance(accepted, str) or not accepted:
-                continue
-            stream.seek(0)
-            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
-                return factory(stream, "")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{name} is too large: at most {MAX_PIXELS // 10**6} million pixels") from None
-    except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror or error}") from None
-    except Exception as error:
-        raise _decode_error(name, error) from None
-    raise InputError(f"{name} is not an image of a known format ({', '.join(FORMATS)})")
-
-
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise InputError(
-            f"{name} is too large: {width}x{height} pixels, at most {MAX_PIXELS // 10**6} million are accepted"
-        )
-    if width * height == 0:
-        raise InputError(f"{name} has no pixels: its size is {width}x{height}")
-    # Decoders raise all kinds of errors for malformed files: OSError, SyntaxError, struct.error, ValueError, ...
-    try:
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except Exception as error:
-        raise _decode_error(name, error) from None
-
-
-def _decode_error(name: str, error: Exception) -> InputError:
-    return InputError(f"{name} is damaged and cannot be decoded: {first_line(error)}")
-
-
-def _is_wide(image: Image.Image) -> bool:
-    return image.mode.startswith(("I", "F"))
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    return image.mode in _ALPHA_MODES or "transparency" in image.info
-
-
-def _rgba(image: Image.Image, role: str) -> Image.Image:
-    if image.mode == "La":
-        # La converts to no other mode.
-        image = image.convert("LA")
-    try:
-        return image.convert("RGBA")
-    except (TypeError, ValueError) as error:
-        # A transparent color that does not fit the mode.
-        raise _decode_error(f"the {role}", error) from None
-
-
-def _is_constant(channel: Image.Image) -> bool:
-    low, high = np.min(np.asarray(channel)), np.max(np.asarray(channel))
-    return bool(low == high)
-
-
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=65535.0, neginf=0.0)
     if image.mode.startswith("I;16"):
@@ -263,15 +190,52 @@ def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
     else:
         ranges = (1.0, 255.0) if image.mode == "F" else (255.0,)
         top = next((r for r in ranges if values.max() <= r), 65535.0)
-    return Image.fromarray(np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+    gray = Image.fromarray(np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+    if (transparent := image.info.get("transparency")) is not None:
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
 
 
-def _check_aspect(photo_size: tuple[int, int], mask_size: tuple[int, int]) -> None:
-    photo_ratio, mask_ratio = photo_size[0] / photo_size[1], mask_size[0] / mask_size[1]
-    if abs(mask_ratio / photo_ratio - 1) > MAX_ASPECT_DIFFERENCE:
-        turned = abs(mask_ratio * photo_ratio - 1) <= MAX_ASPECT_DIFFERENCE
-        hint = "; it seems turned by 90 degrees" if turned else ""
-        raise InputError(
-            f"the mask's aspect ratio is not the photo's: the photo is {photo_size[0]}x{photo_size[1]}, "
-            f"the mask {mask_size[0]}x{mask_size[1]}{hint}"
+def _aspect_fits(photo_size: tuple[int, int], mask_size: tuple[int, int]) -> bool:
+    ratio = (mask_size[0] / mask_size[1]) / (photo_size[0] / photo_size[1])
+    return abs(ratio - 1) <= MAX_ASPECT_DIFFERENCE
+
+
+def _check_aspect(photo: Image.Image, mask: Image.Image) -> None:
+    if _aspect_fits(photo.size, mask.size):
+        return
+    hint = ""
+    if _aspect_fits(photo.size, mask.size[::-1]):
+        orientations = [(name, image.info.get(ORIENTATION_KEY)) for name, image in (("photo", photo), ("mask", mask))]
+        turned = [f"the {name} was turned by its EXIF orientation" for name, value in orientations if value in SIDEWAYS]
+        hint = "; ".join(["; it seems turned by 90 degrees", *turned])
+    raise InputError(
+        f"the mask's aspect ratio is not the photo's: the photo is {photo.width}x{photo.height}, "
+        f"the mask {mask.width}x{mask.height}{hint}"
+    )
+
+
+def _warn_if_one_is_turned(photo: Image.Image, mask: Image.Image) -> None:
+    """Warn if one was turned by its orientation, the other has none, and they would also fit as they are stored."""
+    orientations = {"photo": photo.info.get(ORIENTATION_KEY), "mask": mask.info.get(ORIENTATION_KEY)}
+    turned = next((name for name, orientation in orientations.items() if orientation in TURNS), None)
+    if turned is None or None not in orientations.values():
+        return
+    if orientations[turned] in SIDEWAYS and not _aspect_fits(photo.size, mask.size[::-1]):
+        return
+    other = "mask" if turned == "photo" else "photo"
+    warn(
+        f"the {turned} was turned upright by its EXIF orientation ({orientations[turned]}), the {other} has none and "
+        "was not turned: if the mask was made from the photo without turning it, it marks the wrong place; "
+        "save both without an orientation, turned alike"
+    )
+
+
+def _warn_if_invisible(alpha: Image.Image, mask_hw: npt.NDArray[np.bool_]) -> None:
+    visible_hw = np.asarray(alpha.resize(mask_hw.shape[::-1], Image.Resampling.BILINEAR)) > 0
+    share = float(visible_hw[mask_hw].mean())
+    if share < _LEAST_VISIBLE:
+        warn(
+            f"only {percent(share)} of what the mask marks is visible, the rest of the photo there is transparent: "
+            "check that the mask is not inverted"
         )

@@ -1,54 +1,16 @@
-import contextlib
-import io
-import os
-import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from moma_rt.errors import InputError
-from moma_rt.inputs import images
-from moma_rt.inputs.images import MAX_PIXELS, contact_sheet, load_mask, load_photo, prepare
+from moma_rt.errors import InputError, MomaWarning
+from moma_rt.inputs.images import contact_sheet, load_mask, load_photo, prepare
+from tests.moma_rt.inputs.pictures import gradient, subject_mask
 
 CASES = ("context", "texture")
 ORIENTATION = 0x0112
-
-
-def gradient(width: int = 30, height: int = 20) -> Image.Image:
-    """RGB, different in every pixel and channel."""
-    y, x = np.mgrid[0:height, 0:width]
-    return Image.fromarray(np.stack([x * 8, y * 12, (x + y) * 4], axis=-1).astype(np.uint8))
-
-
-def subject_mask(width: int = 30, height: int = 20) -> Image.Image:
-    mask = Image.new("L", (width, height))
-    ImageDraw.Draw(mask).rectangle((5, 5, 14, 14), fill=255)
-    return mask
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
-def load_error(path: Path) -> str:
-    with pytest.raises(InputError) as photo_error:
-        load_photo(path)
-    with pytest.raises(InputError) as mask_error:
-        load_mask(path)
-    for error in (photo_error, mask_error):
-        assert "\n" not in str(error.value)
-        assert str(path) in str(error.value)
-    return str(photo_error.value)
 
 
 class TestParity:
@@ -130,6 +92,11 @@ class TestPhotoModes:
         source.putpixel((2, 0), (0, 0, 0, 128))
         assert np.asarray(load_photo(source)).tolist() == [[[100, 0, 200], [255, 255, 255], [127, 127, 127]]]
 
+    def test_transparent_value_of_16_bits_becomes_white(self):
+        source = Image.fromarray(np.array([[0, 32896]], np.uint16))
+        source.info["transparency"] = 0
+        assert np.asarray(load_photo(source))[0, :, 0].tolist() == [255, 128]
+
     def test_transparent_palette_entry_becomes_white(self, tmp_path: Path):
         source = Image.new("P", (2, 1))
         source.putpalette([10, 20, 30, 200, 100, 50])
@@ -153,7 +120,7 @@ class TestMaskModes:
         assert loaded.mode == "L"
         np.testing.assert_array_equal(np.asarray(loaded) > 0, np.asarray(subject_mask()) > 0)
 
-    def test_first_channel_is_the_mask(self):
+    def test_first_channel_is_the_mask_if_the_others_do_not_vary(self):
         source = Image.merge("RGB", (subject_mask(), Image.new("L", (30, 20), 255), Image.new("L", (30, 20), 9)))
         assert load_mask(source).tobytes() == subject_mask().tobytes()
 
@@ -207,8 +174,48 @@ class TestOrientation:
         photo = load_photo(tmp_path / "photo.jpg")
         assert photo.size == (40, 60)
         assert prepare(photo, load_mask(subject_mask(20, 30)), 64).mask_hw.any()
-        with pytest.raises(InputError, match=r"40x60.*30x20.*turned by 90 degrees"):
+        with pytest.raises(
+            InputError, match=r"40x60.*30x20.*turned by 90 degrees; the photo was turned by its EXIF orien"
+        ):
             prepare(photo, load_mask(subject_mask(30, 20)), 64)
+
+    @pytest.mark.parametrize("turned", ["photo", "mask"])
+    @pytest.mark.parametrize(("orientation", "size"), [(3, (30, 20)), (2, (30, 20)), (6, (40, 40)), (5, (201, 200))])
+    def test_one_is_turned_and_both_ways_fit(
+        self, tmp_path: Path, turned: str, orientation: int, size: tuple[int, int]
+    ):
+        for name, image in (("photo", gradient(*size)), ("mask", subject_mask(*size))):
+            exif = Image.Exif()
+            if name == turned:
+                exif[ORIENTATION] = orientation
+            image.save(tmp_path / f"{name}.png", exif=exif)
+        text = (
+            rf"^the {turned} was turned upright by its EXIF orientation \({orientation}\), the (?!{turned})\w+ has none"
+        )
+        with pytest.warns(MomaWarning, match=text):
+            prepare(load_photo(tmp_path / "photo.png"), load_mask(tmp_path / "mask.png"), 64)
+
+    @pytest.mark.parametrize("orientations", [(3, 3), (3, 1), (1, 3), (1, None), (None, 1), (None, None), (0, None)])
+    def test_both_or_none_say_how_they_are_turned(self, tmp_path: Path, orientations: tuple[int | None, int | None]):
+        for name, image, orientation in zip(("photo", "mask"), (gradient(), subject_mask()), orientations, strict=True):
+            exif = Image.Exif()
+            if orientation is not None:
+                exif[ORIENTATION] = orientation
+            image.save(tmp_path / f"{name}.png", exif=exif)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            prepare(load_photo(tmp_path / "photo.png"), load_mask(tmp_path / "mask.png"), 64)
+
+    @pytest.mark.parametrize("suffix", ["png", "tiff", "jpg"])
+    def test_pillow_images_are_turned_and_compared_too(self, tmp_path: Path, suffix: str):
+        exif = Image.Exif()
+        exif[ORIENTATION] = 6
+        gradient(40, 40).save(tmp_path / f"photo.{suffix}", exif=exif)
+        with Image.open(tmp_path / f"photo.{suffix}") as image:
+            photo = load_photo(image)
+        assert photo.tobytes() == load_photo(tmp_path / f"photo.{suffix}").tobytes()
+        with pytest.warns(MomaWarning, match="^the photo was turned upright"):
+            prepare(photo, load_mask(subject_mask(40, 40)), 64)
 
     @pytest.mark.parametrize("mode", ["I;16", "P", "LA", "1"])
     def test_modes_that_need_conversion_are_turned_too(self, tmp_path: Path, mode: str):
@@ -217,88 +224,6 @@ class TestOrientation:
         gradient().convert("L").convert(mode).save(tmp_path / "photo.png", exif=exif)
         assert load_photo(tmp_path / "photo.png").size == (20, 30)
         assert load_mask(tmp_path / "photo.png").size == (20, 30)
-
-
-class TestUnusableFiles:
-    def test_missing(self, tmp_path: Path):
-        assert "does not exist" in load_error(tmp_path / "none.png")
-
-    def test_folder(self, tmp_path: Path):
-        assert "cannot be read: Is a directory" in load_error(tmp_path)
-
-    @pytest.mark.parametrize("content", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
-    def test_not_an_image(self, tmp_path: Path, content: bytes):
-        (tmp_path / "file.png").write_bytes(content)
-        assert "not an image of a known format" in load_error(tmp_path / "file.png")
-
-    @pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp", "bmp"])
-    def test_truncated(self, tmp_path: Path, suffix: str):
-        path = tmp_path / f"photo.{suffix}"
-        gradient(300, 200).save(path)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        load_error(path)
-
-    @pytest.mark.parametrize("seed", range(20))
-    def test_corrupted_files_never_raise_anything_else(self, tmp_path: Path, seed: int):
-        buffer = io.BytesIO()
-        gradient(64, 64).save(buffer, ("PNG", "TIFF", "JPEG", "GIF")[seed % 4])
-        content = np.frombuffer(buffer.getvalue(), np.uint8).copy()
-        rng = np.random.default_rng(seed)
-        content[rng.integers(8, len(content), 40)] = rng.integers(0, 256, 40)
-        (tmp_path / "file").write_bytes(content.tobytes())
-        with contextlib.suppress(InputError):
-            assert load_photo(tmp_path / "file").mode == "RGB"
-
-    @pytest.mark.parametrize(("width", "height"), [(8001, 8000), (10_000, 10_000), (30_000, 30_000), (2**31 - 1, 1)])
-    def test_bomb_is_refused_before_it_is_decoded(self, tmp_path: Path, width: int, height: int, monkeypatch):
-        monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
-        (tmp_path / "bomb.png").write_bytes(png_header(width, height))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            message = load_error(tmp_path / "bomb.png")
-        assert "too large" in message
-        assert "64 million" in message
-
-    def test_warnings_of_other_threads_are_left_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        gradient().save(tmp_path / "photo.png")
-        monkeypatch.setattr(warnings, "catch_warnings", lambda: pytest.fail("it changes all threads' filters"))
-        assert load_photo(tmp_path / "photo.png").size == (30, 20)
-
-    def test_pipe_does_not_wait(self, tmp_path: Path):
-        os.mkfifo(tmp_path / "pipe")
-        assert "pipe cannot be read: it is a device or pipe, not a file" in load_error(tmp_path / "pipe")
-        assert "device or pipe" in load_error(Path("/dev/null"))
-
-    @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
-    def test_impossible_name(self, tmp_path: Path, name: str):
-        assert "cannot be read" in load_error(tmp_path / name)
-
-    @pytest.mark.parametrize("source", [np.zeros((20, 30, 3), np.uint8), b"photo.png", None, 3])
-    def test_source_of_another_type(self, source: object):
-        with pytest.raises(InputError) as error:
-            load_photo(source)  # type: ignore[arg-type]
-        assert str(error.value) == f"image must be a path or a Pillow image, not {type(source).__name__}"
-        with pytest.raises(InputError, match="^mask must be a path or a Pillow image, not "):
-            load_mask(source)  # type: ignore[arg-type]
-
-    @pytest.mark.parametrize("transparency", ["x", None, bytes(256)])
-    def test_transparency_that_does_not_fit_the_mode(self, transparency: object):
-        source = gradient()
-        source.info["transparency"] = transparency
-        for load in (load_photo, load_mask):
-            with pytest.raises(InputError, match="is damaged and cannot be decoded"):
-                load(source)
-
-    def test_limit_is_inclusive(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(images, "MAX_PIXELS", 600)
-        assert load_photo(gradient(30, 20)).size == (30, 20)
-        with pytest.raises(InputError, match="31x20"):
-            load_photo(gradient(31, 20))
-        assert MAX_PIXELS == 64_000_000
-
-    def test_image_without_pixels(self):
-        with pytest.raises(InputError, match="the photo has no pixels: its size is 0x5"):
-            load_photo(Image.new("RGB", (0, 5)))
 
 
 class TestPrepare:
