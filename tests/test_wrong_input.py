@@ -122,8 +122,16 @@ CASES = {
     "missing adapters": (lambda: Path(ADAPTERS).unlink(), BUILD, "does not exist; --adapters takes"),
     "truncated checkpoint": (lambda: truncate(UNET_WEIGHTS), BUILD, "truncated"),
     "truncated adapters": (lambda: truncate(ADAPTERS), BUILD, "truncated"),
-    "SDXL": (lambda: edit(UNET, **SDXL), BUILD, "is an SDXL checkpoint; MoMA's adapters need Stable Diffusion 1.5"),
-    "SD2": (lambda: edit(UNET, **SD2), BUILD, "is a Stable Diffusion 2 checkpoint; MoMA's adapters need 1.5"),
+    "SDXL": (
+        lambda: edit(UNET, **SDXL),
+        BUILD,
+        "has addition_embed_type 'text_time', as SDXL has; MoMA's adapters need",
+    ),
+    "SD2": (
+        lambda: edit(UNET, **SD2),
+        BUILD,
+        "has cross_attention_dim 1024, as Stable Diffusion 2 has; MoMA's adapters",
+    ),
     "adapters of another geometry": (
         nothing,
         ["build", "--base", "tiny", "--adapters", ADAPTERS, "--out", "new"],

@@ -113,7 +113,6 @@ UNET_CHANGES = [
     ({"addition_embed_type": "text_time", "cross_attention_dim": 2048}, "SDXL"),
     ({"cross_attention_dim": 2048}, "SDXL"),
     ({"cross_attention_dim": 1024}, "Stable Diffusion 2"),
-    ({"use_linear_projection": True}, "Stable Diffusion 2"),
     ({"in_channels": 9}, "inpainting"),
     ({"in_channels": 8}, "instruction-editing"),
     ({"in_channels": 5}, "another architecture"),
