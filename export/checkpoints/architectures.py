@@ -149,6 +149,11 @@ def check_unet(config: Config, where: object) -> Config:
         raise CheckpointError(
             f"{where} has cross_attention_dim {cross!r} and sample_size {size!r}; both must be positive integers"
         )
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    if not all(_is_size(count) for count in (heads if isinstance(heads, list | tuple) else (heads,))):
+        raise CheckpointError(f"{where} has attention_head_dim {heads!r}; it must be one or several positive integers")
+    if config.get("freq_shift", 0) != 0:
+        raise CheckpointError(f"{where} has freq_shift {config['freq_shift']!r}; {_NEEDED} has 0")
     check_positive(config, ("norm_eps", "mid_block_scale_factor"), where)
     # Linear layers and 1×1 convolutions compute the same; the weights are read as either.
     return {**config, "use_linear_projection": False}

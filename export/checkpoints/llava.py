@@ -50,11 +50,18 @@ def read_language_config(folder: Path) -> Config:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; --mllm takes a LLaVA folder (config.json, shards, tokenizer)")
     config = read_json(folder / "config.json")
-    architectures = config.get("architectures") or ["unknown"]
-    if "LlavaLlamaForCausalLM" not in architectures:
+    architectures = config.get("architectures") or "unknown"
+    if not isinstance(architectures, list) or "LlavaLlamaForCausalLM" not in architectures:
         raise CheckpointError(
-            f"{folder} is a {architectures[0]}; MoMA's language model is a LlavaLlamaForCausalLM (LLaVA's own format)"
+            f"{folder / 'config.json'} has architectures {architectures!r}; MoMA's language model is a "
+            "LlavaLlamaForCausalLM (LLaVA's own format)"
         )
+    # transformers 5 keeps what belongs to the positions in an entry of its own.
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict):
+        if rope.get("rope_type", "default") != "default":
+            raise CheckpointError(f"{folder} has rope_type {rope['rope_type']!r}; only 'default' is supported")
+        config = {**config, "rope_theta": config.get("rope_theta") or rope.get("rope_theta")}
     for key, (required, default) in _REQUIRED.items():
         if config.get(key, default) != required:
             raise CheckpointError(f"{folder} has {key} {config.get(key, default)!r}; only {required!r} is supported")
@@ -64,6 +71,7 @@ def read_language_config(folder: Path) -> Config:
     kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     defaults = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048, "attention_bias": False}
     check_positive(config, ("rms_norm_eps", "rope_theta"), folder / "config.json")
+    config = {key: value for key, value in config.items() if value is not None or key not in defaults}
     return {**defaults, **config, "num_key_value_heads": kv_heads}
 
 
@@ -78,7 +86,14 @@ def read_language(folder: Path) -> Component:
         raise CheckpointError(f"{folder} has no tokenizer: looked for {' and '.join(_TOKENIZER_FILES)}")
     weights = open_weights(folder)
     origin = Origin(folder.resolve().name, config, content_hash((folder / "config.json", *weights.files)))
-    return fit(LANGUAGE, origin, weights, expected_shapes(LANGUAGE, config, folder / "config.json"), _language_name)
+    expected = expected_shapes(LANGUAGE, config, folder / "config.json")
+    try:
+        return fit(LANGUAGE, origin, weights, expected, _language_name)
+    except CheckpointError as error:
+        layers = config["num_hidden_layers"]
+        if any(name.startswith(f"model.layers.{layers}.") for name in weights.shapes):
+            raise CheckpointError(f"{error} (its config.json names {layers} layers, fewer than are stored)") from None
+        raise
 
 
 def has_vision_tower(folder: Path) -> bool:
@@ -102,8 +117,9 @@ def read_vision_copy(folder: Path, sha256: str) -> Component:
     check_clip_numbers(vision, folder / "config.json")
     weights = open_weights(folder)
     expected = expected_shapes(VISION, vision, folder / "config.json")
+    rename = first_layers(_copied_vision_name, vision["num_hidden_layers"])
     try:
-        return fit(VISION, Origin(folder.resolve().name, vision, sha256), weights, expected, _copied_vision_name)
+        return fit(VISION, Origin(folder.resolve().name, vision, sha256), weights, expected, rename)
     except CheckpointError as error:
         raise CheckpointError(f"{error} (its vision tower is read as {_KNOWN_TOWER}; or give --vision)") from None
 

@@ -20,7 +20,7 @@ from export.checkpoints.lora_names import ALPHA, DOWN, UP, StoredLayer, is_peft,
 from export.checkpoints.matching import plain
 from export.checkpoints.model import TEXT_ENCODER, UNET, Component, StateDict
 from export.checkpoints.peft_config import CONFIG_FILE, PeftConfig, has_metadata, read_configs
-from export.checkpoints.values import check_finite, check_floating
+from export.checkpoints.values import check_floating, is_finite
 from export.checkpoints.weights import Weights, content_hash, open_weights
 from moma_rt.errors import CheckpointError
 
@@ -133,9 +133,10 @@ def _fused(component: Component, layers: Sequence[_Layer], weights: Weights, sca
         tensors = weights.read(name for layer in changed for name in layer.stored.parts.values())
         for layer in changed:
             state[layer.weight] = state[layer.weight].float() + scale * layer.delta(tensors)
-            check_finite(
-                {layer.weight: state[layer.weight]}, f"{component.name} + {weights.location} at scale {scale:g}"
-            )
+            if not is_finite(state[layer.weight]):
+                raise CheckpointError(
+                    f"{weights.location} takes {layer.weight} beyond the range of float32: lower its scale of {scale:g}"
+                )
         return state
 
     identity = json.dumps([_FUSION_VERSION, component.sha256, content_hash(weights.files), scale])

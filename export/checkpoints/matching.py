@@ -24,15 +24,15 @@ class Origin:
     sha256: str
 
 
-def fit(role: str, origin: Origin, weights: Weights, expected: Shapes, rename: Rename) -> Component:
+def fit(role: str, origin: Origin, weights: Weights, expected: Shapes, rename: Rename, check: bool = True) -> Component:
     """Return the component whose tensors are `weights` under new names; `rename` returns None for tensors to leave out.
 
     `rename` returns names without the prefix that some versions of the libraries put before all of a class's tensors;
-    they get the prefix that `expected` has.
+    they get the prefix that `expected` has. `check` reads all values now; the component's `load` checks them as well.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected, named twice, or of another shape; the message lists them. The
-            component's `load` raises it for tensors of integers, and for NaN and infinity.
+        CheckpointError: tensors are missing, unexpected, named twice, or of another shape (the message lists them), or
+            have integers, NaN or infinity.
     """
     stored: dict[str, str] = {}
     prefix = class_prefix(expected)
@@ -44,6 +44,9 @@ def fit(role: str, origin: Origin, weights: Weights, expected: Shapes, rename: R
         if new is not None:
             stored[new] = name
     report_mismatch(str(weights.location), {new: weights.shapes[old] for new, old in stored.items()}, expected)
+
+    if check:
+        weights.check(stored.values())
 
     def load(names: Iterable[str] | None = None) -> StateDict:
         wanted = stored if names is None else {name: stored[name] for name in names}

@@ -28,6 +28,11 @@ def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
             )
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor contains neither NaN nor infinity."""
+    return not _fault(tensor)
+
+
 def check_floating(tensors: Mapping[str, Tensor], where: object) -> None:
     """Check that weights are floating-point numbers: integers are another program's quantized weights.
 
@@ -48,7 +53,7 @@ def converted(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """
     result = tensor.to(dtype)
     limit = torch.finfo(dtype).max
-    if tensor.is_floating_point() and torch.finfo(tensor.dtype).max > limit and _fault(result):
+    if tensor.is_floating_point() and torch.finfo(tensor.dtype).max > limit and not is_finite(result):
         wider = "bf16 or fp32" if dtype == torch.float16 else "fp32"
         raise CheckpointError(
             f"{what} has weights of up to {_largest(tensor):.3g}, but {str(dtype).removeprefix('torch.')} ends at "

@@ -6,7 +6,7 @@ demand, and checked for NaN and infinity.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from export.checkpoints.names import unwrapped
 from export.checkpoints.pickles import as_state_dict, file_head, load_pickle
-from export.checkpoints.values import check_finite
+from export.checkpoints.values import check_finite, check_floating
 from moma_rt.errors import CheckpointError
 from moma_rt.messages import first_line
 
@@ -47,15 +47,30 @@ class Weights:
         Raises:
             CheckpointError: a tensor has NaN or infinity, or a file vanished or was damaged since it was opened.
         """
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.places[name], []).append(name)
         tensors: dict[str, torch.Tensor] = {}
-        for file, wanted in by_file.items():
-            found = _read_tensors(file, [self.stored.get(name, name) for name in wanted])
+        for file, wanted in self._by_file(names).items():
+            found = dict(_read_tensors(file, list(wanted)))
             check_finite(found, file)
-            tensors |= {name: found[self.stored.get(name, name)] for name in wanted}
+            tensors |= {name: found[stored] for stored, name in wanted.items()}
         return tensors
+
+    def check(self, names: Iterable[str]) -> None:
+        """Check the values of the named weights, with few of them in memory at a time.
+
+        Raises:
+            CheckpointError: NaN, infinity, or integers, or a file vanished or was damaged since it was opened.
+        """
+        for file, wanted in self._by_file(names).items():
+            for stored, tensor in _read_tensors(file, list(wanted)):
+                check_floating({stored: tensor}, file)
+                check_finite({stored: tensor}, file)
+
+    def _by_file(self, names: Iterable[str]) -> dict[Path, dict[str, str]]:
+        """Map stored names to the given ones, file by file."""
+        found: dict[Path, dict[str, str]] = {}
+        for name in names:
+            found.setdefault(self.places[name], {})[self.stored.get(name, name)] = name
+        return found
 
 
 def open_weights(path: Path) -> Weights:
@@ -176,13 +191,16 @@ def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in _pickled_tensors(file).items()}
 
 
-def _read_tensors(file: Path, names: list[str]) -> dict[str, torch.Tensor]:
+def _read_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         if file.suffix == _SAFETENSORS:
             with _safetensors(file) as stream:
-                return {name: stream.get_tensor(name) for name in names}
-        tensors = _pickled_tensors(file)
-        return {name: tensors[name] for name in names}
+                for name in names:
+                    yield name, stream.get_tensor(name)
+        else:
+            tensors = _pickled_tensors(file)
+            for name in names:
+                yield name, tensors[name]
     except (SafetensorError, KeyError) as error:
         raise CheckpointError(f"{file} changed since it was opened: {first_line(error)}") from None
 

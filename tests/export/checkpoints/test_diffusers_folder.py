@@ -124,6 +124,9 @@ UNET_CHANGES = [
     ({"block_out_channels": None}, "block_out_channels"),
     ({"cross_attention_dim": [768, 768, 768, 768]}, "cross_attention_dim"),
     ({"sample_size": "big"}, "sample_size"),
+    ({"attention_head_dim": -8}, "attention_head_dim -8"),
+    ({"attention_head_dim": [5, 10, 20, True]}, "attention_head_dim"),
+    ({"freq_shift": float("nan")}, "freq_shift nan"),
     ({"norm_num_groups": 7}, "usable unet"),
     ({"block_out_channels": [16, 32, 32, 64]}, "does not fit"),
 ]
