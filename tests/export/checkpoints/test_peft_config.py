@@ -15,6 +15,8 @@ from moma_rt.errors import CheckpointError
 from tests.export.checkpoints.lora_files import tiny_unet, written
 
 peft = pytest.importorskip("peft")
+# PEFT calls what transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 FILE = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 LAYER = "encoder.layers.0.self_attn.q_proj"
