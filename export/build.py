@@ -103,8 +103,8 @@ def add_checkpoint_options(p: argparse.ArgumentParser, *, base_required: bool = 
         action="append",
         default=[],
         metavar="FILE[:SCALE]",
-        help="a LoRA to fuse into the base's weights, in kohya's, diffusers' or PEFT's layout; may be repeated "
-        "(default scale: 1)",
+        help="a LoRA to fuse into the base's weights, a file in kohya's, diffusers' or PEFT's layout or PEFT's folder; "
+        "may be repeated (default scale: 1)",
     )
     p.add_argument(
         "--adapters", type=Path, metavar="FILE", help="MoMA's own trained weights, attn_adapters_projectors.th"

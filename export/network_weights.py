@@ -19,6 +19,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 
 from engines.store import WEIGHTS_FOLDER, Artifact
 from export.checkpoints.model import ADAPTERS, NETWORK_ROLES, UNET, Checkpoint
+from export.checkpoints.values import converted
 from export.networks import Network
 from export.quantize import BLOCK, Quantized, packed_int4, quantize
 from export.safetensors_writer import Place, StoredTensor, as_bytes, places, write_safetensors
@@ -154,7 +155,7 @@ class _LazyState:
 
 def _single_reader(source: WeightSource, name: str, dtype: Any, is_transposed: bool) -> Callable[[], NDArray[Any]]:
     def read() -> NDArray[Any]:
-        tensor = source.read(name).to(dtype)
+        tensor = converted(source.read(name), dtype, f"the language model: {name}")
         return as_bytes(tensor.t() if is_transposed else tensor)
 
     return read

@@ -17,6 +17,7 @@ from export.checkpoints.adapters import AdapterGeometry
 from export.checkpoints.adapters import expected_shapes as adapter_shapes
 from export.checkpoints.architectures import Shapes, expected_shapes, llama_config
 from export.checkpoints.model import ADAPTERS, LANGUAGE, Checkpoint, Component
+from export.checkpoints.values import converted
 from export.models.language import ContextProjector, LanguageModel
 from export.models.text import TextEncoder
 from export.models.unet import Denoiser, SubjectEncoder, load_unet
@@ -224,7 +225,7 @@ def _weights(component: Component | None, dtype: torch.dtype) -> dict[str, Tenso
     weights = component.load()
     for name in weights:
         # One at a time, so that each stored tensor is freed as soon as it is converted.
-        weights[name] = weights[name].to(dtype)
+        weights[name] = converted(weights[name], dtype, f"{component.role} of {component.name}: {name}")
     return weights
 
 

@@ -21,6 +21,7 @@ BASE = "hub/SG161222/Realistic_Vision_V4.0_noVAE"
 UNET = f"{BASE}/unet/config.json"
 UNET_WEIGHTS = f"{BASE}/unet/diffusion_pytorch_model.safetensors"
 ADAPTERS = "hub/checkpoints/attn_adapters_projectors.th"
+LORA = "diverged.safetensors"
 BUILD = ["build", "--base", BASE, "--vae", "hub/stabilityai/sd-vae-ft-mse", "--adapters", ADAPTERS, "--out", "new"]
 BUILD += ["--mllm", "hub/KunpengSong/MoMA_llava_7b", "--vision", "hub/openai/clip-vit-large-patch14-336"]
 ENROLL = ["enroll", "bundle", "photo.png", "mask.png", "--name", "car", "--out", "new.subject", "--quiet"]
@@ -105,6 +106,22 @@ def malicious_zip() -> None:
     torch.save({"projectors": Attack(), "self_cross_attentions": {}, "llm_mapping": {}}, ADAPTERS)
 
 
+def not_a_number() -> None:
+    from safetensors.torch import load, save
+
+    tensors = load(Path(UNET_WEIGHTS).read_bytes())
+    tensors["conv_out.bias"][0] = float("nan")
+    replace(UNET_WEIGHTS, save(tensors))
+
+
+def diverged_lora() -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    layer, nan = "lora_unet_conv_in", torch.full((1, 4, 3, 3), float("nan"))
+    save_file({f"{layer}.lora_down.weight": nan, f"{layer}.lora_up.weight": torch.ones(16, 1, 1, 1)}, LORA)
+
+
 def nothing() -> None:
     pass
 
@@ -122,12 +139,26 @@ CASES = {
     "missing adapters": (lambda: Path(ADAPTERS).unlink(), BUILD, "does not exist; --adapters takes"),
     "truncated checkpoint": (lambda: truncate(UNET_WEIGHTS), BUILD, "truncated"),
     "truncated adapters": (lambda: truncate(ADAPTERS), BUILD, "truncated"),
-    "SDXL": (lambda: edit(UNET, **SDXL), BUILD, "is an SDXL checkpoint; MoMA's adapters need Stable Diffusion 1.5"),
-    "SD2": (lambda: edit(UNET, **SD2), BUILD, "is a Stable Diffusion 2 checkpoint; MoMA's adapters need 1.5"),
+    "SDXL": (
+        lambda: edit(UNET, **SDXL),
+        BUILD,
+        "has addition_embed_type 'text_time', as SDXL has; MoMA's adapters need",
+    ),
+    "SD2": (
+        lambda: edit(UNET, **SD2),
+        BUILD,
+        "has cross_attention_dim 1024, as Stable Diffusion 2 has; MoMA's adapters",
+    ),
     "adapters of another geometry": (
         nothing,
         ["build", "--base", "tiny", "--adapters", ADAPTERS, "--out", "new"],
         "(needed: adapters for UNet widths [32, 32, 64, 64], text width 64)",
+    ),
+    "NaN in a checkpoint": (not_a_number, BUILD, f"{UNET_WEIGHTS} has NaN in conv_out.bias"),
+    "NaN in a LoRA": (
+        diverged_lora,
+        [*BUILD, "--lora", f"{LORA}:0.5"],
+        f"{LORA} has NaN in lora_unet_conv_in.lora_down.weight",
     ),
     "malicious pickle": (malicious, BUILD, REFUSED),
     "malicious torch file": (malicious_zip, BUILD, REFUSED),

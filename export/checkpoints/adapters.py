@@ -17,7 +17,9 @@ from typing import Any
 from export.checkpoints.architectures import AttentionLayer, Shapes, attention_layers
 from export.checkpoints.matching import report_mismatch
 from export.checkpoints.model import ADAPTERS, Component, StateDict
-from export.checkpoints.weights import as_state_dict, content_hash, load_pickle
+from export.checkpoints.pickles import as_state_dict, load_pickle
+from export.checkpoints.values import check_finite, check_floating
+from export.checkpoints.weights import content_hash
 from moma_rt.errors import CheckpointError
 
 CONTEXT_TOKENS = 4
@@ -69,7 +71,8 @@ def read_adapters(path: Path, unet_config: dict[str, Any], language_width: int |
     `language_width` is the width of the language model that they will be used with, None if unknown.
 
     Raises:
-        CheckpointError: a missing, damaged or unsafe file, unexpected keys, or sizes that do not fit other networks.
+        CheckpointError: a missing, damaged or unsafe file, unexpected keys, NaN or infinity, or sizes that do not fit
+            other networks.
     """
     path = path / _FILE_NAME if path.is_dir() else path
     if not path.is_file():
@@ -96,7 +99,7 @@ def read_adapters(path: Path, unet_config: dict[str, Any], language_width: int |
 
 
 def _read(path: Path, layers: tuple[AttentionLayer, ...]) -> StateDict:
-    """Return the file's tensors under their new names; an unexpected name is an error."""
+    """Return the file's tensors under their new names; an unexpected name, NaN and infinity are errors."""
     data = load_pickle(path)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, not MoMA's adapters")
@@ -104,6 +107,9 @@ def _read(path: Path, layers: tuple[AttentionLayer, ...]) -> StateDict:
         have = ", ".join(sorted(map(str, data))[:6]) or "nothing"
         raise CheckpointError(f"{path} is not MoMA's adapters: it has {have}; expected {', '.join(_PARTS)}")
     parts = {part: as_state_dict(data[part], f"{path}: {part}") for part in _PARTS}
+    for part, stored in parts.items():
+        check_floating(stored, f"{path}: {part}")
+        check_finite(stored, f"{path}: {part}")
     paths = [layer.path for layer in layers]
     tensors = {f"projectors.{name}": tensor for name, tensor in parts[_PROJECTORS].items()}
     strange = [f"{_MAPPING} {name}" for name in parts[_MAPPING] if not name.startswith("mapping.")]

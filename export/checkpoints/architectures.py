@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from export.checkpoints.model import LANGUAGE, TEXT_ENCODER, UNET, VAE, VISION
+from export.checkpoints.values import check_positive, is_positive
 from moma_rt.errors import CheckpointError
 from moma_rt.messages import first_line
 
@@ -16,6 +17,7 @@ Shapes = dict[str, tuple[int, ...]]
 TEXT_TOKENS = 77
 LATENT_CHANNELS = 4
 SCALING_FACTOR = 0.18215
+_NEEDED = "Stable Diffusion 1.5"
 _LLAMA_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -37,7 +39,6 @@ _REQUIRED_UNET: Config = {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "layers_per_block": 2,
     "transformer_layers_per_block": 1,
-    "use_linear_projection": False,
     "only_cross_attention": False,
     "dual_cross_attention": False,
     "attention_type": "default",
@@ -48,6 +49,16 @@ _REQUIRED_UNET: Config = {
     "time_cond_proj_dim": None,
     "resnet_time_scale_shift": "default",
     "act_fn": "silu",
+}
+_REQUIRED_VAE: Config = {
+    "latent_channels": LATENT_CHANNELS,
+    "in_channels": 3,
+    "out_channels": 3,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
 }
 # transformers omits these from a config if they have CLIP's default values.
 _CLIP_TEXT_DEFAULTS: Config = {
@@ -60,7 +71,7 @@ _CLIP_TEXT_DEFAULTS: Config = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-05,
 }
-_OTHER_INPUTS = {9: "an inpainting checkpoint", 8: "an instruction-editing checkpoint", 7: "an upscaling checkpoint"}
+_OTHER_INPUTS = {9: "inpainting", 8: "instruction-editing", 7: "upscaling"}
 _ALLOWED_IF_ABSENT = object()
 
 
@@ -116,14 +127,19 @@ def check_unet(config: Config, where: object) -> Config:
     """
     config = {**_UNET_DEFAULTS, **config}
     cross = config["cross_attention_dim"]
-    if config.get("addition_embed_type") == "text_time" or cross == 2048:
-        raise CheckpointError(f"{where} is an SDXL checkpoint; MoMA's adapters need Stable Diffusion 1.5")
-    if cross == 1024 or config.get("use_linear_projection"):
-        raise CheckpointError(f"{where} is a Stable Diffusion 2 checkpoint; MoMA's adapters need 1.5")
+    for key, value, model in (
+        ("addition_embed_type", "text_time", "SDXL"),
+        ("cross_attention_dim", 2048, "SDXL"),
+        ("cross_attention_dim", 1024, "Stable Diffusion 2"),
+    ):
+        if config.get(key) == value:
+            raise CheckpointError(f"{where} has {key} {value!r}, as {model} has; MoMA's adapters need {_NEEDED}")
     inputs = config.get("in_channels", LATENT_CHANNELS)
     if inputs != LATENT_CHANNELS:
-        kind = _OTHER_INPUTS.get(inputs, "of another architecture")
-        raise CheckpointError(f"{where} is {kind} (in_channels {inputs}); a text-to-image one has {LATENT_CHANNELS}")
+        kind = (
+            f", as {_OTHER_INPUTS[inputs]} checkpoints have" if inputs in _OTHER_INPUTS else " (another architecture)"
+        )
+        raise CheckpointError(f"{where} has in_channels {inputs!r}{kind}; a text-to-image one has {LATENT_CHANNELS}")
     _check_class(config, "UNet2DConditionModel", where)
     _check_values(config, _REQUIRED_UNET, where)
     widths, size = config["block_out_channels"], config["sample_size"]
@@ -133,7 +149,14 @@ def check_unet(config: Config, where: object) -> Config:
         raise CheckpointError(
             f"{where} has cross_attention_dim {cross!r} and sample_size {size!r}; both must be positive integers"
         )
-    return config
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    if not all(_is_size(count) for count in (heads if isinstance(heads, list | tuple) else (heads,))):
+        raise CheckpointError(f"{where} has attention_head_dim {heads!r}; it must be one or several positive integers")
+    if config.get("freq_shift", 0) != 0:
+        raise CheckpointError(f"{where} has freq_shift {config['freq_shift']!r}; {_NEEDED} has 0")
+    check_positive(config, ("norm_eps", "mid_block_scale_factor"), where)
+    # Linear layers and 1×1 convolutions compute the same; the weights are read as either.
+    return {**config, "use_linear_projection": False}
 
 
 def check_vae(config: Config, where: object) -> Config:
@@ -145,11 +168,11 @@ def check_vae(config: Config, where: object) -> Config:
     config = {"scaling_factor": SCALING_FACTOR, **config}
     _check_class(config, "AutoencoderKL", where)
     factor = config["scaling_factor"]
-    if not isinstance(factor, int | float) or abs(factor - SCALING_FACTOR) > 1e-6:
+    if not is_positive(factor) or abs(factor - SCALING_FACTOR) > 1e-6:
         raise CheckpointError(
-            f"{where} is another model's VAE (scaling_factor {factor!r}, SDXL's is 0.13025); 1.5 needs {SCALING_FACTOR}"
+            f"{where} has scaling_factor {factor!r}; Stable Diffusion 1.5's VAE has {SCALING_FACTOR} (SDXL's 0.13025)"
         )
-    _check_values(config, {"latent_channels": LATENT_CHANNELS, "in_channels": 3, "out_channels": 3}, where)
+    _check_values(config, _REQUIRED_VAE, where)
     widths = config.get("block_out_channels")
     if not isinstance(widths, list | tuple) or len(widths) != 4:
         raise CheckpointError(f"{where} has block_out_channels {widths!r}; a VAE of factor 8 has four widths")
@@ -165,18 +188,31 @@ def check_text_encoder(config: Config, where: object, width: int) -> Config:
     if config.get("model_type") == "clip" and isinstance(config.get("text_config"), dict):
         config = config["text_config"]
     if config.get("model_type", "clip_text_model") != "clip_text_model":
-        raise CheckpointError(f"{where} is a {config['model_type']}, not a CLIP text encoder")
+        raise CheckpointError(f"{where} has model_type {config['model_type']!r}; a CLIP text encoder is needed")
     config = {**_CLIP_TEXT_DEFAULTS, **config}
     _check_values(config, {"max_position_embeddings": TEXT_TOKENS}, where)
+    check_clip_numbers(config, where)
     if config["hidden_size"] != width:
         raise CheckpointError(f"{where} has width {config['hidden_size']}, the UNet's cross-attention takes {width}")
     return config
 
 
+def check_clip_numbers(config: Config, where: object) -> None:
+    """Check the numbers in a CLIP encoder's config that its weights do not show.
+
+    Raises:
+        CheckpointError: one is not usable.
+    """
+    check_positive(config, ("layer_norm_eps",), where)
+    for key in ("num_hidden_layers", "num_attention_heads"):
+        if not _is_size(config[key]):
+            raise CheckpointError(f"{where} has {key} {config[key]!r}; it must be a positive integer")
+
+
 def _check_class(config: Config, expected: str, where: object) -> None:
     found = config.get("_class_name", expected)
     if found != expected:
-        raise CheckpointError(f"{where} is a {found}; Stable Diffusion 1.5 has a {expected}")
+        raise CheckpointError(f"{where} has the class {found}; {_NEEDED} has a {expected}")
 
 
 def _check_values(config: Config, required: Config, where: object) -> None:
@@ -184,11 +220,11 @@ def _check_values(config: Config, required: Config, where: object) -> None:
         found = config.get(key, _ALLOWED_IF_ABSENT)
         found = tuple(found) if isinstance(found, list) else found
         if found is not _ALLOWED_IF_ABSENT and found != value:
-            raise CheckpointError(f"{where} is not Stable Diffusion 1.5's: {key} is {found!r}, expected {value!r}")
+            raise CheckpointError(f"{where} has {key} {found!r}; {_NEEDED} has {value!r}")
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def image_size(unet_config: Config, vae_config: Config) -> int:

@@ -1,21 +1,23 @@
 """A base model as a diffusers folder: model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from export.checkpoints import presets
 from export.checkpoints.architectures import check_text_encoder, check_unet, check_vae, expected_shapes
+from export.checkpoints.compvis_names import unet_names, vae_names
 from export.checkpoints.matching import Origin, fit, unread
 from export.checkpoints.model import TEXT_ENCODER, UNET, VAE, BaseParts, Component
+from export.checkpoints.names import Rename, first_layers, layer_of, renaming
 from export.checkpoints.single_file import read_vae_file
-from export.checkpoints.weights import content_hash, open_weights, read_json
+from export.checkpoints.weights import Weights, content_hash, open_weights, read_json
 from export.tokenizers import has_text_tokenizer
 from moma_rt.errors import CheckpointError
+from moma_rt.messages import warn
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_NEEDED = "MoMA's adapters need Stable Diffusion 1.5"
 
 
 def read_base(folder: Path, vae: Path | None, roles: frozenset[str]) -> BaseParts:
@@ -50,15 +52,17 @@ def _unet_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a diffusers folder: it has no model_index.json and no unet/config.json")
     pipeline = str(read_json(index).get("_class_name", _PIPELINES[0])) if index.is_file() else _PIPELINES[0]
     if pipeline.startswith("StableDiffusionXL"):
-        raise CheckpointError(f"{folder} is an SDXL checkpoint ({pipeline}); MoMA's adapters need Stable Diffusion 1.5")
-    # The UNet's own file names the architecture (inpainting, SD2) better than the pipeline's class, so check it first.
-    config = check_unet(read_json(unet), folder) if unet.is_file() or pipeline in _PIPELINES else {}
-    if pipeline not in _PIPELINES:
-        raise CheckpointError(f"{folder} is a {pipeline}; MoMA's adapters need a {_PIPELINES[0]}")
+        raise CheckpointError(f"{index} names the pipeline {pipeline}, SDXL's; {_NEEDED}")
+    # A pipeline's class says little: many, such as ControlNet's, are saved with Stable Diffusion 1.5's own networks.
+    if not unet.is_file() and pipeline not in _PIPELINES:
+        raise CheckpointError(f"{index} names the pipeline {pipeline}, and there is no unet/config.json; {_NEEDED}")
+    config = check_unet(read_json(unet), unet)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     prediction = read_json(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else "epsilon"
     if prediction != "epsilon":
-        raise CheckpointError(f"{folder} predicts {prediction} (as Stable Diffusion 2 does); 1.5 predicts epsilon")
+        raise CheckpointError(
+            f"{scheduler} has prediction_type {prediction!r}; only models that predict epsilon are supported"
+        )
     return config
 
 
@@ -96,22 +100,19 @@ def _component(role: str, source: Path, folder: Path, config: dict[str, Any], ro
         return unread(role, name, config)
     weights = open_weights(folder)
     origin = Origin(name, config, content_hash((folder / "config.json", *weights.files)))
-    rename = {UNET: str, VAE: _vae_name, TEXT_ENCODER: _text_encoder_name}[role]
-    return fit(role, origin, weights, expected_shapes(role, config, folder / "config.json"), rename)
+    expected = expected_shapes(role, config, folder / "config.json")
+    if role == TEXT_ENCODER:
+        return fit(role, origin, weights, expected, _clip_naming(folder, weights, config))
+    return fit(role, origin, weights, expected, renaming(role, {UNET: unet_names, VAE: vae_names}[role](expected)))
 
 
-def _vae_name(name: str) -> str:
-    match = re.fullmatch(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
-    return f"{match[1]}.{_OLD_VAE_ATTENTION[match[2]]}.{match[3]}" if match else name
-
-
-def _text_encoder_name(name: str) -> str | None:
-    """Return a CLIP text tensor's name without its prefix, None for the other tensors of a full CLIP model."""
-    if name.endswith(".position_ids") or name.startswith(("vision_model.", "visual_projection.")):
-        return None
-    if name in ("logit_scale", "text_projection.weight"):
-        return None
-    return name.removeprefix("text_model.")
+def _clip_naming(folder: Path, weights: Weights, config: dict[str, Any]) -> Rename:
+    """As transformers does, read only as many layers as the config names: so people bake clip skip into a folder."""
+    rename, count = renaming(TEXT_ENCODER), config["num_hidden_layers"]
+    stored = 1 + max((layer_of(rename(name) or "") for name in weights.shapes), default=-1)
+    if stored > count:
+        warn(f"{folder} has {stored} layers; only the first {count} are used, as its config.json says (clip skip)")
+    return first_layers(rename, count)
 
 
 def _tokenizer(folder: Path) -> Path:

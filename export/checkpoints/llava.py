@@ -4,13 +4,14 @@ The language checkpoint contains a copy of the vision tower. The original takes 
 and ignores the copy; here the copy is used only if no CLIP folder is given.
 """
 
-import re
 from pathlib import Path
 
-from export.checkpoints.architectures import Config, expected_shapes
+from export.checkpoints.architectures import Config, check_clip_numbers, expected_shapes
 from export.checkpoints.matching import Origin, fit
 from export.checkpoints.model import LANGUAGE, VISION, Component
+from export.checkpoints.names import bare, first_layers, renaming
 from export.checkpoints.presets import SD15
+from export.checkpoints.values import check_positive
 from export.checkpoints.weights import content_hash, open_weights, read_json
 from moma_rt.errors import CheckpointError
 
@@ -30,7 +31,6 @@ _VISION_DEFAULTS = {
 }
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_OTHER_CLIP_PARTS = ("text_model.", "text_projection.", "visual_projection.")
 _REQUIRED = {
     "mm_projector_type": ("mlp2x_gelu", "linear"),
     "mm_vision_select_layer": (-2, None),
@@ -50,11 +50,18 @@ def read_language_config(folder: Path) -> Config:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; --mllm takes a LLaVA folder (config.json, shards, tokenizer)")
     config = read_json(folder / "config.json")
-    architectures = config.get("architectures") or ["unknown"]
-    if "LlavaLlamaForCausalLM" not in architectures:
+    architectures = config.get("architectures") or "unknown"
+    if not isinstance(architectures, list) or "LlavaLlamaForCausalLM" not in architectures:
         raise CheckpointError(
-            f"{folder} is a {architectures[0]}; MoMA's language model is a LlavaLlamaForCausalLM (LLaVA's own format)"
+            f"{folder / 'config.json'} has architectures {architectures!r}; MoMA's language model is a "
+            "LlavaLlamaForCausalLM (LLaVA's own format)"
         )
+    # transformers 5 keeps what belongs to the positions in an entry of its own.
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict):
+        if rope.get("rope_type", "default") != "default":
+            raise CheckpointError(f"{folder} has rope_type {rope['rope_type']!r}; only 'default' is supported")
+        config = {**config, "rope_theta": config.get("rope_theta") or rope.get("rope_theta")}
     for key, (required, default) in _REQUIRED.items():
         if config.get(key, default) != required:
             raise CheckpointError(f"{folder} has {key} {config.get(key, default)!r}; only {required!r} is supported")
@@ -63,6 +70,8 @@ def read_language_config(folder: Path) -> Config:
             raise CheckpointError(f"{folder / 'config.json'} has no usable {key}: {config.get(key)!r}")
     kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     defaults = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048, "attention_bias": False}
+    check_positive(config, ("rms_norm_eps", "rope_theta"), folder / "config.json")
+    config = {key: value for key, value in config.items() if value is not None or key not in defaults}
     return {**defaults, **config, "num_key_value_heads": kv_heads}
 
 
@@ -77,7 +86,14 @@ def read_language(folder: Path) -> Component:
         raise CheckpointError(f"{folder} has no tokenizer: looked for {' and '.join(_TOKENIZER_FILES)}")
     weights = open_weights(folder)
     origin = Origin(folder.resolve().name, config, content_hash((folder / "config.json", *weights.files)))
-    return fit(LANGUAGE, origin, weights, expected_shapes(LANGUAGE, config, folder / "config.json"), _language_name)
+    expected = expected_shapes(LANGUAGE, config, folder / "config.json")
+    try:
+        return fit(LANGUAGE, origin, weights, expected, _language_name)
+    except CheckpointError as error:
+        layers = config["num_hidden_layers"]
+        if any(name.startswith(f"model.layers.{layers}.") for name in weights.shapes):
+            raise CheckpointError(f"{error} (its config.json names {layers} layers, fewer than are stored)") from None
+        raise
 
 
 def has_vision_tower(folder: Path) -> bool:
@@ -98,10 +114,12 @@ def read_vision_copy(folder: Path, sha256: str) -> Component:
             f"{folder} has the vision tower {config['mm_vision_tower']!r}; give its folder by --vision"
         )
     vision = {**_VISION_DEFAULTS, **own} if isinstance(own, dict) else dict(SD15.vision)
+    check_clip_numbers(vision, folder / "config.json")
     weights = open_weights(folder)
     expected = expected_shapes(VISION, vision, folder / "config.json")
+    rename = first_layers(_copied_vision_name, vision["num_hidden_layers"])
     try:
-        return fit(VISION, Origin(folder.resolve().name, vision, sha256), weights, expected, _copied_vision_name)
+        return fit(VISION, Origin(folder.resolve().name, vision, sha256), weights, expected, rename)
     except CheckpointError as error:
         raise CheckpointError(f"{error} (its vision tower is read as {_KNOWN_TOWER}; or give --vision)") from None
 
@@ -119,7 +137,9 @@ def read_vision_config(folder: Path) -> Config:
     vision = config.get("vision_config") if kind == "clip" else config if kind == "clip_vision_model" else None
     if not isinstance(vision, dict):
         raise CheckpointError(f"{folder} is a {kind}; the vision encoder is a clip or a clip_vision_model")
-    return {**_VISION_DEFAULTS, **vision}
+    config = {**_VISION_DEFAULTS, **vision}
+    check_clip_numbers(config, folder / "config.json")
+    return config
 
 
 def read_vision(folder: Path) -> Component:
@@ -131,7 +151,8 @@ def read_vision(folder: Path) -> Component:
     vision = read_vision_config(folder)
     weights = open_weights(folder)
     origin = Origin(folder.resolve().name, vision, content_hash((folder / "config.json", *weights.files)))
-    return fit(VISION, origin, weights, expected_shapes(VISION, vision, folder / "config.json"), _vision_name)
+    rename = first_layers(renaming(VISION), vision["num_hidden_layers"])
+    return fit(VISION, origin, weights, expected_shapes(VISION, vision, folder / "config.json"), rename)
 
 
 def check_widths(language: Config, vision: Config) -> None:
@@ -156,13 +177,5 @@ def _language_name(name: str) -> str | None:
     return name.removeprefix("model.")
 
 
-def _vision_name(name: str) -> str | None:
-    if name.startswith(_OTHER_CLIP_PARTS) or name == "logit_scale" or name.endswith(".position_ids"):
-        return None
-    return name.removeprefix("vision_model.")
-
-
 def _copied_vision_name(name: str) -> str | None:
-    if not name.startswith(_TOWER):
-        return None
-    return _vision_name(re.sub(r"^model\.vision_tower\.(vision_tower\.)?", "", name))
+    return bare(VISION, name) if name.startswith(_TOWER) else None

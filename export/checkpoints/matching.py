@@ -1,15 +1,16 @@
 """Match a file's tensors strictly to the names and shapes that a network expects."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from export.checkpoints.model import Component, StateDict
+from export.checkpoints.names import Rename
+from export.checkpoints.values import check_floating
 from export.checkpoints.weights import Weights
 from moma_rt.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]
-Rename = Callable[[str], str | None]
 _LISTED = 4
 _CLASS_PREFIXES = ("text_model.", "vision_model.")
 
@@ -23,14 +24,15 @@ class Origin:
     sha256: str
 
 
-def fit(role: str, origin: Origin, weights: Weights, expected: Shapes, rename: Rename) -> Component:
+def fit(role: str, origin: Origin, weights: Weights, expected: Shapes, rename: Rename, check: bool = True) -> Component:
     """Return the component whose tensors are `weights` under new names; `rename` returns None for tensors to leave out.
 
     `rename` returns names without the prefix that some versions of the libraries put before all of a class's tensors;
-    they get the prefix that `expected` has.
+    they get the prefix that `expected` has. `check` reads all values now; the component's `load` checks them as well.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected, named twice, or of another shape; the message lists them.
+        CheckpointError: tensors are missing, unexpected, named twice, or of another shape (the message lists them), or
+            have integers, NaN or infinity.
     """
     stored: dict[str, str] = {}
     prefix = class_prefix(expected)
@@ -43,9 +45,13 @@ def fit(role: str, origin: Origin, weights: Weights, expected: Shapes, rename: R
             stored[new] = name
     report_mismatch(str(weights.location), {new: weights.shapes[old] for new, old in stored.items()}, expected)
 
+    if check:
+        weights.check(stored.values())
+
     def load(names: Iterable[str] | None = None) -> StateDict:
         wanted = stored if names is None else {name: stored[name] for name in names}
         tensors = weights.read(wanted.values())
+        check_floating(tensors, weights.location)
         return {new: tensors[old].reshape(expected[new]) for new, old in wanted.items()}
 
     return Component(role, origin.name, origin.config, origin.sha256, load)
@@ -66,7 +72,7 @@ def class_prefix(expected: Shapes) -> str:
 
 
 def report_mismatch(what: str, found: Shapes, expected: Shapes) -> None:
-    """Compare names and shapes; a trailing 1×1 (linear layers stored as convolutions) is no difference.
+    """Compare names and shapes; a trailing 1×1 is no difference: linear layers and convolutions are stored as either.
 
     Raises:
         CheckpointError: they differ; the message lists how.
@@ -80,12 +86,17 @@ def report_mismatch(what: str, found: Shapes, expected: Shapes) -> None:
     shapes = [
         f"{name} is {list(found[name])} instead of {list(expected[name])}"
         for name in common
-        if found[name] not in (expected[name], (*expected[name], 1, 1))
+        if plain(found[name]) != plain(expected[name])
     ]
     if shapes:
         faults.append(_listed(shapes))
     if faults:
         raise CheckpointError(f"{what} does not fit: {'; '.join(faults)}")
+
+
+def plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without a trailing 1×1."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _listed(names: Any) -> str:

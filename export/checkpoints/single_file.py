@@ -14,25 +14,44 @@ from pathlib import Path
 from typing import Any
 
 from export.checkpoints import presets
-from export.checkpoints.architectures import check_text_encoder, check_unet, check_vae, expected_shapes
+from export.checkpoints.architectures import (
+    SCALING_FACTOR,
+    check_text_encoder,
+    check_unet,
+    check_vae,
+    expected_shapes,
+)
 from export.checkpoints.compvis_names import EMA_PREFIX, UNET_PREFIX, ema_name, unet_names, vae_names
-from export.checkpoints.matching import Origin, Rename, Shapes, class_prefix, fit, unread
+from export.checkpoints.matching import Origin, Shapes, class_prefix, fit, unread
 from export.checkpoints.model import TEXT_ENCODER, UNET, VAE, BaseParts, Component
-from export.checkpoints.weights import Weights, open_weights, tensors_hash
+from export.checkpoints.names import Rename, renaming
+from export.checkpoints.weights import Weights, open_weights, read_json, tensors_hash
 from moma_rt.errors import CheckpointError
 
 _VAE_PREFIX = "first_stage_model."
 _TEXT_PREFIX = "cond_stage_model.transformer."
-_OTHER_MODELS = {
-    "conditioner.": "an SDXL checkpoint; MoMA's adapters need Stable Diffusion 1.5",
-    "cond_stage_model.model.": "a Stable Diffusion 2 checkpoint; MoMA's adapters need 1.5",
-    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 checkpoint; MoMA's adapters need 1.5",
-    "lora_unet_": "a LoRA, not a base model; --lora takes it",
-    "lora_te_": "a LoRA, not a base model; --lora takes it",
-    "down_blocks.": "a single-file part of a diffusers folder, not a whole checkpoint; give the folder",
-    "text_model.": "a text encoder, not a whole checkpoint",
+_NEEDED = "MoMA's adapters need Stable Diffusion 1.5"
+# Names that other files have, and what they tell.
+_OTHER_NAMES = {
+    "conditioner.": f"a name that SDXL checkpoints have; {_NEEDED}",
+    "cond_stage_model.model.": "a text encoder in OpenCLIP's layout, as Stable Diffusion 2 has; "
+    f"looked for {_TEXT_PREFIX}*; {_NEEDED}",
+    f"{UNET_PREFIX}joint_blocks.": f"a name that Stable Diffusion 3 checkpoints have; {_NEEDED}",
+}
+_HINTS = {
+    "lora_unet_": "; a LoRA has such names: --lora takes it",
+    "lora_te_": "; a LoRA has such names: --lora takes it",
+    "base_model.model.": "; a LoRA of PEFT has such names: --lora takes it",
+    "down_blocks.": "; the UNet of a diffusers folder has such names: give the whole folder",
+    "input_blocks.": "; a UNet alone has such names: give a whole checkpoint",
+    "diffusion_model.": "; a UNet alone has such names: give a whole checkpoint",
+    "text_model.": "; a text encoder has such names: give a whole checkpoint",
+    "first_stage_model.": "; a VAE has such names: --vae takes it",
+    "decoder.": "; a VAE has such names: --vae takes it",
+    "double_blocks.": "; Flux has such names",
 }
 _V_PREDICTION = ("v_pred", "ztsnr")
+_SCALE = "scale_factor"
 _CLIP_HEAD_WIDTH = 64
 
 
@@ -50,38 +69,45 @@ def read_single_file(file: Path, vae: Component | None, roles: frozenset[str]) -
     unet_config = _unet_config(file, weights.shapes, prefix)
     unet_shapes = expected_shapes(UNET, unet_config, file)
     to_new = unet_names(unet_shapes)
+    _check_scale(weights)
     if prefix == EMA_PREFIX:
         to_new = {ema_name(old).removeprefix(prefix): new for old, new in to_new.items()}
-    unet = _component(UNET, weights, unet_config, _renaming(prefix, to_new), roles)
+    unet = _component(UNET, weights, unet_config, renaming(UNET, to_new, prefix), roles)
     text_encoder = _text_encoder(weights, unet_config["cross_attention_dim"], roles)
     return BaseParts(unet, vae if vae is not None else _vae_of_base(weights, roles), text_encoder, None)
 
 
 def read_vae_file(file: Path, roles: frozenset[str]) -> Component:
-    """Read the VAE from a file in the CompVis layout: a VAE alone, or a whole checkpoint.
+    """Read the VAE from a file: a VAE alone, in CompVis' or diffusers' layout, or a whole checkpoint in CompVis'.
 
     Raises:
         CheckpointError: see `read_single_file`.
     """
     weights = open_weights(file)
     prefix = _VAE_PREFIX if any(name.startswith(_VAE_PREFIX) for name in weights.shapes) else ""
-    if f"{prefix}encoder.conv_in.weight" not in weights.shapes:
+    rename = renaming(VAE, prefix=prefix)
+    if not any(rename(name) == "encoder.conv_in.weight" for name in weights.shapes):
         raise CheckpointError(f"{file} holds no VAE: it lacks {_VAE_PREFIX}encoder.* and encoder.*")
     return _vae(weights, prefix, roles)
 
 
 def _unet_prefix(file: Path, shapes: Mapping[str, Any]) -> str:
     """Return the prefix of the UNet's names, after checking that the file is a checkpoint of the right kind."""
-    for start, kind in _OTHER_MODELS.items():
-        if any(name.startswith(start) for name in shapes):
-            raise CheckpointError(f"{file} is {kind}")
-    if any(name in shapes for name in _V_PREDICTION):
-        raise CheckpointError(f"{file} predicts v_prediction (as Stable Diffusion 2 does); 1.5 predicts epsilon")
+    for start, what in _OTHER_NAMES.items():
+        if name := next((name for name in shapes if name.startswith(start)), None):
+            raise CheckpointError(f"{file} has {name}: {what}")
+    if name := next((name for name in _V_PREDICTION if name in shapes), None):
+        raise CheckpointError(
+            f"{file} has {name}, the mark of v_prediction; only models that predict epsilon are supported"
+        )
     for prefix in (UNET_PREFIX, EMA_PREFIX):
         if any(name.startswith(prefix) for name in shapes):
             return prefix
     have = ", ".join(sorted(shapes)[:3]) or "nothing"
-    raise CheckpointError(f"{file} is not a checkpoint in the CompVis layout: it has no {UNET_PREFIX}* but {have}")
+    hint = next((hint for start, hint in _HINTS.items() if any(name.startswith(start) for name in shapes)), "")
+    raise CheckpointError(
+        f"{file} is not a checkpoint in the CompVis layout: it has no {UNET_PREFIX}* but {have}{hint}"
+    )
 
 
 def _unet_config(file: Path, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, Any]:
@@ -89,14 +115,8 @@ def _unet_config(file: Path, shapes: Mapping[str, tuple[int, ...]], prefix: str)
         return shapes.get(f"{UNET_PREFIX}{name}" if prefix == UNET_PREFIX else ema_name(name), ())
 
     config = dict(presets.SD15.unet)
-    inputs, text, projection = (
-        shape(name)
-        for name in (
-            "input_blocks.0.0.weight",
-            "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
-            "input_blocks.1.1.proj_in.weight",
-        )
-    )
+    inputs = shape("input_blocks.0.0.weight")
+    text = shape("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
     widths = [shape(f"input_blocks.{block}.0.out_layers.3.weight")[:1] for block in (1, 4, 7, 10)]
     if len(inputs) == 4:
         config["in_channels"] = inputs[1]
@@ -104,18 +124,27 @@ def _unet_config(file: Path, shapes: Mapping[str, tuple[int, ...]], prefix: str)
         config["cross_attention_dim"] = text[1]
     if all(widths):
         config["block_out_channels"] = tuple(width[0] for width in widths)
-    config["use_linear_projection"] = len(projection) == 2
     if shape("label_emb.0.0.weight"):
         config["addition_embed_type"] = "text_time"
     return check_unet(config, file)
 
 
+def _check_scale(weights: Weights) -> None:
+    """Check the factor of the latents, where training saved it; half precision may have rounded it."""
+    if weights.shapes.get(_SCALE) not in ((), (1,)):
+        return
+    factor = float(weights.read([_SCALE])[_SCALE])
+    if abs(factor - SCALING_FACTOR) > 1e-3:
+        raise CheckpointError(
+            f"{weights.location} has {_SCALE} {factor:g}; Stable Diffusion 1.5's latents have {SCALING_FACTOR}"
+        )
+
+
 def _text_encoder(weights: Weights, width: int, roles: frozenset[str]) -> Component:
-    names = {_text_name(name): name for name in weights.shapes}
-    names.pop(None, None)
-    if not names and TEXT_ENCODER in roles:
+    rename = renaming(TEXT_ENCODER, prefix=_TEXT_PREFIX)
+    found = {new: shape for name, shape in weights.shapes.items() if (new := rename(name)) is not None}
+    if not found and TEXT_ENCODER in roles:
         raise CheckpointError(f"{weights.location} has no text encoder ({_TEXT_PREFIX}*); give a whole checkpoint")
-    found = {new: weights.shapes[old] for new, old in names.items() if new is not None}
     config = dict(presets.SD15.text_encoder)
     embedding, mlp = found.get("embeddings.token_embedding.weight"), found.get("encoder.layers.0.mlp.fc1.weight")
     if embedding and mlp and len(embedding) == 2 and len(mlp) == 2:
@@ -124,17 +153,7 @@ def _text_encoder(weights: Weights, width: int, roles: frozenset[str]) -> Compon
         config["num_hidden_layers"] = _count(found, r"encoder\.layers\.(\d+)\..*")
     if found or TEXT_ENCODER in roles:
         config = check_text_encoder(config, weights.location, width)
-    return _component(TEXT_ENCODER, weights, config, _text_name, roles)
-
-
-def _text_name(name: str) -> str | None:
-    """Return a text encoder tensor's name without its prefixes; None for other tensors.
-
-    Some merging tools omit `text_model.`, and older versions of transformers saved position_ids as a tensor.
-    """
-    if not name.startswith(_TEXT_PREFIX) or name.endswith(".position_ids"):
-        return None
-    return name.removeprefix(_TEXT_PREFIX).removeprefix("text_model.")
+    return _component(TEXT_ENCODER, weights, config, rename, roles)
 
 
 def _vae_of_base(weights: Weights, roles: frozenset[str]) -> Component:
@@ -146,35 +165,29 @@ def _vae_of_base(weights: Weights, roles: frozenset[str]) -> Component:
 
 
 def _vae(weights: Weights, prefix: str, roles: frozenset[str]) -> Component:
-    shapes = {name.removeprefix(prefix): shape for name, shape in weights.shapes.items() if name.startswith(prefix)}
+    file, rename = weights.location, renaming(VAE, prefix=prefix)
+    shapes = {new: shape for name, shape in weights.shapes.items() if (new := rename(name)) is not None}
+    beside = file.parent / "config.json"
+    if not prefix and any(name.startswith("encoder.down_blocks.") for name in shapes) and beside.is_file():
+        config = check_vae(read_json(beside), beside)
+    else:
+        config = check_vae(_vae_config(shapes), file)
+    return _component(VAE, weights, config, renaming(VAE, vae_names(expected_shapes(VAE, config, file)), prefix), roles)
+
+
+def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Stable Diffusion 1.5's config with the sizes of a VAE in CompVis' or diffusers' layout."""
     config = dict(presets.SD15.vae)
-    widths = [shapes.get(f"encoder.down.{level}.block.0.conv1.weight", ())[:1] for level in range(4)]
-    if all(widths):
-        config["block_out_channels"] = tuple(width[0] for width in widths)
-        config["layers_per_block"] = _count(shapes, r"encoder\.down\.0\.block\.(\d+)\..*")
-    config = check_vae(config, weights.location)
-    to_new = vae_names(expected_shapes(VAE, config, weights.location))
-    renamed = _renaming(prefix, to_new)
-
-    def rename(name: str) -> str | None:
-        # Files saved in the middle of a VAE's training keep its discriminator and a second copy.
-        return None if name.startswith((f"{prefix}loss.", f"{prefix}model_ema.")) else renamed(name)
-
-    return _component(VAE, weights, config, rename, roles)
+    for first in ("encoder.down.{}.block.{}.", "encoder.down_blocks.{}.resnets.{}."):
+        widths = [shapes.get(f"{first.format(level, 0)}conv1.weight", ())[:1] for level in range(4)]
+        if all(widths):
+            config["block_out_channels"] = tuple(width[0] for width in widths)
+            config["layers_per_block"] = _count(shapes, first.format(0, r"(\d+)") + r"conv1\.weight")
+    return config
 
 
 def _count(names: Mapping[str, Any], pattern: str) -> int:
     return len({match[1] for name in names if (match := re.fullmatch(pattern, name))})
-
-
-def _renaming(prefix: str, to_new: Mapping[str, str]) -> Rename:
-    def rename(name: str) -> str | None:
-        if not name.startswith(prefix):
-            return None
-        rest = name.removeprefix(prefix)
-        return to_new.get(rest, rest)
-
-    return rename
 
 
 def _component(role: str, weights: Weights, config: dict[str, Any], rename: Rename, roles: frozenset[str]) -> Component:
@@ -183,7 +196,8 @@ def _component(role: str, weights: Weights, config: dict[str, Any], rename: Rena
     if role not in roles:
         return unread(role, name, config)
     expected: Shapes = expected_shapes(role, config, weights.location)
-    component = fit(role, Origin(name, config, ""), weights, expected, rename)
+    # Its values are read, and so checked, for its hash.
+    component = fit(role, Origin(name, config, ""), weights, expected, rename, check=False)
     prefix = class_prefix(expected)
     stored = {tensor.removeprefix(prefix): value for tensor, value in component.load().items()}
     identity = json.dumps([role, config, tensors_hash(stored)], sort_keys=True)

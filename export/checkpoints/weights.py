@@ -1,71 +1,80 @@
 """Read state dicts from disk: safetensors, PyTorch pickles and sharded folders, without running code in them.
 
 Opening reads only headers (names and shapes), so that errors are reported before any large read; tensors are read on
-demand. Pickles are read by PyTorch's weights-only unpickler, which builds tensors and nothing else.
+demand, and checked for NaN and infinity.
 """
 
 import hashlib
-import io
 import json
-import pickle
-import pickletools
-import re
-import warnings
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from export.checkpoints.names import unwrapped
+from export.checkpoints.pickles import as_state_dict, file_head, load_pickle
+from export.checkpoints.values import check_finite, check_floating
 from moma_rt.errors import CheckpointError
 from moma_rt.messages import first_line
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_VARIANTS = ("", "fp16")
+_VARIANTS = ("", "fp16", "bf16", "ema", "non_ema")
 _SAFETENSORS = ".safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".th", ".ckpt")
 _CHUNK_BYTES = 1 << 22
-_SCANNED_PICKLE_BYTES = 1 << 26
-# Globals that pickled tensors and containers import. They decide only how a refusal is worded, not what is refused.
-_PLAIN_GLOBALS = re.compile(
-    r"torch\._utils\._rebuild_\w+|torch\.(storage\.)?\w*Storage|torch\.(Size|device|nn\.parameter\.Parameter)"
-    r"|torch\.(b?float|u?int|half|bool|complex)\w*|collections\.OrderedDict|(__builtin__|builtins)\.set"
-)
-_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Weights:
     """An opened state dict: `location` is the path the user gave, `files` are all files that define its content.
 
-    `places` and `shapes` map each tensor's stored name to its file and its shape.
+    `places` and `shapes` map each tensor's name to its file and its shape. `stored` has its name in the file where that
+    differs: what trainers and torch.compile put before all names is removed.
     """
 
     location: Path
     files: tuple[Path, ...]
     places: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read the named tensors in their stored dtype, on the CPU; only their files are opened.
 
         Raises:
-            CheckpointError: a file vanished or was damaged since it was opened.
+            CheckpointError: a tensor has NaN or infinity, or a file vanished or was damaged since it was opened.
         """
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.places[name], []).append(name)
         tensors: dict[str, torch.Tensor] = {}
-        for file, wanted in by_file.items():
-            tensors.update(_read_tensors(file, wanted))
+        for file, wanted in self._by_file(names).items():
+            found = dict(_read_tensors(file, list(wanted)))
+            check_finite(found, file)
+            tensors |= {name: found[stored] for stored, name in wanted.items()}
         return tensors
+
+    def check(self, names: Iterable[str]) -> None:
+        """Check the values of the named weights, with few of them in memory at a time.
+
+        Raises:
+            CheckpointError: NaN, infinity, or integers, or a file vanished or was damaged since it was opened.
+        """
+        for file, wanted in self._by_file(names).items():
+            for stored, tensor in _read_tensors(file, list(wanted)):
+                check_floating({stored: tensor}, file)
+                check_finite({stored: tensor}, file)
+
+    def _by_file(self, names: Iterable[str]) -> dict[Path, dict[str, str]]:
+        """Map stored names to the given ones, file by file."""
+        found: dict[Path, dict[str, str]] = {}
+        for name in names:
+            found.setdefault(self.places[name], {})[self.stored.get(name, name)] = name
+        return found
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a weights file, or the weights of a folder (one file or shards; full precision before `fp16`).
+    """Open a weights file, or the weights of a folder (one file or shards; without a variant before `fp16` and others).
 
     Raises:
         CheckpointError: no weights found (the message says what was looked for), a truncated or corrupt file, a missing
@@ -76,8 +85,7 @@ def open_weights(path: Path) -> Weights:
         raise CheckpointError(f"{path} does not exist")
     if found.suffix == ".json":
         return _open_sharded(path, found)
-    shapes = _read_shapes(found)
-    return Weights(path, (found,), dict.fromkeys(shapes, found), shapes)
+    return _renamed(path, (found,), {name: (found, shape) for name, shape in _read_shapes(found).items()})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -90,30 +98,6 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
     with _safetensors(path) as stream:
         return dict(stream.metadata() or {})
-
-
-def load_pickle(path: Path) -> Any:
-    """Load a PyTorch pickle of tensors and plain containers; tensors are memory-mapped, not copied.
-
-    Raises:
-        CheckpointError: missing, truncated or corrupt, or containing anything but plain tensors; code is never run.
-    """
-    head = _head(path)
-    try:
-        with warnings.catch_warnings():
-            # PyTorch's warnings about unusual files would precede the one-line error.
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK\x03\x04"))
-    except Exception as error:
-        # On damaged input the unpickler raises errors of many types, which do not tell the cause.
-        foreign = _foreign_globals(path)
-        if foreign or "TorchScript" in str(error):
-            named = ", ".join(foreign[:3]) or "a TorchScript program"
-            raise CheckpointError(
-                f"{path} is a pickle that contains code ({named}), not plain tensors: it was refused and "
-                "nothing in it was run"
-            ) from None
-        raise CheckpointError(f"{path} is truncated, corrupt or not a PyTorch file") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -167,7 +151,8 @@ def _find(folder: Path) -> Path:
                     if (folder / candidate).is_file():
                         return folder / candidate
     raise CheckpointError(
-        f"{folder} has no weights: looked for {'|'.join(_STEMS)}[.fp16].safetensors|.bin and their .index.json"
+        f"{folder} has no weights: looked for {'|'.join(_STEMS)}[.{'|.'.join(filter(None, _VARIANTS))}]"
+        ".safetensors|.bin and their .index.json"
     )
 
 
@@ -188,8 +173,15 @@ def _open_sharded(location: Path, index: Path) -> Weights:
     for name, shard in places.items():
         if name not in found[shard]:
             raise CheckpointError(f"{shard} lacks {name}, which {index.name} says it holds")
-    shapes = {name: found[shard][name] for name, shard in places.items()}
-    return Weights(location, (index, *shards), places, shapes)
+    return _renamed(location, (index, *shards), {name: (shard, found[shard][name]) for name, shard in places.items()})
+
+
+def _renamed(location: Path, files: tuple[Path, ...], tensors: Mapping[str, tuple[Path, tuple[int, ...]]]) -> Weights:
+    """Return the opened tensors, given by stored name, under their names without wrappers."""
+    stored = unwrapped(tensors)
+    places = {name: tensors[old][0] for name, old in stored.items()}
+    shapes = {name: tensors[old][1] for name, old in stored.items()}
+    return Weights(location, files, places, shapes, {name: old for name, old in stored.items() if name != old})
 
 
 def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -199,19 +191,22 @@ def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in _pickled_tensors(file).items()}
 
 
-def _read_tensors(file: Path, names: list[str]) -> dict[str, torch.Tensor]:
+def _read_tensors(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         if file.suffix == _SAFETENSORS:
             with _safetensors(file) as stream:
-                return {name: stream.get_tensor(name) for name in names}
-        tensors = _pickled_tensors(file)
-        return {name: tensors[name] for name in names}
+                for name in names:
+                    yield name, stream.get_tensor(name)
+        else:
+            tensors = _pickled_tensors(file)
+            for name in names:
+                yield name, tensors[name]
     except (SafetensorError, KeyError) as error:
         raise CheckpointError(f"{file} changed since it was opened: {first_line(error)}") from None
 
 
 def _safetensors(file: Path) -> Any:
-    _head(file)
+    file_head(file)
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
@@ -222,67 +217,3 @@ def _pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
     if file.suffix not in _PICKLES:
         raise CheckpointError(f"{file} is not a weights file: known are {_SAFETENSORS}, {', '.join(_PICKLES)}")
     return as_state_dict(load_pickle(file), str(file))
-
-
-def as_state_dict(data: Any, what: str) -> dict[str, torch.Tensor]:
-    """Return `data` as a flat mapping of names to tensors; for a training checkpoint, its `state_dict`.
-
-    Raises:
-        CheckpointError: `data` is something else; the message names it by `what`.
-    """
-    while isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
-        data = data["state_dict"]
-    if not isinstance(data, Mapping):
-        raise CheckpointError(f"{what} holds a {type(data).__name__}, not a state dict")
-    for name, value in data.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{what} is not a flat state dict: {name!r} is a {type(value).__name__}")
-    return dict(data)
-
-
-def _head(file: Path) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            head = stream.read(len(_LFS_POINTER))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
-    if head == _LFS_POINTER:
-        raise CheckpointError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
-    return head
-
-
-def _foreign_globals(file: Path) -> list[str]:
-    """Return the names that a pickle would import beyond those of plain tensors, without importing anything."""
-    names = {name for stream in _pickle_streams(file) for name in _imports(stream)}
-    return sorted(name for name in names if not _PLAIN_GLOBALS.fullmatch(name))
-
-
-def _pickle_streams(file: Path) -> Iterator[io.BytesIO]:
-    try:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                for entry in archive.infolist():
-                    if entry.filename.endswith(".pkl") and entry.file_size <= _SCANNED_PICKLE_BYTES:
-                        yield io.BytesIO(archive.read(entry))
-        else:
-            with file.open("rb") as stream:
-                yield io.BytesIO(stream.read(_SCANNED_PICKLE_BYTES))
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError):
-        return
-
-
-def _imports(stream: io.BytesIO) -> Iterator[str]:
-    """Yield the names that the consecutive pickles in `stream` import (memoized names are not resolved)."""
-    end = len(stream.getbuffer())
-    while stream.tell() < end:
-        strings: list[str] = []
-        try:
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name in ("GLOBAL", "INST"):
-                    yield str(argument).replace(" ", ".", 1)
-                elif opcode.name == "STACK_GLOBAL":
-                    yield ".".join(strings[-2:]) or "an import"
-                elif isinstance(argument, str):
-                    strings.append(argument)
-        except (ValueError, EOFError, UnicodeDecodeError, pickle.UnpicklingError):
-            return

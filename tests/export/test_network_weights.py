@@ -17,6 +17,7 @@ from export.networks import NETWORKS, Precisions
 from export.quantize import packed_int4, quantize
 from export.streaming import Projection
 from moma_rt.bundle.specs import Precision
+from moma_rt.errors import CheckpointError
 
 WITH_UNET = ("subject_encoder", "denoiser")
 OTHERS = tuple(name for name in NETWORKS if name not in WITH_UNET)
@@ -248,3 +249,17 @@ def test_weights_that_no_network_names_are_removed(tiny_checkpoint, other_checkp
     unet_before, unet_after = (bundle.network("denoiser").weights[0] for bundle in (before, after))
     assert unet_before != unet_after
     assert before.network("denoiser").weights[1] == after.network("denoiser").weights[1]
+
+
+def test_a_language_models_weight_beyond_the_precision(tiny_checkpoint, tiny_geometry, tmp_path):
+    """Its weights are converted one at a time, not with the whole module."""
+
+    def load(names=None):
+        state = tiny_checkpoint.language.load(names)
+        return {name: tensor.fill_(7e4) if name == "norm.weight" else tensor for name, tensor in state.items()}
+
+    language = dataclasses.replace(tiny_checkpoint.language, load=load)
+    checkpoint = dataclasses.replace(tiny_checkpoint, language=language)
+    (group,) = weight_groups(NETWORKS["language_model"], checkpoint, tiny_geometry, Precision.INT8)
+    with pytest.raises(CheckpointError, match=r"norm\.weight has weights of up to 7e\+04"):
+        group.write(tmp_path)

@@ -4,12 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from export.checkpoints import NETWORK_ROLES, CheckpointRequest, load_checkpoint
 from export.geometry import geometry_of
 from export.networks import MAX_BATCH, MAX_LANGUAGE_TOKENS, NETWORKS, denoiser_arguments
 from export.tracing import example_inputs
-from moma_rt.bundle.specs import Dim, NetworkSpec, TensorSpec
+from moma_rt.bundle.specs import Dim, NetworkSpec, Precision, TensorSpec
 from moma_rt.errors import CheckpointError
 
 B, G = "batch 1..4", "guided_batch 1..8"
@@ -148,3 +149,34 @@ def test_example_inputs_are_what_tracing_needs(tiny_geometry, name):
     assert len(set(sizes.values())) == len(sizes), "tracing would take equal sizes for one"
     again = example_inputs(spec)
     assert all(np.array_equal(a, b) for a, b in zip(again, example_inputs(spec), strict=True))
+
+
+def with_large_weight(component, name: str):
+    """The component with 70,000, which float16 cannot hold, as the first value of one weight."""
+
+    def load(names=None):
+        state = component.load(names)
+        if name in state:
+            state[name].view(-1)[0] = 7e4
+        return state
+
+    return dataclasses.replace(component, load=load)
+
+
+@pytest.mark.parametrize(
+    ("network", "role", "name"),
+    [
+        ("vae_decoder", "vae", "decoder.conv_in.bias"),
+        ("denoiser", "unet", "conv_in.weight"),
+        ("subject_encoder", "adapters", "attention.mid_block.attentions.0.transformer_blocks.0.attn1.to_k_ip.weight"),
+        ("language_model", "language", "norm.weight"),
+    ],
+)
+def test_weights_beyond_the_precision_are_refused(tiny_checkpoint, tiny_geometry, network, role, name):
+    component = getattr(tiny_checkpoint, role)
+    checkpoint = dataclasses.replace(tiny_checkpoint, **{role: with_large_weight(component, name)})
+    said = rf"{role} of {component.name}: {name} has weights of up to 7e\+04, but float16 ends at 65504"
+    with pytest.raises(CheckpointError, match=said):
+        NETWORKS[network].module(checkpoint, tiny_geometry, Precision.FP16)
+    module = NETWORKS[network].module(checkpoint, tiny_geometry, Precision.BF16)
+    assert max(float(t.max()) for t in module.state_dict().values() if t.dtype == torch.bfloat16) > 65504

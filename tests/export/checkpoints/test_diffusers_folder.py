@@ -115,7 +115,6 @@ UNET_CHANGES = [
     ({"addition_embed_type": "text_time", "cross_attention_dim": 2048}, "SDXL"),
     ({"cross_attention_dim": 2048}, "SDXL"),
     ({"cross_attention_dim": 1024}, "Stable Diffusion 2"),
-    ({"use_linear_projection": True}, "Stable Diffusion 2"),
     ({"in_channels": 9}, "inpainting"),
     ({"in_channels": 8}, "instruction-editing"),
     ({"in_channels": 5}, "another architecture"),
@@ -127,6 +126,9 @@ UNET_CHANGES = [
     ({"block_out_channels": None}, "block_out_channels"),
     ({"cross_attention_dim": [768, 768, 768, 768]}, "cross_attention_dim"),
     ({"sample_size": "big"}, "sample_size"),
+    ({"attention_head_dim": -8}, "attention_head_dim -8"),
+    ({"attention_head_dim": [5, 10, 20, True]}, "attention_head_dim"),
+    ({"freq_shift": float("nan")}, "freq_shift nan"),
     ({"norm_num_groups": 7}, "usable unet"),
     ({"block_out_channels": [16, 32, 32, 64]}, "does not fit"),
 ]

@@ -144,6 +144,10 @@ CONFIGS = [
     ({"hidden_size": "wide"}, "hidden_size"),
     ({"mm_hidden_size": 0}, "mm_hidden_size"),
     ({"num_hidden_layers": 2}, "unexpected layers.2"),
+    ({"architectures": 5}, "architectures 5"),
+    ({"rope_theta": None, "rope_parameters": {"rope_theta": float("nan")}}, "rope_theta"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
+    ({"num_hidden_layers": 1}, "names 1 layers, fewer than are stored"),
     ({"num_hidden_layers": 4}, "missing layers.3"),
     ({"vocab_size": 600}, "embed_tokens.weight is [555, 128] instead of [600, 128]"),
     ({"mm_hidden_size": 1024}, "mm_projector.0.weight is [128, 64] instead of [128, 1024]"),
@@ -155,6 +159,14 @@ CONFIGS = [
 def test_other_language_models(copy, changes, said):
     copy.edit_json(copy.llava / "config.json", **changes)
     assert said in error_of(read_language, copy.llava)
+
+
+def test_positions_as_transformers_5_stores_them(copy):
+    config = json.loads((copy.llava / "config.json").read_text())
+    config.pop("rope_theta", None)
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    copy.replace(copy.llava / "config.json", json.dumps(config).encode())
+    assert read_language_config(copy.llava)["rope_theta"] == 5e5
 
 
 def test_missing_pieces(copy):

@@ -216,7 +216,7 @@ GOOD = {f"{NAME}.lora_down.weight": DOWN, f"{NAME}.lora_up.weight": UP}
         ({**GOOD, f"{NAME}.lora_mid.weight": UP}, f"it has {NAME}.lora_mid.weight"),
         ({f"{NAME}.hada_w1_a": UP}, "hada_w1_a"),
         ({"lora_unet_other.lora_up.weight": UP}, "lora_unet_other"),
-        ({**GOOD, "unet.mid_block.attentions.0.proj_in.lora_A.weight": DOWN}, "it has unet.mid_block.attentions.0"),
+        ({**GOOD, "unet.mid_block.attentions.0.proj_in.lora_A.weight": DOWN}, f"one part of a layer: {NAME}"),
         ({"lora_te_text_model_embeddings_token_embedding.lora_up.weight": UP}, "it has lora_te_text_model_embeddings"),
         ({f"x{i}.lora_up.weight": UP for i in range(5)}, "x2.lora_up.weight and 2 more"),
         ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": UP}, "SDXL"),
