@@ -22,10 +22,9 @@ from pathlib import Path, PurePosixPath
 
 from benchmarks.gpu.carried import BUNDLE_ARCHIVE, BUNDLE_FOLDER, RTX_PART
 from benchmarks.gpu.plan import FIRST, ROOT, SECOND
-from engines.store import PARTIAL_PREFIX
 from moma_rt.bundle.manifest import MANIFEST_NAME, RECORD_NAME, Bundle, read_manifest
 from moma_rt.errors import BundleError, InputError, MomaError, print_output, run_command
-from moma_rt.files import atomic_write
+from moma_rt.files import PARTIAL_PREFIX, atomic_write
 
 PROGRAM = "benchmarks.gpu.pack"
 MOST_MIB = 64.0
