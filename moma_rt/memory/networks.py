@@ -14,7 +14,7 @@ from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.footprint import Footprint, combined_bytes, footprint, format_bytes
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Geometry, NetworkSpec
-from moma_rt.errors import OutOfMemory
+from moma_rt.errors import BundleError, OutOfMemory
 from moma_rt.timing import LOADING, StageTimer
 
 T = TypeVar("T")
@@ -83,7 +83,10 @@ class Networks:
         paths = tuple(map(self.bundle.path, weights))
         with stages.timed(LOADING):
             self._verify(code, weights)
-            return self.retry_after_eviction(lambda: self.backend.load(entry.spec, self.bundle.path(code), paths))
+            try:
+                return self.retry_after_eviction(lambda: self.backend.load(entry.spec, self.bundle.path(code), paths))
+            except OSError as error:
+                raise BundleError(f"{self.bundle.path(code)} cannot be read: {error.strerror or error}") from None
 
     def _verify(self, code: str, weights: Collection[str]) -> None:
         """Verify the hashes of the files to load; weights files, which networks may share, again only if changed."""
