@@ -54,6 +54,7 @@ def test_files_of_another_user_are_a_bundle_error(fake_bundle, subject, fakes, n
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         root = shutil.copytree(fake_bundle, Path(folder) / "bundle")
+        root.chmod(0o755)
         runtime = Runtime(Bundle.open(root), fakes.FakeBackend())
         (root / name).chmod(0o700 if (root / name).is_dir() else 0o600)
         os.seteuid(12345)
