@@ -51,10 +51,10 @@ def test_a_build(on_windows, tmp_path: Path):
         from engines.prune import main as prune
         for seed in "01":
             assert build(["--base", "tiny", "--only", "context_projector", "--out", "tiny", "--seed", seed]) == 0
-        assert pack(["tiny", "--target", "cpu", "--out", "packed"]) == 0
+        assert pack(["tiny", "--target", "cpu", "--out", "包"]) == 0  # not in the console's encoding
         assert prune([".store"]) == 0
     """
-    print(on_windows("-c", build))
+    assert "\\u5305: 1 MiB of 1 MiB" in on_windows("-c", build)
     found = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "files").glob("tiny/*/*"))
     assert found == ["context_projector", "context_projector"]
 
