@@ -210,10 +210,10 @@ class Bundle:
         for name in sorted(used - self.manifest.files.keys()):
             raise BundleError(f"{self.root}: the manifest uses {name!r} but gives no hash for it")
         # A graph reads files of these folders by name, so a file without a hash would be used unchecked.
-        listed = {str(PurePosixPath(name)) for name in used}
+        listed = {self.path(name) for name in used}
         for folder in sorted({f for network in self.manifest.networks.values() for f in network.folders}):
             for name in names_in(self.root, folder):
-                if name not in listed and name != f"{folder}/{RECORD_NAME}":
+                if self.path(name) not in listed and name != f"{folder}/{RECORD_NAME}":
                     raise BundleError(f"{self.root}: {name} is in no network of the manifest; delete it")
         for name, entry in self.manifest.files.items():
             size = state_of(self.root, name).st_size
