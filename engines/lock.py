@@ -3,10 +3,11 @@
 import contextlib
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout, UnixFileLock, WindowsFileLock
 
 from moma_rt.errors import InputError
 from moma_rt.messages import warn
@@ -22,15 +23,18 @@ def build_lock(path: Path) -> Iterator[None]:
         InputError: another build holds the lock.
         OSError: the file cannot be written.
     """
+    if path.is_symlink():
+        # Leads to what is not this bundle's, such as a blob of Hugging Face's hub.
+        path.unlink()
     if path.is_file() and not os.access(path, os.W_OK):
         # A copied bundle may be read-only.
         with contextlib.suppress(OSError):
             path.chmod(path.stat().st_mode | stat.S_IWUSR)
     # Here, because a failure to open says nothing about locks.
     path.open("ab").close()
-    # Its substitute, a file that exists as long as the lock is held, would remain after a build that was killed on
-    # another machine.
-    lock = FileLock(path, timeout=0, fallback_to_soft=False, preserve_lock_file=True)
+    native = WindowsFileLock if sys.platform == "win32" else UnixFileLock
+    # Not filelock's substitute, a file that exists while the lock is held: it stays if a build on another machine dies.
+    lock = native(path, timeout=0, fallback_to_soft=False, preserve_lock_file=True)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock)

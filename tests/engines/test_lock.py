@@ -87,6 +87,26 @@ def test_a_file_that_cannot_be_written(tmp_path: Path):
         take(tmp_path / ".lock")
 
 
+def test_a_link_is_replaced(tmp_path: Path):
+    """In a cache of Hugging Face's hub it leads to the blob of all empty files."""
+    (tmp_path / "blob").touch()
+    (tmp_path / ".lock").symlink_to("blob")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take(tmp_path / ".lock")
+    assert not (tmp_path / ".lock").is_symlink()
+
+
+def test_without_the_module_for_locks(tmp_path: Path, repository: Path):
+    code = "import sys; sys.modules['fcntl'] = None\n" + HOLD
+    command = [sys.executable, "-W", "ignore:only soft", "-c", code, str(tmp_path / ".lock")]
+    done = subprocess.run(
+        command, cwd=repository, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "held\n", done.stderr
+    assert "cannot be locked (fcntl is unavailable)" in done.stderr
+
+
 def test_an_error_inside_passes(tmp_path: Path):
     def fail() -> None:
         with build_lock(tmp_path / ".lock"):
