@@ -1,6 +1,6 @@
 """Build the engines of a bundle: `python -m engines.build BUNDLE --target ...`.
 
-Needs only TensorRT and NumPy on the target device: the bundle already holds graphs for older TensorRT versions.
+Needs only TensorRT, NumPy and filelock on the target: the bundle already holds graphs for older TensorRT versions.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}",
         description="Build the engines of an exported bundle. Finished engines are kept, so an interrupted build "
-        "continues where it stopped. On the target device this needs only tensorrt and numpy.",
+        "continues where it stopped. On the target device this needs only tensorrt, numpy and filelock.",
     )
     p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that python -m export.build wrote")
     add_engine_options(p, default="local")

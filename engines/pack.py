@@ -1,20 +1,27 @@
 """Pack a bundle for one target: `python -m engines.pack BUNDLE --target T --out DIR`."""
 
 import argparse
+import contextlib
 import dataclasses
-import shutil
+import os
 import sys
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from engines.store import PARTIAL_PREFIX, link_or_copy
+from engines.store import link_or_copy, partial_folder
 from engines.targets import CPU, INDUCTOR, LOCAL, RTX, RTX_TARGETS, parse_targets
 from moma_rt.bundle.engines import EngineEntry, Flavour, format_capabilities
 from moma_rt.bundle.footprint import format_bytes
-from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER, Bundle, Manifest, write_manifest
+from moma_rt.bundle.manifest import (
+    LANGUAGE_TOKENIZER,
+    MANIFEST_NAME,
+    TEXT_TOKENIZER,
+    Bundle,
+    Manifest,
+    write_manifest,
+)
 from moma_rt.errors import BundleError, InputError, print_output, run_command
-from moma_rt.files import fsync
+from moma_rt.files import PARTIAL_PREFIX, entries, move, remove_tree, sync
 
 PROGRAM = "engines.pack"
 
@@ -56,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
 def pack(bundle: Bundle, target: str, out: Path) -> Bundle:
     """Write a bundle to `out` that holds what `target` needs of `bundle`.
 
-    All files are hashed first, and `out` appears only when it is complete.
+    All files are hashed first, and the manifest appears last: without it, `out` is no bundle. Links are followed.
 
     Raises:
         InputError: `target` is unknown or several targets, or `out` is not empty or cannot be written.
@@ -65,26 +72,50 @@ def pack(bundle: Bundle, target: str, out: Path) -> Bundle:
     manifest = packed_manifest(bundle, target)
     bundle.verify(manifest.files)
     try:
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(f"--out {out}: holds other files; give a new or an empty folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=out.parent))
-        try:
+        with _new_folder(out) as partial:
             for name in manifest.files:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(bundle.path(name), partial / name)
             write_manifest(partial, manifest)
-            partial.chmod(0o755)
-            partial.rename(out)
-            fsync(out.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        gone = [name for name in manifest.files if not bundle.path(name).is_file()]
+        gone = [name for name in manifest.files if not os.path.isfile(bundle.path(name))]
         if gone:
             raise InputError(f"{bundle.root} changed while it was packed: {gone[0]} is gone; try again") from None
         raise InputError(f"--out {out}: cannot be written: {error.strerror or error}") from None
     return Bundle.open(out)
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder in `out`, and move what it then holds to `out`; after an error, leave `out` as it was.
+
+    Raises:
+        InputError: `out` holds other files.
+    """
+    is_new = not out.is_dir()
+    if not is_new:
+        found = entries(out)
+        if any(not path.name.startswith(PARTIAL_PREFIX) for path in found):
+            raise InputError(f"--out {out}: holds other files; give a new or an empty folder")
+        for path in found:
+            remove_tree(path)
+    out.mkdir(parents=True, exist_ok=True)
+    moved: list[Path] = []
+    try:
+        # Inside, since `out` may be the root of a file system.
+        with partial_folder(out) as partial:
+            yield partial
+            for path in sorted(entries(partial), key=lambda path: path.name == MANIFEST_NAME):
+                moved.append(out / path.name)
+                move(path, moved[-1], MANIFEST_NAME)
+        sync(out)
+    except BaseException:
+        for path in moved:
+            remove_tree(path)
+        with contextlib.suppress(OSError):
+            if is_new:
+                out.rmdir()
+        raise
 
 
 def packed_manifest(bundle: Bundle, target: str) -> Manifest:
@@ -105,7 +136,8 @@ def packed_manifest(bundle: Bundle, target: str) -> Manifest:
     else:
         engines = tuple(_engines_for(name, manifest))
         covered = [_networks_covered(engine, engines) for engine in engines]
-        if missing := sorted(manifest.networks.keys() - max(covered, key=len, default=set())):
+        most = max(covered, key=lambda networks: len(networks), default=set[str]())
+        if missing := sorted(manifest.networks.keys() - most):
             raise BundleError(
                 f"{bundle.root} has no engine of {', '.join(missing)} for {name}: build them first, or pack for "
                 "another target"

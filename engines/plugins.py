@@ -104,7 +104,7 @@ class NetworkKernels:
 
 def attention_shapes(geometry: Geometry) -> tuple[KernelShape, ...]:
     """Return the distinct kernel shapes of the denoiser; each transformer block has one layer of either operator."""
-    shapes = {}
+    shapes = dict[KernelShape, None]()
     for layer in geometry.self_attention:
         sizes = (layer.heads, layer.channels // layer.heads, layer.grid * layer.grid)
         shapes[KernelShape(INJECTED, *sizes)] = None
@@ -207,8 +207,10 @@ def _shape(record: dict[str, Any]) -> KernelShape:
         raise ValueError(f"an operator is {short_repr(operator)}, not one of {', '.join(_FIXED_TOKENS)}")
     if not isinstance(tokens, list) or len(tokens) != _FIXED_TOKENS[operator]:
         raise ValueError(f"the tokens of {operator} are {short_repr(tokens)}, not {_FIXED_TOKENS[operator]} numbers")
-    sizes = (_number(record, name) for name in ("heads", "width", "queries"))
-    return KernelShape(operator, *sizes, tuple(_checked("a number of tokens", count) for count in tokens))
+    heads, width, queries = (_number(record, name) for name in ("heads", "width", "queries"))
+    return KernelShape(
+        operator, heads, width, queries, tuple(_checked("a number of tokens", count) for count in tokens)
+    )
 
 
 def _kernel(record: dict[str, Any], folder: Path) -> Kernel:

@@ -9,28 +9,30 @@ folders that were finished.
 
 import contextlib
 import dataclasses
-import fcntl
+import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
+import secrets
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.lock import build_lock
 from moma_rt.bundle.manifest import MANIFEST_NAME, RECORD_NAME, TEXT_TOKENIZER, WEIGHTS_FOLDER, FileEntry, Manifest
 from moma_rt.errors import InputError
-from moma_rt.files import fsync, sha256_file
+from moma_rt.files import PARTIAL_PREFIX, copy, entries, move, remove_tree, set_mode, sha256_file, sync
+from moma_rt.messages import warn
 
 NETWORKS_FOLDER = "networks"
 ENGINES_FOLDER = "engines"
 KERNELS_FOLDER = "kernels"
-PARTIAL_PREFIX = ".partial-"
 LOCK_NAME = ".lock"
 _KINDS = (NETWORKS_FOLDER, WEIGHTS_FOLDER, ENGINES_FOLDER, KERNELS_FOLDER)
 _KEY_LENGTH = 16
+_HASH_KEY = "sha256"
 # The only folders that are ever deleted; others belong to the user.
 _OWNED_FOLDER = re.compile(rf"[a-z0-9_]+-[0-9a-f]{{{_KEY_LENGTH}}}|{re.escape(PARTIAL_PREFIX)}.*")
 
@@ -68,7 +70,7 @@ class SharedStore:
     """Holds every folder of the bundles beside it once, as hard links."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = Path(os.path.abspath(root))
 
     def prepare(self) -> None:
         """Create the store's top-level folders.
@@ -88,22 +90,27 @@ class SharedStore:
         if _read_intact(published, artifact) is None:
             # A folder without a record may be one that another build is publishing.
             if (published / RECORD_NAME).is_file():
-                shutil.rmtree(published, ignore_errors=True)
+                remove_tree(published)
             return False
-        _link_files(published, folder)
+        try:
+            _link_files(published, folder)
+        except OSError:
+            # The folder is made anew, which also tells whether this disk is full.
+            return False
         return True
 
     def publish(self, artifact: Artifact, folder: Path) -> None:
-        """Link a complete folder into the store, unless the store has it."""
+        """Link a complete folder into the store, unless the store has it; if that fails, warn."""
         published = self.root / artifact.folder
         if published.is_dir():
             return
-        partial = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=published.parent))
         try:
-            _link_files(folder, partial)
-            _rename_complete(partial, published)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            with partial_folder(published.parent) as partial:
+                _link_files(folder, partial)
+                _rename_complete(partial, published, artifact)
+        except OSError as error:
+            reason = error.strerror or error
+            warn(f"--store {self.root}: cannot be written ({reason}): other bundles must build again what this one has")
 
     def prune(self) -> int:
         """Delete folders that no bundle links and leftovers of killed builds; returns the number of bytes freed.
@@ -112,10 +119,10 @@ class SharedStore:
         """
         freed = 0
         for folder in (path for kind in _KINDS for path in self._folders(kind)):
-            sizes = [path.stat() for path in folder.iterdir()]
+            sizes = [path.stat() for path in entries(folder)]
             if folder.name.startswith(PARTIAL_PREFIX) or all(size.st_nlink == 1 for size in sizes):
                 freed += sum(size.st_size for size in sizes if size.st_nlink == 1)
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_tree(folder)
         return freed
 
     def _folders(self, kind: str) -> list[Path]:
@@ -126,7 +133,7 @@ class Store:
     """The folders of the bundle at `root`; missing ones are taken from `shared` where it has them."""
 
     def __init__(self, root: Path, shared: SharedStore | None = None) -> None:
-        self.root = root
+        self.root = Path(os.path.abspath(root))
         self.shared = shared
 
     @contextlib.contextmanager
@@ -136,71 +143,65 @@ class Store:
         Raises:
             InputError: the folder cannot be written, holds other files than a bundle, or is locked by another build.
         """
+        stack = contextlib.ExitStack()
         try:
-            if self.root.is_dir() and any(self.root.iterdir()) and not self._is_bundle():
+            if self.root.is_dir() and entries(self.root) and not self._is_bundle():
                 raise InputError(f"{self.root}: holds other files and no bundle; give a new or an empty folder")
             for kind in _KINDS:
                 (self.root / kind).mkdir(parents=True, exist_ok=True)
             if self.shared is not None:
                 self.shared.prepare()
-            stream = (self.root / LOCK_NAME).open("w")
+            stack.enter_context(build_lock(self.root / LOCK_NAME))
         except OSError as error:
-            raise InputError(f"{self.root}: cannot be written: {error.strerror}") from None
-        with stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(
-                    f"{self.root}: another build is writing it; wait for it or choose another folder"
-                ) from None
+            raise InputError(f"{self.root}: cannot be written: {error.strerror or error}") from None
+        with stack:
             self._remove_partial()
-            yield
+            try:
+                yield
+            except OSError as error:
+                # A write to an open file fails without its name.
+                error.filename = error.filename or str(self.root)
+                raise
 
     def find(self, artifact: Artifact) -> Stored | None:
         """Return the folder that an earlier build finished, here or in the shared store; None if none is intact."""
         stored = _read_intact(self.root / artifact.folder, artifact)
         if stored is None and self.shared is not None:
-            with self._partial(artifact) as partial:
+            with partial_folder(self.root / artifact.kind) as partial:
                 if self.shared.fetch(artifact, partial):
-                    _rename_complete(partial, self.root / artifact.folder)
+                    _rename_complete(partial, self.root / artifact.folder, artifact)
                     stored = _read_intact(self.root / artifact.folder, artifact, trusted=True)
         return stored
 
     def add(self, artifact: Artifact, write: Callable[[Path], Notes]) -> Stored:
-        """Let `write` fill a temporary folder, hash and fsync its files, and rename it to its final name.
+        """Let `write` fill a temporary folder, hash and flush its files, and rename it to its final name.
 
         Args:
             write: fills the folder that it is given and returns notes for its record, as JSON values.
         """
-        with self._partial(artifact) as partial:
+        with partial_folder(self.root / artifact.kind) as partial:
             notes = write(partial)
             files = {}
-            for path in sorted(partial.iterdir()):
+            for path in entries(partial):
+                sync(path)
                 # Other bundles hard-link this file, so a change here would change them too.
-                path.chmod(0o444)
-                fsync(path)
+                set_mode(path, 0o444)
                 files[path.name] = FileEntry(sha256_file(path), path.stat().st_size)
             record = {"files": {name: dataclasses.asdict(file) for name, file in files.items()}, "notes": notes}
-            (partial / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            fsync(partial / RECORD_NAME)
-            _rename_complete(partial, self.root / artifact.folder)
+            record = json.loads(json.dumps(record))
+            text = json.dumps({**record, _HASH_KEY: _hash_of(record)}, indent=1)
+            (partial / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
+            sync(partial / RECORD_NAME)
+            _rename_complete(partial, self.root / artifact.folder, artifact)
         if self.shared is not None:
             self.shared.publish(artifact, self.root / artifact.folder)
         return Stored(artifact.folder, {f"{artifact.folder}/{name}": file for name, file in files.items()}, notes)
 
     def remove_unused(self, manifest: Manifest) -> None:
         """Delete the folders that `manifest` does not name."""
-        used = {owner.folder for owner in (*manifest.engines, *manifest.kernels)}
+        used = {engine.folder for engine in manifest.engines} | {kernels.folder for kernels in manifest.kernels}
         used.update(*(network.folders for network in manifest.networks.values()))
         self._remove(lambda folder: folder not in used)
-
-    @contextlib.contextmanager
-    def _partial(self, artifact: Artifact) -> Iterator[Path]:
-        partial = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=self.root / artifact.kind))
-        try:
-            yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _is_bundle(self) -> bool:
         return (self.root / MANIFEST_NAME).is_file() or (self.root / LOCK_NAME).is_file()
@@ -210,13 +211,30 @@ class Store:
         self._remove(lambda folder: Path(folder).name.startswith(PARTIAL_PREFIX))
         for folder in (self.root, (self.root / TEXT_TOKENIZER).parent):
             for path in folder.glob(f"{PARTIAL_PREFIX}*"):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def _remove(self, is_unwanted: Callable[[str], bool]) -> None:
         for kind in _KINDS:
             for path in list((self.root / kind).iterdir()):
                 if _OWNED_FOLDER.fullmatch(path.name) and is_unwanted(f"{kind}/{path.name}"):
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove_tree(path)
+
+
+@contextlib.contextmanager
+def partial_folder(parent: Path) -> Iterator[Path]:
+    """Make a temporary folder, which a build that finds it after a crash deletes; delete it unless it was renamed."""
+    # Not one of tempfile's, which only its owner may read.
+    partial = parent / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}"
+    partial.mkdir()
+    try:
+        yield partial
+    finally:
+        remove_tree(partial)
+
+
+def _hash_of(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _read_intact(path: Path, artifact: Artifact, *, trusted: bool = False) -> Stored | None:
@@ -226,6 +244,9 @@ def _read_intact(path: Path, artifact: Artifact, *, trusted: bool = False) -> St
     """
     try:
         record = json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))
+        # Records of earlier versions have no hash. The comparison notices an altered key of it.
+        if record.pop(_HASH_KEY, None) not in (None, _hash_of(record)) or record.keys() != {"files", "notes"}:
+            return None
         files = {str(name): FileEntry(**file) for name, file in record["files"].items()}
         for name, file in files.items():
             file_path = path / name
@@ -239,28 +260,32 @@ def _read_intact(path: Path, artifact: Artifact, *, trusted: bool = False) -> St
 
 
 def _link_files(source: Path, target: Path) -> None:
-    for path in source.iterdir():
+    for path in entries(source):
         link_or_copy(path, target / path.name)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link `source` as `target`; where that is impossible, such as across file systems, copy and fsync it."""
+    """Hard-link `source` as `target`; where that is impossible, such as across file systems, copy and flush it."""
+    # A link to a symbolic link would be one more of these on some systems.
+    place = Path(os.path.realpath(source))
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-        fsync(target)
+        os.link(place, target)
+    except (OSError, AttributeError):
+        copy(place, target)
+        set_mode(target, stat.S_IMODE(place.stat().st_mode) & 0o777)
 
 
-def _rename_complete(partial: Path, path: Path) -> None:
+def _rename_complete(partial: Path, path: Path, artifact: Artifact) -> None:
     """Rename a complete folder to its final name, replacing a damaged one."""
-    partial.chmod(0o755)
-    fsync(partial)
-    shutil.rmtree(path, ignore_errors=True)
-    try:
-        partial.rename(path)
-    except OSError:
-        # Another build was faster. Its folder has the same content, because the name is a hash of all inputs.
-        if not path.is_dir():
+    sync(partial)
+    remove_tree(path)
+    # Otherwise another build was faster. Its folder has the same content, because the name is a hash of all inputs.
+    if _read_intact(path, artifact) is None:
+        try:
+            move(partial, path, RECORD_NAME)
+        except OSError:
+            if _read_intact(path, artifact) is not None:
+                return
+            remove_tree(path)
             raise
-    fsync(path.parent)
+    sync(path.parent)

@@ -5,6 +5,7 @@ comes from the ONNX graph, and no builder flag changes one. TensorRT builds for 
 builds ahead of time, one engine for any set of compute capabilities, and needs no device for it.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.specs import NetworkSpec
 from moma_rt.errors import BundleError, InputError
 from moma_rt.files import atomic_write
-from moma_rt.messages import one_line
+from moma_rt.messages import one_line, warn
 
 ENGINE_NAME = "engine.trt"
 LAYERS_NAME = "layers.json"
@@ -176,7 +177,9 @@ def _configure(trt: Any, config: Any, request: EngineRequest) -> None:
         if options.refittable:
             config.set_flag(trt.BuilderFlag.REFIT)
         if options.timing_cache is not None:
-            known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
+            known = b""
+            with contextlib.suppress(OSError):
+                known = options.timing_cache.read_bytes()
             if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
                 # The cache is from another GPU model of the same capability.
                 config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
@@ -196,8 +199,11 @@ def _save_timing_cache(config: Any, request: EngineRequest) -> None:
     path = request.options.timing_cache
     timing_cache = config.get_timing_cache() if path is not None else None
     if path is not None and timing_cache is not None:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(memoryview(timing_cache.serialize()))
+        try:
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(memoryview(timing_cache.serialize()))
+        except OSError as error:
+            warn(f"{path} cannot be written ({error.strerror or error}): the next build measures kernels again")
 
 
 def _layers(trt: Any, log: Any, serialized: Any) -> str:
@@ -210,7 +216,7 @@ def _layers(trt: Any, log: Any, serialized: Any) -> str:
 
 
 def _monitor(trt: Any, report: Report) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Reports the progress of the outermost phases.
 
         An exception must not cross the builder's C++ frames: it is stored, and the builder is asked to stop.

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 import moma_rt
 from engines.builder import refuse_packed
 from engines.plugins import NETWORK as WITH_KERNELS
-from engines.store import NETWORKS_FOLDER, PARTIAL_PREFIX, Artifact, Notes, SharedStore, Store, Stored
+from engines.store import NETWORKS_FOLDER, Artifact, Notes, SharedStore, Store, Stored
 from export import tokenizers
 from export.attention_kernels import KernelExporter
 from export.checkpoints.model import LANGUAGE, NETWORK_ROLES, ROLES, TEXT_ENCODER, Checkpoint
@@ -41,7 +42,7 @@ from moma_rt.bundle.manifest import (
 )
 from moma_rt.bundle.specs import Geometry, Precision
 from moma_rt.errors import BundleError, CheckpointError, InputError
-from moma_rt.files import resolve_inside, sha256_file
+from moma_rt.files import PARTIAL_PREFIX, path_inside, replace, sha256_file
 
 _TOKENIZER_ROLES = MappingProxyType({TEXT_TOKENIZER: TEXT_ENCODER, LANGUAGE_TOKENIZER: LANGUAGE})
 
@@ -82,7 +83,7 @@ def build_bundle(
         refuse_packed(read_manifest(out), out)
     # Exporting takes minutes, so first make the tokenizers, which can fail.
     made_tokenizers = _tokenizers(checkpoint)
-    with _disk_errors(out), store.locked():
+    with _disk_errors(out, store), store.locked():
         before = _networks_before(out)
         previous = _previous(out, checkpoint, geometry)
         geometry = previous.geometry
@@ -269,7 +270,7 @@ def _write_tokenizers(made: dict[str, Tokenizer], out: Path) -> dict[str, FileEn
         files[name] = FileEntry(sha256_file(staged), staged.stat().st_size)
         if path.is_file() and sha256_file(path) != files[name].sha256:
             (out / MANIFEST_NAME).unlink(missing_ok=True)
-        staged.replace(path)
+        replace(staged, path)
     return files
 
 
@@ -289,7 +290,7 @@ def _previous(out: Path, checkpoint: Checkpoint, geometry: Geometry) -> Manifest
     nothing = Manifest(checkpoint.base, "", geometry, {}, {}, ())
     try:
         manifest = read_manifest(out)
-        files = {name: file for name, file in manifest.files.items() if _has_size(resolve_inside(out, name), file)}
+        files = {name: file for name, file in manifest.files.items() if _has_size(path_inside(out, name), file)}
     except (BundleError, ValueError):
         return nothing
     language = geometry.language or manifest.geometry.language
@@ -325,12 +326,16 @@ def _without_unused(manifest: Manifest) -> Manifest:
 
 
 def _has_size(path: Path, file: FileEntry) -> bool:
-    return path.is_file() and path.stat().st_size == file.size
+    return os.path.isfile(path) and path.stat().st_size == file.size
 
 
 @contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def _disk_errors(out: Path, store: Store) -> Iterator[None]:
+    """Turn an OSError of the bundle's files into an InputError; that of another file, such as a checkpoint, stays."""
     try:
         yield
     except OSError as error:
+        roots = [store.root, *([] if store.shared is None else [store.shared.root])]
+        if isinstance(error.filename, str) and not any(Path(error.filename).is_relative_to(root) for root in roots):
+            raise
         raise InputError(f"--out {out}: cannot be written: {error.strerror or error}") from None

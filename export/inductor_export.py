@@ -22,7 +22,7 @@ from torch._inductor.async_compile import shutdown_compile_workers
 from torch._inductor.utils import fresh_cache
 
 from engines.entries import with_engine
-from engines.store import ENGINES_FOLDER, PARTIAL_PREFIX, Artifact, Notes, Store, Stored
+from engines.store import ENGINES_FOLDER, Artifact, Notes, Store, Stored
 from engines.targets import EngineTarget
 from export.attention_kernels import kernels_code_hash
 from export.checkpoints.model import Checkpoint
@@ -36,7 +36,7 @@ from moma_rt.bundle.engines import CPU_CAPABILITY, EngineEntry
 from moma_rt.bundle.manifest import Bundle, Manifest, NetworkEntry, write_manifest
 from moma_rt.bundle.specs import Precision
 from moma_rt.errors import BundleError, InputError
-from moma_rt.files import sha256_file
+from moma_rt.files import PARTIAL_PREFIX, sha256_file
 
 # The environment variable that limits which matrix product backends inductor benchmarks.
 _GEMM_BACKENDS = "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS"

@@ -1,11 +1,11 @@
 """Compile the kernels of SD1.5's attention layers to PTX, without a GPU: `python -m kernels.compile --out DIR`."""
 
 import argparse
-import os
+import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,9 @@ from kernels.launch import CAPABILITIES, DEFAULT_CAPABILITIES
 
 if TYPE_CHECKING:
     from kernels.ptx import CompiledKernel
+
+_PARTIAL_PREFIX = ".partial-"
+_STRAY = ("thumbs.db", "desktop.ini", "lost+found", "@eadir", "$recycle.bin", "system volume information")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,39 +51,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported late, because kernels.ptx needs Triton.
     from kernels.ptx import DTYPES, SD15_LAYERS, CompileError, write_kernels
 
-    # A folder cannot be renamed to a symlink.
-    out = Path(os.path.realpath(options.out))
+    out, capabilities = options.out, [int(text) for text in asked]
+    report = _show_progress if sys.stderr.isatty() else _ignore
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            p.error(f"--out {options.out}: is not an empty folder; give a new or an empty one")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out.parent))
-    except OSError as error:
-        p.error(f"--out {options.out}: cannot be written: {error.strerror}")
-    try:
-        report = _show_progress if sys.stderr.isatty() else _ignore
-        compiled = write_kernels(partial, SD15_LAYERS, DTYPES, [int(text) for text in asked], report)
-        partial.chmod(0o755)
-        for path in (*partial.iterdir(), partial):
-            _fsync(path)
-        try:
-            partial.rename(out)
-        except OSError as error:
-            p.error(f"--out {options.out}: cannot be written: {error.strerror}")
+        if out.exists() and (not out.is_dir() or any(not _is_stray(path.name) for path in out.iterdir())):
+            p.error(f"--out {out}: is not an empty folder; give a new or an empty one")
+        with _new_folder(out) as partial:
+            compiled = write_kernels(partial, SD15_LAYERS, DTYPES, capabilities, report)
     except CompileError as error:
         p.error(str(error))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        p.error(f"--out {out}: cannot be written: {error.strerror or error}")
     _print_table(compiled)
     return 0
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _is_stray(name: str) -> bool:
+    """Whether an operating system or a killed run of this program may have left a file of this name in the folder."""
+    return name.startswith(".") or name.casefold() in _STRAY
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder in `out`, and move its files to `out`, the list of kernels last.
+
+    After an error, `out` is as it was before.
+    """
+    from kernels.ptx import INDEX_NAME
+
+    is_new = not out.is_dir()
+    out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob(f"{_PARTIAL_PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    moved: list[Path] = []
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        # Inside, since `out` may be the root of a file system.
+        with tempfile.TemporaryDirectory(prefix=_PARTIAL_PREFIX, dir=out, ignore_cleanup_errors=True) as partial:
+            yield Path(partial)
+            for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == INDEX_NAME):
+                moved.append(out / path.name)
+                # Copied where the file system cannot rename, without permissions, which it may not have.
+                shutil.move(path, moved[-1], copy_function=shutil.copyfile)
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if is_new:
+                out.rmdir()
+        raise
 
 
 def _show_progress(text: str) -> None:

@@ -219,7 +219,7 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
         source.write_text(ptx, encoding="ascii")
         architecture = f"--gpu-name={sm_arch_from_capability(capability)}"
         command = [get_ptxas(capability).path, "-v", architecture, str(source), "-o", os.devnull]
-        finished = subprocess.run(command, check=False, capture_output=True, text=True)
+        finished = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", errors="replace")
     output = finished.stderr
     if finished.returncode != 0:
         raise CompileError(f"ptxas rejects the kernel for sm{capability}: {(output.splitlines() or ['no reason'])[0]}")

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import io
 import stat
 import sys
 import time
@@ -64,10 +63,6 @@ def entry(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for wrong input, 130 after Ctrl-C, 141 when stdout was closed.
     """
-    for stream in (sys.stdout, sys.stderr):
-        # The terminal's encoding may lack characters of a file name.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     return run_command(PROGRAM, lambda: _run(argv))
 
 

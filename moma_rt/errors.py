@@ -6,6 +6,7 @@ code 2; a service catches `MomaError`. Any other exception is a bug, except an `
 
 import contextlib
 import functools
+import io
 import os
 import sys
 import warnings
@@ -85,6 +86,10 @@ def run_command(program: str, main: Callable[[], int], stderr: TextIO | None = N
         The exit code of `main`, or `EXIT_USER_ERROR`, `EXIT_INTERRUPTED` or `EXIT_BROKEN_PIPE`.
     """
     stream = stderr if stderr is not None else sys.stderr
+    for output in (sys.stdout, stream):
+        # The terminal's encoding may lack characters of a file name.
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
 
     def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, MomaWarning):

@@ -51,12 +51,12 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], bundle: Path)
     from moma_rt.bundle.manifest import MANIFEST_NAME
 
     # Not Path.resolve: before Python 3.13 it raises RuntimeError for links in a circle.
-    inside = Path(os.path.realpath(bundle)) if os.path.isfile(bundle / MANIFEST_NAME) else None
-    taken = {os.path.realpath(path) for path in inputs}
-    folders = {str(folder) for path in outputs for folder in Path(os.path.realpath(path)).parents}
+    inside = Path(_place(bundle)) if os.path.isfile(bundle / MANIFEST_NAME) else None
+    taken = {_place(path) for path in inputs}
+    folders = {str(folder) for path in outputs for folder in Path(_place(path)).parents}
     for path in outputs:
         _check_writable(path)
-        place = os.path.realpath(path)
+        place = _place(path)
         if place in taken:
             raise InputError(f"{path} is given twice: each file must have its own name")
         if place in folders:
@@ -64,6 +64,11 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], bundle: Path)
         if inside is not None and Path(place).is_relative_to(inside):
             raise InputError(f"{path} is inside the bundle {bundle}: write it elsewhere")
         taken.add(place)
+
+
+def _place(path: Path) -> str:
+    """The same text for all names of a file: without links, and in one case where names have none (Windows)."""
+    return os.path.normcase(os.path.realpath(path))
 
 
 def _check_writable(path: Path) -> None:
@@ -77,7 +82,8 @@ def _check_writable(path: Path) -> None:
             raise InputError(f"{path} is a folder: give a file to write")
         if not stat.S_ISREG(mode):
             raise InputError(f"{path} is a device or pipe: give a file to write")
-        folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+        # A link stays, and the file that it leads to is written.
+        folder = next((p for p in Path(os.path.realpath(path)).parents if p.exists()), Path("/"))
         if not folder.is_dir():
             raise InputError(f"cannot write {path}: {folder} is not a folder")
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -90,4 +96,4 @@ def writing(path: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {path or error.filename}: {error.strerror or error}") from None
+        raise InputError(f"cannot write {path or error.filename or 'a file'}: {error.strerror or error}") from None

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import re
+import stat
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,10 +24,14 @@ from moma_rt.bundle.specs import Geometry
 from moma_rt.errors import InputError, SubjectError
 from moma_rt.files import atomic_write
 from moma_rt.inputs.tokenizers import check_subject_name
-from moma_rt.messages import first_line, short_repr
+from moma_rt.messages import first_line, short_repr, warn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Files of this format say nothing about their content.
+_WITHOUT_HASH = 1
+_HASH_KEY = "sha256"
 _METADATA_KEY = "moma_subject"
+_SYSTEM_ERROR = re.compile(r"([^:]+) \(os error (\d+)\)")
 # Reference K/V fit only the UNet that computed them, the prefix only its language model. The VAE, the vision encoder
 # and the way the networks were exported may differ.
 _BASE_ROLES = ("unet", "adapters")
@@ -104,6 +111,9 @@ class Subject:
     @cached_property
     def identity(self) -> str:
         """SHA-256 of the content: equal subjects give equal pictures. Computed once; takes a second at SD1.5's size."""
+        return self._sha256()
+
+    def _sha256(self) -> str:
         digest = hashlib.sha256(json.dumps(self._metadata()).encode())
         for name, tensor in sorted(self._tensors().items()):
             digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
@@ -140,33 +150,47 @@ class Subject:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write the subject to one file, atomically."""
+        """Write the subject to one file, atomically, with a hash of its content.
+
+        Raises:
+            OSError: the file cannot be written, such as on a full disk; a former file is left as it was.
+        """
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in self._tensors().items()}
+        # Not `identity`: the arrays may have been changed since that was computed.
+        metadata = {**self._metadata(), _HASH_KEY: self._sha256()}
         with atomic_write(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(self._metadata())})
+            try:
+                save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(metadata)})
+            except SafetensorError as error:
+                raise _system_error(error, path) from None
 
     @classmethod
     def load(cls, path: str | Path) -> "Subject":
         """Read a file that ``save`` wrote.
 
         Raises:
-            SubjectError: the file is missing, truncated, no subject file or of a newer format, or holds what no
-                enrollment makes: another dtype or rank, NaN or infinity, an empty photo, a name that fits no prompt.
+            SubjectError: the file is missing, unreadable, truncated, altered, no subject file or of a newer format, or
+                holds what no enrollment makes: another dtype or rank, NaN or infinity, an empty photo, a name that fits
+                no prompt.
             InputError: ``path`` is not a path.
+
+        A file of format 1, which has no hash, is read with a `MomaWarning`.
         """
         if not isinstance(path, str | os.PathLike):
             raise InputError(f"path must be the path of a subject file, not {short_repr(path)}")
         path = Path(path)
+        _check_readable(path)
         try:
-            if not path.is_file():
-                raise SubjectError(f"{path}: no such subject file (moma-rt enroll makes one)")
             with safe_open(path, framework="numpy") as stream:
                 metadata = (stream.metadata() or {}).get(_METADATA_KEY)
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()} if metadata else {}
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise SubjectError(f"{path} is not a subject file, or a truncated one: {first_line(error)}") from None
+            reason = first_line(error)
+            raise SubjectError(f"{path} is not a subject file, or was truncated or altered: {reason}") from None
         if metadata is None:
-            raise SubjectError(f"{path} is not a subject file: a safetensors file without {_METADATA_KEY!r} metadata")
+            raise SubjectError(
+                f"{path} is not a subject file, or was altered: a safetensors file without {_METADATA_KEY!r} metadata"
+            )
         try:
             data = json.loads(metadata)
             version = data["format_version"]
@@ -174,14 +198,25 @@ class Subject:
                 raise ValueError(f"format_version is {short_repr(version)}")
             if version > FORMAT_VERSION:
                 raise SubjectError(
-                    f"{path} has subject format {version}; this moma-rt reads formats up to {FORMAT_VERSION}: "
-                    "upgrade it"
+                    f"{path} has subject format {version}, or was altered; this moma-rt reads formats up to "
+                    f"{FORMAT_VERSION}: upgrade it"
                 )
-            return cls._from_parts(data, tensors)
+            subject = cls._from_parts(data, tensors)
+            expected = "" if version == _WITHOUT_HASH else data[_HASH_KEY]
         # Deep nesting raises RecursionError, an infinite number OverflowError.
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, InputError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
-            raise SubjectError(f"{path} is a malformed subject file: {reason}") from None
+            raise SubjectError(f"{path} is a malformed subject file, or was altered: {reason}") from None
+        if version == _WITHOUT_HASH:
+            warn(
+                f"{path} has subject format {version}, without a hash, so damage goes unnoticed: enroll its photo again"
+            )
+        elif expected != subject.identity:
+            raise SubjectError(
+                f"{path} was altered: its content has another SHA-256 than it names; copy the file again, or enroll "
+                "its photo again"
+            )
+        return subject
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -229,6 +264,31 @@ class Subject:
             prefix,
             origin,
         )
+
+
+def _check_readable(path: Path) -> None:
+    """Refuse a path that is no readable file, with the system's reason, which the reader of safetensors hides."""
+    try:
+        # Opening a pipe would wait for its other end.
+        if stat.S_ISREG(path.stat().st_mode):
+            path.open("rb").close()
+            return
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise SubjectError(f"{path} cannot be read: {reason or first_line(error)}") from None
+    raise SubjectError(f"{path}: no such subject file (moma-rt enroll makes one)")
+
+
+def _system_error(error: SafetensorError, path: str | Path) -> Exception:
+    """The error of a write that failed, which the writer of safetensors reports as text."""
+    found = _SYSTEM_ERROR.search(str(error))
+    if found is None:
+        return SubjectError(f"{path} cannot be written: {first_line(error)}")
+    text, number = found[1].strip(), int(found[2])
+    # On Windows it is one of the system's own codes, of which OSError makes the errno.
+    return OSError(number, text, str(path), number if sys.platform == "win32" else None)
 
 
 def _check_tensor(name: str, tensor: Array) -> None:

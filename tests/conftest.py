@@ -29,6 +29,7 @@ SLOW_FILES = (
     "benchmarks/latency/test_original.py",
     "moma_rt/test_tiny_bundle.py",
     "kernels/test_dispatch.py",
+    "test_windows.py",
     "export/test_inductor_export.py",
     "export/test_streaming.py",
     "benchmarks/latency/test_command.py",

@@ -37,7 +37,8 @@ ROOMS: Mapping[str, tuple[set[str], ...]] = {
         {"subject"},
         {"backends"},
         {"bundle", "inputs", "schedulers"},
-        {"messages", "files", "timing", "finite"},
+        {"files"},
+        {"messages", "timing", "finite"},
         {"errors"},
     ),
     "benchmarks": (

@@ -22,14 +22,13 @@ from pathlib import Path, PurePosixPath
 
 from benchmarks.gpu.carried import BUNDLE_ARCHIVE, BUNDLE_FOLDER, RTX_PART
 from benchmarks.gpu.plan import FIRST, ROOT, SECOND
-from engines.store import PARTIAL_PREFIX
 from moma_rt.bundle.manifest import MANIFEST_NAME, RECORD_NAME, Bundle, read_manifest
 from moma_rt.errors import BundleError, InputError, MomaError, print_output, run_command
-from moma_rt.files import atomic_write
+from moma_rt.files import PARTIAL_PREFIX, atomic_write
 
 PROGRAM = "benchmarks.gpu.pack"
 MOST_MIB = 64.0
-# diffusers, and the packages that its import needs and the machine may lack; all are pure Python.
+# diffusers, what its import needs and the machine may lack, and the lock that builds take; all are pure Python.
 _WHEELS = (
     "diffusers==0.42.1",
     "requests==2.34.2",
@@ -37,6 +36,7 @@ _WHEELS = (
     "idna==3.20",
     "certifi==2026.10.19.post1",
     "charset-normalizer==3.5.3",
+    "filelock==4.2.12",
 )
 _RTX = ("tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116")
 # pip options for the machine's interpreter.

@@ -23,12 +23,13 @@ from benchmarks.environment import write_results
 from benchmarks.gpu.carried import BUNDLE_ARCHIVE, BUNDLE_FOLDER, PACKAGES, RTX_PART, SUBJECT_FILE
 from benchmarks.gpu.runner import end_with_parent
 from benchmarks.latency.requests import SUBJECT
-from engines.store import ENGINES_FOLDER, KERNELS_FOLDER, LOCK_NAME, NETWORKS_FOLDER, PARTIAL_PREFIX
+from engines.store import ENGINES_FOLDER, KERNELS_FOLDER, LOCK_NAME, NETWORKS_FOLDER
 from moma_rt.backends.libraries import library_version
 from moma_rt.bundle.engines import Flavour
 from moma_rt.bundle.manifest import MANIFEST_NAME, WEIGHTS_FOLDER, Bundle, Manifest, read_manifest
 from moma_rt.bundle.specs import Geometry
 from moma_rt.errors import InputError, MomaError, print_output, run_command
+from moma_rt.files import PARTIAL_PREFIX
 from moma_rt.messages import one_line
 from moma_rt.subject import Origin, Subject
 

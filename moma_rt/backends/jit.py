@@ -76,7 +76,9 @@ def _cache_file(engine_file: Path) -> Path | None:
     The name of the engine's folder identifies everything that the engine depends on.
     """
     try:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        # That variable counts only if it is absolute: a relative one would follow the process's working folder.
+        home = home if home.is_absolute() else Path.home() / ".cache"
     except RuntimeError:
         return None
-    return Path(home) / "moma-rt" / "tensorrt_rtx" / f"{engine_file.parent.name}.cache"
+    return home / "moma-rt" / "tensorrt_rtx" / f"{engine_file.parent.name}.cache"

@@ -17,6 +17,7 @@ from moma_rt.messages import first_line, one_line
 
 LOG_FATAL = 4
 _WEIGHTS_ROOT = "session.model_external_initializers_file_folder_path"
+_GIVE_MAPPED = "add_external_initializers_from_files_in_memory"
 _ORT_ERROR = "onnxruntime"
 # Texts of the out of memory errors of its allocators and of the libraries that it calls.
 _NO_MEMORY = re.compile(
@@ -157,12 +158,14 @@ def open_session(
     """
     try:
         graph: str | bytes = str(path)
+        mapped: list[Array] = []
         if weights:
             # Only a graph that is given as bytes can have its weights in another folder.
             graph = path.read_bytes()
-            options.add_session_config_entry(_WEIGHTS_ROOT, str(weights[0].parent.parent.resolve()))
+            mapped += _give_weights(options, weights)
         # Without a fallback to other providers.
         session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+        mapped.clear()
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {os_error_line(error)}") from None
     except Exception as error:
@@ -173,6 +176,25 @@ def open_session(
     check_tensors(path, "inputs", [t.name for t in spec.inputs], [t.name for t in session.get_inputs()])
     check_tensors(path, "outputs", [t.name for t in spec.outputs], [t.name for t in session.get_outputs()])
     return session
+
+
+def _give_weights(options: ort.SessionOptions, weights: Sequence[Path]) -> list[Array]:
+    """Let a session find weights files by their paths relative to the parent of their folders.
+
+    Versions since 1.24 refuse links that lead out of that folder, as in a cache of Hugging Face's hub. Those files are
+    given as mapped memory, of which the session copies what it needs, so such sessions share no weights.
+
+    Returns:
+        The mapped files, to keep until the session exists.
+    """
+    root = weights[0].parent.parent.resolve()
+    if all(file.resolve().is_relative_to(root) for file in weights) or not hasattr(options, _GIVE_MAPPED):
+        options.add_session_config_entry(_WEIGHTS_ROOT, str(root))
+        return []
+    mapped: list[Array] = [np.memmap(file, np.uint8, "r") for file in weights]
+    names = [file.relative_to(file.parent.parent).as_posix() for file in weights]
+    getattr(options, _GIVE_MAPPED)(names, mapped, [len(content) for content in mapped])
+    return mapped
 
 
 @contextlib.contextmanager

@@ -12,15 +12,18 @@ The manifest is written last and atomically: a folder without one is an unfinish
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moma_rt.bundle.contents import hash_of, names_in, path_of, state_of
 from moma_rt.bundle.engines import EngineEntry, KernelsEntry
 from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision
 from moma_rt.errors import BundleError
-from moma_rt.files import atomic_write, resolve_inside, sha256_file
+from moma_rt.files import atomic_write
 from moma_rt.messages import short_repr
 
 FORMAT_VERSION = 5
@@ -179,7 +182,11 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its manifest. Files are hashed when they are first used."""
+    """An opened bundle: its folder and its manifest. Files are hashed when they are first used.
+
+    `root` is absolute and without links, so that neither a change of the working folder nor of a link moves the bundle.
+    A file in it may be a link that leads out of it, as in a cache of Hugging Face's hub: its content is verified.
+    """
 
     root: Path
     manifest: Manifest
@@ -189,9 +196,11 @@ class Bundle:
         """Read the manifest of `root` and check that every file it names is there with its size.
 
         Raises:
-            BundleError: no manifest, another format version, a malformed manifest, or a missing or truncated file.
+            BundleError: no manifest, another format version, a malformed manifest, or a missing, unreadable or
+                truncated file.
         """
-        bundle = cls(Path(root), read_manifest(Path(root)))
+        place = Path(os.path.realpath(root))
+        bundle = cls(place, read_manifest(place))
         bundle._check_sizes()
         return bundle
 
@@ -203,38 +212,32 @@ class Bundle:
         # A graph reads files of these folders by name, so a file without a hash would be used unchecked.
         listed = {self.path(name) for name in used}
         for folder in sorted({f for network in self.manifest.networks.values() for f in network.folders}):
-            place = self.path(folder)
-            for path in sorted(place.iterdir() if place.is_dir() else ()):
-                if path not in listed and path.name != RECORD_NAME:
-                    raise BundleError(f"{self.root}: {path.relative_to(self.root)} is in no network of the manifest")
+            for name in names_in(self.root, folder):
+                if self.path(name) not in listed and name != f"{folder}/{RECORD_NAME}":
+                    raise BundleError(f"{self.root}: {name} is in no network of the manifest; delete it")
         for name, entry in self.manifest.files.items():
-            path = self.path(name)
-            if not path.is_file():
-                raise BundleError(f"{self.root}: {name} is missing; build the bundle again")
-            if path.stat().st_size != entry.size:
+            size = state_of(self.root, name).st_size
+            if size != entry.size:
                 raise BundleError(
-                    f"{self.root}: {name} has {path.stat().st_size} bytes, the manifest says {entry.size}; "
-                    "build the bundle again"
+                    f"{self.root}: {name} has {size} bytes, the manifest says {entry.size}; build the bundle again"
                 )
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest names; raises BundleError for a path outside the bundle."""
-        try:
-            return resolve_inside(self.root, name)
-        except ValueError as error:
-            raise BundleError(f"{self.root}: unsafe manifest: {error}") from None
+        return path_of(self.root, name)
 
     def verify(self, names: Iterable[str]) -> None:
         """Check the hashes of the named files.
 
         Raises:
-            BundleError: the manifest does not list a file, or has another hash of it.
+            BundleError: the manifest does not list a file or has another hash of it, or the file is missing or cannot
+                be read.
         """
         for name in names:
             entry = self.manifest.files.get(name)
             if entry is None:
                 raise BundleError(f"{self.root}: the manifest does not list {name}; build the bundle again")
-            found = sha256_file(self.path(name))
+            found = hash_of(self.root, name)
             if found != entry.sha256:
                 raise BundleError(
                     f"{self.root}: {name} was altered: its SHA-256 is {found[:12]}…, "
@@ -297,16 +300,25 @@ def read_manifest(root: Path) -> Manifest:
     """Read the manifest of the bundle at `root`; the files that it names may be missing.
 
     Raises:
-        BundleError: no manifest, another format version, or a malformed manifest.
+        BundleError: no manifest, another format version, or an unreadable or malformed manifest.
     """
     path = root / MANIFEST_NAME
-    if not path.is_file():
-        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME} (python -m export.build makes one)")
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BundleError(f"{root} is not a bundle: its {MANIFEST_NAME} is not a file")
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(
+            f"{root} is not a bundle: it has no {MANIFEST_NAME} (python -m export.build makes one)"
+        ) from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}") from None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version = int(data["format_version"])
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}") from None
     # Deep nesting raises RecursionError, an infinite number OverflowError.
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read as a manifest: {error}") from None
     if version < 1:
         raise BundleError(f"{path} cannot be read as a manifest: format_version is {version}, there is none below 1")
@@ -320,6 +332,6 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write `root/manifest.json` atomically: the last step of a build."""
-    with atomic_write(root / MANIFEST_NAME) as path:
+    """Write `root/manifest.json` atomically: the last step of a build. A link there is replaced, not followed."""
+    with atomic_write(root / MANIFEST_NAME, through_links=False) as path:
         path.write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")

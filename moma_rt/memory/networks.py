@@ -1,19 +1,20 @@
 """Networks of a bundle: loaded on first use, evicted to stay within a memory budget; and single runs of them."""
 
 import contextlib
+import os
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from moma_rt.backends.base import Array, Backend, Buffer, Network
+from moma_rt.bundle.contents import state_of
 from moma_rt.bundle.engines import EngineEntry
 from moma_rt.bundle.footprint import Footprint, combined_bytes, footprint, format_bytes
 from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision
-from moma_rt.errors import BundleError, MomaError, OutOfMemory, memory_errors, os_error_line
+from moma_rt.errors import BundleError, MomaError, OutOfMemory, memory_errors
 from moma_rt.finite import all_finite
 from moma_rt.timing import LOADING, StageTimer
 
@@ -83,11 +84,14 @@ class Networks:
         paths = tuple(map(self.bundle.path, weights))
         with stages.timed(LOADING):
             self._verify(code, weights)
-            return self.retry_after_eviction(lambda: self.backend.load(entry.spec, self.bundle.path(code), paths))
+            try:
+                return self.retry_after_eviction(lambda: self.backend.load(entry.spec, self.bundle.path(code), paths))
+            except OSError as error:
+                raise BundleError(f"{self.bundle.path(code)} cannot be read: {error.strerror or error}") from None
 
     def _verify(self, code: str, weights: Collection[str]) -> None:
         """Verify the hashes of the files to load; weights files, which networks may share, again only if changed."""
-        states = {file: _file_state(self.bundle.path(file)) for file in weights}
+        states = {file: _state(state_of(self.bundle.root, file)) for file in weights}
         changed = [file for file, state in states.items() if self._verified.get(file) != state]
         self.bundle.verify([code, *changed])
         self._verified |= states
@@ -178,12 +182,8 @@ class Networks:
         )
 
 
-def _file_state(path: Path) -> tuple[int, int, int]:
-    """Inode, size and modification time, of which one changes when the file does."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {os_error_line(error)}; build the bundle again") from None
+def _state(stat: os.stat_result) -> tuple[int, int, int]:
+    """A file's inode, size and modification time, of which one changes when the file does."""
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 

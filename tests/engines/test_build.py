@@ -407,7 +407,7 @@ sys.exit(main({arguments!r}))
 
 
 def run_bare(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
-    allowed = {"engines", "moma_rt", "kernels", "numpy", "tensorrt", "tensorrt_rtx"} | {
+    allowed = {"engines", "moma_rt", "kernels", "numpy", "filelock", "tensorrt", "tensorrt_rtx"} | {
         f"tensorrt_rtx_{part}" for part in ("bindings", "libs", "cu13", "cu13_bindings", "cu13_libs")
     }
     code = BARE.format(allowed=allowed, repository=str(repository), arguments=list(arguments))
@@ -415,7 +415,7 @@ def run_bare(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
 
 
-def test_the_device_needs_tensorrt_and_numpy_only(repository, tmp_path):
+def test_the_device_needs_tensorrt_numpy_and_filelock_only(repository, tmp_path):
     """The whole command line runs, until the library fails to parse the graph."""
     done = run_bare(repository, str(make_bundle(tmp_path)), "--target", "sm86")
     assert done.returncode == 2, done.stderr

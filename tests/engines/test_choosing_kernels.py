@@ -238,13 +238,14 @@ def test_files_that_are_missing_show_when_the_bundle_is_opened(tmp_path):
         Bundle.open(tmp_path)
 
 
-def test_a_link_out_of_the_bundle_is_not_followed(tmp_path):
+def test_what_a_link_leads_to_is_verified(tmp_path):
     root = tmp_path / "bundle"
     root.mkdir()
     bundle = make_bundle(root, 80)
     path = min(root.glob("kernels/*/*.ptx"))
-    path.rename(tmp_path / "outside.ptx")
-    path.symlink_to(tmp_path / "outside.ptx")
-    (entry,) = bundle.manifest.kernels
-    with pytest.raises(BundleError, match="through a link"):
-        read_kernels(bundle, entry, "bfloat16" if "bfloat16" in path.name else "float16")
+    path.symlink_to(path.rename(tmp_path / "outside.ptx"))
+    (entry,), dtype = bundle.manifest.kernels, "bfloat16" if "bfloat16" in path.name else "float16"
+    assert read_kernels(bundle, entry, dtype).kernels
+    (tmp_path / "outside.ptx").write_text("// other code")
+    with pytest.raises(BundleError, match=r"\.ptx was altered"):
+        read_kernels(bundle, entry, dtype)

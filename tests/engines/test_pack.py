@@ -23,7 +23,7 @@ from moma_rt.bundle.manifest import (
 )
 from moma_rt.bundle.specs import Geometry, NetworkSpec, Precision, SelfAttentionLayer
 from moma_rt.errors import BundleError, InputError
-from moma_rt.files import sha256_file
+from moma_rt.files import move, sha256_file
 from moma_rt.inspection import describe_bundle
 
 GEOMETRY = Geometry(64, 4, 8, 77, 6, 4, 16, (SelfAttentionLayer("mid_block", 8, 4, 2),), None)
@@ -216,4 +216,49 @@ def test_a_folder_with_something_in_it(bundle, tmp_path, capsys):
     assert main([str(bundle.root), "--target", "cpu", "--out", str(tmp_path / "packed")]) == 2
     assert "holds other files" in capsys.readouterr().err
     (tmp_path / "packed" / "mine").unlink()
+    for stray in (".DS_Store", "desktop.ini"):
+        (tmp_path / "packed" / stray).touch()
+    for folder in ("lost+found", ".partial-killed"):
+        (tmp_path / "packed" / folder).mkdir()
     assert main([str(bundle.root), "--target", "cpu", "--out", str(tmp_path / "packed")]) == 0, "an empty one is valid"
+    assert not list((tmp_path / "packed").glob(".partial-*"))
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_disk_that_is_full(bundle, tmp_path, capsys, monkeypatch, exists):
+    def fail(root, manifest):
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "packed"
+    if exists:
+        out.mkdir()
+    monkeypatch.setattr("engines.pack.write_manifest", fail)
+    assert main([str(bundle.root), "--target", "cpu", "--out", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"engines.pack: error: --out {out}: cannot be written: No space left on device\n"
+    )
+    assert out.exists() == exists
+    assert not exists or list(out.iterdir()) == []
+
+
+def test_a_disk_that_is_full_when_files_are_moved(bundle, tmp_path, monkeypatch):
+    def fail(source, target, last):
+        if target.name == "weights":
+            raise OSError(28, "No space left on device")
+        move(source, target, last)
+
+    monkeypatch.setattr("engines.pack.move", fail)
+    with pytest.raises(InputError, match="No space left on device"):
+        pack(bundle, "cpu", tmp_path / "packed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+
+
+def test_links_are_followed(bundle, tmp_path):
+    """As in a cache of Hugging Face's hub."""
+    (tmp_path / "blobs").mkdir()
+    for name, entry in bundle.manifest.files.items():
+        (bundle.root / name).rename(tmp_path / "blobs" / entry.sha256)
+        (bundle.root / name).symlink_to(tmp_path / "blobs" / entry.sha256)
+    packed = pack(Bundle.open(bundle.root), "cpu", tmp_path / "packed")
+    assert contents(packed.root) == GRAPHS | WEIGHTS
+    assert not [path for path in packed.root.rglob("*") if path.is_symlink()]

@@ -1,11 +1,14 @@
+import errno
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from engines.store import Artifact, SharedStore, Store
-from moma_rt.errors import InputError
+from engines.store import Artifact, SharedStore, Store, link_or_copy
+from moma_rt import files
+from moma_rt.errors import InputError, MomaWarning
 from moma_rt.files import sha256_file
 
 NETWORK = Artifact("networks", "some_network", "0123456789abcdef" + "f" * 48)
@@ -205,3 +208,172 @@ def test_two_builds_may_add_the_same_folder(tmp_path, shared):
     with first.locked(), second.locked():
         assert first.add(NETWORK, write) == second.add(NETWORK, write)
     assert entries(shared) == ["some_network-0123456789abcdef"]
+
+
+STRAYS = (".DS_Store", "._model.onnx", ".nfs000000000123", "Thumbs.db", "lost+found/")
+
+
+def leave_strays(folder: Path) -> None:
+    """Leave what operating systems leave in any folder; a name with a slash is a folder's."""
+    for name in STRAYS:
+        (folder / name).mkdir() if name.endswith("/") else (folder / name).touch()
+
+
+def refuse(code: int):
+    """A system call that fails with an error code."""
+
+    def call(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+def test_a_new_folder_with_files_that_systems_leave(store):
+    store.root.mkdir()
+    leave_strays(store.root)
+    with store.locked():
+        assert store.add(NETWORK, write)
+
+
+def test_files_that_systems_leave_are_not_part_of_a_folder(tmp_path, shared):
+    first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
+
+    def write_among_strays(folder: Path) -> dict:
+        leave_strays(folder)
+        return write(folder)
+
+    with first.locked(), second.locked():
+        added = first.add(NETWORK, write_among_strays)
+        assert {Path(name).name for name in added.files} == {"model.onnx", "lowered.onnx"}
+        leave_strays(shared.root / "networks")
+        (shared.root / PLACE / "@eaDir").mkdir()
+        (shared.root / PLACE / ".DS_Store").touch()
+        assert second.find(NETWORK) == added
+        assert sorted(os.listdir(second.root / PLACE)) == ["lowered.onnx", "model.onnx", "record.json"]
+        assert shared.prune() == 0
+        for bundle in (first, second):
+            bundle.remove_unused(Unused)
+        assert shared.prune() > 0
+        assert NETWORK.folder not in entries(shared)
+
+
+def test_altered_notes_are_noticed(store):
+    with store.locked():
+        store.add(NETWORK, write)
+        record = store.root / PLACE / "record.json"
+        for before, after in (('"activation_bytes": 7', '"activation_bytes": 6'), ('"sha256"', '"sha257"')):
+            content = record.read_text()
+            record.write_text(
+                content[: content.rindex(before)] + after + content[content.rindex(before) + len(before) :]
+            )
+            assert store.find(NETWORK) is None
+            record.write_text(content)
+        assert store.find(NETWORK) is not None
+
+
+def test_a_record_without_a_hash_is_of_an_earlier_version(store):
+    with store.locked():
+        added = store.add(NETWORK, write)
+        record = store.root / PLACE / "record.json"
+        content = json.loads(record.read_text())
+        del content["sha256"]
+        record.write_text(json.dumps(content))
+        assert store.find(NETWORK) == added
+
+
+def test_relative_folders_stay_where_they_were(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = Store(Path("bundle"), SharedStore(Path("shared")))
+    with store.locked():
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir("elsewhere")
+        store.add(NETWORK, write)
+    assert os.listdir(tmp_path / "elsewhere") == []
+    assert (tmp_path / "shared" / PLACE / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_store_that_fails_costs_no_work(tmp_path, shared, monkeypatch, code):
+    bundle = Store(tmp_path / "a", shared)
+    with bundle.locked():
+        monkeypatch.setattr("engines.store.link_or_copy", refuse(code))
+        with pytest.warns(
+            MomaWarning, match=f"cannot be written .{os.strerror(code)}.: other bundles must build again"
+        ):
+            added = bundle.add(NETWORK, write)
+        assert bundle.find(NETWORK) == added
+        assert entries(shared) == []
+
+
+def test_a_store_that_cannot_be_read_is_left_out(tmp_path, shared, monkeypatch):
+    first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
+    with first.locked(), second.locked():
+        first.add(NETWORK, write)
+        monkeypatch.setattr("engines.store.link_or_copy", refuse(errno.EIO))
+        assert second.find(NETWORK) is None
+        assert entries(second) == []
+
+
+@pytest.mark.parametrize("lacking", ["os.chmod", "os.link", "os.fsync", "os.rename"])
+def test_a_file_system_without_a_call(tmp_path, shared, monkeypatch, lacking):
+    """Permissions, hard links, flushing, or renaming of folders: what is left out costs no work."""
+    files._warn_once.cache_clear()
+    first, second = Store(tmp_path / "a", shared), Store(tmp_path / "b", shared)
+    monkeypatch.setattr(lacking, refuse(errno.ENOSYS))
+    with first.locked(), second.locked():
+        warned = lacking in ("os.chmod", "os.fsync")
+        if warned:
+            with pytest.warns(MomaWarning, match="the file system cannot") as caught:
+                added = first.add(NETWORK, write)
+            assert len(caught) <= 2
+        else:
+            added = first.add(NETWORK, write)
+        assert second.find(NETWORK) == first.find(NETWORK) == added
+    for root in (first.root, second.root, shared.root):
+        assert sorted(os.listdir(root / PLACE)) == ["lowered.onnx", "model.onnx", "record.json"]
+    assert entries(first) == entries(shared) == [Path(PLACE).name]
+
+
+def test_without_links_copies_keep_the_mode(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "link")
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "a").chmod(0o444)
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert stat.S_IMODE((tmp_path / "b").stat().st_mode) == 0o444
+    assert (tmp_path / "b").stat().st_nlink == 1
+
+
+def test_a_symbolic_link_is_not_linked_itself(tmp_path):
+    (tmp_path / "blob").write_bytes(b"a")
+    (tmp_path / "link").symlink_to("blob")
+    link_or_copy(tmp_path / "link", tmp_path / "file")
+    assert not (tmp_path / "file").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"a"
+
+
+def test_a_full_disk_leaves_nothing_half_written(store, monkeypatch):
+    with store.locked():
+        monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
+        with pytest.raises(OSError, match="No space left"):
+            store.add(NETWORK, write)
+        assert entries(store) == []
+
+
+def test_an_error_without_a_name_gets_that_of_the_bundle(store):
+    def fail() -> None:
+        with store.locked():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        fail()
+    assert caught.value.filename == str(store.root)
+
+
+def test_permissions_follow_those_of_the_process(store):
+    before = os.umask(0o077)
+    try:
+        with store.locked():
+            store.add(NETWORK, write)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((store.root / PLACE).stat().st_mode) == 0o700

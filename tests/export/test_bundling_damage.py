@@ -219,6 +219,16 @@ def test_a_disk_that_is_full_while_writing_weights(tmp_path, monkeypatch, export
     assert contents(tmp_path) == before
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_blamed_on_the_bundle(tmp_path, monkeypatch, exports):
+    def fail(group, folder):
+        raise OSError(5, "Input/output error", "/checkpoints/unet.safetensors")
+
+    monkeypatch.setattr(WeightGroup, "write", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        build(tmp_path / "bundle")
+    assert caught.value.filename == "/checkpoints/unet.safetensors"
+
+
 def test_an_unusable_tokenizer_shows_before_any_work(tmp_path, monkeypatch, exports):
     def refuse():
         raise CheckpointError("no tokenizer")

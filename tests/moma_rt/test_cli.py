@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,38 @@ def test_a_folder_without_permission(enrolled, fake_bundle, capsys, monkeypatch)
     assert f"{enrolled} cannot be read: Permission denied" in one_line(capsys)
     assert run("generate", fake_bundle, enrolled / "car.subject", "A car.", "--out", enrolled / "a.png") == 2
     assert "a.png: Permission denied" in one_line(capsys)
+
+
+def test_a_link_as_output_stays_one(enrolled, fake_bundle):
+    (enrolled / "new").mkdir()
+    (enrolled / "new" / "real.png").touch(0o600)
+    os.symlink("new/real.png", enrolled / "a.png")
+    assert (
+        run("generate", fake_bundle, enrolled / "car.subject", "A car.", "--steps", 1, "--out", enrolled / "a.png") == 0
+    )
+    assert (enrolled / "a.png").is_symlink()
+    assert (enrolled / "new" / "real.png").read_bytes().startswith(b"\x89PNG")
+    assert (enrolled / "new" / "real.png").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("command", ["enroll", "generate"])
+def test_a_full_disk_is_one_line(enrolled, fake_bundle, capsys, command):
+    """A limit on the size of files stands for it."""
+    resource = pytest.importorskip("resource")
+    arguments = {
+        "enroll": [enrolled / "photo.png", enrolled / "mask.png", "--name", "car"],
+        "generate": [enrolled / "car.subject", "A car.", "--steps", 1],
+    }[command]
+    out, before = enrolled / "out.png", names(enrolled)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        assert run(command, fake_bundle, *arguments, "--quiet", "--out", out) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert one_line(capsys) == f"moma-rt: error: cannot write {out}: File too large\n"
+    assert names(enrolled) == before
 
 
 @pytest.mark.parametrize(

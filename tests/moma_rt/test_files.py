@@ -1,10 +1,56 @@
+import errno
 import hashlib
 import os
+import stat
+import warnings
 from pathlib import Path
 
 import pytest
 
-from moma_rt.files import atomic_write, atomic_write_all, resolve_inside, sha256_file
+from moma_rt import files
+from moma_rt.errors import MomaWarning
+from moma_rt.files import (
+    atomic_write,
+    atomic_write_all,
+    copy,
+    entries,
+    is_stray,
+    move,
+    path_inside,
+    remove_tree,
+    replace,
+    set_mode,
+    sha256_file,
+    sync,
+)
+
+
+def refuse(code: int):
+    """A system call that fails with an error code."""
+
+    def call(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+def write(path: Path, content: bytes = b"new") -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_anew(path: Path) -> None:
+    """Let the writer replace the temporary file by one that only its owner may read, as some do."""
+    with atomic_write(path) as temporary:
+        temporary.unlink()
+        temporary.touch(0o600)
+        temporary.write_bytes(b"new")
+
+
+@pytest.fixture(autouse=True)
+def warned_before() -> None:
+    """Forget which warnings other tests have caused."""
+    files._warn_once.cache_clear()
 
 
 class TestAtomicWrite:
@@ -71,9 +117,7 @@ class TestAtomicWrite:
 
     def test_mode_of_a_replaced_temporary_is_restored(self, tmp_path: Path):
         (tmp_path / "new").touch()
-        with atomic_write(tmp_path / "a") as temporary:
-            temporary.unlink()
-            temporary.touch(0o600)
+        write_anew(tmp_path / "a")
         assert (tmp_path / "a").stat().st_mode == (tmp_path / "new").stat().st_mode
 
     @pytest.mark.parametrize("name", ["x" * 255, "x." + "y" * 253])
@@ -124,39 +168,252 @@ def test_sha256_file_equals_hashlib(tmp_path: Path, size: int):
     assert sha256_file(tmp_path / "a") == hashlib.sha256(content[:size]).hexdigest()
 
 
-class TestResolveInside:
+class TestReplacedFiles:
+    @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444])
+    def test_keeps_its_mode(self, tmp_path: Path, mode: int):
+        (tmp_path / "a").write_bytes(b"old")
+        (tmp_path / "a").chmod(mode)
+        write(tmp_path / "a")
+        assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+        assert (tmp_path / "a").read_bytes() == b"new"
+
+    def test_is_never_readable_by_more_people(self, tmp_path: Path):
+        (tmp_path / "a").touch(0o600)
+        with atomic_write(tmp_path / "a") as temporary:
+            assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
+    def test_keeps_its_owner(self, tmp_path: Path):
+        (tmp_path / "a").touch(0o640)
+        os.chown(tmp_path / "a", 12345, 23456)
+        write(tmp_path / "a")
+        found = (tmp_path / "a").stat()
+        assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12345, 23456, 0o640)
+
+    def test_a_link_stays_and_its_target_is_replaced(self, tmp_path: Path):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "real").write_bytes(b"old")
+        (tmp_path / "link").symlink_to("elsewhere/real")
+        with atomic_write(tmp_path / "link") as temporary:
+            assert temporary.parent == tmp_path / "elsewhere"
+            temporary.write_bytes(b"new")
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "elsewhere" / "real").read_bytes() == b"new"
+
+    def test_a_link_to_nothing_gets_its_target(self, tmp_path: Path):
+        (tmp_path / "link").symlink_to("new")
+        write(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "new").read_bytes() == b"new"
+
+    def test_links_in_a_circle(self, tmp_path: Path):
+        (tmp_path / "a").symlink_to("b")
+        (tmp_path / "b").symlink_to("a")
+        with pytest.raises(OSError, match="symbolic links"):
+            write(tmp_path / "a")
+        assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+    def test_a_link_is_replaced_if_it_is_not_to_be_followed(self, tmp_path: Path):
+        (tmp_path / "blob").write_bytes(b"old")
+        (tmp_path / "blob").chmod(0o400)
+        (tmp_path / "link").symlink_to("blob")
+        with atomic_write(tmp_path / "link", through_links=False) as temporary:
+            temporary.write_bytes(b"new")
+        assert not (tmp_path / "link").is_symlink()
+        assert (tmp_path / "blob").read_bytes() == b"old"
+        assert os.access(tmp_path / "link", os.W_OK)
+
+    def test_other_hard_links_keep_the_old_content(self, tmp_path: Path):
+        (tmp_path / "a").write_bytes(b"old")
+        os.link(tmp_path / "a", tmp_path / "b")
+        write(tmp_path / "a")
+        assert (tmp_path / "b").read_bytes() == b"old"
+
+
+class TestPoorFileSystems:
+    """What a file system lacks is left out; what is finished stays."""
+
+    @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+    def test_no_permissions(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int):
+        monkeypatch.setattr(os, "chmod", refuse(code))
+        with pytest.warns(MomaWarning, match="cannot set permissions"):
+            write_anew(tmp_path / "a")
+        assert (tmp_path / "a").read_bytes() == b"new"
+
+    def test_permissions_are_set_only_if_they_differ(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(os, "chmod", refuse(errno.EPERM))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            write(tmp_path / "a")
+
+    @pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO, errno.EBADF, errno.ENOSPC, errno.EACCES])
+    def test_folders_cannot_be_flushed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int):
+        fsync = os.fsync
+        monkeypatch.setattr(
+            os, "fsync", lambda handle: refuse(code)() if stat.S_ISDIR(os.fstat(handle).st_mode) else fsync(handle)
+        )
+        with pytest.warns(MomaWarning, match="cannot flush a folder") as caught:
+            write(tmp_path / "a")
+        assert len(caught) == 1
+        assert (tmp_path / "a").read_bytes() == b"new"
+
+    def test_nothing_can_be_flushed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(os, "fsync", refuse(errno.ENOSYS))
+        with pytest.warns(MomaWarning) as caught:
+            write(tmp_path / "a")
+        assert {str(warning.message).split(" (")[0] for warning in caught} == {
+            "the file system cannot flush a file",
+            "the file system cannot flush a folder",
+        }
+        assert (tmp_path / "a").read_bytes() == b"new"
+
+    @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+    def test_a_device_that_is_full_or_broken(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int):
+        (tmp_path / "a").write_bytes(b"old")
+        monkeypatch.setattr(os, "fsync", refuse(code))
+        with pytest.raises(OSError, match=os.strerror(code)) as caught:
+            write(tmp_path / "a")
+        assert caught.value.filename == str(tmp_path / "a")
+        assert (tmp_path / "a").read_bytes() == b"old"
+        assert os.listdir(tmp_path) == ["a"]
+
+    def test_folders_cannot_be_opened(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        open_file = os.open
+        monkeypatch.setattr(
+            os, "open", lambda path, *rest: refuse(errno.EACCES)() if os.path.isdir(path) else open_file(path, *rest)
+        )
+        write(tmp_path / "a")
+        assert (tmp_path / "a").read_bytes() == b"new"
+
+    @pytest.mark.parametrize("code", [errno.EBUSY, errno.EACCES, errno.EEXIST, errno.EXDEV, errno.ENOSYS])
+    @pytest.mark.parametrize("before", [None, b"old and longer"])
+    def test_no_renaming(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, before: bytes | None):
+        if before is not None:
+            (tmp_path / "a").write_bytes(before)
+        monkeypatch.setattr(os, "replace", refuse(code))
+        with pytest.warns(MomaWarning, match="overwritten in place"):
+            write(tmp_path / "a")
+        assert (tmp_path / "a").read_bytes() == b"new"
+        assert os.listdir(tmp_path) == ["a"]
+
+    def test_no_renaming_and_no_space(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        (tmp_path / "new").write_bytes(b"new")
+        monkeypatch.setattr(os, "replace", refuse(errno.EBUSY))
+        monkeypatch.setattr("shutil.copyfileobj", refuse(errno.ENOSPC))
+        with pytest.raises(OSError, match="busy"):
+            replace(tmp_path / "new", tmp_path / "a")
+        assert os.listdir(tmp_path) == ["new"]
+
+    def test_no_renaming_of_folders(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        (tmp_path / "from" / "inner").mkdir(parents=True)
+        (tmp_path / "from" / "inner" / "b").write_bytes(b"b")
+        for name in "az":
+            (tmp_path / "from" / name).write_bytes(name.encode())
+        (tmp_path / "from" / "z").chmod(0o444)
+        moved, rename = [], os.rename
+
+        def only_files(source, target):
+            if os.path.isdir(source):
+                refuse(errno.EXDEV)()
+            moved.append(os.path.basename(target))
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", only_files)
+        move(tmp_path / "from", tmp_path / "to", last="a")
+        assert moved[-1] == "a"
+        assert sorted(p.relative_to(tmp_path / "to").as_posix() for p in (tmp_path / "to").rglob("*")) == [
+            *("a", "inner", "inner/b", "z")
+        ]
+
+    def test_no_renaming_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        (tmp_path / "from").mkdir()
+        (tmp_path / "from" / "a").write_bytes(b"a")
+        (tmp_path / "from" / "a").chmod(0o444)
+        monkeypatch.setattr(os, "rename", refuse(errno.ENOSYS))
+        move(tmp_path / "from", tmp_path / "to", last="a")
+        assert (tmp_path / "to" / "a").read_bytes() == b"a"
+        assert stat.S_IMODE((tmp_path / "to" / "a").stat().st_mode) == 0o444
+
+    def test_a_copy_that_fails_is_deleted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        (tmp_path / "a").write_bytes(b"a")
+        monkeypatch.setattr("shutil.copyfileobj", refuse(errno.ENOSPC))
+        with pytest.raises(OSError, match="No space") as caught:
+            copy(tmp_path / "a", tmp_path / "b")
+        assert caught.value.filename == str(tmp_path / "b")
+        assert os.listdir(tmp_path) == ["a"]
+
+    def test_read_only_files_are_deleted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """On Windows that needs another mode first."""
+        (tmp_path / "folder" / "inner").mkdir(parents=True)
+        (tmp_path / "folder" / "inner" / "a").touch(0o444)
+        unlink = os.unlink
+
+        def as_on_windows(path, *, dir_fd=None):
+            if not os.stat(path, dir_fd=dir_fd).st_mode & stat.S_IWRITE:
+                refuse(errno.EACCES)()
+            unlink(path, dir_fd=dir_fd)
+
+        monkeypatch.setattr(os, "unlink", as_on_windows)
+        monkeypatch.setattr("shutil._use_fd_functions", False)
+        remove_tree(tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+
+    def test_one_warning_for_many_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(os, "fsync", refuse(errno.ENOSYS))
+        with pytest.warns(MomaWarning) as caught:
+            [write(tmp_path / name) for name in "abc"]
+        assert len(caught) == 2
+
+    def test_a_tree_that_is_not_there(self, tmp_path: Path):
+        remove_tree(tmp_path / "none")
+
+    def test_a_mode_or_flush_of_what_is_not_there(self, tmp_path: Path):
+        for call in (lambda: set_mode(tmp_path / "none", 0o444), lambda: sync(tmp_path / "none")):
+            with pytest.raises(FileNotFoundError):
+                call()
+
+
+class TestStrayFiles:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *(".nfs000000000123", ".DS_Store", "Thumbs.db", "thumbs.db", "desktop.ini", "._model.onnx", ".directory"),
+            *(".fuse_hidden0000abcd00000001", "@eaDir", ".Spotlight-V100", ".Trashes", ".fseventsd", "lost+found"),
+            *("$RECYCLE.BIN", "System Volume Information", ".Trash-1000", "model.onnx~", ".model.onnx.swp", "Icon\r"),
+            *(".#model.onnx", "#model.onnx#", ".goutputstream-X7Q2K2", "ehthumbs.db", ".smbdelete10001"),
+        ],
+    )
+    def test_left_by_a_system(self, name: str):
+        assert is_stray(name)
+
+    @pytest.mark.parametrize(
+        "name", ["model.onnx", "weights.safetensors", ".hidden", "record.json", "Thumbs.db.onnx", ".nfs", "DS_Store"]
+    )
+    def test_of_a_user(self, name: str):
+        assert not is_stray(name)
+
+    def test_entries(self, tmp_path: Path):
+        for name in ("b", ".DS_Store", "a"):
+            (tmp_path / name).touch()
+        assert [path.name for path in entries(tmp_path)] == ["a", "b"]
+
+
+class TestPathInside:
     @pytest.mark.parametrize("name", ["a", "a/b.onnx", "./a", "a/./b", "..a", "a..", "…", "a b"])
     def test_stays(self, tmp_path: Path, name: str):
-        assert resolve_inside(tmp_path, name) == tmp_path / name
+        assert path_inside(tmp_path, name) == tmp_path / name
 
-    @pytest.mark.parametrize("name", ["", ".", "/etc/passwd", "..", "../x", "a/../../x", "a/..", "a\\..\\b", "a\0b"])
+    @pytest.mark.parametrize(
+        "name",
+        ["", ".", "/etc/passwd", "..", "../x", "a/../../x", "a/..", "a\\..\\b", "a\0b", "C:x", "C:/x", "a:stream"],
+    )
     def test_leaves(self, tmp_path: Path, name: str):
         with pytest.raises(ValueError, match="leaves its folder"):
-            resolve_inside(tmp_path, name)
+            path_inside(tmp_path, name)
 
-    def test_link_out_of_the_folder(self, tmp_path: Path):
-        root = tmp_path / "root"
-        root.mkdir()
-        (tmp_path / "secret").write_bytes(b"x")
-        (root / "file").symlink_to(tmp_path / "secret")
-        (root / "folder").symlink_to(tmp_path)
-        for name in ("file", "folder/secret", "folder/not-there"):
-            with pytest.raises(ValueError, match="through a link"):
-                resolve_inside(root, name)
-
-    def test_link_within_the_folder(self, tmp_path: Path):
-        (tmp_path / "real").write_bytes(b"x")
-        (tmp_path / "link").symlink_to("real")
-        assert resolve_inside(tmp_path, "link").read_bytes() == b"x"
-
-    def test_root_that_is_itself_a_link(self, tmp_path: Path):
-        (tmp_path / "real").mkdir()
-        (tmp_path / "root").symlink_to("real")
-        assert resolve_inside(tmp_path / "root", "a") == tmp_path / "root" / "a"
-
-    def test_sibling_with_the_same_prefix(self, tmp_path: Path):
+    def test_links_are_the_users_own(self, tmp_path: Path):
+        (tmp_path / "blobs").mkdir()
+        (tmp_path / "blobs" / "0123").write_bytes(b"x")
         (tmp_path / "root").mkdir()
-        (tmp_path / "root-secret").mkdir()
-        (tmp_path / "root" / "link").symlink_to(tmp_path / "root-secret")
-        with pytest.raises(ValueError, match="through a link"):
-            resolve_inside(tmp_path / "root", "link/x")
+        (tmp_path / "root" / "file").symlink_to("../blobs/0123")
+        assert path_inside(tmp_path / "root", "file").read_bytes() == b"x"

@@ -241,7 +241,7 @@ def test_weights_that_networks_share_are_hashed_once_and_again_when_they_change(
     fakes.edit_manifest(root, share)
     hashed = []
     monkeypatch.setattr(
-        "moma_rt.bundle.manifest.sha256_file", lambda path: hashed.append(path.parent.name) or sha256_file(path)
+        "moma_rt.bundle.contents.sha256_file", lambda path: hashed.append(path.parent.name) or sha256_file(path)
     )
     networks = Networks(Bundle.open(root), backend)
     networks.get_all(("denoiser", "vae_decoder"), StageTimer())

@@ -1,13 +1,19 @@
 """Subject files."""
 
 import dataclasses
+import errno
 import json
+import os
+import random
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from moma_rt.errors import InputError, SubjectError
+from moma_rt.errors import InputError, MomaWarning, SubjectError
 from moma_rt.subject import Subject
 
 
@@ -124,7 +130,7 @@ def test_a_missing_file(tmp_path):
         Subject.load(tmp_path / "none.subject")
     with pytest.raises(SubjectError, match="no such subject file"):
         Subject.load(tmp_path)
-    with pytest.raises(SubjectError, match="not a subject file, or a truncated one: .*too long"):
+    with pytest.raises(SubjectError, match="cannot be read: .*too long"):
         Subject.load(tmp_path / ("x" * 300))
 
 
@@ -146,7 +152,7 @@ def test_a_dtype_that_numpy_lacks(path, dtype):
 def test_a_truncated_file(path, size):
     content = path.read_bytes()
     path.write_bytes(content[:size])
-    with pytest.raises(SubjectError, match="not a subject file, or a truncated one") as caught:
+    with pytest.raises(SubjectError, match="not a subject file, or was truncated or altered: ") as caught:
         Subject.load(path)
     assert "\n" not in str(caught.value)
 
@@ -161,8 +167,10 @@ def test_a_file_of_something_else(tmp_path):
 
 
 def test_a_newer_format(path):
-    rewrite(path, lambda data: data.update(format_version=2))
-    with pytest.raises(SubjectError, match="subject format 2; this moma-rt reads formats up to 1: upgrade it"):
+    rewrite(path, lambda data: data.update(format_version=3))
+    with pytest.raises(
+        SubjectError, match="subject format 3, or was altered; this moma-rt reads formats up to 2: upgrade it"
+    ):
         Subject.load(path)
 
 
@@ -200,6 +208,114 @@ def test_a_malformed_file(path, change_metadata, change_tensors):
     with pytest.raises(SubjectError, match="malformed subject file") as caught:
         Subject.load(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["header", "tensors"])
+def test_an_altered_file_is_noticed(subject, path, where):
+    """Whichever bit is flipped: the file is refused and said to be altered, or its content is the same."""
+    content, chance = path.read_bytes(), random.Random(0)
+    begin = 8 + int.from_bytes(content[:8], "little")
+    places = range(begin) if where == "header" else range(begin, len(content))
+    for place in chance.sample(places, 400):
+        altered = bytearray(content)
+        altered[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(altered)
+        outcome = "altered"
+        try:
+            outcome = Subject.load(path).identity
+        except SubjectError as error:
+            outcome = outcome if outcome in str(error) else str(error)
+        assert outcome in ("altered", subject.identity), place
+
+
+def test_a_file_without_its_hash(path):
+    rewrite(path, lambda data: data.pop("sha256") and None)
+    with pytest.raises(SubjectError, match="malformed subject file, or was altered: KeyError: 'sha256'"):
+        Subject.load(path)
+
+
+@pytest.mark.parametrize("hash", [None, 7, "", "0" * 64])
+def test_a_file_with_another_hash(path, hash):
+    rewrite(path, lambda data: data.update(sha256=hash))
+    with pytest.raises(SubjectError, match="was altered: its content has another SHA-256 than it names") as caught:
+        Subject.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_the_first_format_is_read_with_a_warning(subject, path):
+    def as_before(data):
+        del data["sha256"]
+        data["format_version"] = 1
+
+    rewrite(path, as_before)
+    with pytest.warns(MomaWarning, match="subject format 1, without a hash.*enroll its photo again") as caught:
+        loaded = Subject.load(path)
+    assert len(caught) == 1
+    assert loaded.identity == subject.identity
+
+
+def test_a_subject_that_was_changed_since_its_identity_was_computed_can_be_read(subject, path):
+    subject.identity  # noqa: B018
+    subject.photo[:] = 7
+    subject.save(path)
+    assert (Subject.load(path).photo == 7).all()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_file_that_cannot_be_read(path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SubjectError, match=f"{path} cannot be read: {os.strerror(code)}"):
+        Subject.load(path)
+
+
+def test_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SubjectError, match="no such subject file"):
+        Subject.load(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk(subject, path, monkeypatch, code):
+    before = path.read_bytes()
+
+    def fail(tensors, filename, metadata):
+        filename.write_bytes(b"half")
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+
+    monkeypatch.setattr("moma_rt.subject.save_file", fail)
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        subject.save(path)
+    assert (caught.value.errno, caught.value.filename) == (code, str(path))
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_real_write_that_fails(subject, tmp_path):
+    """A limit on the size of files stands for a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            subject.save(tmp_path / "car.subject")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.filename == str(tmp_path / "car.subject")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_of_another_kind_to_write(subject, path, monkeypatch):
+    def fail(tensors, filename, metadata):
+        raise SafetensorError("Error while serializing: something else")
+
+    monkeypatch.setattr("moma_rt.subject.save_file", fail)
+    with pytest.raises(SubjectError, match=f"{path} cannot be written: Error while serializing: something else"):
+        subject.save(path)
 
 
 def test_a_failing_save_leaves_the_former_file(subject, path, monkeypatch):

@@ -109,6 +109,16 @@ def test_a_cache_that_cannot_be_serialized_is_no_error(run, home, monkeypatch):
     assert files(home) == kept
 
 
+def test_a_relative_cache_folder_does_not_count(run, monkeypatch, tmp_path):
+    """It would be another one after the process has changed its folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run(1) == 1
+    assert not (tmp_path / "cache").exists()
+    assert list((tmp_path / "home" / ".cache" / "moma-rt").rglob("*.cache"))
+
+
 def test_without_a_home_nothing_is_kept(run, monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")

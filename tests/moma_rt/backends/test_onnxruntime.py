@@ -134,6 +134,30 @@ def test_missing_external_weights_are_one_line(backend, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_weights_may_be_links_into_another_folder(backend, tmp_path, linked):
+    """As in a cache of Hugging Face's hub, where every file is a link to one that is named by its hash."""
+    weights = numpy_helper.from_array(np.arange(1000, dtype=np.float32), "w")
+    node = helper.make_node("Add", ["x", "w"], ["y"])
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1000]) for name in "xy"]
+    root = tmp_path / "snapshots" / "main"
+    for folder in (root / "weights" / "unet", root / "networks", tmp_path / "blobs"):
+        folder.mkdir(parents=True)
+    path = save(root / "weights" / "m.onnx", [node], info[:1], info[1:], [weights])
+    location = "unet/weights.bin"
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location=location, size_threshold=0)
+    path = path.rename(root / "networks" / "m.onnx")
+    file = root / "weights" / location
+    if linked:
+        for place in (path, file):
+            place.symlink_to(place.rename(tmp_path / "blobs" / place.name))
+    spec = NetworkSpec("n", (TensorSpec("x", "float32", (1000,)),), (TensorSpec("y", "float32", (1000,)),))
+    network = backend.load(spec, path, (file,))
+    buffers = backend.allocate({name: ((1000,), "float32") for name in "xy"})
+    network.bind(buffers).enqueue()
+    np.testing.assert_array_equal(buffers["y"].array, np.arange(1000))
+
+
 def test_an_unknown_operator_is_one_line(backend, tmp_path):
     info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
     path = save(tmp_path / "m.onnx", [helper.make_node("Levitate", ["x"], ["y"])], info[:1], info[1:])

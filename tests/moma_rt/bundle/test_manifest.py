@@ -1,6 +1,8 @@
 import copy
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +86,15 @@ def open_error(root: Path) -> str:
 def rename_file(data: dict[str, Any], name: str) -> None:
     data["networks"]["text_encoder"]["weights"] = [name]
     data["files"][name] = data["files"].pop(WEIGHTS)
+
+
+def in_a_cache(root: Path) -> None:
+    """Lay a bundle out as Hugging Face's hub does: links to files named by their hashes, in a folder beside."""
+    blobs = root.parent / "blobs"
+    blobs.mkdir()
+    for path in [path for path in root.rglob("*") if path.is_file()]:
+        blob = path.rename(blobs / sha256_file(path))
+        path.symlink_to(os.path.relpath(blob, path.parent))
 
 
 class TestOpen:
@@ -180,7 +191,7 @@ class TestOpen:
     def test_folder_in_place_of_a_file(self, root: Path):
         (root / WEIGHTS).unlink()
         (root / WEIGHTS).mkdir()
-        assert f"{WEIGHTS} is missing" in open_error(root)
+        assert f"{WEIGHTS} is not a file" in open_error(root)
 
     def test_truncated_file(self, root: Path):
         (root / WEIGHTS).write_bytes(b"weights")
@@ -193,7 +204,7 @@ class TestOpen:
         edit(root, lambda data: data["files"].pop(name))
         assert f"uses {name!r} but gives no hash" in open_error(root)
 
-    @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "networks/../../outside", "a\\..\\b", ""])
+    @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "networks/../../outside", "a\\..\\b", "C:x", ""])
     def test_unsafe_path(self, root: Path, name: str):
         edit(root, lambda data: rename_file(data, name))
         assert "unsafe manifest" in open_error(root)
@@ -206,11 +217,80 @@ class TestOpen:
         edit(root, leave)
         assert "unsafe manifest" in open_error(root)
 
-    def test_link_out_of_the_bundle(self, root: Path):
-        outside = root.parent / "outside.bin"
-        (root / WEIGHTS).rename(outside)
-        (root / WEIGHTS).symlink_to(outside)
-        assert "through a link" in open_error(root)
+    def test_pipe_in_place_of_a_file(self, root: Path):
+        for name in (WEIGHTS, MANIFEST_NAME):
+            (root / name).unlink()
+            os.mkfifo(root / name)
+            assert "is not a file" in open_error(root)
+
+    def test_links_into_another_folder(self, root: Path):
+        """As in a cache of Hugging Face's hub."""
+        in_a_cache(root)
+        bundle = Bundle.open(root)
+        bundle.verify(bundle.manifest.files)
+        (root / WEIGHTS).resolve().write_bytes(b"weightz" * 100)
+        with pytest.raises(BundleError, match="was altered"):
+            bundle.verify([WEIGHTS])
+
+    def test_link_to_nothing(self, root: Path):
+        in_a_cache(root)
+        (root / WEIGHTS).resolve().unlink()
+        message = open_error(root)
+        assert f"{WEIGHTS} is missing: it is a link to ../../../blobs/" in message
+        assert "cp -rL" in message
+
+    @pytest.mark.parametrize("stray", [".DS_Store", "._model.onnx", ".nfs000000000123", "Thumbs.db", ".directory"])
+    @pytest.mark.parametrize("folder", [ONNX, WEIGHTS])
+    def test_files_that_systems_leave_are_ignored(self, root: Path, stray: str, folder: str):
+        (root / folder).with_name(stray).touch()
+        Bundle.open(root)
+
+    def test_folder_that_systems_leave_is_ignored(self, root: Path):
+        (root / ONNX).with_name("@eaDir").mkdir()
+        Bundle.open(root)
+
+    def test_other_file_is_to_be_deleted(self, root: Path):
+        (root / ONNX).with_name("model.onnx.bak").touch()
+        assert f"{ONNX}.bak is in no network of the manifest; delete it" in open_error(root)
+
+    @pytest.mark.parametrize("name", [WEIGHTS, MANIFEST_NAME, str(Path(WEIGHTS).parent), ""])
+    @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+    def test_what_cannot_be_read(self, root: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int):
+        place, stat = root / name, os.stat
+
+        def refuse(path, *rest, **options):
+            if isinstance(path, str | Path) and Path(path).is_relative_to(place):
+                raise OSError(code, os.strerror(code), str(path))
+            return stat(path, *rest, **options)
+
+        monkeypatch.setattr(os, "stat", refuse)
+        assert f"cannot be read: {os.strerror(code)}" in open_error(root)
+
+    def test_folder_that_cannot_be_listed(self, root: Path, monkeypatch: pytest.MonkeyPatch):
+        def refuse(_: Path) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(Path, "iterdir", refuse)
+        assert "cannot be read: Permission denied" in open_error(root)
+
+    def test_root_stays_where_it_was_opened(self, root: Path, monkeypatch: pytest.MonkeyPatch):
+        (root.parent / "current").symlink_to(root.name)
+        monkeypatch.chdir(root.parent)
+        for name in ("bundle", "current"):
+            bundle = Bundle.open(name)
+            assert bundle.root == root
+        (root.parent / "current").unlink()
+        (root.parent / "current").symlink_to("elsewhere")
+        monkeypatch.chdir("/")
+        bundle.verify(bundle.manifest.files)
+
+    def test_a_manifest_that_is_a_link_is_replaced(self, root: Path):
+        in_a_cache(root)
+        blob = (root / MANIFEST_NAME).resolve()
+        before = blob.read_bytes()
+        write_manifest(root, make_manifest({}))
+        assert blob.read_bytes() == before
+        assert not (root / MANIFEST_NAME).is_symlink()
 
 
 class TestVerify:
@@ -225,6 +305,19 @@ class TestVerify:
             bundle.verify([ONNX, WEIGHTS])
         assert sha256_file(root / WEIGHTS)[:12] in str(error.value)
         assert bundle.manifest.files[WEIGHTS].sha256[:12] in str(error.value)
+
+    def test_file_that_went_or_cannot_be_read(self, root: Path, monkeypatch: pytest.MonkeyPatch):
+        bundle = Bundle.open(root)
+        (root / WEIGHTS).unlink()
+        with pytest.raises(BundleError, match=f"{WEIGHTS} is missing; build the bundle again"):
+            bundle.verify([WEIGHTS])
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr("moma_rt.bundle.contents.sha256_file", refuse)
+        with pytest.raises(BundleError, match=f"{ONNX} cannot be read: Permission denied"):
+            bundle.verify([ONNX])
 
     def test_file_that_the_manifest_does_not_list(self, root: Path):
         (root / "extra.onnx").write_bytes(b"x")
