@@ -23,7 +23,14 @@ EXIT_BROKEN_PIPE = 141
 
 
 class MomaError(Exception):
-    """Base of all errors that a user can cause; ``str(error)`` is one line to print."""
+    """Base of all errors that a user can cause; ``str(error)`` is one line to print.
+
+    Names out of files may hold line breaks and control characters, which are escaped.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class InputError(MomaError):

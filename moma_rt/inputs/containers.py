@@ -3,14 +3,18 @@
 Pillow refuses a whole JPEG, PNG, WebP or AVIF file when a text, a profile or Exif data in it is damaged.
 """
 
+import math
 import re
 import struct
 import zlib
+from types import MappingProxyType
 from typing import BinaryIO
 
 _JPEG_PREFIX = b"\xff\xd8"
-# The markers of a JPEG file's application data and comments, of those that tell how colors are stored, and of pixels.
-_JPEG_OPTIONAL, _JPEG_COLORS, _JPEG_PIXELS = (*range(0xE0, 0xF0), 0xFE), (0xE0, 0xEE), 0xDA
+# The markers of a JPEG file's application data and comments, and of its pixels.
+_JPEG_OPTIONAL, _JPEG_PIXELS = (*range(0xE0, 0xF0), 0xFE), 0xDA
+# Those that tell how colors are stored (JFIF, Adobe), and their least lengths.
+_JPEG_COLORS = MappingProxyType({0xE0: 18, 0xEE: 16})
 _PNG_PREFIX = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOR_TYPE = slice(25, 26)
 # In the name of a PNG chunk: the decoder may ignore it.
@@ -49,7 +53,8 @@ def _jpeg(data: bytes) -> tuple[bytes, bytes]:
     while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != _JPEG_PIXELS:
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         segment = data[position:end]
-        if segment[1] in _JPEG_COLORS or segment[1] not in _JPEG_OPTIONAL:
+        # Decoders ignore a segment of colors that is too short; Pillow refuses it.
+        if segment[1] not in _JPEG_OPTIONAL or len(segment) >= _JPEG_COLORS.get(segment[1], math.inf):
             kept.append(segment)
         elif segment[4:10] == b"Exif\0\0":
             exif = exif or segment[4:]

@@ -69,14 +69,15 @@ def load_photo(source: ImageSource) -> Image.Image:
     """
     image = read_image(source, "photo")
     info: dict[str | tuple[int, int], Any] = {ORIENTATION_KEY: image.info[ORIENTATION_KEY]}
-    if image.mode.startswith(("I", "F")):
-        image = _scaled_to_8_bits(image)
     with pillow_warnings_ignored():
-        if image.has_transparency_data:
-            try:
+        try:
+            if image.mode.startswith(("I", "F")):
+                image = _scaled_to_8_bits(image)
+            if image.has_transparency_data:
                 image = to_rgba(image)
-            except (TypeError, ValueError) as error:
-                raise decode_error("the photo", error) from None
+        except (TypeError, ValueError) as error:
+            raise decode_error("the photo", error) from None
+        if image.mode == "RGBA":
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             info[_ALPHA_KEY] = image.getchannel("A")
             image = Image.alpha_composite(white, image)
@@ -92,7 +93,7 @@ def load_mask(source: ImageSource) -> Image.Image:
     `moma_rt.inputs.masks`.
 
     Warns:
-        MomaWarning: a partly transparent mask can be understood in two ways.
+        MomaWarning: a partly transparent mask can be understood in two ways, or no pixel is black.
 
     Raises:
         InputError: as `load_photo`.

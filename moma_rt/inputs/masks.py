@@ -25,7 +25,7 @@ _MOST_OF_PHOTO = 0.95
 _MOST_OF_EDGE = 0.75
 # 262 pixels of 512x512: four of the 64x64 places at which the photo's appearance is kept.
 _LEAST_OF_PHOTO = 0.001
-# Values that only noise and very soft edges have: the palest colour of usual palettes is 32.
+# Values that only noise and very soft edges have: the darkest color of usual palettes is 32.
 _FAINT = 31
 _CLEAR = 128
 # A mask of the same pixels in white would be half as large.
@@ -35,10 +35,10 @@ _MOST_OF_MASK = 0.5
 def foreground(image: Image.Image) -> Image.Image:
     """Make 8-bit gray ("L") of a mask of any mode: 0 is background, any other value belongs to the subject.
 
-    Gray and colours keep their brightest channel, cut-outs their alpha channel.
+    Gray and colors keep their brightest channel, cut-outs their alpha channel.
 
     Raises:
-        TypeError, ValueError: a transparent colour does not fit the mode.
+        TypeError, ValueError: a transparent color does not fit the mode.
     """
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
@@ -59,14 +59,16 @@ def foreground(image: Image.Image) -> Image.Image:
         return _brightest(rgba)
     if not _is_white_on_black(rgba, visible_hw):
         return alpha
-    return Image.fromarray(np.where(visible_hw, np.asarray(_brightest(rgba)), 0).astype(np.uint8))
+    brightest_hw = np.asarray(_brightest(rgba))
+    # The ground need not be exactly black.
+    return Image.fromarray(np.where(visible_hw & (brightest_hw > _FAINT), brightest_hw, 0).astype(np.uint8))
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
     """Convert an image with transparency to RGBA.
 
     Raises:
-        TypeError, ValueError: a transparent colour does not fit the mode.
+        TypeError, ValueError: a transparent color does not fit the mode.
     """
     # La converts to no other mode.
     return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
@@ -115,8 +117,8 @@ def _brightest(image: Image.Image) -> Image.Image:
 def _is_white_on_black(rgba: Image.Image, visible_hw: npt.NDArray[np.bool_]) -> bool:
     """Whether what is visible is a mask on a black ground; warns if it may be, for that is a guess."""
     channels = [rgba.getchannel(name) for name in "RGB"]
-    black_hw = visible_hw & (np.asarray(functools.reduce(ImageChops.lighter, channels)) == 0)
-    white_hw = visible_hw & (np.asarray(functools.reduce(ImageChops.darker, channels)) == 255)
+    black_hw = visible_hw & (np.asarray(functools.reduce(ImageChops.lighter, channels)) <= _FAINT)
+    white_hw = visible_hw & (np.asarray(functools.reduce(ImageChops.darker, channels)) >= 255 - _FAINT)
     visible, black, white = (int(region_hw.sum()) for region_hw in (visible_hw, black_hw, white_hw))
     if black in (0, visible):
         return False
@@ -126,7 +128,7 @@ def _is_white_on_black(rgba: Image.Image, visible_hw: npt.NDArray[np.bool_]) -> 
     if is_white and black_edge:
         warn(
             f"the mask is partly transparent, and {part} of what is visible is black: taken as background "
-            "(fill it with another colour if it belongs to the subject)"
+            "(fill it with another color if it belongs to the subject)"
         )
     elif is_white or black_edge:
         warn(

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import stat
 import struct
@@ -99,8 +100,12 @@ def read_image(source: object, role: str) -> Image.Image:
 def pillow_warnings_ignored() -> Iterator[None]:
     """Show none of Pillow's own Python warnings, which tell of damaged metadata and large images, in the meantime.
 
-    Those of other modules are shown as always, in all threads.
+    Those of other modules are shown as always, in all threads. What Pillow logs goes to the program's own handlers, if
+    it has any: without one, Python prints it on stderr.
     """
+    logger = logging.getLogger("PIL")
+    if not logger.hasHandlers():
+        logger.addHandler(logging.NullHandler())
     locked = _FILTERS_LOCK.acquire(timeout=_FILTERS_SECONDS)
     try:
         with warnings.catch_warnings():

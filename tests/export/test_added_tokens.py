@@ -1,7 +1,6 @@
 """Tokens that are stored outside the vocabulary, in every layout that transformers 4 and 5 write.
 
-The expected ids are those of transformers 4.37.2's CLIPTokenizer and LlamaTokenizer for the same files, with which the
-original reads texts; the folders of version 5 are written by the installed one.
+The expected ids are transformers 4.37.2's, with which the original reads texts; the installed one writes those of 5.
 """
 
 import json
@@ -28,12 +27,8 @@ def token(content, **options):
 
 def write(folder, **files):
     """Write JSON files, named by these short names."""
-    names = {
-        "config": "tokenizer_config.json",
-        "map": "special_tokens_map.json",
-        "added": "added_tokens.json",
-        "whole": "tokenizer.json",
-    }
+    names = {"config": "tokenizer_config.json", "map": "special_tokens_map.json"}
+    names |= {"added": "added_tokens.json", "whole": "tokenizer.json"}
     for key, content in files.items():
         (folder / names[key]).write_text(json.dumps(content), encoding="utf-8")
 

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 
-from moma_rt.errors import InputError, MomaWarning, run_command
+from moma_rt.errors import InputError, MomaError, MomaWarning, run_command
 
 PRELUDE = "import sys, os\nfrom moma_rt.errors import print_output, run_command\n"
 
@@ -65,7 +65,7 @@ def test_a_warning_of_this_project_is_one_line_and_others_are_silent():
     ("error", "line"),
     [
         (InputError("steps is 0"), "prog: error: steps is 0"),
-        (InputError("photo a\nb.png does not exist"), "prog: error: photo a b.png does not exist"),
+        (InputError("photo a\nb.png does not exist"), "prog: error: photo a\\nb.png does not exist"),
         (PermissionError(errno.EACCES, "Permission denied", "b/x"), "prog: error: b/x: Permission denied"),
         (FileNotFoundError(errno.ENOENT, "No such file", b"b\xff"), "prog: error: b\udcff: No such file"),
         (OSError(errno.ENOSPC, "No space left on device"), "prog: error: No space left on device"),
@@ -118,6 +118,13 @@ def test_a_stderr_that_cannot_be_written_leaves_the_exit_code():
             raise OSError(errno.ENOSPC, "No space left on device")
 
     assert run_command("prog", raising(InputError("steps is 0")), Full()) == 2
+
+
+def test_the_text_of_an_error_is_one_printable_line():
+    """Names come out of files: a line break or an escape sequence in one must not reach the terminal."""
+    error = MomaError("a\nb\x1b[31m is no tensor of \u202eevil \u00e9\u65e5")
+    assert str(error) == "a\\nb\\x1b[31m is no tensor of \\u202eevil \u00e9\u65e5"
+    assert outcome(raising(error)) == (2, [f"prog: error: {error}"])
 
 
 def test_too_little_memory_is_one_line():

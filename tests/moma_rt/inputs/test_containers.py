@@ -168,6 +168,8 @@ class TestJpeg:
             (0xE2, b"MPF\0broken"),
             (0xED, b"Photoshop 3.0\x008BIM\x03\xed\0\0\0\0\0\1\0"),
             (0xED, b"Photoshop 3.0\x008BIM\x03\xed"),
+            (0xE0, b"JFIF\0\1"),
+            (0xEE, b"Adobe\0"),
             (0xFE, b""),
         ],
     )

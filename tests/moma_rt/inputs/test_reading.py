@@ -26,7 +26,7 @@ def load_error(path: Path) -> str:
         load_mask(path)
     for error in (photo_error, mask_error):
         assert "\n" not in str(error.value)
-        assert str(path) in str(error.value)
+        assert str(path).replace("\0", "\\x00") in str(error.value)
     return str(photo_error.value)
 
 
