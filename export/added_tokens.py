@@ -68,7 +68,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read the tokenizer {path}: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
@@ -235,7 +235,8 @@ def _token(value: object, index: object, file: Path, rule: str) -> FoundToken:
     """
     options: dict[Any, Any] = value if isinstance(value, dict) else {}
     content = options.get("content") if options else value
-    if not isinstance(content, str):
+    # A lone surrogate, which JSON can hold, is no character.
+    if not isinstance(content, str) or content != content.encode("utf-8", "replace").decode():
         raise CheckpointError(f"{file}: {rule}, not {short_repr(value)}")
     if index is not None:
         try:

@@ -70,8 +70,10 @@ class _Peak(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not func.is_view:
-            self.record(result)
+        if not func.is_view:
+            for tensor in result if isinstance(result, list | tuple) else (result,):
+                if isinstance(tensor, Tensor):
+                    self.record(tensor)
         return result
 
 

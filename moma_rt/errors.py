@@ -68,7 +68,7 @@ def memory_errors() -> Iterator[None]:
         yield
     except MemoryError as error:
         reason = (str(error).strip().splitlines() or ["an allocation failed"])[0]
-        raise OutOfMemory(f"this process has too little memory: {reason}; ask for fewer pictures at a time") from None
+        raise OutOfMemory(f"too little memory: {reason}; close other programs, or ask for less at a time") from None
 
 
 def with_memory_errors(function: Callable[P, R]) -> Callable[P, R]:

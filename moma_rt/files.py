@@ -32,7 +32,7 @@ _STRAY = re.compile(
     r"|\.documentrevisions-v100|\.volumeicon\.icns|icon\r"
     r"|(eh)?thumbs(_vista)?\.db(:encryptable)?|desktop\.ini|\$recycle\.bin|system volume information"
     r"|\.directory|\.trash-.*|lost\+found|@eadir|#recycle|\.snapshot|\.stfolder|\.stversions|\.dropbox(\.attr|\.cache)?"
-    r"|\.ipynb_checkpoints|.*~|~\$.*|\..*\.sw[a-p]|\.#.*|#.*#",
+    r"|\.ipynb_checkpoints|__macosx|\.localized|#snapshot|.*:zone\.identifier|.*~|~\$.*|\..*\.sw[a-p]|\.#.*|#.*#",
     re.IGNORECASE | re.DOTALL,
 )
 
@@ -104,6 +104,9 @@ def _output(path: Path, through_links: bool) -> Iterator[_Output]:
         replaced = None
         with contextlib.suppress(FileNotFoundError):
             replaced = place.stat() if through_links else place.lstat()
+        if replaced is not None and not (stat.S_ISREG(replaced.st_mode) or stat.S_ISLNK(replaced.st_mode)):
+            code = errno.EISDIR if stat.S_ISDIR(replaced.st_mode) else errno.EINVAL
+            raise OSError(code, "is a folder" if code == errno.EISDIR else "is a device or pipe, not a file")
         kept = replaced is not None and stat.S_ISREG(replaced.st_mode)
         mode = stat.S_IMODE(replaced.st_mode) & 0o777 if replaced is not None and kept else 0o666
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode | stat.S_IWUSR))
@@ -124,7 +127,10 @@ def _name_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
+        error.filename = str(path)
+        # Deleted rather than None, which str(error) would show.
+        with contextlib.suppress(AttributeError):
+            del error.filename2
         raise
 
 
@@ -139,11 +145,32 @@ def replace(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno in _DEVICE_ERRORS or path.is_dir() or not temporary.is_file():
             raise
-        try:
-            copy(temporary, path)
-        except OSError:
-            raise error from None
+        _overwrite(temporary, path, error)
         warn(f"{path} was overwritten in place, since it cannot be replaced: {error.strerror or error}")
+
+
+def _overwrite(temporary: Path, path: Path, reason: OSError) -> None:
+    """Overwrite a file in place; if that fails half-way, keep the complete file under another name."""
+    is_new = not path.exists()
+    try:
+        stream = path.open("xb" if is_new else "r+b")
+    except OSError:
+        # Nothing was changed.
+        raise reason from None
+    try:
+        with stream, temporary.open("rb") as complete:
+            shutil.copyfileobj(complete, stream, _CHUNK_BYTES)
+            stream.truncate()
+        sync(path)
+    except OSError as error:
+        if is_new:
+            path.unlink(missing_ok=True)
+            raise
+        kept = path.with_name(f"{path.stem}.complete{path.suffix}")
+        with contextlib.suppress(OSError):
+            temporary.replace(kept)
+            error.strerror = f"{error.strerror or error}; the complete file is {kept}"
+        raise
 
 
 def copy(source: Path, target: Path) -> None:
@@ -158,7 +185,7 @@ def copy(source: Path, target: Path) -> None:
         if is_open:
             with contextlib.suppress(OSError):
                 target.unlink(missing_ok=True)
-            error.filename, error.filename2 = str(target), None
+            error.filename = str(target)
         raise
 
 

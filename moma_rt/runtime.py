@@ -78,7 +78,7 @@ class Runtime:
         self._conditioner = Conditioner(self._networks, self._subjects)
         self._sampler = Sampler(self._networks, self._subjects, limits)
         self._queue: RequestQueue[_Request, Result] = RequestQueue(
-            min(limits.max_batch, self._sampler.max_batch), backend.survives_fork
+            min(limits.max_batch, self._sampler.max_batch), self._networks.renew if backend.survives_fork else None
         )
 
     @classmethod

@@ -8,7 +8,6 @@ import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +22,9 @@ from moma_rt.bundle.manifest import Bundle
 from moma_rt.bundle.specs import Geometry
 from moma_rt.errors import InputError, SubjectError
 from moma_rt.files import atomic_write
+from moma_rt.finite import all_finite
 from moma_rt.inputs.tokenizers import check_subject_name
+from moma_rt.lazy import lazy_property
 from moma_rt.messages import first_line, short_repr, warn
 
 FORMAT_VERSION = 2
@@ -108,7 +109,7 @@ class Subject:
     origin: Origin
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-    @cached_property
+    @lazy_property
     def identity(self) -> str:
         """SHA-256 of the content: equal subjects give equal pictures. Computed once; takes a second at SD1.5's size."""
         return self._sha256()
@@ -202,12 +203,12 @@ class Subject:
                     f"{FORMAT_VERSION}: upgrade it"
                 )
             subject = cls._from_parts(data, tensors)
-            expected = "" if version == _WITHOUT_HASH else data[_HASH_KEY]
+            expected = data.get(_HASH_KEY) if version == _WITHOUT_HASH else data[_HASH_KEY]
         # Deep nesting raises RecursionError, an infinite number OverflowError.
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, InputError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise SubjectError(f"{path} is a malformed subject file, or was altered: {reason}") from None
-        if version == _WITHOUT_HASH:
+        if version == _WITHOUT_HASH and expected is None:
             warn(
                 f"{path} has subject format {version}, without a hash, so damage goes unnoticed: enroll its photo again"
             )
@@ -302,7 +303,7 @@ def _check_tensor(name: str, tensor: Array) -> None:
         raise ValueError(f"{name!r} is {tensor.dtype} {list(tensor.shape)}, not {allowed} of {rank} dimensions")
     if kind in ("photo", "mask") and (0 in tensor.shape or tensor.shape[2:] not in ((), (3,))):
         raise ValueError(f"{name!r} has shape {list(tensor.shape)}")
-    if "float32" in dtypes and not np.isfinite(tensor).all():
+    if not all_finite(tensor):
         raise ValueError(f"{name!r} contains NaN or infinity")
 
 

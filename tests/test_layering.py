@@ -38,7 +38,7 @@ ROOMS: Mapping[str, tuple[set[str], ...]] = {
         {"backends"},
         {"bundle", "inputs", "schedulers"},
         {"files"},
-        {"messages", "timing", "finite"},
+        {"messages", "timing", "finite", "lazy"},
         {"errors"},
     ),
     "benchmarks": (

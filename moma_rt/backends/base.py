@@ -83,7 +83,7 @@ class Backend(Protocol):
 
     @property
     def survives_fork(self) -> bool:
-        """Whether networks and buffers can be used in a process that was forked while none of them ran."""
+        """Whether networks can be loaded in a process that was forked while none of them ran."""
 
     def load(self, spec: NetworkSpec, path: Path, weights: Sequence[Path] = ()) -> Network:
         """Load a network from the file that this backend runs: an ONNX graph, or an engine.

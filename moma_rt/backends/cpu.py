@@ -17,11 +17,12 @@ def usable_cores(root: Path = Path("/")) -> int | None:
         root: the folder that holds `proc` and `sys`.
     """
     limits = [math.ceil(quota) for quota in _quotas(root)]
-    if hasattr(os, "sched_getaffinity"):
-        allowed = os.sched_getaffinity(0)
-        if len(allowed) < (os.cpu_count() or 0):
-            limits.append(len({_core(root, cpu) for cpu in allowed}))
-    return max(1, min(limits)) if limits else None
+    if not hasattr(os, "sched_getaffinity"):
+        return min(limits, default=None)
+    allowed = os.sched_getaffinity(0)
+    if not limits and len(allowed) == os.cpu_count():
+        return None
+    return max(1, min([*limits, len({_core(root, cpu) for cpu in allowed})]))
 
 
 def _core(root: Path, cpu: int) -> str:
@@ -35,11 +36,11 @@ def _core(root: Path, cpu: int) -> str:
 def _quotas(root: Path) -> Iterator[float]:
     """Yield the quota, in cores, of each of this process's control groups that has one, in either version of them."""
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        groups = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
     except OSError:
         return
     for line in groups:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")

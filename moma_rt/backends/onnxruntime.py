@@ -1,9 +1,13 @@
 """The CPU backend: ONNX Runtime sessions, each bound to its buffers once."""
 
 import contextlib
+import ctypes
+import os
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +86,13 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     supports_capture = False
     is_host = True
-    # A run in a process without ONNX Runtime's other threads does all the work itself.
     survives_fork = True
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
+        self._sessions: weakref.WeakSet[ort.InferenceSession] = weakref.WeakSet()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=partial(_keep_for_ever, self._sessions))
 
     def load(self, spec: NetworkSpec, path: Path, weights: Sequence[Path] = ()) -> OrtNetwork:
         options = session_options()
@@ -94,7 +100,9 @@ class OnnxRuntimeBackend:
             options.intra_op_num_threads = self._threads
         # Eight sessions share the cores: the threads of one that has finished must not spin against the next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        return OrtNetwork(spec, open_session(spec, path, weights, options, ["CPUExecutionProvider"]))
+        session = open_session(spec, path, weights, options, ["CPUExecutionProvider"])
+        self._sessions.add(session)
+        return OrtNetwork(spec, session)
 
     def allocate(self, wanted: Mapping[K, Size]) -> dict[K, Buffer]:
         arrays = {key: np.zeros(shape, np.dtype(dtype)) for key, (shape, dtype) in wanted.items()}
@@ -127,6 +135,12 @@ class OnnxRuntimeBackend:
 
     def synchronize(self) -> None:
         """Do nothing: a run has finished when `enqueue` returns."""
+
+
+def _keep_for_ever(sessions: "weakref.WeakSet[ort.InferenceSession]") -> None:
+    """Never delete a session in a forked process: it would wait for its threads, which are not there, or crash."""
+    for session in sessions:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 
 
 def _as_ort_buffer(buffer: Buffer) -> OrtBuffer:

@@ -69,4 +69,6 @@ def _unreadable(root: Path, name: str, error: OSError) -> BundleError:
             f"{root}: {name} is missing: it is a link to {os.readlink(path)}, which is not there; copy bundles with "
             "the files that their links lead to (cp -rL)"
         )
+    if not root.is_dir():
+        return BundleError(f"{root}: the bundle is no longer there, so {name} cannot be read")
     return BundleError(f"{root}: {name} is missing; build the bundle again")

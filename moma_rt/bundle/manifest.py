@@ -199,7 +199,10 @@ class Bundle:
             BundleError: no manifest, another format version, a malformed manifest, or a missing, unreadable or
                 truncated file.
         """
-        place = Path(os.path.realpath(root))
+        try:
+            place = Path(os.path.realpath(root))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{root} cannot be opened: {error}") from None
         bundle = cls(place, read_manifest(place))
         bundle._check_sizes()
         return bundle
@@ -210,10 +213,9 @@ class Bundle:
         for name in sorted(used - self.manifest.files.keys()):
             raise BundleError(f"{self.root}: the manifest uses {name!r} but gives no hash for it")
         # A graph reads files of these folders by name, so a file without a hash would be used unchecked.
-        listed = {self.path(name) for name in used}
         for folder in sorted({f for network in self.manifest.networks.values() for f in network.folders}):
             for name in names_in(self.root, folder):
-                if self.path(name) not in listed and name != f"{folder}/{RECORD_NAME}":
+                if name not in used and name != f"{folder}/{RECORD_NAME}":
                     raise BundleError(f"{self.root}: {name} is in no network of the manifest; delete it")
         for name, entry in self.manifest.files.items():
             size = state_of(self.root, name).st_size

@@ -118,6 +118,12 @@ class Networks:
         self.backend.trim()
         del self._loaded[name]
 
+    def renew(self) -> None:
+        """Forget all loaded networks in a forked process, where they cannot run: they are loaded again when needed."""
+        for name in self._loaded:
+            self._drop_caches(name)
+        self._loaded.clear()
+
     def _drop_caches(self, name: str) -> None:
         for call in self._on_eviction:
             if (method := call()) is not None:
@@ -162,10 +168,11 @@ class Networks:
             outputs = self.retry_after_eviction(lambda: run_once(self.backend, network, inputs, wanted))
             for output, array in outputs.items():
                 if not all_finite(array):
-                    given = (np.abs(a).max() for a in inputs.values() if isinstance(a, np.ndarray) and a.size)
+                    arrays = (a for a in inputs.values() if isinstance(a, np.ndarray) and a.size)
+                    given = [np.abs(a).max() for a in arrays if a.dtype.kind == "f"]
+                    largest = f" from numbers of up to {max(given):.3g}" if given else ""
                     raise MomaError(
-                        f"{name} computed NaN or infinity ({output}) from numbers of up to {max(given):.3g}: "
-                        f"{self.overflow_advice(name)}"
+                        f"{name} computed NaN or infinity ({output}){largest}: {self.overflow_advice(name)}"
                     )
             return outputs
 

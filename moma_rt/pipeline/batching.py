@@ -3,8 +3,10 @@
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from moma_rt.errors import InputError, MomaError
 
@@ -56,13 +58,15 @@ class RequestQueue(Generic[R, A]):
 
     Args:
         max_batch: largest sum of sizes in a batch; a larger request runs alone.
-        survives_fork: whether the device can be used in a forked process.
+        after_fork: makes the device usable in a forked process; None if it cannot be.
     """
 
-    def __init__(self, max_batch: int, survives_fork: bool = False) -> None:
+    def __init__(self, max_batch: int, after_fork: Callable[[], None] | None = None) -> None:
         self._max_batch = max_batch
-        self._survives_fork = survives_fork
+        self._after_fork = after_fork
         self._process = os.getpid()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=partial(_go_on, weakref.ref(self)))
         self._changed = threading.Condition()
         self._owner: int | None = None
         # Pending requests, and a ticket for each thread that waits in `exclusive`.
@@ -122,19 +126,23 @@ class RequestQueue(Generic[R, A]):
             MomaError: it was forked from the one that made the queue, while the queue was in use or its device cannot
                 be used after a fork.
         """
-        if os.getpid() == self._process:
-            return
-        # A lock that another thread of the parent held stays locked here.
-        is_idle = self._changed.acquire(blocking=False)
-        if is_idle:
-            is_idle = self._owner is None and not self._waiting
-            self._changed.release()
-        if not (is_idle and self._survives_fork):
+        if os.getpid() != self._process:
             raise MomaError(
                 f"this runtime was loaded by process {self._process}, and this one was forked from it"
-                f"{'' if is_idle else ' while it was in use'}: load a runtime after the fork, in each process"
+                f"{'' if self._after_fork is None else ' while it was in use'}: load a runtime after the fork, in each "
+                "process"
             )
-        self._process = os.getpid()
+
+    def go_on(self) -> None:
+        """Accept requests in a forked process, if the queue was idle. To be called before it has other threads."""
+        # A lock that another thread of the parent held stays locked here.
+        if self._after_fork is None or not self._changed.acquire(blocking=False):
+            return
+        is_idle = self._owner is None and not self._waiting
+        self._changed.release()
+        if is_idle:
+            self._after_fork()
+            self._process = os.getpid()
 
     def _may_run(self, waiting: object) -> bool:
         # A request that left the queue unanswered was in the batch of an interrupted thread: it has waited longest.
@@ -168,3 +176,8 @@ class RequestQueue(Generic[R, A]):
                 room -= waiting.size
         self._waiting = [waiting for waiting in self._waiting if waiting not in batch]
         return batch
+
+
+def _go_on(queue: "weakref.ref[RequestQueue[Any, Any]]") -> None:
+    if (alive := queue()) is not None:
+        alive.go_on()

@@ -1,6 +1,6 @@
 """Conditions of a prompt: text tokens, context tokens, and the language model's K/V cache of a subject's prefix."""
 
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER
 from moma_rt.bundle.specs import LanguageGeometry
 from moma_rt.errors import BundleError, SubjectError
 from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, common_prefix_length
+from moma_rt.lazy import lazy_property
 from moma_rt.memory.lru import Lru
 from moma_rt.memory.networks import Networks
 from moma_rt.memory.subject_cache import SubjectCache
@@ -29,12 +30,12 @@ class Conditioner:
         self._context: Lru[tuple[str, str], Array] = Lru(_CACHED_TEXTS)
         self._unconditional: Lru[None, Array] = Lru(1)
 
-    @cached_property
+    @lazy_property
     def text_tokenizer(self) -> TextTokenizer:
         self._networks.bundle.verify([TEXT_TOKENIZER])
         return TextTokenizer(self._networks.bundle.path(TEXT_TOKENIZER), self._networks.geometry.text_tokens)
 
-    @cached_property
+    @lazy_property
     def language_tokenizer(self) -> LanguageTokenizer:
         self._networks.bundle.verify([LANGUAGE_TOKENIZER])
         return LanguageTokenizer(self._networks.bundle.path(LANGUAGE_TOKENIZER))

@@ -3,13 +3,14 @@
 import functools
 import inspect
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from moma_rt.errors import InputError
 from moma_rt.inputs.noise import MAX_SEED, check_seed
+from moma_rt.lazy import lazy_property
 from moma_rt.memory.limits import MAX_IMAGES
 from moma_rt.messages import short_repr
 from moma_rt.pipeline.sampling import FloatArray
@@ -65,7 +66,7 @@ class Settings:
             raise InputError(f"seed is {self.seed}: {self.num_images} images need seeds up to {MAX_SEED} at most")
         self.rows  # noqa: B018 - raises before networks are loaded
 
-    @cached_property
+    @lazy_property
     def rows(self) -> FloatArray:
         """The schedule, float32 [steps,64]."""
         return schedule(self.scheduler, self.steps, self.guidance_scale, self.guidance_interval)
@@ -95,7 +96,8 @@ def check_on_step(on_step: object) -> None:
         return
     if not callable(on_step):
         raise InputError(f"on_step must be a function of a StepInfo, not {short_repr(on_step)}")
-    function = inspect.unwrap(on_step)
+    # Not inspect.unwrap: a wrapper may be what runs an async function.
+    function: Any = on_step
     while isinstance(function, functools.partial):
         function = function.func
     for called in (function, type(function).__call__):

@@ -7,6 +7,7 @@ without guidance on the conditional half alone (G = 1).
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
@@ -131,7 +132,7 @@ class Sampler:
 
         Raises:
             Cancelled: `on_step` returned False.
-            InputError: `on_step` returned something to await.
+            InputError: `on_step` returned work that nobody would do or wait for.
             OutOfMemory: too little device memory, or too small a memory budget.
             BundleError, MomaError: a network cannot be loaded or run.
         """
@@ -141,7 +142,7 @@ class Sampler:
             for index, batch in enumerate(batches):
                 report = on_step and _counted(on_step, index * len(rows), len(batches) * len(rows))
                 pictures += self._run_batch(samples[batch], rows, report, stages)
-        except OutOfMemory:
+        except (OutOfMemory, MemoryError):
             # Some networks allocate while they run: free these buffers, so that a smaller call fits.
             self._buffers.clear()
             raise
@@ -243,7 +244,7 @@ def denoise(buffers: GenerationBuffers, halves: Sequence[int], rows: FloatArray,
 
     Raises:
         Cancelled: `on_step` returned False.
-        InputError: it returned something to await.
+        InputError: it returned work that nobody would do or wait for.
     """
     for index, row in enumerate(rows):
         buffers.step(index, halves[index])
@@ -258,13 +259,13 @@ def _is_false(result: object) -> bool:
     """Whether a callback returned Python's, NumPy's or PyTorch's False; other values, such as 0, have no meaning.
 
     Raises:
-        InputError: it returned something to await.
+        InputError: it returned work that nobody would do or wait for.
     """
-    if inspect.isawaitable(result):
-        if inspect.iscoroutine(result):
-            # Closed, so that Python does not warn that it was never awaited.
-            result.close()
-        raise InputError("on_step returned something to await: give a plain function")
+    if inspect.iscoroutine(result):
+        # Closed, so that Python does not warn that it was never awaited.
+        result.close()
+    if inspect.isawaitable(result) or inspect.isgenerator(result) or isinstance(result, Future):
+        raise InputError(f"on_step returned a {type(result).__name__}: give a function that does its work at once")
     is_boolean = isinstance(result, bool) or str(getattr(result, "dtype", "")) in ("bool", "torch.bool")
     return is_boolean and getattr(result, "ndim", 0) == 0 and not result
 

@@ -131,7 +131,7 @@ def test_too_little_memory_is_one_line():
     """Of NumPy, of Pillow or of Python itself."""
     code, lines = outcome(lambda: np.zeros((1 << 45,), np.float64))
     assert code == 2
-    assert lines[0].startswith("prog: error: this process has too little memory: Unable to allocate 256. TiB for an")
+    assert lines[0].startswith("prog: error: too little memory: Unable to allocate 256. TiB for an")
     assert len(lines) == 1
-    line = "prog: error: this process has too little memory: an allocation failed; ask for fewer pictures at a time"
+    line = "prog: error: too little memory: an allocation failed; close other programs, or ask for less at a time"
     assert outcome(raising(MemoryError())) == (2, [line])

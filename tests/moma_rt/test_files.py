@@ -300,7 +300,7 @@ class TestPoorFileSystems:
         (tmp_path / "new").write_bytes(b"new")
         monkeypatch.setattr(os, "replace", refuse(errno.EBUSY))
         monkeypatch.setattr("shutil.copyfileobj", refuse(errno.ENOSPC))
-        with pytest.raises(OSError, match="busy"):
+        with pytest.raises(OSError, match="No space left"):
             replace(tmp_path / "new", tmp_path / "a")
         assert os.listdir(tmp_path) == ["new"]
 
@@ -417,3 +417,45 @@ class TestPathInside:
         (tmp_path / "root").mkdir()
         (tmp_path / "root" / "file").symlink_to("../blobs/0123")
         assert path_inside(tmp_path / "root", "file").read_bytes() == b"x"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_or_folder_is_not_replaced(tmp_path, linked):
+    """As root, /dev/null would be replaced by a file for everyone."""
+    pipe, folder = tmp_path / "pipe", tmp_path / "folder"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for place, reason in ((pipe, "is a device or pipe, not a file"), (folder, "is a folder")):
+        path = place
+        if linked:
+            path = tmp_path / f"link to {place.name}"
+            path.symlink_to(place)
+        with pytest.raises(OSError, match=reason) as caught, atomic_write(path) as temporary:
+            temporary.write_text("new")
+        assert caught.value.filename == str(path)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert folder.is_dir()
+
+
+def test_an_overwrite_that_fails_half_way_keeps_the_complete_file(tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    path.write_text("former")
+
+    def refuse(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    def stop(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: refuse() if to == path else replace(self, to))
+    monkeypatch.setattr("moma_rt.files.shutil.copyfileobj", stop)
+    kept = tmp_path / "picture.complete.png"
+    with (
+        pytest.raises(OSError, match=f"No space left on device; the complete file is {kept}"),
+        atomic_write(path) as new,
+    ):
+        new.write_text("new")
+    assert kept.read_text() == "new"
+    assert sorted(tmp_path.iterdir()) == [kept, path]

@@ -161,9 +161,9 @@ def test_memory_that_runs_out_in_the_host_is_an_error_of_one_line(fakes, fake_bu
     # The first result of a new prompt: evicting and trying again helps.
     assert runtime.generate(subject, "A car on a hill.", steps=2).images
     failures[:] = [None] * 50
-    with pytest.raises(OutOfMemory, match=r"too little memory: Unable to allocate 3 GiB; ask for fewer"):
+    with pytest.raises(OutOfMemory, match=r"too little memory: Unable to allocate 3 GiB; close other"):
         runtime.generate(subject, "A car in a lake.", steps=2)
-    with pytest.raises(OutOfMemory, match=r"too little memory: Unable to allocate 3 GiB; ask for fewer"):
+    with pytest.raises(OutOfMemory, match=r"too little memory: Unable to allocate 3 GiB; close other"):
         runtime.enroll(photo, mask, "green car")
     failures.clear()
     np.testing.assert_array_equal(runtime.generate(subject, "A car.", steps=2).images[0], expected)

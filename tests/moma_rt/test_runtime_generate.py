@@ -1,8 +1,11 @@
 """Generation, with fake networks."""
 
+import asyncio
 import dataclasses
+import functools
 import threading
 import warnings
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -269,12 +272,23 @@ def test_other_values_of_a_callback_mean_nothing(runtime, subject, value):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_callback_that_returns_a_coroutine_is_an_error(runtime, subject):
+def test_a_callback_whose_work_nobody_would_do_is_an_error(runtime, subject):
     async def hear(info):
         return False
 
-    with pytest.raises(InputError, match="on_step returned something to await: give a plain function"):
-        runtime.generate(subject, "A car.", steps=2, on_step=lambda info: hear(info))
+    def steps(info):
+        yield info.step
+
+    for callback, name in ((hear, "coroutine"), (steps, "generator"), (lambda _: Future(), "Future")):
+        with pytest.raises(InputError, match=f"on_step returned a {name}: give a function that does its work at once"):
+            runtime.generate(subject, "A car.", steps=2, on_step=lambda info, callback=callback: callback(info))
+
+    @functools.wraps(hear)
+    def run(info):
+        return asyncio.run(hear(info))
+
+    with pytest.raises(Cancelled):
+        runtime.generate(subject, "A car.", steps=2, on_step=run)
     assert runtime.generate(subject, "A car.", steps=2).images
 
 

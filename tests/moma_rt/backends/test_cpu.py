@@ -47,7 +47,14 @@ def test_hyperthreads_of_one_core_count_once(machine, monkeypatch, allowed, core
 
 @pytest.mark.parametrize(
     ("quota", "cores"),
-    [("200000 100000", 2), ("150000 100000", 2), ("5000 100000", 1), ("50000 20000", 3), ("junk", None)],
+    [
+        ("200000 100000", 2),
+        ("150000 100000", 2),
+        ("5000 100000", 1),
+        ("50000 20000", 3),
+        ("6400000 100000", 8),
+        ("junk", None),
+    ],
 )
 def test_the_quota_of_a_container(machine, quota, cores):
     write(machine, "proc/self/cgroup", "0::/\n")
@@ -72,6 +79,13 @@ def test_control_groups_of_version_1(machine, quota):
     assert usable_cores(machine) == (3 if quota > 0 else None)
 
 
+@pytest.mark.parametrize("groups", [b"", b"nothing\n", b"\xff\xfe:\n\n", b"1:cpu\n0::\n"])
+def test_groups_that_cannot_be_understood_are_no_limit(machine, groups):
+    write(machine, "proc/self/cgroup", "")
+    (machine / "proc/self/cgroup").write_bytes(groups)
+    assert usable_cores(machine) is None
+
+
 def test_affinity_and_quota(machine, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     write(machine, "proc/self/cgroup", "0::/\n")
@@ -89,9 +103,12 @@ def test_a_system_without_any_of_it(tmp_path, monkeypatch):
 def test_a_session_gets_no_more_threads_than_cores(monkeypatch, given, usable, used):
     options = []
     monkeypatch.setattr(backends, "usable_cores", lambda: usable)
-    monkeypatch.setattr(
-        "moma_rt.backends.onnxruntime.open_session", lambda *a: options.append(a[3].intra_op_num_threads)
-    )
+
+    class Session:
+        def __init__(self, *arguments):
+            options.append(arguments[3].intra_op_num_threads)
+
+    monkeypatch.setattr("moma_rt.backends.onnxruntime.open_session", Session)
     backends.create("onnxruntime", given).load(None, None)
     assert options == [used]
 

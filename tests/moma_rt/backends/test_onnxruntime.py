@@ -1,6 +1,9 @@
 """The ONNX Runtime backend on graphs of a few nodes."""
 
 import gc
+import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -217,3 +220,32 @@ def test_another_failure_while_running_is_one_line(backend, tmp_path):
     with pytest.raises(MomaError, match=r"^pick: ONNX Runtime .* cannot run it: .*indices element out of") as caught:
         network.bind(buffers).enqueue()
     assert "\n" not in str(caught.value)
+
+
+FORK = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from moma_rt.backends import create
+from tests.moma_rt.backends.networks import STEP, check_two_bindings, save_graph
+
+path = save_graph(Path(sys.argv[1]) / "step.onnx", STEP)
+backend = create("onnxruntime", 4)
+network = backend.load(STEP, path)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    # Deleting the inherited session would wait for its threads, which are not here; so would the end of the process.
+    del network
+    check_two_bindings(backend, backend.load(STEP, path))
+    sys.exit(7)
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_runs_networks_of_its_own_and_ends(tmp_path, repository):
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(tmp_path)]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")

@@ -278,7 +278,7 @@ def answer(queue):
 
 @needs_fork
 def test_an_idle_queue_goes_on_in_a_fork():
-    queue = RequestQueue(1, survives_fork=True)
+    queue = RequestQueue(1, after_fork=lambda: None)
     assert answer(queue) == "done"
     assert in_a_fork(lambda: answer(queue)) == "done"
     assert in_a_fork(lambda: in_a_fork(lambda: answer(queue))) == "done"
@@ -298,7 +298,7 @@ def test_a_queue_whose_device_does_not_survive_is_refused_in_a_fork():
 @needs_fork
 @pytest.mark.parametrize("state", ["running", "exclusive", "waiting", "locked"])
 def test_a_fork_of_a_busy_queue_is_refused_at_once(state):
-    queue = RequestQueue(1, survives_fork=True)
+    queue = RequestQueue(1, after_fork=lambda: None)
     entered, go_on = threading.Event(), threading.Event()
 
     def block(batch=()):
