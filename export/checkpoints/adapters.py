@@ -9,15 +9,18 @@ attentions of the UNet in the order of `attention_layers`.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from export.checkpoints.architectures import AttentionLayer, Shapes, attention_layers
 from export.checkpoints.matching import report_mismatch
 from export.checkpoints.model import ADAPTERS, Component, StateDict
-from export.checkpoints.pickles import as_state_dict, load_pickle
+from export.checkpoints.names import unwrapped
+from export.checkpoints.pickles import as_state_dict, load_pickle, without_wrappers
 from export.checkpoints.values import check_finite, check_floating
 from export.checkpoints.weights import content_hash
 from moma_rt.errors import CheckpointError
@@ -100,13 +103,16 @@ def read_adapters(path: Path, unet_config: dict[str, Any], language_width: int |
 
 def _read(path: Path, layers: tuple[AttentionLayer, ...]) -> StateDict:
     """Return the file's tensors under their new names; an unexpected name, NaN and infinity are errors."""
-    data = load_pickle(path)
+    data = without_wrappers(load_pickle(path))
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, not MoMA's adapters")
-    if set(data) != set(_PARTS):
+    # Entries beside them, such as `epoch`, are left out as in other files; further weights are not.
+    found = {key for key, value in data.items() if key in _PARTS or isinstance(value, Mapping | torch.Tensor)}
+    if found != set(_PARTS):
         have = ", ".join(sorted(map(str, data))[:6]) or "nothing"
         raise CheckpointError(f"{path} is not MoMA's adapters: it has {have}; expected {', '.join(_PARTS)}")
     parts = {part: as_state_dict(data[part], f"{path}: {part}") for part in _PARTS}
+    parts = {part: {name: stored[old] for name, old in unwrapped(stored).items()} for part, stored in parts.items()}
     for part, stored in parts.items():
         check_floating(stored, f"{path}: {part}")
         check_finite(stored, f"{path}: {part}")

@@ -264,7 +264,13 @@ def _structure(role: str, config: Config, where: object) -> torch.nn.Module:
             return _build(role, config)
     except Exception as error:
         # Configs are users' files, and the classes refuse bad ones with errors of every type.
-        raise CheckpointError(f"{where} does not describe a usable {role}: {first_line(error)}") from None
+        raise CheckpointError(f"{where} does not describe a usable {role}: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The error's first line, or the last one if the first only announces it, as transformers' validators do."""
+    first = first_line(error)
+    return str(error).strip().splitlines()[-1].strip() if first.rstrip().endswith(":") else first
 
 
 def llama_config(config: Config) -> Config:

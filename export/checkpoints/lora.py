@@ -149,8 +149,9 @@ def _fused(component: Component, layers: Sequence[_Layer], weights: Weights, sca
 
 
 def _layers(weights: Weights, config: Path | None, unet: Component, text_encoder: Component) -> list[_Layer]:
-    stored = stored_layers(weights.shapes, weights.location, unet, text_encoder)
+    # The configuration first: it names the kind of adapter, of which unknown tensors are only the sign.
     configs = read_configs(weights.location, config)
+    stored = stored_layers(weights.shapes, weights.location, unet, text_encoder)
     for layer in stored:
         _check(layer, weights)
     return [_Layer(layer, configs.get(layer.target.role)) for layer in stored]

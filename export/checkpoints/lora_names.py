@@ -40,6 +40,7 @@ _HINTS = MappingProxyType(
         r".*\.hada_": "of a LoHa, which is not supported",
         r".*\.lokr_": "of a LoKr, which is not supported",
         r".*\.lora_mid\.": "of a LoRA in three factors, which is not supported",
+        r".*\.lora_[AB](\.[^.]+)?\.bias$": "the bias of a LoRA's own layers, PEFT's lora_bias, which is not supported",
         r".*\.modules_to_save\.|base_model\..*\.(bias|base_layer\.\w+)$": "trained as a whole, which is not supported",
     }
 )

@@ -16,6 +16,7 @@ from typing import Any
 from export.checkpoints.model import TEXT_ENCODER, UNET
 from export.checkpoints.weights import read_json, read_metadata
 from moma_rt.errors import CheckpointError
+from moma_rt.messages import short_repr
 
 CONFIG_FILE = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
@@ -88,13 +89,20 @@ def _config(entries: Mapping[str, Any], prefix: str, where: str) -> PeftConfig |
             "LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     patterns = entries.get(f"{prefix}alpha_pattern") or {}
-    found = PeftConfig(
-        float(entries[f"{prefix}lora_alpha"]),
+    return PeftConfig(
+        _alpha(entries[f"{prefix}lora_alpha"], f"{prefix}lora_alpha", where),
         # PEFT's rule: a pattern matches the end of a layer's name, from a dot on.
-        tuple((re.compile(rf"(.*\.)?({pattern})"), float(alpha)) for pattern, alpha in patterns.items()),
+        tuple((re.compile(rf"(.*\.)?({name})"), _alpha(alpha, name, where)) for name, alpha in patterns.items()),
         bool(entries.get(f"{prefix}use_rslora")),
     )
-    for name, alpha in (("lora_alpha", found.alpha), *zip(patterns, (a for _, a in found.patterns), strict=True)):
-        if not math.isfinite(alpha):
-            raise CheckpointError(f"{where} has {alpha} as the alpha of {name}; it must be a finite number")
-    return found
+
+
+def _alpha(value: Any, name: str, where: str) -> float:
+    try:
+        alpha = float(value)
+    except (TypeError, ValueError, OverflowError):
+        alpha = math.nan
+    if not math.isfinite(alpha):
+        given = short_repr(value)
+        raise CheckpointError(f"{where} has {given} as the alpha of {name}; it must be a finite number")
+    return alpha

@@ -44,10 +44,20 @@ _CODE_NAMES = re.compile(
     r"torch\.(hub|jit|package|fx|ops|classes|_dynamo|_inductor|utils\.cpp_extension|utils\.bottleneck)\..*"
     r"|torch\.(load|serialization\.load)|numpy\.(f2py|testing|distutils)\..*|.*\.(exec|eval|system|popen|__import__)"
 )
-_HARMLESS_NAMES = frozenset({"functools.partial", "operator.itemgetter", "types.SimpleNamespace", "types.NoneType"})
+_HARMLESS_NAMES = frozenset(
+    "functools.partial operator.itemgetter types.SimpleNamespace types.NoneType io.BytesIO _io.BytesIO".split()
+)
+# What Python's own pickle, as opposed to torch.save, puts into a file for each tensor.
+_PLAIN_PICKLE = "torch.storage._load_from_bytes"
+_IMPORTS = ("GLOBAL", "INST", "STACK_GLOBAL")
+_MEMO_WRITES, _MEMO_READS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), ("GET", "BINGET", "LONG_BINGET")
 _DEFAULTDICT, _DEQUE = "collections.defaultdict", "collections.deque"
 # Trainers store the weights under one of these, beside other entries.
 _WRAPPERS = ("state_dict", "model_state_dict", "module", "model", "params")
+# A pickle may hold itself, so looking inside has to end.
+_MAX_WRAPPERS = 4
+# torch.save's default is 2; 3 differs from it in nothing that a state dict has.
+_READABLE_PROTOCOLS = (2, 3)
 _LFS_POINTER = b"version https://git-lfs"
 _ZIP = b"PK\x03\x04"
 _INSTEAD = "take the .safetensors of the same model"
@@ -91,12 +101,20 @@ def load_pickle(path: Path) -> Any:
         if isinstance(data, Inert) or (isinstance(data, type) and issubclass(data, Inert)):
             raise _refused(path, [data.stands_for])
         return data
+    if _PLAIN_PICKLE in foreign and not is_zip:
+        raise CheckpointError(
+            f"{path} was written with Python's pickle, not with torch.save, and cannot be read without running it: "
+            f"{_INSTEAD}, or, if you trust the file, convert it: pickle.load, then safetensors.torch.save_file"
+        )
     if foreign:
         raise CheckpointError(
             f"{path} holds more than weights ({', '.join(foreign[:_LISTED])}) and cannot be read without running it: "
             f"{_INSTEAD}, or, if you trust the file, convert it: torch.load(..., weights_only=False), then "
             "safetensors.torch.save_file"
         )
+    protocol = next(filter(None, map(_foreign_protocol, _pickle_streams(path))), None)
+    if protocol is not None:
+        raise CheckpointError(f"{path} {protocol}")
     raise CheckpointError(f"{path} is truncated, corrupt or not a PyTorch file")
 
 
@@ -108,11 +126,7 @@ def as_state_dict(data: Any, what: str) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: `data` is something else; the message names it by `what`.
     """
-    while isinstance(data, Mapping):
-        inner = next((data[key] for key in _WRAPPERS if isinstance(data.get(key), Mapping)), None)
-        if inner is None:
-            break
-        data = inner
+    data = without_wrappers(data)
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{what} holds a {type(data).__name__}, not a state dict")
     has_tensors = any(isinstance(value, torch.Tensor) for value in data.values())
@@ -121,10 +135,21 @@ def as_state_dict(data: Any, what: str) -> dict[str, torch.Tensor]:
         if isinstance(name, str) and isinstance(value, torch.Tensor):
             if value.layout is not torch.strided or value.is_quantized:
                 raise CheckpointError(f"{what} has a sparse or quantized tensor, {name}; only dense ones are supported")
+            if value.is_meta:
+                raise CheckpointError(f"{what}: {name} has no values: it was saved from the meta device")
             found[name] = value
         elif not (isinstance(name, str) and has_tensors and "." not in name):
             raise CheckpointError(f"{what} is not a flat state dict: {short_repr(name)} is a {type(value).__name__}")
     return found
+
+
+def without_wrappers(data: Any) -> Any:
+    """Return what trainers store under `state_dict` or the like, beside other entries; other data as it is."""
+    for _ in range(_MAX_WRAPPERS):
+        if not isinstance(data, Mapping):
+            break
+        data = next((data[key] for key in _WRAPPERS if isinstance(data.get(key), Mapping)), data)
+    return data
 
 
 def file_head(file: Path) -> bytes:
@@ -212,26 +237,66 @@ def _pickle_streams(file: Path) -> Iterator[io.BytesIO]:
                         yield io.BytesIO(archive.read(entry))
         else:
             with file.open("rb") as stream:
-                yield io.BytesIO(stream.read(_SCANNED_PICKLE_BYTES))
+                data = stream.read(_SCANNED_PICKLE_BYTES)
+            if not data.startswith(_ZIP):
+                yield io.BytesIO(data)
     except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError):
         return
 
 
 def _imports(stream: io.BytesIO) -> Iterator[str]:
-    """Yield the names that the consecutive pickles in `stream` import (memoized names are not resolved)."""
+    """Yield the names that the consecutive pickles in `stream` import."""
+    for operations in _pickles(stream):
+        strings: list[str] = []
+        memo: dict[int, str | None] = {}
+        # The string on top of the stack, which the memo may keep for later.
+        top: str | None = None
+        for opcode, argument in operations:
+            if opcode.name in ("GLOBAL", "INST"):
+                yield _today(*str(argument).split(" ", 1))
+            elif opcode.name == "STACK_GLOBAL":
+                yield ".".join(strings[-2:]) or "an import"
+            if opcode.name in _MEMO_WRITES:
+                memo[len(memo) if argument is None else argument] = top
+                continue
+            top = memo.get(argument) if opcode.name in _MEMO_READS else argument if isinstance(argument, str) else None
+            if top is not None:
+                strings.append(top)
+
+
+def _foreign_protocol(stream: io.BytesIO) -> str | None:
+    """Say what to do about pickles of a protocol that PyTorch's reader lacks; None for others and damaged ones."""
+    protocol, imports = -1, False
+    for operations in _pickles(stream):
+        given = operations[0][1] if operations[0][0].name == "PROTO" else max(code.proto for code, _ in operations)
+        if operations[-1][0].name != "STOP" or given in _READABLE_PROTOCOLS:
+            break
+        protocol = max(protocol, given)
+        imports = imports or any(code.name in _IMPORTS for code, _ in operations)
+    # Any text may happen to be a pickle, but only real ones import.
+    if not imports:
+        return None
+    # PyTorch itself cannot load what it saves with protocol 0.
+    convert = (
+        "if you trust the file, convert it: torch.load(..., weights_only=False), then" if protocol else "save with"
+    )
+    return (
+        f"is pickled with protocol {protocol}, which PyTorch's reader that runs no code does not know: {_INSTEAD}, or "
+        f"{convert} torch.save in its default protocol"
+    )
+
+
+def _pickles(stream: io.BytesIO) -> Iterator[list[tuple[pickletools.OpcodeInfo, Any]]]:
+    """Yield the operations of each of the consecutive pickles in `stream`; those of a damaged one until the damage."""
     end = len(stream.getbuffer())
     while stream.tell() < end:
-        strings: list[str] = []
+        operations: list[tuple[pickletools.OpcodeInfo, Any]] = []
         try:
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name in ("GLOBAL", "INST"):
-                    yield _today(*str(argument).split(" ", 1))
-                elif opcode.name == "STACK_GLOBAL":
-                    yield ".".join(strings[-2:]) or "an import"
-                elif isinstance(argument, str):
-                    strings.append(argument)
+            operations.extend((opcode, argument) for opcode, argument, _ in pickletools.genops(stream))
         except (ValueError, EOFError, UnicodeDecodeError, pickle.UnpicklingError):
-            return
+            end = 0
+        if operations:
+            yield operations
 
 
 def _today(module: str, name: str) -> str:

@@ -30,6 +30,8 @@ from moma_rt.errors import CheckpointError
 
 _VAE_PREFIX = "first_stage_model."
 _TEXT_PREFIX = "cond_stage_model.transformer."
+# The first that a file has is read.
+_TEXT_PREFIXES = (_TEXT_PREFIX, "cond_stage_model.", "text_encoder.")
 _NEEDED = "MoMA's adapters need Stable Diffusion 1.5"
 # Names that other files have, and what they tell.
 _OTHER_NAMES = {
@@ -141,7 +143,8 @@ def _check_scale(weights: Weights) -> None:
 
 
 def _text_encoder(weights: Weights, width: int, roles: frozenset[str]) -> Component:
-    rename = renaming(TEXT_ENCODER, prefix=_TEXT_PREFIX)
+    prefix = next((p for p in _TEXT_PREFIXES if any(name.startswith(p) for name in weights.shapes)), _TEXT_PREFIX)
+    rename = renaming(TEXT_ENCODER, prefix=prefix)
     found = {new: shape for name, shape in weights.shapes.items() if (new := rename(name)) is not None}
     if not found and TEXT_ENCODER in roles:
         raise CheckpointError(f"{weights.location} has no text encoder ({_TEXT_PREFIX}*); give a whole checkpoint")

@@ -57,6 +57,27 @@ def test_folder_and_scalar_scales(copy, unet_config):
     assert torch.equal(scale, torch.tensor([0.75]))
 
 
+def parts_under(start: str):
+    return lambda data: {part: {f"{start}{name}": t for name, t in data[part].items()} for part in data}
+
+
+WAYS = {
+    "wrapped": lambda data: {"state_dict": data, "optimizer": {"lr": 1e-4}},
+    "wrapped twice": lambda data: {"model": {"state_dict": data}},
+    "data parallel": parts_under("module."),
+    "beside other entries": lambda data: {**data, "epoch": 7, "name": "mine", "best": None},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_as_trainers_save_them(copy, unet_config, way):
+    expected, data = read_adapters(copy.adapters, unet_config, 128).load(), WAYS[way](raw(copy))
+    copy.save(copy.adapters, lambda path: torch.save(data, path))
+    found = read_adapters(copy.adapters, unet_config, 128).load()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def change_part(part, name, tensor):
     def change(data):
         data[part][name] = tensor

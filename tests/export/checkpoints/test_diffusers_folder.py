@@ -171,6 +171,7 @@ def test_other_vaes_and_text_encoders(copy):
         ({"model_type": "t5"}, "t5"),
         ({"max_position_embeddings": 248}, "248"),
         ({"num_hidden_layers": 3}, "missing"),
+        ({"num_attention_heads": 7}, "is not a multiple of the number of attention heads (7)"),
     ):
         copy.edit_json(config, **{**good, **changes})
         assert said in error_of(copy.base, None, ROLES)

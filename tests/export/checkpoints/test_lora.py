@@ -241,11 +241,17 @@ def test_files_that_do_not_fit(tmp_path, base, tensors, said):
 
 
 @pytest.mark.parametrize(
-    "header", ["{", "3", '{"unet.lora_alpha": "much"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 1}}']
+    ("header", "said"),
+    [
+        ("{", "damaged lora_adapter_metadata"),
+        ("3", "damaged lora_adapter_metadata"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 1}}', "damaged lora_adapter_metadata"),
+        ('{"unet.lora_alpha": "much"}', r"in its header has 'much' as the alpha of unet\.lora_alpha"),
+    ],
 )
-def test_damaged_header(tmp_path, base, header):
+def test_damaged_header(tmp_path, base, header, said):
     path = written(tmp_path, GOOD, {"lora_adapter_metadata": header})
-    with pytest.raises(CheckpointError, match="damaged lora_adapter_metadata"):
+    with pytest.raises(CheckpointError, match=said):
         fuse_loras(*base, [LoraFile(path)])
 
 

@@ -149,6 +149,8 @@ def error_of(folder, base, config, tensors=FACTORS) -> str:
         ({"lora_alpha": math.nan}, "nan as the alpha of lora_alpha"),
         ({"lora_alpha": math.inf}, "inf as the alpha of lora_alpha"),
         ({"lora_alpha": 1, "alpha_pattern": {"q_proj": math.nan}}, "nan as the alpha of q_proj"),
+        ({"lora_alpha": None}, "None as the alpha of lora_alpha; it must be a finite number"),
+        ({"lora_alpha": 1, "alpha_pattern": {"q_proj": [2]}}, "[2] as the alpha of q_proj"),
         ({"lora_alpha": 1e300}, "too large"),
         ({"lora_alpha": 1, "peft_type": "LOHA"}, "peft_type 'LOHA'; only LORA is supported"),
         ({"lora_alpha": 1, "use_dora": True}, "use_dora"),
@@ -163,8 +165,18 @@ def test_configurations_that_cannot_be_used(tmp_path, base, config, said):
 
 
 @pytest.mark.parametrize(
+    ("kind", "name"),
+    [("IA3", "ia3_l"), ("OFT", "oft_R.weight"), ("VERA", "vera_lambda_b"), ("ADALORA", "lora_E")],
+)
+def test_other_kinds_of_adapters_are_named(tmp_path, base, kind, name):
+    message = error_of(tmp_path, base, {"peft_type": kind}, {f"{NAME}.{name}": torch.ones(64, 1)})
+    assert f"has peft_type '{kind}'; only LORA is supported" in message
+
+
+@pytest.mark.parametrize(
     ("extra", "said"),
     [
+        ({f"{NAME}.lora_B.bias": torch.ones(64)}, "lora_B.bias (the bias of a LoRA's own layers, PEFT's lora_bias"),
         ({f"{NAME}.bias": torch.ones(64)}, "trained as a whole"),
         ({"base_model.model.final_layer_norm.modules_to_save.weight": torch.ones(64)}, "trained as a whole"),
         ({"base_model.model.embeddings.token_embedding.lora_embedding_A": torch.ones(2, 9)}, "of embeddings"),

@@ -5,6 +5,7 @@ import builtins
 import collections
 import enum
 import functools
+import io
 import os
 import pickle
 import subprocess
@@ -90,6 +91,7 @@ LEFTOVERS = {
     "NumPy's dtype and array": lambda t: {"dtype": np.dtype("float16"), "history": np.arange(3.0)},
     "arguments": lambda t: {"args": argparse.Namespace(path=Path("/data"), lr=1e-4, device=torch.device("cpu"))},
     "containers": lambda t: {"meters": collections.deque([1.0], 10), "log": collections.defaultdict(list, {"a": [1]})},
+    "bytes of a picture": lambda t: {"sample": io.BytesIO(b"\x89PNG")},
     "partial": lambda t: {"schedule": functools.partial(t.ModelCheckpoint, 3), "sizes": frozenset({1, 2})},
     "types and bytes": lambda t: {"hyper_parameters": {"type": float, "none": type(None), "bytes": b"123"}},
     "optimizer": lambda t: {
@@ -151,6 +153,52 @@ def test_what_cannot_be_read_says_how_to_convert_it(tmp_path, trainer):
     assert f"{TRAINER}.ModelCheckpoint" in message
     assert "weights_only=False" in message
     assert "save_file" in message
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", [0, 1, 4, 5])
+def test_other_protocols_are_named(tmp_path, protocol, zipped):
+    """The second tensor's type is named by references to what the pickle has had before."""
+    path = tmp_path / "x.ckpt"
+    tensors = {**TENSORS, "c.weight": torch.ones(2, dtype=torch.float16), "d": torch.ones(3, dtype=torch.float64)}
+    torch.save({"state_dict": tensors}, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    message = error_of(open_weights, path)
+    assert f"{path} is pickled with protocol {protocol}, which" in message
+    assert "torch.save in its default protocol" in message
+    assert ("weights_only=False" in message) == (protocol > 0)
+    path.write_bytes(path.read_bytes()[:200])
+    assert "truncated" in error_of(open_weights, path)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
+def test_weights_of_pythons_own_pickle(tmp_path, protocol):
+    path = tmp_path / "x.pt"
+    path.write_bytes(pickle.dumps(TENSORS, protocol=protocol))
+    message = error_of(open_weights, path)
+    assert "was written with Python's pickle, not with torch.save" in message
+    assert "pickle.load, then" in message
+
+
+def test_text_is_no_pickle(tmp_path):
+    path = tmp_path / "x.pt"
+    for text in (b".", b"N.", b"not a pickle.", b"\x80\x04."):
+        path.write_bytes(text)
+        assert error_of(open_weights, path) == f"{path} is truncated, corrupt or not a PyTorch file"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_without_values(tmp_path, zipped):
+    path = tmp_path / "x.bin"
+    data = {**TENSORS, "c.weight": torch.ones(2, device="meta")}
+    torch.save(data, path, _use_new_zipfile_serialization=zipped)
+    assert error_of(open_weights, path) == f"{path}: c.weight has no values: it was saved from the meta device"
+
+
+def test_a_dictionary_inside_itself(tmp_path):
+    data = {}
+    data["state_dict"] = data
+    torch.save(data, tmp_path / "x.pt")
+    assert "'state_dict' is a dict" in error_of(open_weights, tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module", "params"])
