@@ -28,7 +28,7 @@ def usable_cores(root: Path = Path("/")) -> int | None:
 def _core(root: Path, cpu: int) -> str:
     """A name of a logical CPU's core, equal for its hyperthreads."""
     try:
-        return (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+        return (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii").strip()
     except OSError:
         return str(cpu)
 
@@ -36,7 +36,7 @@ def _core(root: Path, cpu: int) -> str:
 def _quotas(root: Path) -> Iterator[float]:
     """Yield the quota, in cores, of each of this process's control groups that has one, in either version of them."""
     try:
-        groups = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
+        groups = (root / "proc/self/cgroup").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return
     for line in groups:
@@ -59,6 +59,6 @@ def _quotas(root: Path) -> Iterator[float]:
 def _numbers(file: Path) -> list[int]:
     """The whole numbers in a file; none if it cannot be read or holds something else."""
     try:
-        return [int(word) for word in file.read_text().split()]
+        return [int(word) for word in file.read_text(encoding="ascii").split()]
     except (OSError, ValueError):
         return []
