@@ -27,8 +27,9 @@ def usable_cores(root: Path = Path("/")) -> int | None:
 
 def _core(root: Path, cpu: int) -> str:
     """A name of a logical CPU's core, equal for its hyperthreads."""
+    siblings = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
     try:
-        return (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii").strip()
+        return siblings.read_text(encoding="ascii").strip()
     except OSError:
         return str(cpu)
 
