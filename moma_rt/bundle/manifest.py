@@ -212,6 +212,9 @@ class Bundle:
         used |= {engine.file for engine in self.manifest.engines} | {kernels.file for kernels in self.manifest.kernels}
         for name in sorted(used - self.manifest.files.keys()):
             raise BundleError(f"{self.root}: the manifest uses {name!r} but gives no hash for it")
+        # Before their folders, so that an unsafe name is reported as the manifest has it.
+        for name in sorted(self.manifest.files):
+            self.path(name)
         # A graph reads files of these folders by name, so a file without a hash would be used unchecked.
         for folder in sorted({f for network in self.manifest.networks.values() for f in network.folders}):
             for name in names_in(self.root, folder):

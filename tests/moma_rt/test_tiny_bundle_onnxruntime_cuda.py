@@ -77,8 +77,8 @@ def test_the_host_does_not_wait_between_steps(gpu, runtime, subject):
         runtime.generate(subject, PROMPT, steps=steps)
         waits.append(gpu.cuda.waits - before)
         assert gpu.ort.runs[runs:].count("denoiser") == steps
-    # The first call reads its prompts. Then: latents, picture and foreground mask.
-    assert waits[1:] == [3, 3, 3]
+    # The first call reads its prompts. Then: the last step, picture, its mean, and foreground mask.
+    assert waits[1:] == [4, 4, 4]
 
 
 def test_a_second_picture_allocates_no_memory(gpu, runtime, subject):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import onnxruntime
 import pytest
 
 from moma_rt import backends
@@ -110,7 +111,8 @@ def test_a_session_gets_no_more_threads_than_cores(monkeypatch, given, usable, u
 
     monkeypatch.setattr("moma_rt.backends.onnxruntime.open_session", Session)
     backends.create("onnxruntime", given).load(None, None)
-    assert options == [used]
+    # 0, ONNX Runtime's own choice, is 1 where several processes run tests.
+    assert options == [used or onnxruntime.SessionOptions().intra_op_num_threads]
 
 
 def test_without_a_quota_this_process_is_limited_by_its_affinity():
