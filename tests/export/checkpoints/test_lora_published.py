@@ -164,7 +164,7 @@ def test_an_adapter_of_the_unet_alone_that_diffusers_wrote(tmp_path, base, state
         ('{"r": 3}', "has a damaged adapter_config.json beside it"),
         (
             '{"lora_alpha": "much"}',
-            "adapter_config.json has 'much' as the alpha of lora_alpha; it must be a finite number",
+            "adapter_config.json has 'much' as the alpha of lora_alpha; it must be a finite",
         ),
         ('{"lora_alpha": 1, "alpha_pattern": {"(": 1}}', "has a damaged adapter_config.json beside it"),
     ],
