@@ -75,7 +75,8 @@ def read_vae(folder: Path, roles: frozenset[str]) -> Component:
     if folder.is_file():
         return read_vae_file(folder, roles)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist; --vae takes a folder with config.json and weights, or a file")
+        found = "is neither a file nor a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {found}; --vae takes a folder with config.json and weights, or a file")
     return _component(VAE, folder, folder, check_vae(read_json(folder / "config.json"), folder), roles)
 
 

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,3 +220,8 @@ def test_heads_given_per_level_or_by_their_newer_name():
     per_level = {**SD15.unet, "attention_head_dim": [5, 10, 20, 20]}
     assert [layer.heads for layer in attention_layers(per_level)][::6] == [5, 10, 20, 10, 5, 20]
     assert {layer.heads for layer in attention_layers({**SD15.unet, "num_attention_heads": 4})} == {4}
+
+
+def test_a_device_as_vae_is_not_said_to_be_missing():
+    with pytest.raises(CheckpointError, match=f"^{os.devnull} is neither a file nor a folder; --vae takes a folder"):
+        read_vae(Path(os.devnull), frozenset({"vae"}))
