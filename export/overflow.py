@@ -27,7 +27,7 @@ def peaks(checkpoint: Checkpoint, geometry: Geometry, names: tuple[str, ...]) ->
     """Return the largest magnitude among each named VAE network's weights and its operations' results in float32.
 
     It is NaN if a result is. The encoder reads a synthetic photo with gradients, edges and noise; the decoder reads the
-    encoder's latents, if there are any, and standard normal ones.
+    encoder's latents and standard normal ones, so that the answer for one does not depend on the others that are named.
 
     Args:
         names: of `VAE_NETWORKS`.
@@ -36,7 +36,6 @@ def peaks(checkpoint: Checkpoint, geometry: Geometry, names: tuple[str, ...]) ->
     side = min(geometry.image_size, _PROBE_SIZE)
     latent_side = side * geometry.latent_size // geometry.image_size
     noise = torch.randn(1, geometry.latent_channels, latent_side, latent_side, generator=generator)
-    latents, found = noise, {}
 
     def run(name: str, *inputs: Tensor) -> tuple[Any, float]:
         module, peak = NETWORKS[name].module(checkpoint, geometry), _Peak()
@@ -45,12 +44,12 @@ def peaks(checkpoint: Checkpoint, geometry: Geometry, names: tuple[str, ...]) ->
         with torch.inference_mode(), peak:
             return module(*inputs), peak.value
 
-    if "vae_encoder" in names:
-        latents, found["vae_encoder"] = run("vae_encoder", _photo(side, generator), noise)
+    latents, peak = run("vae_encoder", _photo(side, generator), noise)
+    found = {"vae_encoder": peak}
     if "vae_decoder" in names:
         # Latents that are not finite would say nothing about the decoder.
         _, found["vae_decoder"] = run("vae_decoder", torch.cat([noise, latents.nan_to_num(0.0, 0.0, 0.0)]))
-    return found
+    return {name: found[name] for name in names}
 
 
 class _Peak(TorchDispatchMode):

@@ -11,7 +11,7 @@ _INFINITY, _MINUS_INFINITY = 0x7C00, 0xFC00
 
 def all_finite(array: NDArray[Any]) -> bool:
     """Return whether an array has neither NaN nor infinity. Arrays of integers have neither."""
-    if array.size == 0 or array.dtype.kind not in "fc":
+    if array.size == 0 or array.dtype.kind != "f":
         return True
     if array.dtype != np.float16 or not array.flags.c_contiguous:
         return bool(np.isfinite(array).all())

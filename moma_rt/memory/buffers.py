@@ -192,8 +192,9 @@ class GenerationBuffers:
         return self._backend.download(self._states[self._current][name])
 
     def read_pictures(self) -> tuple[Array, Array]:
-        """Download the pictures decoded last, uint8 [B,H,W,3], and the mean of each, float32 [B]: NaN or infinity if
-        the decoder's output has any.
+        """Download the pictures decoded last, uint8 [B,H,W,3], and the mean of each before clipping, float32 [B].
+
+        A mean is NaN or infinity if any of the decoder's values was.
         """
         image, mean = (self._backend.download(self._pictures[name]) for name in PICTURES)
         return image, mean

@@ -1,5 +1,7 @@
 """The synthetic checkpoint that most of the export's tests read, and exports of a few bytes."""
 
+import shutil
+
 import numpy as np
 import onnx_ir
 import pytest
@@ -28,6 +30,12 @@ def tiny_checkpoint() -> Checkpoint:
 @pytest.fixture(scope="session")
 def tiny_geometry(tiny_checkpoint) -> Geometry:
     return geometry_of(tiny_checkpoint)
+
+
+@pytest.fixture
+def clip_folder(hub, tmp_path):
+    """A copy of the golden base's tokenizer that a test may break."""
+    return shutil.copytree(hub / "SG161222/Realistic_Vision_V4.0_noVAE/tokenizer", tmp_path / "tokenizer")
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from export.added_tokens import read_tokens
 from export.tokenizers import language_tokenizer, save, text_tokenizer
 from moma_rt.errors import CheckpointError, MomaWarning
 
-CLIP_FOLDER = "SG161222/Realistic_Vision_V4.0_noVAE/tokenizer"
 LLAVA_FOLDER = "KunpengSong/MoMA_llava_7b"
 BEGIN, END, SIZE = 613, 614, 615
 MUG = [320, 615, 525, 320, 536]  # a <my-mug> on a beach
@@ -47,11 +46,6 @@ def ids(folder, text, size=None):
     found = tokenizer.encode(text).ids
     assert (found[0], found[-1]) == (BEGIN, END)
     return found[1:-1]
-
-
-@pytest.fixture
-def clip(hub, tmp_path):
-    return shutil.copytree(hub / CLIP_FOLDER, tmp_path / "tokenizer")
 
 
 @pytest.fixture
@@ -135,21 +129,21 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 class TestEveryLayout:
-    def test_an_added_token_is_one_id(self, clip, layout):
-        layout(clip)
-        assert ids(clip, "a <my-mug> on a beach", SIZE + 1) == MUG
-        assert ids(clip, "a<my-mug>\u200b on A beach") == MUG
-        assert ids(clip, "<my-mug><my-mug>") == [SIZE, SIZE]
+    def test_an_added_token_is_one_id(self, clip_folder, layout):
+        layout(clip_folder)
+        assert ids(clip_folder, "a <my-mug> on a beach", SIZE + 1) == MUG
+        assert ids(clip_folder, "a<my-mug>\u200b on A beach") == MUG
+        assert ids(clip_folder, "<my-mug><my-mug>") == [SIZE, SIZE]
 
-    def test_case_counts_and_parts_are_words(self, clip, layout):
-        layout(clip)
-        assert ids(clip, "<MY-MUG>") == ids(clip, "<my-mug") + [285] == LETTERS
+    def test_case_counts_and_parts_are_words(self, clip_folder, layout):
+        layout(clip_folder)
+        assert ids(clip_folder, "<MY-MUG>") == ids(clip_folder, "<my-mug") + [285] == LETTERS
 
-    def test_the_saved_tokenizer_gives_the_same_ids(self, clip, layout, tmp_path):
+    def test_the_saved_tokenizer_gives_the_same_ids(self, clip_folder, layout, tmp_path):
         from moma_rt.inputs.tokenizers import TextTokenizer
 
-        layout(clip)
-        save(text_tokenizer(clip), tmp_path / "text.json")
+        layout(clip_folder)
+        save(text_tokenizer(clip_folder), tmp_path / "text.json")
         tokenizer = TextTokenizer(tmp_path / "text.json")
         assert tokenizer.encode("a <my-mug> on a beach")[:7].tolist() == [BEGIN, *MUG, END]
         tokenizer.check_subject("<my-mug>")
@@ -158,55 +152,59 @@ class TestEveryLayout:
 
 
 class TestPrecedence:
-    def test_the_decoder_goes_before_all_other_files(self, clip):
-        _decoder(clip)
-        write(clip, added={"<other>": 616})
-        edit(clip, "special_tokens_map.json", pad_token="!")
-        assert "<other>" not in text_tokenizer(clip).get_vocab()
-        assert text_tokenizer(clip).padding["pad_id"] == END
+    def test_the_decoder_goes_before_all_other_files(self, clip_folder):
+        _decoder(clip_folder)
+        write(clip_folder, added={"<other>": 616})
+        edit(clip_folder, "special_tokens_map.json", pad_token="!")
+        assert "<other>" not in text_tokenizer(clip_folder).get_vocab()
+        assert text_tokenizer(clip_folder).padding["pad_id"] == END
 
-    def test_tokenizer_json_goes_before_added_tokens_json(self, clip):
-        _whole_beside_the_vocabulary(clip)
-        write(clip, added={"<a>": 615, "<b>": 616})
-        found = text_tokenizer(clip)
+    def test_tokenizer_json_goes_before_added_tokens_json(self, clip_folder):
+        _whole_beside_the_vocabulary(clip_folder)
+        write(clip_folder, added={"<a>": 615, "<b>": 616})
+        found = text_tokenizer(clip_folder)
         assert [found.token_to_id(name) for name in ("<my-mug>", "<a>", "<b>")] == [615, None, 616]
 
-    def test_the_map_goes_before_the_config(self, clip):
-        edit(clip, "tokenizer_config.json", pad_token="!")
-        assert text_tokenizer(clip).padding["pad_id"] == END
-        (clip / "special_tokens_map.json").unlink()
-        assert text_tokenizer(clip).padding["pad_id"] == 0
+    def test_the_map_goes_before_the_config(self, clip_folder):
+        edit(clip_folder, "tokenizer_config.json", pad_token="!")
+        assert text_tokenizer(clip_folder).padding["pad_id"] == END
+        (clip_folder / "special_tokens_map.json").unlink()
+        assert text_tokenizer(clip_folder).padding["pad_id"] == 0
 
-    def test_the_pad_token_of_every_file(self, clip):
-        (clip / "special_tokens_map.json").unlink()
+    def test_the_pad_token_of_every_file(self, clip_folder):
+        (clip_folder / "special_tokens_map.json").unlink()
         pad = {"0": token("!", special=True)}
-        edit(clip, "tokenizer_config.json", pad_token="!", added_tokens_decoder={**SPECIAL, **pad})
-        assert text_tokenizer(clip).padding == {**text_tokenizer(clip).padding, "pad_id": 0, "pad_token": "!"}
+        edit(clip_folder, "tokenizer_config.json", pad_token="!", added_tokens_decoder={**SPECIAL, **pad})
+        assert text_tokenizer(clip_folder).padding == {
+            **text_tokenizer(clip_folder).padding,
+            "pad_id": 0,
+            "pad_token": "!",
+        }
         # As every special token, it is found in a text.
-        assert ids(clip, "a photo!") == [320, 556, 0]
+        assert ids(clip_folder, "a photo!") == [320, 556, 0]
 
-    def test_a_pad_token_in_no_vocabulary_is_the_next_id(self, clip):
-        edit(clip, "special_tokens_map.json", pad_token="[PAD]")
-        assert text_tokenizer(clip, SIZE + 1).padding["pad_id"] == SIZE
+    def test_a_pad_token_in_no_vocabulary_is_the_next_id(self, clip_folder):
+        edit(clip_folder, "special_tokens_map.json", pad_token="[PAD]")
+        assert text_tokenizer(clip_folder, SIZE + 1).padding["pad_id"] == SIZE
 
-    def test_special_tokens_without_ids_come_after_those_with_ids(self, clip):
-        write(clip, added={"<a>": 616, "<b>": 615})
-        edit(clip, "special_tokens_map.json", pad_token="[PAD]", additional_special_tokens=["<c>", "<a>"])
-        found = text_tokenizer(clip)
+    def test_special_tokens_without_ids_come_after_those_with_ids(self, clip_folder):
+        write(clip_folder, added={"<a>": 616, "<b>": 615})
+        edit(clip_folder, "special_tokens_map.json", pad_token="[PAD]", additional_special_tokens=["<c>", "<a>"])
+        found = text_tokenizer(clip_folder)
         assert [found.token_to_id(name) for name in ("<b>", "<a>", "[PAD]", "<c>")] == [615, 616, 617, 618]
 
-    def test_the_longest_token_is_taken(self, clip):
-        write(clip, added={"<my": 615, "<my-mug>": 616, "mug>": 617})
-        assert ids(clip, "a <my-mug> <my mug>") == [320, 616, 615, 617]
+    def test_the_longest_token_is_taken(self, clip_folder):
+        write(clip_folder, added={"<my": 615, "<my-mug>": 616, "mug>": 617})
+        assert ids(clip_folder, "a <my-mug> <my mug>") == [320, 616, 615, 617]
 
-    def test_ids_may_have_gaps(self, clip):
-        write(clip, added={"<my-mug>": 620})
-        assert ids(clip, "<my-mug>") == [620]
+    def test_ids_may_have_gaps(self, clip_folder):
+        write(clip_folder, added={"<my-mug>": 620})
+        assert ids(clip_folder, "<my-mug>") == [620]
 
-    def test_null_is_the_default(self, clip):
-        (clip / "special_tokens_map.json").unlink()
-        edit(clip, "tokenizer_config.json", pad_token=None, additional_special_tokens=None)
-        assert text_tokenizer(clip).padding["pad_id"] == END
+    def test_null_is_the_default(self, clip_folder):
+        (clip_folder / "special_tokens_map.json").unlink()
+        edit(clip_folder, "tokenizer_config.json", pad_token=None, additional_special_tokens=None)
+        assert text_tokenizer(clip_folder).padding["pad_id"] == END
 
 
 class TestRefused:
@@ -227,49 +225,49 @@ class TestRefused:
             ({"whole": {"added_tokens": 7}}, "tokenizer.json: added_tokens must be a list, not 7"),
         ],
     )
-    def test_entries_that_are_no_tokens(self, clip, files, reason):
-        write(clip, **files)
+    def test_entries_that_are_no_tokens(self, clip_folder, files, reason):
+        write(clip_folder, **files)
         with pytest.raises(CheckpointError, match=reason) as error:
-            text_tokenizer(clip)
-        assert str(clip) in str(error.value)
+            text_tokenizer(clip_folder)
+        assert str(clip_folder) in str(error.value)
         assert "\n" not in str(error.value)
 
     @pytest.mark.parametrize("name", ["tokenizer_config.json", "added_tokens.json", "tokenizer.json"])
     @pytest.mark.parametrize("content", [b'{"a": 1', b"\xff\xfe\x00", b"[1, 2]"])
-    def test_corrupt_file(self, clip, name, content):
-        (clip / name).write_bytes(content)
+    def test_corrupt_file(self, clip_folder, name, content):
+        (clip_folder / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=name) as error:
-            text_tokenizer(clip)
+            text_tokenizer(clip_folder)
         assert "\n" not in str(error.value)
 
 
 class TestEmbeddings:
-    def test_as_many_as_tokens(self, clip):
-        assert ids(clip, "a", SIZE) == [320]
+    def test_as_many_as_tokens(self, clip_folder):
+        assert ids(clip_folder, "a", SIZE) == [320]
 
-    def test_a_text_encoder_with_an_embedding_that_no_token_has(self, clip):
+    def test_a_text_encoder_with_an_embedding_that_no_token_has(self, clip_folder):
         with pytest.raises(CheckpointError, match="the text encoder has 616 embeddings, but its tokenizer .* has 615"):
-            text_tokenizer(clip, SIZE + 1)
-        write(clip, added={"<my-mug>": 620})
+            text_tokenizer(clip_folder, SIZE + 1)
+        write(clip_folder, added={"<my-mug>": 620})
         with pytest.raises(CheckpointError, match="none has the id 615"):
-            text_tokenizer(clip, 621)
+            text_tokenizer(clip_folder, 621)
 
-    def test_embeddings_up_to_a_multiple_of_64_are_padding(self, clip):
+    def test_embeddings_up_to_a_multiple_of_64_are_padding(self, clip_folder):
         with pytest.warns(MomaWarning, match="640 embeddings, .* 615 tokens; the last 25 embeddings are taken for pad"):
-            text_tokenizer(clip, 640)
+            text_tokenizer(clip_folder, 640)
         with pytest.raises(CheckpointError, match="the text encoder has 704 embeddings"):
-            text_tokenizer(clip, 704)
+            text_tokenizer(clip_folder, 704)
 
-    def test_a_text_encoder_without_the_added_token(self, clip):
-        _added(clip)
+    def test_a_text_encoder_without_the_added_token(self, clip_folder):
+        _added(clip_folder)
         with pytest.raises(
             CheckpointError, match="added_tokens.json names '<my-mug>', whose id is 615, but .* has 615"
         ):
-            text_tokenizer(clip, SIZE)
+            text_tokenizer(clip_folder, SIZE)
 
-    def test_a_text_encoder_of_another_vocabulary(self, clip):
+    def test_a_text_encoder_of_another_vocabulary(self, clip_folder):
         with pytest.raises(CheckpointError, match="has ids up to 614, but the text encoder has 600 embeddings"):
-            text_tokenizer(clip, 600)
+            text_tokenizer(clip_folder, 600)
 
     def test_a_padded_language_model(self, llava):
         with warnings.catch_warnings():

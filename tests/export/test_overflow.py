@@ -66,6 +66,11 @@ def test_an_encoder_out_of_range_says_nothing_about_the_decoder(tiny_checkpoint,
     assert found["vae_decoder"] == pytest.approx(usual["vae_decoder"], rel=1e-3)
 
 
+def test_the_answer_for_one_half_does_not_depend_on_the_other(tiny_checkpoint, tiny_geometry):
+    both = peaks(tiny_checkpoint, tiny_geometry, HALVES)
+    assert {name: peaks(tiny_checkpoint, tiny_geometry, (name,))[name] for name in HALVES} == both
+
+
 def test_only_the_half_that_overflows_stays_in_fp32(tmp_path, exports):
     reports = []
     checkpoint = scaled(checkpoint_of(HALVES), 3e5, *first("decoder"))

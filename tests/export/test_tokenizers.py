@@ -106,12 +106,6 @@ def _representatives():
 
 
 @pytest.fixture
-def clip_folder(hub, tmp_path):
-    """A copy that a test may break."""
-    return shutil.copytree(hub / CLIP_FOLDER, tmp_path / "tokenizer")
-
-
-@pytest.fixture
 def llava_folder(hub, tmp_path):
     folder = tmp_path / "llava"
     folder.mkdir()

@@ -19,7 +19,7 @@ import torch
 
 from export.checkpoints.pickles import as_state_dict, load_pickle
 from export.checkpoints.weights import open_weights
-from moma_rt.errors import CheckpointError
+from tests.export.checkpoints.state_dicts import assert_same, error_of
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0], dtype=torch.float16)}
 TRAINER = "a_trainer.callbacks"
@@ -43,21 +43,6 @@ class Call:
 
     def __reduce__(self):
         return self.call
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
-
-
-def error_of(call, *args) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        call(*args)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture
