@@ -39,7 +39,10 @@ from export.tokenizers import has_text_tokenizer
 from moma_rt.errors import CheckpointError
 
 TINY = "tiny"
+MINI = "mini"
 RANDOM = "random"
+# The trained weights that lie in the repository.
+_MINI_WEIGHTS = Path(__file__).resolve().parents[2] / "assets" / MINI
 _CLIP = "openai/clip-vit-large-patch14"
 
 
@@ -47,9 +50,10 @@ _CLIP = "openai/clip-vit-large-patch14"
 class CheckpointRequest:
     """A checkpoint to load. `roles` are those whose weights are needed (see `roles_for`).
 
-    base: `tiny` (synthetic), a name in bases.toml, a diffusers folder, or a single file in the CompVis layout.
+    base: `tiny` (synthetic), `mini` (small and trained, in the repository), a name in bases.toml, a diffusers folder,
+        or a single file in the CompVis layout.
     weights: `random` generates every role not given as a file from `seed`; a folder or file holds the weights of a
-        named base, which is downloaded if `weights` is None.
+        named base, which is downloaded if `weights` is None. For `mini` it is a folder laid out as assets/mini.
     adapters, mllm, vision, vae: the adapter file, the LLaVA and CLIP folders, and the VAE's folder or file.
     loras: fused into the base's UNet and text encoder, in this order.
     """
@@ -81,7 +85,8 @@ class _Plan:
 
     @property
     def preset(self) -> Preset:
-        return presets.TINY if self.name == TINY and self.source is None else presets.SD15
+        synthetic = {TINY: presets.TINY, MINI: presets.MINI} if self.source is None else {}
+        return synthetic.get(self.name, presets.SD15)
 
     def needs(self, role: str) -> bool:
         return role in self.request.roles
@@ -98,6 +103,7 @@ def load_checkpoint(request: CheckpointRequest) -> Checkpoint:
             damaged, unsafe, of another architecture, or does not fit the others.
     """
     plan = _resolve(request)
+    request = plan.request
     base = _with_loras(_base(plan), request)
     language = _language(plan)
     vision = _vision(plan, language)
@@ -125,6 +131,8 @@ def _resolve(request: CheckpointRequest) -> _Plan:
         if given not in (None, RANDOM):
             raise CheckpointError(f"--base {TINY} is synthetic and takes no --weights; --base DIR reads a checkpoint")
         return _Plan(request, TINY, None, request.vae, True)
+    if request.base == MINI:
+        return _mini(request)
     named = bases().get(request.base)
     if named is None:
         return _given_by_path(request)
@@ -136,6 +144,25 @@ def _resolve(request: CheckpointRequest) -> _Plan:
     return _Plan(request, named.name, source, vae, False)
 
 
+def _mini(request: CheckpointRequest) -> _Plan:
+    """Resolve the small model, whose folder has all parts; those of them that are given replace the folder's."""
+    if request.weights == RANDOM:
+        return _Plan(request, MINI, None, request.vae, True)
+    folder = _MINI_WEIGHTS if request.weights is None else _existing(Path(request.weights))
+    if not (folder / "base").is_dir():
+        raise CheckpointError(
+            f"{folder} does not hold the small model: it has no base/; run this in a checkout of the repository, or "
+            f"give --weights {RANDOM} or a folder that python -m examples.mini_moma trained"
+        )
+    complete = dataclasses.replace(
+        request,
+        adapters=request.adapters or folder / "attn_adapters_projectors.th",
+        mllm=request.mllm or folder / "mllm",
+        vision=request.vision or folder / "vision",
+    )
+    return _Plan(complete, MINI, folder / "base", request.vae, False)
+
+
 def _given_by_path(request: CheckpointRequest) -> _Plan:
     source, given = Path(request.base), request.weights
     if given not in (None, RANDOM):
@@ -144,7 +171,8 @@ def _given_by_path(request: CheckpointRequest) -> _Plan:
         )
     if not source.exists():
         raise CheckpointError(
-            f"{source} does not exist; a base is {TINY}, {', '.join(bases())}, a diffusers folder or a single file"
+            f"{source} does not exist; "
+            f"a base is {TINY}, {MINI}, {', '.join(bases())}, a diffusers folder or a single file"
         )
     name = source.stem if source.is_file() else source.resolve().name
     return _Plan(request, name, source, request.vae, given == RANDOM)
@@ -165,7 +193,7 @@ def _base(plan: _Plan) -> BaseParts:
         parts = read_single_file(plan.source, vae, roles)
         return dataclasses.replace(parts, tokenizer=_tokenizer_of_file(plan)) if plan.needs(TEXT_ENCODER) else parts
     # Bases differ in UNet and text encoder; the other networks are the same in all, and so are exported once.
-    model = "" if plan.name == TINY else plan.name
+    model = "" if preset is not presets.SD15 else plan.name
     return BaseParts(
         plan.random(UNET, preset.unet, model),
         vae if vae is not None else plan.random(VAE, check_vae(dict(preset.vae), "the preset")),

@@ -1,4 +1,4 @@
-"""The two built-in geometries: `sd15`, the real one, and `tiny`, which runs in seconds on a CPU."""
+"""The built-in geometries: `sd15`, the real one; `mini`, of the small trained model; `tiny`, of the fastest tests."""
 
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -132,6 +132,37 @@ TINY = Preset(
     ),
     vision=_with(
         _VISION, hidden_size=64, intermediate_size=128, image_size=112, num_attention_heads=4, num_hidden_layers=3
+    ),
+    mapping_width=128,
+)
+
+MINI = Preset(
+    unet=_with(
+        _UNET,
+        sample_size=16,
+        block_out_channels=(32, 64, 64, 64),
+        attention_head_dim=2,
+        cross_attention_dim=128,
+        norm_num_groups=4,
+    ),
+    vae=_with(_VAE, sample_size=128, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=2),
+    # The numbers of tokens are those of random weights: trained ones come with the sizes of their own tokenizers.
+    text_encoder=_with(
+        _TEXT, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_hidden_layers=2, vocab_size=1216
+    ),
+    language=_with(
+        _LANGUAGE,
+        hidden_size=64,
+        intermediate_size=128,
+        mm_hidden_size=64,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        vocab_size=704,
+    ),
+    vision=_with(
+        _VISION, hidden_size=64, intermediate_size=128, image_size=112, num_attention_heads=2, num_hidden_layers=3
     ),
     mapping_width=128,
 )

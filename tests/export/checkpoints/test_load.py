@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export.checkpoints import NETWORK_ROLES, ROLES, CheckpointRequest, load_checkpoint, roles_for
-from export.checkpoints.presets import SD15
+from export.checkpoints.presets import MINI, SD15
 from export.checkpoints.synthetic import random_component
 from moma_rt.errors import CheckpointError
 
@@ -66,6 +66,36 @@ def test_tiny_needs_nothing():
     assert checkpoint == load_checkpoint(CheckpointRequest("tiny", weights="random"))
     assert checkpoint != load_checkpoint(CheckpointRequest("tiny", seed=1))
     assert checkpoint.adapters.config["language_width"] == checkpoint.language.config["hidden_size"]
+
+
+def test_the_small_model_with_random_weights():
+    checkpoint = load_checkpoint(CheckpointRequest("mini", weights="random"))
+    assert (checkpoint.base, checkpoint.image_size) == ("mini", 128)
+    assert (checkpoint.text_tokenizer, checkpoint.language_tokenizer) == (None, None)
+    assert [c.role for c in checkpoint.components] == list(ROLES)
+    assert all(c.name == "random weights, seed 0" for c in checkpoint.components)
+    assert checkpoint.adapters.config["mapping_width"] == 128
+    assert checkpoint != load_checkpoint(CheckpointRequest("mini", weights="random", seed=1))
+
+
+def test_the_small_models_own_weights(repository):
+    checkpoint = load_checkpoint(CheckpointRequest("mini"))
+    assert (checkpoint.base, checkpoint.image_size) == ("mini", 128)
+    assert [c.role for c in checkpoint.components] == list(ROLES)
+    files = [path for path in (repository / "assets" / "mini").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 15_000_000
+    assert list(checkpoint.unet.config["block_out_channels"]) == list(MINI.unet["block_out_channels"])
+
+
+def test_where_the_small_models_weights_are_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr("export.checkpoints.load._MINI_WEIGHTS", tmp_path)
+    message = error_of(CheckpointRequest("mini"))
+    assert message.startswith(f"{tmp_path} does not hold the small model")
+    assert "run this in a checkout" in message
+    assert error_of(CheckpointRequest("mini", weights=f"{tmp_path}/x")).startswith(f"{tmp_path}/x does not exist")
+    named_so = tmp_path / "mini"
+    named_so.mkdir()
+    assert "is not a diffusers folder" in error_of(CheckpointRequest(str(named_so)))
 
 
 def test_bases_share_all_but_unet_and_text_encoder():
@@ -164,7 +194,7 @@ def test_parts_that_do_not_fit_each_other(copy):
     ("request_", "said"),
     [
         (CheckpointRequest("sd15", weights="/nowhere"), "/nowhere does not exist; --weights takes random"),
-        (CheckpointRequest("/nowhere"), "/nowhere does not exist; a base is tiny, realistic_vision_v4"),
+        (CheckpointRequest("/nowhere"), "/nowhere does not exist; a base is tiny, mini, realistic_vision_v4"),
         (CheckpointRequest("rev_animate"), "rev_animated"),
         (CheckpointRequest("tiny", weights="/x"), "takes no --weights"),
         (CheckpointRequest("/x", weights="/y"), "goes with a base's name (realistic_vision_v4"),
