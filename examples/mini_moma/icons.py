@@ -44,6 +44,4 @@ def load_icons(folder: Path) -> tuple[Icon, ...]:
             names, styles, rgba_nhwc = file["names"], file["styles"], file["rgba_nhwc"]
     except FileNotFoundError:
         raise InputError(f"{folder} has no icons.npz; first run: python -m examples.mini_moma data") from None
-    return tuple(
-        Icon(str(name), str(style), rgba) for name, style, rgba in zip(names, styles, rgba_nhwc, strict=True)
-    )
+    return tuple(Icon(str(name), str(style), rgba) for name, style, rgba in zip(names, styles, rgba_nhwc, strict=True))

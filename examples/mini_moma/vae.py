@@ -25,7 +25,7 @@ from export.checkpoints.presets import MINI
 from moma_rt.errors import InputError
 from moma_rt.files import atomic_write
 
-_BATCH = 8
+_BATCH = 4
 _CROP = 64
 # The last part of training sees whole pictures.
 _WHOLE_FROM = 0.8
@@ -37,7 +37,7 @@ _OPPONENT = torch.tensor([[0.3, 0.6, 0.1], [0.5, -0.5, 0.0], [0.25, 0.25, -0.5]]
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """Add the options of this stage."""
-    p.add_argument("--steps", type=int, default=4500, help="optimizer steps of 8 crops a process (default: 4500)")
+    p.add_argument("--steps", type=int, default=6000, help="optimizer steps of 4 crops a process (default: 6000)")
     p.add_argument("--minutes", type=float, help="stop after so many minutes; run it again to go on")
 
 
@@ -50,9 +50,7 @@ def run(options: argparse.Namespace) -> None:
     data: Path = options.data
     if not chunk_folders(data, "train"):
         raise InputError(f"{data} has no training samples; first run: python -m examples.mini_moma data")
-    plan = Plan(
-        "vae", data, options.steps, rate=3e-3, decay=0.5, processes=options.processes, minutes=options.minutes
-    )
+    plan = Plan("vae", data, options.steps, rate=3e-3, decay=0.5, processes=options.processes, minutes=options.minutes)
     weights = train(partial(VaeTask, data), plan)
     if not (data / "vae.safetensors").exists():
         vae = make_vae()
@@ -121,7 +119,7 @@ class VaeTask:
     def loss(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of a batch, with its L1 error and its mean squared error."""
         is_whole = progress > _WHOLE_FROM
-        pictures = self._batch(rng, _BATCH // 2 if is_whole else _BATCH, None if is_whole else _CROP)
+        pictures = self._batch(rng, _BATCH // 4 if is_whole else _BATCH, None if is_whole else _CROP)
         assert isinstance(self.module, AutoencoderKL)
         posterior = self.module.encode(pictures).latent_dist
         noise = _NOISE * posterior.mean.detach().std() * torch.randn_like(posterior.mean)
