@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moma_rt.errors import run_command
+from moma_rt.errors import InputError, run_command
 
 PROGRAM = "examples.mini_moma"
 # Stage, module, help; modules are imported when needed, since PyTorch takes seconds.
@@ -15,25 +15,36 @@ _STAGES = (
     ("vae", "examples.mini_moma.vae", "train the VAE and encode all pictures"),
     ("train", "examples.mini_moma.train", "train everything else, and write the checkpoints"),
 )
+# The smallest values of options that some stages have.
+_LEAST = (("processes", 1), ("steps", 1), ("context_steps", 1), ("minutes", 0))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    return run_command(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m {PROGRAM}",
         description="Train the small MoMA: data, then vae, then train. An interrupted stage resumes when run again.",
     )
-    parser.add_argument("stage", choices=[name for name, _, _ in _STAGES], help="what to do")
-    parser.add_argument("--data", type=Path, default=Path("build/mini"), metavar="DIR", help="where all of it is kept")
-    parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default: 2)")
-    argv = list(sys.argv[1:] if arguments is None else arguments)
-    stage = next((s for s in _STAGES if s[0] in argv), None)
-    module = importlib.import_module(stage[1]) if stage else None
-    if module is not None:
-        module.add_options(parser)
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for stage, module, text in _STAGES:
+        p = stages.add_parser(stage, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        p.add_argument("--data", type=Path, default=Path("build/mini"), metavar="DIR", help="where all of it is kept")
+        p.add_argument("--processes", type=int, default=2, help="processes of one thread each (default: 2)")
+        # The parser has no options of its own that could stand before the stage.
+        if stage in argv[:1]:
+            importlib.import_module(module).add_options(p)
     options = parser.parse_args(argv)
-    assert module is not None
-    return run_command(PROGRAM, lambda: module.run(options) or 0)
+    for name, least in _LEAST:
+        value = getattr(options, name, None)
+        if value is not None and not value >= least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    importlib.import_module(dict((stage, module) for stage, module, _ in _STAGES)[options.stage]).run(options)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Training samples: a photo of a subject and pictures of it that prompts ask for, in chunks on disk."""
 
 import json
-import os
-import shutil
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from examples.mini_moma.scenes import (
     textured,
     varied,
 )
+from moma_rt.files import PARTIAL_PREFIX, remove_tree
 
 GRID = SIDE // 8
 TARGETS = 4
@@ -116,22 +116,29 @@ def compose_group(icon: Icon, other_name: str, rng: np.random.Generator, draw: D
 
 def write_chunk(folder: Path, groups: Sequence[Group]) -> None:
     """Write groups to a folder, which appears when it is complete."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f"{PARTIAL_PREFIX}{secrets.token_hex(8)}")
     temporary.mkdir(parents=True)
+    try:
+        _write(temporary, groups)
+        remove_tree(folder)
+        temporary.replace(folder)
+    finally:
+        remove_tree(temporary)
+
+
+def _write(folder: Path, groups: Sequence[Group]) -> None:
     targets = [[scene.picture_hwc for scene in group.targets] for group in groups]
     coverage = [[_coverage(scene.mask_hw) for scene in group.targets] for group in groups]
-    np.save(temporary / "photos.npy", np.stack([group.photo.picture_hwc for group in groups]))
-    np.save(temporary / "masks.npy", np.stack([group.photo.mask_hw for group in groups]))
-    np.save(temporary / "targets.npy", np.array(targets))
-    np.save(temporary / "coverage.npy", np.array(coverage))
+    np.save(folder / "photos.npy", np.stack([group.photo.picture_hwc for group in groups]))
+    np.save(folder / "masks.npy", np.stack([group.photo.mask_hw for group in groups]))
+    np.save(folder / "targets.npy", np.array(targets))
+    np.save(folder / "coverage.npy", np.array(coverage))
     texts = {
         "names": [group.name for group in groups],
         "prompts": [group.prompts for group in groups],
         "strengths": [group.strengths for group in groups],
     }
-    (temporary / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
 
 
 def read_chunk(folder: Path) -> Chunk:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,11 +89,18 @@ MakeTask = Callable[[], Task]
 def train(make_task: MakeTask, plan: Plan) -> dict[str, Tensor]:
     """Train, or go on from the last checkpoint; return the weights' running mean.
 
-    Interrupted by Ctrl-C or `plan.minutes`, it writes a checkpoint first.
+    Interrupted by Ctrl-C or `plan.minutes`, it ends its step and writes a checkpoint first.
 
     Raises:
-        InputError: stopped before the last step.
+        InputError: stopped before the last step, or the checkpoint is of another task.
     """
+    # In this process too, whose errors are a line; those of the others are a traceback.
+    own = make_task().module.state_dict()
+    if plan.checkpoint.exists() and _shapes(_load(plan)["module"]) != _shapes(own):
+        raise InputError(
+            f"{plan.checkpoint} has other weights than this task, such as those of other tokenizers or another version "
+            "of this program; delete it to begin anew"
+        )
     plan.folder.mkdir(parents=True, exist_ok=True)
     if not plan.checkpoint.exists() or _load(plan)["step"] < plan.steps:
         with socket.socket() as free:
@@ -118,8 +127,15 @@ def averaged_weights(plan: Plan) -> dict[str, Tensor]:
 
 
 def _load(plan: Plan) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(plan.checkpoint, weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(plan.checkpoint, weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError):
+        raise InputError(f"{plan.checkpoint} is no checkpoint; delete it to begin anew") from None
     return state
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 class _Worker:
@@ -133,8 +149,13 @@ class _Worker:
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.shown: dict[str, float] = {}
+        self.wants_stop = False
         if plan.checkpoint.exists():
             self._resume(_load(plan))
+
+    def stop(self, *_: object) -> None:
+        """Let `run` end after its step, in the place of a KeyboardInterrupt in the middle of one."""
+        self.wants_stop = True
 
     def run(self) -> None:
         started, saved, cpu = time.monotonic(), time.monotonic(), time.process_time()
@@ -142,15 +163,11 @@ class _Worker:
         stops = False
         while self.step < self.plan.steps and not stops:
             before = time.monotonic()
-            try:
-                shown = self._step()
-                wants_stop = False
-            except KeyboardInterrupt:
-                shown, wants_stop = {}, True
+            shown = self._step()
             now = time.monotonic()
             if self.plan.minutes is not None and now - started > self.plan.minutes * 60:
-                wants_stop = True
-            stops, cpu_seconds = self._agreed(wants_stop, time.process_time() - cpu)
+                self.wants_stop = True
+            stops, cpu_seconds = self._agreed(time.process_time() - cpu)
             cpu = time.process_time()
             self.seconds, self.cpu_seconds = self.seconds + now - before, self.cpu_seconds + cpu_seconds
             self._show(shown, bar)
@@ -195,9 +212,9 @@ class _Worker:
             assert parameter.grad is not None
             parameter.grad.copy_(gradient.view_as(parameter))
 
-    def _agreed(self, wants_stop: bool, cpu_seconds: float) -> tuple[bool, float]:
+    def _agreed(self, cpu_seconds: float) -> tuple[bool, float]:
         """Return whether any process wants to stop, and the CPU time of all."""
-        values = torch.tensor([float(wants_stop), cpu_seconds], dtype=torch.float64)
+        values = torch.tensor([float(self.wants_stop), cpu_seconds], dtype=torch.float64)
         dist.all_reduce(values)
         return bool(values[0] > 0), float(values[1])
 
@@ -237,6 +254,10 @@ def _work(rank: int, make_task: MakeTask, plan: Plan, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=plan.processes)
-    torch.manual_seed(plan.seed)
-    _Worker(rank, make_task(), plan).run()
-    dist.destroy_process_group()
+    try:
+        torch.manual_seed(plan.seed)
+        worker = _Worker(rank, make_task(), plan)
+        signal.signal(signal.SIGINT, worker.stop)
+        worker.run()
+    finally:
+        dist.destroy_process_group()

@@ -23,6 +23,7 @@ from examples.mini_moma.attention import Photos, Pictures, set_processors
 from export.checkpoints.architectures import llama_config
 from export.checkpoints.presets import MINI
 from export.tokenizers import language_tokenizer, save, text_tokenizer
+from moma_rt.errors import InputError
 from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, text_prompt
 
 CONTEXT_TOKENS = 4
@@ -31,6 +32,7 @@ EMBEDDING = 1024
 REFERENCE_TEXT_TOKENS = 73
 # Image tokens of a square photo.
 IMAGE_TOKENS = (MINI.vision["image_size"] // MINI.vision["patch_size"]) ** 2
+_MAPPING = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +53,16 @@ class Texts:
 
 
 class Tokens:
-    """Both tokenizers, as the runtime uses them."""
+    """Both tokenizers, as the runtime uses them.
+
+    Raises:
+        InputError: they have not been trained yet.
+    """
 
     def __init__(self, data: Path) -> None:
         folder = data / "tokenizers"
+        if not (folder / "language").exists():
+            raise InputError(f"{data} has no tokenizers; first run: python -m examples.mini_moma data")
         built = {
             folder / "text.json": text_tokenizer(folder / "text"),
             folder / "language.json": language_tokenizer(folder / "language"),
@@ -174,29 +182,27 @@ def original_weights(module: MiniMoma) -> dict[str, Any]:
     """Return the weights by role and name of the original files, for `examples.mini_moma.checkpoint`."""
     state = module.state_dict()
 
-    def part(prefix: str, name: str = "{}") -> dict[str, Tensor]:
+    def part(prefix: str, new: str = "") -> dict[str, Tensor]:
         found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        return {name.format(key): tensor for key, tensor in found.items()}
+        # Modules of transformers 4 begin their names with it themselves.
+        return {new + key.removeprefix(new): tensor for key, tensor in found.items()}
 
     # Numbered as the original's file numbers them: in the order of `attn_processors`.
     attentions: dict[str, Tensor] = {}
     for index, processor in enumerate(module.unet.attn_processors):
-        attentions |= part(f"unet.{processor}.", f"{index}.{{}}")
+        attentions |= part(f"unet.{processor}.", f"{index}.")
     mapping = {f"mapping.{name}.weight": state[f"context.{name}.weight"] for name in _MAPPING}
     return {
         "unet": {key: tensor for key, tensor in part("unet.").items() if ".processor." not in key},
-        "text_encoder": part("text_encoder.", "text_model.{}"),
-        "vision": part("context.vision.", "vision_model.{}"),
-        "language": part("context.language.", "model.{}") | part("context.projector.", "model.mm_projector.{}"),
+        "text_encoder": part("text_encoder.", "text_model."),
+        "vision": part("context.vision.", "vision_model."),
+        "language": part("context.language.", "model.") | part("context.projector.", "model.mm_projector."),
         "adapters": {
-            "projectors": part("proj.", "proj.{}") | part("norm.", "norm.{}"),
+            "projectors": part("proj.", "proj.") | part("norm.", "norm."),
             "self_cross_attentions": attentions,
             "llm_mapping": mapping,
         },
     }
-
-
-_MAPPING = ("gate_proj", "up_proj", "down_proj")
 
 
 def _without_type(config: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -70,8 +71,10 @@ def render_icons(folder: Path) -> tuple[Icon, ...]:
     """Fetch both icon sets into `folder`, render what shows a single object, and write `folder`/icons.npz.
 
     Raises:
-        InputError: npm is not installed or cannot fetch a package, or an archive has another hash.
+        InputError: resvg_py or npm is not installed, npm cannot fetch a package, or an archive has another hash.
     """
+    if importlib.util.find_spec("resvg_py") is None:
+        raise InputError("the package resvg_py is not installed; run: pip install resvg_py")
     sets = {icon_set: _icons_of(_fetched(icon_set, folder)) for icon_set in (NOTO, FLUENT)}
     # Only Noto's metadata has categories; the names are the same in both.
     categories = sets[NOTO]["metadata.json"]["categories"]

@@ -1,6 +1,8 @@
 """The last stage: train the context encoder, then everything together, and write the checkpoints."""
 
 import argparse
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,17 +34,20 @@ def run(options: argparse.Namespace) -> None:
         InputError: an earlier stage has not been run, or training was stopped.
     """
     data: Path = options.data
-    context_plan = Plan("context", data, options.context_steps, 2e-3, decay=0.5, processes=options.processes)
-    plan = Plan(
-        "joint", data, options.steps, rate=2e-3, decay=0.4, processes=options.processes, minutes=options.minutes
-    )
+    # Before hours of training.
+    tokens, vae = Tokens(data), load_vae(data)
+    plan = Plan("joint", data, options.steps, rate=2e-3, decay=0.4, processes=options.processes)
     if not options.write_only:
+        started, minutes = time.monotonic(), options.minutes
+        context_plan = replace(plan, name="context", steps=options.context_steps, decay=0.5, minutes=minutes)
         context = train(partial(ContextTask, data), context_plan)
-        train(partial(JointTask, data, context, Recipe()), plan)
-    model = MiniMoma(Tokens(data))
+        if minutes is not None:
+            minutes = max(0.0, minutes - (time.monotonic() - started) / 60)
+        train(partial(JointTask, data, context, Recipe()), replace(plan, minutes=minutes))
+    model = MiniMoma(tokens)
     average = averaged_weights(plan)
     model.load_state_dict({n.removeprefix("model."): t for n, t in average.items() if n.startswith("model.")})
     with torch.no_grad():
-        weights = {**original_weights(model), "vae": load_vae(data).state_dict()}
+        weights = {**original_weights(model), "vae": vae.state_dict()}
         write_checkpoint(options.out, weights, data / "tokenizers" / "text", data / "tokenizers" / "language")
     print(f"{options.out}: the checkpoints, in the original's formats")

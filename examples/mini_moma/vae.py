@@ -42,23 +42,26 @@ def add_options(p: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write `options.data`/vae.safetensors and the latents of all pictures.
+    """Write `options.data`/vae.safetensors, unless it exists, and the latents of all pictures that lack them.
 
     Raises:
         InputError: the data stage has not been run, or training was stopped.
     """
     data: Path = options.data
-    if not chunk_folders(data, "train"):
+    training, heldout = (chunk_folders(data, split) for split in ("train", "heldout"))
+    if not training or not heldout:
         raise InputError(f"{data} has no training samples; first run: python -m examples.mini_moma data")
-    plan = Plan("vae", data, options.steps, rate=3e-3, decay=0.5, processes=options.processes, minutes=options.minutes)
-    weights = train(partial(VaeTask, data), plan)
-    if not (data / "vae.safetensors").exists():
+    folders = training + heldout
+    if not _weights_file(data).exists():
+        plan = Plan("vae", data, options.steps, 3e-3, decay=0.5, processes=options.processes, minutes=options.minutes)
         vae = make_vae()
-        vae.load_state_dict(weights)
-        fold_statistics(vae, _pictures(read_chunk(chunk_folders(data, "train")[0]))[:512])
-        with atomic_write(data / "vae.safetensors") as temporary:
+        vae.load_state_dict(train(partial(VaeTask, data), plan))
+        fold_statistics(vae, _pictures(read_chunk(training[0]))[:512])
+        for folder in folders:
+            # Of an earlier VAE.
+            latents_file(folder).unlink(missing_ok=True)
+        with atomic_write(_weights_file(data)) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, temporary)
-    folders = [f for split in ("train", "heldout") for f in chunk_folders(data, split)]
     missing = [folder for folder in folders if not latents_file(folder).exists()]
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for _ in tqdm(pool.map(partial(_encode_chunk, data), missing), "encode", len(missing)):
@@ -82,7 +85,7 @@ def load_vae(data: Path) -> AutoencoderKL:
     Raises:
         InputError: it does not exist.
     """
-    path = data / "vae.safetensors"
+    path = _weights_file(data)
     if not path.exists():
         raise InputError(f"{path} does not exist; first run: python -m examples.mini_moma vae")
     vae = make_vae()
@@ -169,10 +172,14 @@ def reconstruction_db(vae: AutoencoderKL, data: Path) -> float:
     """Return the PSNR over held-out pictures, in dB."""
     pictures = _pictures(read_chunk(chunk_folders(data, "heldout")[0]))[:256]
     errors = []
-    for start, posterior in enumerate(_encoded(vae, pictures)):
-        original = to_network(pictures[start * 16 : (start + 1) * 16])
+    for batch, posterior in enumerate(_encoded(vae, pictures)):
+        original = to_network(pictures[batch * 16 : (batch + 1) * 16])
         errors.append((vae.decode(posterior.mean).sample.clamp(-1, 1) - original).square().mean().item())
     return float(10 * np.log10(4 / np.mean(errors)))
+
+
+def _weights_file(data: Path) -> Path:
+    return data / "vae.safetensors"
 
 
 def _pictures(chunk: Chunk) -> Picture:
