@@ -145,7 +145,7 @@ class _Worker:
         muon = [p for name, p in self.parameters.items() if task.uses_muon(name, p)]
         others = [p for name, p in self.parameters.items() if not task.uses_muon(name, p)]
         adam = torch.optim.AdamW(others, plan.rate, betas=(0.9, 0.98), weight_decay=0.01)
-        self.optimizers: list[torch.optim.Optimizer] = [Muon(muon, plan.rate), adam]
+        self.optimizers: list[torch.optim.Optimizer] = [Muon(muon, plan.rate), adam] if muon else [adam]
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.shown: dict[str, float] = {}
