@@ -40,7 +40,7 @@ class Recipe:
 
     unconditional: float = 0.15
     without_reference: float = 0.2
-    own_foreground: float = 0.5
+    own_foreground: float = 0.4
     foreground_weight: float = 1.0
     saliency_weight: float = 0.2
     reader_weight: float = 0.05

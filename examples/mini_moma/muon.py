@@ -6,6 +6,7 @@
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 # Newton-Schulz iteration: Keller Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
@@ -31,18 +32,37 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update all parameters that have a gradient."""
+        """Update all parameters that have a gradient; processes that average gradients share the work."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
-                mean.lerp_(parameter.grad, 1 - group["momentum"])
-                direction = parameter.grad.lerp(mean, group["momentum"])
-                update = orthogonal(direction.flatten(1)).view_as(parameter)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            directions = [self._direction(p, group["momentum"]) for p in parameters]
+            for parameter, update in zip(parameters, _orthogonal_updates(directions), strict=True):
                 longest = max(parameter.shape[0], parameter[0].numel())
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * _UPDATE_SCALE * longest**0.5)
+
+    def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        assert parameter.grad is not None
+        mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+        mean.lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(mean, momentum)
+
+
+def _orthogonal_updates(directions: list[Tensor]) -> list[Tensor]:
+    """Make every direction orthogonal; with several processes, each does a part, and all get the same result."""
+    is_shared = dist.is_initialized() and dist.get_world_size() > 1
+    rank, count = (dist.get_rank(), dist.get_world_size()) if is_shared else (0, 1)
+    order = sorted(range(len(directions)), key=lambda index: directions[index].numel())
+    mine = set(order[rank::count])
+    updates = [
+        orthogonal(direction.flatten(1)).flatten() if index in mine else torch.zeros(direction.numel())
+        for index, direction in enumerate(directions)
+    ]
+    flat = torch.cat(updates)
+    if is_shared:
+        dist.all_reduce(flat)
+    parts = flat.split([direction.numel() for direction in directions])
+    return [part.view(direction.shape) for part, direction in zip(parts, directions, strict=True)]
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

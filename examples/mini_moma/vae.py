@@ -29,6 +29,7 @@ _BATCH = 4
 _CROP = 64
 # The last part of training sees whole pictures.
 _WHOLE_FROM = 0.8
+_PHOTO_SHARE = 0.3
 _NOISE = 0.06
 _KL = 2e-4
 # Brightness and two color differences: without a loss of their own, colors stay gray for long.
@@ -104,7 +105,7 @@ def latents_file(chunk_folder: Path) -> Path:
 
 def to_network(pictures_nhwc: Picture) -> Tensor:
     """Convert uint8 pictures to what the VAE takes: float32 [N, 3, H, W] in [-1, 1]."""
-    pictures = torch.from_numpy(np.ascontiguousarray(pictures_nhwc)).permute(0, 3, 1, 2).float()
+    pictures = torch.from_numpy(np.array(pictures_nhwc)).permute(0, 3, 1, 2).float()
     return (pictures / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -122,7 +123,7 @@ class VaeTask:
     def loss(self, rng: np.random.Generator, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of a batch, with its L1 error and its mean squared error."""
         is_whole = progress > _WHOLE_FROM
-        pictures = self._batch(rng, _BATCH // 4 if is_whole else _BATCH, None if is_whole else _CROP)
+        pictures = self._batch(rng, 1 if is_whole else _BATCH, None if is_whole else _CROP)
         assert isinstance(self.module, AutoencoderKL)
         posterior = self.module.encode(pictures).latent_dist
         noise = _NOISE * posterior.mean.detach().std() * torch.randn_like(posterior.mean)
@@ -139,10 +140,12 @@ class VaeTask:
         chunk = self.chunks[rng.integers(len(self.chunks))]
         pictures = []
         for _ in range(size):
-            group, which = rng.integers(len(chunk.names)), rng.integers(1 + chunk.targets_nkhwc.shape[1])
-            picture = chunk.photos_nhwc[group] if which == 0 else chunk.targets_nkhwc[group, which - 1]
+            group, which = rng.integers(len(chunk.names)), rng.integers(chunk.targets_nkhwc.shape[1])
+            is_photo = rng.random() < _PHOTO_SHARE
+            picture = chunk.photos_nhwc[group] if is_photo else chunk.targets_nkhwc[group, which]
             if crop is not None:
-                top, left = rng.integers(picture.shape[0] - crop + 1, size=2)
+                # Towards the middle, where the subject is.
+                top, left = rng.integers(picture.shape[0] - crop + 1, size=(2, 2)).mean(0, dtype=int)
                 picture = picture[top : top + crop, left : left + crop]
             pictures.append(picture)
         return to_network(np.stack(pictures))
