@@ -70,7 +70,8 @@ class JointTask:
         """Return the loss of a batch, with its parts: noise inside and outside the subject, mask, embedding."""
         recipe, batch = self.recipe, self.samples.draw(rng, _PHOTOS)
         count = len(batch.photo_b)
-        t_b = torch.randint(0, _TIMESTEPS, (count,))
+        # One from each of as many equal parts of the schedule: less noise in the gradient than independent draws.
+        t_b = ((torch.randperm(count) + torch.rand(count)) / count * _TIMESTEPS).long().clamp(max=_TIMESTEPS - 1)
         eps = torch.randn_like(batch.targets_bchw)
         embedding = self.model.context(batch.pixels_pchw, self.tokens.before, batch.texts, batch.photo_b)
         reader_error, explained = self.reader.error(embedding, batch)
