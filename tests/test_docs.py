@@ -22,7 +22,7 @@ from moma_rt.schedulers.tables import SCHEDULERS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
-PAGES = [*DOCS, "CONTRIBUTING.md", "CHANGELOG.md", "assets/README.md"]
+PAGES = [*DOCS, "CONTRIBUTING.md", "CHANGELOG.md", "assets/README.md", "assets/mini/README.md"]
 PACKAGES = ("moma_rt", "export", "engines", "kernels", "benchmarks")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -82,6 +82,8 @@ def command_of(words: list[str]) -> tuple[str, ...] | None:
     """`moma_rt SUBCOMMAND` or the module that a command line of this project runs; None if it is another's."""
     if words[:1] == ["moma-rt"]:
         return ("moma_rt", *words[1:2])
+    if words[:3] == ["python", "-m", "examples.mini_moma"]:
+        return tuple(words[2:4])
     if words[:2] == ["python", "-m"] and words[2].split(".")[0] in PACKAGES:
         return (words[2],)
     return None
