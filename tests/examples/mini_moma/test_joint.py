@@ -78,8 +78,11 @@ def test_muon_trains_matrices_of_the_unet_and_its_adapters(task):
 
 @torch.no_grad()
 def test_early_steps_have_neither_reference_nor_mask(task, calls, monkeypatch):
-    drawn, randint = torch.tensor([0, 949, 950, 999] * 2), torch.randint
-    monkeypatch.setattr(joint.torch, "randint", lambda low, *a: drawn if a[0] == 1000 else randint(low, *a))
+    drawn = torch.tensor([0, 949, 950, 999] * 2)
+    # A timestep is drawn as a part of the schedule and a place in it; those are the first numbers that are drawn.
+    places, rand = [torch.full((8,), 0.004)], torch.rand
+    monkeypatch.setattr(joint.torch, "randperm", lambda count: drawn * count / 1000)
+    monkeypatch.setattr(joint.torch, "rand", lambda *shape: places.pop() if places else rand(*shape))
     loss(task, without_reference=0.0, own_foreground=1.0)
     assert len(calls) == 2
     for _, t_b, _, state in calls:
