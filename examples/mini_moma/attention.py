@@ -8,8 +8,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-# Added to the scores of reference tokens outside the subject. Where all are outside, attention is uniform, as in the
-# original: so it is finite.
+# Added to the scores of reference tokens outside the subject.
 _OUTSIDE = -1e4
 _EPSILON = 1e-6
 
@@ -74,8 +73,11 @@ class SelfAttention(nn.Module):
         else:
             tokens = hidden_states.shape[1]
             k, v = (_split(t[state.photo_b], attn.heads) for t in state.photos.keys_values[self.layer])
-            outside = (1 - on_grid(state.mask_pn, tokens)[state.photo_b]) * _OUTSIDE
-            injected = scaled_dot_product_attention(q, k, v, attn_mask=outside[:, None, None, :])
+            inside = on_grid(state.mask_pn, tokens)[state.photo_b]
+            # Where all tokens are outside, attention is uniform, as in the original.
+            q = q * inside.amax(1)[:, None, None, None]
+            added = ((1 - inside) * _OUTSIDE)[:, None, None, :]
+            injected = scaled_dot_product_attention(q, k, v, attn_mask=added)
             gate = on_grid(state.foreground_bs, tokens) * state.strength_b[:, None] * self.scale_learnable
             out = out + injected * gate[:, None, :, None]
         return attn.to_out[0](out.transpose(1, 2).flatten(2))

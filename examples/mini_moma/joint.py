@@ -75,10 +75,11 @@ class JointTask:
         eps = torch.randn_like(batch.targets_bchw)
         embedding = self.model.context(batch.pixels_pchw, self.tokens.before, batch.texts, batch.photo_b)
         reader_error, explained = self.reader.error(embedding, batch)
-        conditions = self._conditions(batch, embedding, torch.rand(count) < recipe.unconditional)
+        conditions = self._conditions(batch, embedding)
         strength = _varied(batch.strength_b)
         strength[torch.rand(count) < recipe.without_reference] = 0
         foreground = self._foreground(conditions, batch, (t_b, eps, strength))
+        conditions = self._dropped(conditions, torch.rand(count) < recipe.unconditional)
         state = _pictures(conditions, batch, foreground, torch.where(t_b < INJECTION_BELOW, strength, 0.0))
         noised = self._noised(batch.targets_bchw, t_b, eps)
         predicted, saliency = self.model(noised, t_b, conditions.text_btc, state)
@@ -93,13 +94,23 @@ class JointTask:
         shown = {"inside": inside, "outside": outside, "mask": mask.item() / 2, "r2": explained.item()}
         return loss, {"loss": loss.item(), **shown}
 
-    def _conditions(self, batch: Batch, embedding: Tensor, is_dropped: Tensor) -> "_Conditions":
-        ids = torch.where(is_dropped[:, None], self.tokens.text(""), batch.texts.text_bt)
-        context = self.model.context_tokens(torch.where(is_dropped[:, None], torch.zeros(EMBEDDING), embedding))
+    def _conditions(self, batch: Batch, embedding: Tensor) -> "_Conditions":
         zero = torch.zeros(len(batch.photos_pchw), dtype=torch.long)
         noised = self._noised(batch.photos_pchw, zero, torch.randn_like(batch.photos_pchw))
         photos = self.model.read_photos(noised, batch.names_pt)
-        return _Conditions(self.model.encode_text(ids), context, photos)
+        text = self.model.encode_text(batch.texts.text_bt)
+        return _Conditions(text, self.model.context_tokens(embedding), photos)
+
+    def _dropped(self, conditions: "_Conditions", is_dropped: Tensor) -> "_Conditions":
+        """Replace text and context of some pictures by those of the unconditional half."""
+        text = self.model.encode_text(self.tokens.text("")[None])
+        context = self.model.context_tokens(torch.zeros(1, EMBEDDING))
+        rows = is_dropped[:, None, None]
+        return _Conditions(
+            torch.where(rows, text, conditions.text_btc),
+            torch.where(rows, context, conditions.context_bmc),
+            conditions.photos,
+        )
 
     def _noised(self, latents: Tensor, t_b: Tensor, eps: Tensor) -> Tensor:
         alpha = self.alphas[t_b].view(-1, 1, 1, 1)
@@ -107,7 +118,10 @@ class JointTask:
         return noised.contiguous(memory_format=torch.channels_last)
 
     def _foreground(self, conditions: "_Conditions", batch: Batch, noise: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Return masks [B, S]: the model's own of an earlier step, all ones, the true one, or that one blurred."""
+        """Return masks [B, S]: the model's own of an earlier step, all ones, the true one, or that one blurred.
+
+        Its own are of the conditions with text, for unconditional pictures too: both halves use that one.
+        """
         t_b, eps, strength = noise
         true = batch.coverage_bs
         square = true.unflatten(1, (1, GRID, GRID))
@@ -120,8 +134,8 @@ class JointTask:
             earlier = (t_b + torch.randint(20, 100, t_b.shape)).clamp(max=_TIMESTEPS - 1)
             with torch.no_grad():
                 injected = torch.where(earlier < INJECTION_BELOW, strength, 0.0)
-                state = _pictures(conditions, batch, mask, injected)
-                state = _rows(state, own)
+                known = torch.where((earlier >= INJECTION_BELOW)[:, None], torch.ones_like(mask), mask)
+                state = _rows(_pictures(conditions, batch, known, injected), own)
                 noised = self._noised(batch.targets_bchw, earlier, eps)[own]
                 _, saliency = self.model(noised, earlier[own], conditions.text_btc[own], state)
             mask[own] = threshold(min_max(saliency))

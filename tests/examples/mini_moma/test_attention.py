@@ -99,14 +99,7 @@ def test_the_photos_pass_reads_73_tokens(model, tokens, reference):
     assert any(worst(longer.keys_values[i][0], keys) > 1e-4 for i, (keys, _) in reference[0].keys_values.items())
 
 
-HOLE = pytest.param(
-    "with a hole",
-    1.0,
-    marks=pytest.mark.xfail(strict=True, reason="attends by score where a level's mask is empty, not uniformly"),
-)
-
-
-@pytest.mark.parametrize(("kind", "strength"), [("whole", 1.0), ("whole", 0.4), HOLE])
+@pytest.mark.parametrize(("kind", "strength"), [("whole", 1.0), ("whole", 0.4), ("with a hole", 1.0)])
 def test_a_pass_on_pictures_is_the_originals(model, original_unet, reference, kind, strength):
     soft = normal(1, 1, GRID, GRID, seed=4).sigmoid()
     (eps, _), (expected, _) = both(

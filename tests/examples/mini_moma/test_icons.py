@@ -24,6 +24,6 @@ def test_no_icons_yet(tmp_path):
 
 def test_heldout_names_are_complete():
     names = heldout_names()
-    assert len(names) == 66
+    assert len(names) == 63
     assert {"teapot", "backpack", "automobile", "owl"} <= names
     assert all(name == name.strip().lower() and not name.startswith("#") for name in names)
