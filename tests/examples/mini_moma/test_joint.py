@@ -133,7 +133,7 @@ def test_photos_are_noised_at_zero(task, monkeypatch):
     given = []
     monkeypatch.setattr(task.model, "read_photos", lambda latents, ids: given.append((latents, ids)))
     batch = task.samples.batch([(0, 0), (0, 2)])
-    task._conditions(batch, torch.zeros(8, 1024), torch.zeros(8, dtype=torch.bool))
+    task._conditions(batch, torch.zeros(8, 1024))
     ((latents, ids),) = given
     assert torch.equal(ids, batch.names_pt)
     noise = (latents - 0.99915**0.5 * batch.photos_pchw) / 0.00085**0.5
