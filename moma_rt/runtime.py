@@ -16,7 +16,7 @@ from moma_rt.errors import InputError, MomaError, with_memory_errors
 from moma_rt.inputs.images import VISION_SIZE, load_mask, load_photo, prepare
 from moma_rt.inputs.noise import Stream, check_seed, draw
 from moma_rt.inputs.reading import ImageSource
-from moma_rt.inputs.tokenizers import check_prompt, text_prompt
+from moma_rt.inputs.tokenizers import check_prompt
 from moma_rt.memory.limits import GRAPH_MEMORY, SUBJECT_MEMORY, Limits
 from moma_rt.memory.networks import Networks
 from moma_rt.memory.subject_cache import SubjectCache
@@ -29,15 +29,6 @@ from moma_rt.pipeline.sampling import FloatArray, OnStep, Picture, Sample, Sampl
 from moma_rt.schedulers.tables import ALL_TIMESTEPS
 from moma_rt.subject import Origin, Prefix, Subject
 from moma_rt.timing import StageTimer
-
-
-@dataclass(frozen=True, eq=False)
-class _Conditions:
-    """Conditions shared by the samples of a request: text [G,77,768], context [G,4,768], subject weights [77]."""
-
-    text_tokens: Array
-    context_tokens: Array
-    subject_weights: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,9 +235,7 @@ class Runtime:
             OutOfMemory: too little device memory, or too small a ``memory_budget``.
             MomaError: a network made NaN or infinity; the message names the network and what helps.
         """
-        if not isinstance(subject, Subject):
-            raise InputError(f"subject must be a Subject, from enroll or Subject.load, not {short_repr(subject)}")
-        self._queue.check_process()
+        self._check(subject)
         check_on_step(on_step)
         settings = Settings(strength, steps, guidance_scale, guidance_interval, scheduler, seed, num_images)
         check_prompt(prompt)
@@ -264,6 +253,27 @@ class Runtime:
         subject.identity  # noqa: B018
         request = _Request(subject, (prompt, negative_prompt), context_embedding, settings, latents, on_step)
         return self._queue.submit(PendingRequest(request, request.batch_key, num_images), self._run_batch)
+
+    @with_memory_errors
+    def context_embedding(self, subject: Subject, prompt: str) -> FloatArray:
+        """Return what the language model makes of a subject's photo and a prompt, float32 [1024].
+
+        ``generate`` makes its context tokens from it, or from another one that it is given as ``context_embedding``.
+
+        Raises:
+            InputError, SubjectError, BundleError, OutOfMemory: as for ``generate``.
+        """
+        self._check(subject)
+        check_prompt(prompt)
+        subject.check(self.bundle)
+        with self._queue.exclusive():
+            self._conditioner.check_prompt(subject, prompt)
+            return self._conditioner.embedding(subject, prompt, StageTimer())
+
+    def _check(self, subject: object) -> None:
+        if not isinstance(subject, Subject):
+            raise InputError(f"subject must be a Subject, from enroll or Subject.load, not {short_repr(subject)}")
+        self._queue.check_process()
 
     def _run_batch(self, batch: Sequence[PendingRequest[_Request, Result]]) -> None:
         """Complete requests of equal `batch_key`. An error of one request fails only that request."""
@@ -308,34 +318,11 @@ class Runtime:
 
     def _samples(self, request: _Request, stages: StageTimer) -> list[Sample]:
         settings = request.settings
-        conditions = self._conditions(request.subject, request.prompts, request.embedding, settings.guided, stages)
+        conditions = self._conditioner.conditions(
+            request.subject, request.prompts, request.embedding, settings.guided, stages
+        )
         shared = (conditions.text_tokens, conditions.context_tokens, conditions.subject_weights, settings.strength)
         return [
             Sample(request.subject, *shared, seed, latents)
             for seed, latents in zip(settings.seeds, request.latents, strict=True)
         ]
-
-    def _conditions(
-        self,
-        subject: Subject,
-        prompts: tuple[str, str],
-        embedding: Array | None,
-        guided: bool,
-        stages: StageTimer,
-    ) -> _Conditions:
-        conditioner = self._conditioner
-        prompt, negative = prompts
-        conditioner.text_tokenizer.check_subject(subject.name)
-        if embedding is None:
-            conditioner.check_prompt(subject, prompt)
-        text, ids = conditioner.text_tokens(text_prompt(subject.name, prompt), stages)
-        if embedding is not None:
-            context = conditioner.project(embedding, stages)
-        else:
-            context = conditioner.context_tokens(subject, prompt, stages)
-        weights = conditioner.text_tokenizer.subject_weights(subject.name, ids)
-        if not guided:
-            return _Conditions(text[None], context[None], weights)
-        unconditional_text, _ = conditioner.text_tokens(negative, stages)
-        unconditional_context = conditioner.unconditional_context_tokens(stages)
-        return _Conditions(np.stack([unconditional_text, text]), np.stack([unconditional_context, context]), weights)

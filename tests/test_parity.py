@@ -48,7 +48,7 @@ def test_vision_and_language(case):
     pixels = case.language["pixel_values"]
     image_tokens = case.networks.run("vision_encoder", {"pixels": pixels}, stages)["image_tokens"]
     assert relative_error(image_tokens, case.language["projected"]) < 1e-4
-    embedding = case.runtime._conditioner._embedding(case.subject, case.meta["prompt"], stages)
+    embedding = case.runtime.context_embedding(case.subject, case.meta["prompt"])
     assert relative_error(embedding, case.language["mapped_last_token"].reshape(-1)) < 1e-4
 
 

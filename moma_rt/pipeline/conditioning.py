@@ -1,5 +1,6 @@
 """Conditions of a prompt: text tokens, context tokens, and the language model's K/V cache of a subject's prefix."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ from moma_rt.backends.base import Array, Buffer
 from moma_rt.bundle.manifest import LANGUAGE_TOKENIZER, TEXT_TOKENIZER
 from moma_rt.bundle.specs import LanguageGeometry
 from moma_rt.errors import BundleError, SubjectError
-from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, common_prefix_length
+from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, common_prefix_length, text_prompt
 from moma_rt.lazy import lazy_property
 from moma_rt.memory.lru import Lru
 from moma_rt.memory.networks import Networks
@@ -18,6 +19,15 @@ from moma_rt.subject import Origin, Prefix, Subject
 from moma_rt.timing import StageTimer
 
 _CACHED_TEXTS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """Conditions shared by the samples of a request: text [G,77,768], context [G,4,768], subject weights [77]."""
+
+    text_tokens: Array
+    context_tokens: Array
+    subject_weights: Array
 
 
 class Conditioner:
@@ -60,6 +70,30 @@ class Conditioner:
         language = self._check_language(subject)
         self.language_tokenizer.encode(subject.name, prompt, language.vocabulary, language.image_tokens)
 
+    def conditions(
+        self, subject: Subject, prompts: tuple[str, str], embedding: Array | None, guided: bool, stages: StageTimer
+    ) -> Conditions:
+        """Conditions of a prompt and a negative prompt; `embedding`, [1024], replaces the language model's.
+
+        Raises:
+            InputError, SubjectError, BundleError: as for `check_prompt`.
+        """
+        prompt, negative = prompts
+        self.text_tokenizer.check_subject(subject.name)
+        if embedding is None:
+            self.check_prompt(subject, prompt)
+        text, ids = self.text_tokens(text_prompt(subject.name, prompt), stages)
+        if embedding is not None:
+            context = self.project(embedding, stages)
+        else:
+            context = self.context_tokens(subject, prompt, stages)
+        weights = self.text_tokenizer.subject_weights(subject.name, ids)
+        if not guided:
+            return Conditions(text[None], context[None], weights)
+        unconditional_text, _ = self.text_tokens(negative, stages)
+        unconditional_context = self.unconditional_context_tokens(stages)
+        return Conditions(np.stack([unconditional_text, text]), np.stack([unconditional_context, context]), weights)
+
     def context_tokens(self, subject: Subject, prompt: str, stages: StageTimer) -> Array:
         """Context tokens of a prompt, float32 [4,768], from the subject's prefix and the prompt's own tokens.
 
@@ -69,7 +103,7 @@ class Conditioner:
         """
 
         def compute() -> Array:
-            return self.project(self._embedding(subject, prompt, stages), stages)
+            return self.project(self.embedding(subject, prompt, stages), stages)
 
         return self._context.get_or_make((subject.identity, prompt), compute)
 
@@ -94,7 +128,8 @@ class Conditioner:
         past_kv = np.zeros((language.layers, 2, language.kv_heads, 0, language.head_width), np.float32)
         return Prefix(ids, self._language_model(ids, image_tokens, past_kv, "new_kv", stages))
 
-    def _embedding(self, subject: Subject, prompt: str, stages: StageTimer) -> Array:
+    def embedding(self, subject: Subject, prompt: str, stages: StageTimer) -> Array:
+        """The language model's output for photo and prompt, float32 [1024]; raises as `context_tokens`."""
         language = self._check_language(subject)
         assert subject.prefix is not None
         ids = self.language_tokenizer.encode(subject.name, prompt, language.vocabulary, language.image_tokens)

@@ -231,6 +231,16 @@ def test_a_context_embedding_needs_no_language_model(tmp_path, fakes, backend, p
         runtime.generate(subject, "A car.", steps=1)
 
 
+def test_the_context_embedding_is_what_a_prompt_uses(runtime, subject, photo, mask):
+    embedding = runtime.context_embedding(subject, "A car.")
+    assert (embedding.shape, embedding.dtype) == ((16,), np.float32)
+    given = runtime.generate(subject, "A car.", steps=1, context_embedding=embedding)
+    np.testing.assert_array_equal(pixels(given), pixels(runtime.generate(subject, "A car.", steps=1)))
+    assert np.abs(embedding - runtime.context_embedding(subject, "A bus.")).max() > 1e-3
+    other = runtime.enroll(photo.rotate(180), mask, "car")
+    assert np.abs(embedding - runtime.context_embedding(other, "A car.")).max() > 1e-3
+
+
 def test_a_scheduler_that_adds_noise_draws_it_from_each_seed(runtime, backend, subject, monkeypatch):
     rows = schedule("ddim", 3, 7.5)
     rows[:, Column.NOISE] = 0.1

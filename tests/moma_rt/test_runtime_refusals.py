@@ -133,6 +133,23 @@ def test_a_subject_of_another_language_model_is_refused_only_where_it_matters(ru
     with pytest.raises(SubjectError, match="another language model"):
         runtime.generate(other, "A car.", steps=1)
     assert runtime.generate(other, "A car.", steps=1, context_embedding=np.zeros(16)).images
+    with pytest.raises(SubjectError, match="another language model"):
+        runtime.context_embedding(other, "A car.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, "A car."), "subject must be a Subject, from enroll or Subject.load, not None"),
+        ((7,), "prompt must be a text, not 7"),
+        (("<image>",), "prompt must not contain <image>"),
+        (("a " * 4000,), "prompt is too long"),
+    ],
+)
+def test_a_context_embedding_of_wrong_input_is_refused(runtime, backend, subject, arguments, message):
+    with pytest.raises(InputError, match=message):
+        runtime.context_embedding(*(arguments if len(arguments) == 2 else (subject, *arguments)))
+    assert backend.runs == []
 
 
 def test_a_subject_without_prefix_says_what_to_do(runtime, subject):
