@@ -1,0 +1,1 @@
+"""The scorers: small networks, trained on renders, that say what a picture shows."""
