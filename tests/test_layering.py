@@ -42,7 +42,7 @@ ROOMS: Mapping[str, tuple[set[str], ...]] = {
         {"errors"},
     ),
     "benchmarks": (
-        {"gpu"},
+        {"gpu", "quality"},
         {"latency", "kernels", "soak", "builds"},
         {"report", "timer", "picture_difference"},
         {"environment", "memory", "plot"},

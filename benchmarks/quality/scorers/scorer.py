@@ -61,7 +61,7 @@ class Scorers:
 
     def read(self, pictures_nhwc: Picture) -> Reading:
         """Read pictures, uint8 [N, S, S, RGB]; other sizes than 128 are resized."""
-        outputs = [self._reader.run(None, {"picture_nhwc": batch}) for batch in _batches(_at_side(pictures_nhwc))]
+        outputs = [self._reader.run(None, {"picture_nhwc": batch}) for batch in _batches(at_side(pictures_nhwc))]
         grounds, materials, masks = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
         return Reading(
             tuple(GROUNDS[index] for index in grounds.argmax(1)),
@@ -86,7 +86,8 @@ def _batches(arrays: Picture) -> Iterator[Picture]:
         yield arrays[start : start + _BATCH]
 
 
-def _at_side(pictures_nhwc: Picture) -> Picture:
+def at_side(pictures_nhwc: Picture) -> Picture:
+    """Resize pictures, uint8 [N, S, S, RGB], to the reader's 128 pixels a side."""
     if pictures_nhwc.shape[1:3] == (SIDE, SIDE):
         return pictures_nhwc
     resized = (Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BOX) for picture in pictures_nhwc)
