@@ -103,13 +103,13 @@ def _evaluate(options: argparse.Namespace, given: Sequence[str]) -> int:
     if options.quick:
         options.steps = _QUICK_STEPS
     setup, selection = setup_of(options), _QUICK if options.quick else _selection(options)
-    few = Selection(
-        min(selection.count, subject_count(options.ablation_subjects or selection.count)), selection.contexts, ()
-    )
+    ablated = selection.count if options.ablation_subjects is None else options.ablation_subjects
     # Taken before the pictures are made, since the commit is that of the code loaded now.
     where = environment(shareable(PROGRAM, given, options.bundle))
     runtime, subjects, scorers = load_runtime(options), load_subjects(), Scorers()
     maker, judge = Maker(runtime, subjects, options.max_batch), Judge(scorers, subjects)
+    # An ablation is not about textures.
+    few = Selection(min(selection.count, subject_count(ablated)), selection.contexts, ()) if ablations else selection
     evaluated = {"full": evaluate(maker.make, judge, subjects, selection, setup, ("full", FULL))}
     for name in ablations:
         evaluated[name] = evaluate(maker.make, judge, subjects, few, setup, (name, ABLATIONS[name]))

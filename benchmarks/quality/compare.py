@@ -50,7 +50,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         # Read here, so that a file of another kind is refused before anything is printed.
         Scores.from_json(content["pictures"]["full"])
         content["scorers"]["digest"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is no result of python -m benchmarks.quality") from None
     found: Mapping[str, Any] = content
     return found

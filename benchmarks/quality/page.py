@@ -48,6 +48,7 @@ def page(results: Mapping[str, Any], evaluated: Mapping[str, Evaluated], subject
         f"<h1>Quality of a bundle's pictures</h1><p>{html.escape(facts)}</p>",
         _score_table(results["scores"]),
         _ablation_table(results["ablations"]),
+        _key_table(results["by_key"]),
         "<p>The frame is green where the context or material is recognized as the one that was asked for, red where it "
         "is not; below are what was recognized and the rank of the own photo among 50.</p>",
     ]
@@ -77,6 +78,15 @@ def _ablation_table(ablations: Mapping[str, Any]) -> str:
     )
     head = "<tr><th>ablation</th><th>score</th><th>full</th><th>ablated</th><th>difference [95 %]</th></tr>"
     return f"<table><thead>{head}</thead>{rows}</table>"
+
+
+def _key_table(by_key: Mapping[str, Mapping[str, float]]) -> str:
+    heads = "".join(f"<th>{name}</th>" for name in SCORES)
+    rows = []
+    for key, scores in by_key.items():
+        cells = "".join(f"<td>{scores[name]:.3f}</td>" if name in scores else "<td></td>" for name in SCORES)
+        rows.append(f"<tr><th>{key}</th>{cells}</tr>")
+    return f"<table><thead><tr><th></th>{heads}</tr></thead>{''.join(rows)}</table>"
 
 
 def _number(found: Mapping[str, Any]) -> str:

@@ -71,18 +71,23 @@ class Scores:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything, to be written to a file."""
+        """Return everything, to be written to a file: a line of numbers for each subject, "-" for a missing one."""
         values = {
-            name: [[None if np.isnan(v) else round(float(v), 4) for v in row] for row in table]
+            name: [" ".join("-" if np.isnan(v) else f"{v:.4g}" for v in row) for row in table]
             for name, table in self.values.items()
         }
-        return {"subjects": list(self.subjects), "keys": list(self.keys), "found": dict(self.found), "values": values}
+        found = {key: " ".join(shown) for key, shown in self.found.items()}
+        return {"subjects": list(self.subjects), "keys": list(self.keys), "found": found, "values": values}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Scores":
         """Read what `as_json` returned."""
-        values = {name: np.array(table, dtype=np.float64) for name, table in content["values"].items()}
-        return cls(tuple(content["subjects"]), tuple(content["keys"]), content["found"], values)
+        values = {
+            name: np.array([[float("nan" if v == "-" else v) for v in row.split()] for row in table])
+            for name, table in content["values"].items()
+        }
+        found = {key: tuple(shown.split()) for key, shown in content["found"].items()}
+        return cls(tuple(content["subjects"]), tuple(content["keys"]), found, values)
 
 
 def mean_with_interval(of_subjects: Numbers) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def test_a_run_writes_scores_and_pictures_and_is_compared(tiny_bundle, tmp_path,
 
 
 def test_results_of_other_scorers_or_kinds_are_not_compared(tmp_path, capsys):
-    scores = {"subjects": ["a"], "keys": ["beach"], "found": {"beach": ["night"]}, "values": {"prompt": [[0.0]]}}
+    scores = {"subjects": ["a"], "keys": ["beach"], "found": {"beach": "night"}, "values": {"prompt": ["0"]}}
     for name, digest, subject in (("a", "1", "a"), ("b", "2", "a"), ("c", "1", "z")):
         content = {"scorers": {"digest": digest}, "pictures": {"full": {**scores, "subjects": [subject]}}}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))

@@ -11,7 +11,7 @@ from benchmarks.quality.scores import SCORES, Scores, mean_with_interval, paired
 def scores(prompt: list[list[float]], subjects: tuple[str, ...], keys: tuple[str, ...] = ("beach", "gold")) -> Scores:
     values = {name: np.full((len(subjects), len(keys)), np.nan) for name in SCORES}
     values["prompt"] = np.array(prompt, dtype=float)
-    return Scores(subjects, keys, {key: ["night"] * len(subjects) for key in keys}, values)
+    return Scores(subjects, keys, {key: ("night",) * len(subjects) for key in keys}, values)
 
 
 def test_an_interval_knows_that_pictures_of_a_subject_go_together():

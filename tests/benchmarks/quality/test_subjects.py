@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks.quality.subjects import COUNT, STYLES, choose, load_subjects, photo_of
-from examples.mini_moma.icons import heldout_names
+from benchmarks.quality import subjects as module
+from benchmarks.quality.subjects import COUNT, STYLES, choose, load_subjects, main, photo_of
+from examples.mini_moma.icons import Icon, heldout_names
 from moma_rt.errors import InputError
 
 
@@ -38,3 +39,26 @@ def test_the_choice_is_fixed_and_takes_styles_by_turns(subjects):
     assert len({icon.name for icon in chosen}) == COUNT
     with pytest.raises(InputError, match="the icons have 49 of the held-out names; 50 are needed"):
         choose(icons, frozenset(sorted(names)[:49]))
+
+
+def test_the_command_writes_what_is_read(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    icons = [
+        Icon(f"n{i}", STYLES[i % 2], rng.integers(0, 256, (160, 160, 4), dtype=np.uint8) & 0xF0) for i in range(COUNT)
+    ]
+    monkeypatch.setattr(module, "_SHEET", tmp_path / "subjects.png")
+    monkeypatch.setattr(module, "_NAMES", tmp_path / "subjects.json")
+    monkeypatch.setattr(module, "load_icons", lambda _: icons)
+    monkeypatch.setattr(module, "heldout_names", lambda: frozenset(icon.name for icon in icons))
+    assert main([]) == 0
+    assert "50 subjects" in capsys.readouterr().out
+    expected = {icon.name: icon for icon in icons}
+    for icon in load_subjects():
+        assert icon.style == expected[icon.name].style
+        visible = icon.rgba_hwc[..., 3] > 0
+        np.testing.assert_array_equal(icon.rgba_hwc[visible], expected[icon.name].rgba_hwc[visible])
+
+
+def test_without_icons_it_says_what_to_run(tmp_path, capsys):
+    assert main(["--data", str(tmp_path)]) == 2
+    assert "first run: python -m examples.mini_moma data" in capsys.readouterr().err
