@@ -143,15 +143,23 @@ def test_training_lowers_the_losses(subjects, monkeypatch):
 def test_the_scorers_are_as_accurate_as_their_card_says(scorers, subjects):
     card = scorers.card["accuracy"]
     for of in (card["renders"], card["softened_renders"]):
-        assert of["context"] >= 0.97
-        assert of["material"] >= 0.9
-        assert of["retrieval"] >= 0.9
-        assert of["retrieval_gray"] >= 0.7
+        assert of["context"] >= 0.98
+        assert of["material"] >= 0.93
+        assert of["retrieval"] >= 0.93
+        assert of["retrieval_gray"] >= 0.8
         assert of["retrieval_recoloured"] >= 0.9
-    assert card["renders"]["mask_iou"] >= 0.85
+    assert card["renders"]["mask_iou"] >= 0.8
     found = accuracy(scorers, render_all(subjects[:8], np.random.default_rng(5)))
     assert found["context"] >= card["renders"]["context"] - 0.05
     assert found["mask_iou"] >= card["renders"]["mask_iou"] - 0.06
+
+
+def test_the_documentation_has_the_cards_numbers(scorers, repository):
+    text = (repository / "docs" / "quality.md").read_text(encoding="utf-8")
+    card = scorers.card["accuracy"]
+    for name, value in card["renders"].items():
+        numbers = [value, *([card["softened_renders"][name]] if name in card["softened_renders"] else [])]
+        assert f"| {' | '.join(f'{number:.3f}' for number in numbers)} |" in text, name
 
 
 def test_the_scorers_are_small():
