@@ -22,7 +22,7 @@ from moma_rt.schedulers.tables import SCHEDULERS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
-PAGES = [*DOCS, "CONTRIBUTING.md", "CHANGELOG.md", "assets/README.md", "assets/mini/README.md"]
+PAGES = [*DOCS, "CONTRIBUTING.md", "CHANGELOG.md", "assets/README.md"]
 PACKAGES = ("moma_rt", "export", "engines", "kernels", "benchmarks")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

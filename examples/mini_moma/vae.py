@@ -38,7 +38,7 @@ _OPPONENT = torch.tensor([[0.3, 0.6, 0.1], [0.5, -0.5, 0.0], [0.25, 0.25, -0.5]]
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """Add the options of this stage."""
-    p.add_argument("--steps", type=int, default=6000, help="optimizer steps of 4 crops a process (default: 6000)")
+    p.add_argument("--steps", type=int, default=9000, help="optimizer steps of 4 crops a process (default: 9000)")
     p.add_argument("--minutes", type=float, help="stop after so many minutes; run it again to go on")
 
 

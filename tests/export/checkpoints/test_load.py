@@ -78,15 +78,6 @@ def test_the_small_model_with_random_weights():
     assert checkpoint != load_checkpoint(CheckpointRequest("mini", weights="random", seed=1))
 
 
-def test_the_small_models_own_weights(repository):
-    checkpoint = load_checkpoint(CheckpointRequest("mini"))
-    assert (checkpoint.base, checkpoint.image_size) == ("mini", 128)
-    assert [c.role for c in checkpoint.components] == list(ROLES)
-    files = [path for path in (repository / "assets" / "mini").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 15_000_000
-    assert list(checkpoint.unet.config["block_out_channels"]) == list(MINI.unet["block_out_channels"])
-
-
 def test_where_the_small_models_weights_are_missing(monkeypatch, tmp_path):
     monkeypatch.setattr("export.checkpoints.load._MINI_WEIGHTS", tmp_path)
     message = error_of(CheckpointRequest("mini"))
