@@ -66,7 +66,7 @@ def test_results_of_other_scorers_or_kinds_are_not_compared(tmp_path, capsys):
         (["--subjects", "0"], "--subjects 0: it must be 1 to 50"),
         (["--subjects", "51"], "--subjects 51: it must be 1 to 50"),
         (["--contexts", "beach,moon"], "--contexts 'beach,moon': no context moon; there are: beach"),
-        (["--textures", "glass"], "--textures 'glass': no material glass; there are: gold"),
+        (["--textures", "glass"], "--textures 'glass': no texture glass; there are: gold"),
         (["--ablation", "everything"], "--ablation 'everything': no ablation everything; there are: no_reference"),
         (["--contexts", "none", "--textures", "none"], "neither a context nor a texture is left to evaluate"),
         (["--steps", "0"], "steps must be 1 to 999, not 0"),
