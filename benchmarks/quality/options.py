@@ -108,6 +108,7 @@ def load_runtime(options: argparse.Namespace) -> Runtime:
 
 
 def shareable(program: str, given: Sequence[str], bundle: Path) -> str:
-    """Return the command line with a placeholder for the bundle's path."""
+    """Return the command line, with a placeholder for the bundle's path, and of other absolute paths only the name."""
     shown = ["BUNDLE" if argument == str(bundle) else argument for argument in given]
+    shown = [Path(argument).name if Path(argument).is_absolute() else argument for argument in shown]
     return shlex.join(["python", "-m", program, *shown])

@@ -1,6 +1,7 @@
 """The evaluation's commands: whole runs on the tiny bundle, comparisons, and what they refuse."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from benchmarks.environment import RESULTS_VARIABLE
 from benchmarks.quality import command, compare, parity, rows
 from benchmarks.quality.cases import Setup
-from benchmarks.quality.options import FEW_STEPS
+from benchmarks.quality.options import FEW_STEPS, shareable
 from moma_rt.schedulers.tables import SCHEDULERS
 
 ONE_STEP = ["--threads", "1", "--subjects", "1", "--contexts", "beach", "--textures", "gold", "--steps", "1"]
@@ -113,6 +114,11 @@ def test_the_bundle_makes_the_originals_pictures(tiny_bundle, tmp_path, capsys):
     assert results["pictures"][0]["prompt"] == "A teddy bear on a beach."
     assert parity.main([*arguments, "--least", "101"]) == 1
     assert "from the original's, 101 are needed" in capsys.readouterr().err
+
+
+def test_a_recorded_command_holds_no_folder_of_this_machine():
+    given = ["/home/me/bundle", "--weights", "/home/me/mini", "--out", "a"]
+    assert shareable("a.b", given, Path("/home/me/bundle")) == "python -m a.b BUNDLE --weights mini --out a"
 
 
 def test_parity_takes_two_pictures_of_each_subject_in_changing_contexts(tmp_path):
