@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export.checkpoints import NETWORK_ROLES, ROLES, CheckpointRequest, load_checkpoint, roles_for
-from export.checkpoints.presets import MINI, SD15
+from export.checkpoints.presets import SD15
 from export.checkpoints.synthetic import random_component
 from moma_rt.errors import CheckpointError
 
