@@ -62,17 +62,19 @@ def _train_text(folder: Path, texts: Sequence[str]) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    # The trainer counts symbols: all bytes, and those that end a word in these texts.
-    ends = {word[-1] for text in texts for word in text.lower().replace(".", " .").split()}
+    # Given as special tokens, symbols that end a word have fixed numbers, by which the trainer chooses among equally
+    # frequent pairs; else these would come from the order of a hash table, another in every run.
+    ends = [symbol + _END_OF_WORD for symbol in alphabet]
     trainer = trainers.BpeTrainer(
         vocab_size=len(alphabet) + len(ends) + _TEXT_MERGES,
         initial_alphabet=alphabet,
+        special_tokens=ends,
         end_of_word_suffix=_END_OF_WORD,
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    tokens = [*alphabet, *(symbol + _END_OF_WORD for symbol in alphabet), *map("".join, merges), *_CONTROL]
+    tokens = [*alphabet, *ends, *map("".join, merges), *_CONTROL]
     _write_json(folder / "vocab.json", {token: index for index, token in enumerate(dict.fromkeys(tokens))})
     with atomic_write(folder / "merges.txt") as temporary:
         lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
