@@ -73,6 +73,16 @@ def export_network(request: ExportRequest, folder: Path) -> None:
     write_lowered(folder / MODEL_NAME, folder / LOWERED_NAME)
 
 
+def drop_metadata(model: onnx_ir.Model) -> None:
+    """Remove what the exporter notes about the exporting machine, such as stack traces with its paths."""
+    graph = model.graph
+    for holder in (model, graph, *graph.all_nodes(), *graph.initializers.values()):
+        holder.metadata_props.clear()
+        holder.doc_string = None
+    for value in (*graph.inputs, *graph.outputs, *(value for node in graph.all_nodes() for value in node.outputs)):
+        value.metadata_props.clear()
+
+
 def _finish(model: onnx_ir.Model, spec: NetworkSpec, operators: tuple[OnnxOperator, ...]) -> None:
     """Add the functions that the graph uses, name its axes, and drop metadata about the exporting machine."""
     used = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
@@ -82,16 +92,12 @@ def _finish(model: onnx_ir.Model, spec: NetworkSpec, operators: tuple[OnnxOperat
             model.functions[function.identifier()] = function
             model.opset_imports[DOMAIN] = DOMAIN_VERSION
     model.graph.name = spec.name
-    for holder in (model, model.graph, *model.graph.all_nodes(), *model.graph.initializers.values()):
-        holder.metadata_props.clear()
-        holder.doc_string = None
+    drop_metadata(model)
     public = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
     for value in (value for node in model.graph.all_nodes() for value in node.outputs):
-        value.metadata_props.clear()
         # The exporter names values after torch's operators, which may clash with the spec's names.
         if value.name in public and not value.is_graph_output():
             value.name += "_value"
     for tensor, value in zip((*spec.inputs, *spec.outputs), (*model.graph.inputs, *model.graph.outputs), strict=True):
         assert value.name == tensor.name, f"{spec.name}: the graph has {value.name} where the spec has {tensor.name}"
         value.shape = onnx_ir.Shape([d.name if isinstance(d, Dim) else d for d in tensor.shape])
-        value.metadata_props.clear()

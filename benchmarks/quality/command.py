@@ -29,6 +29,7 @@ from benchmarks.quality.options import (
     add_setup_options,
     load_runtime,
     names,
+    selection_of,
     setup_of,
     shareable,
     subject_count,
@@ -102,7 +103,7 @@ def _evaluate(options: argparse.Namespace, given: Sequence[str]) -> int:
     ablations = names("--ablation", "ablation", _expanded(options.ablation), tuple(ABLATIONS))
     if options.quick:
         options.steps = _QUICK_STEPS
-    setup, selection = setup_of(options), _QUICK if options.quick else _selection(options)
+    setup, selection = setup_of(options), _QUICK if options.quick else selection_of(options)
     ablated = selection.count if options.ablation_subjects is None else options.ablation_subjects
     # Taken before the pictures are made, since the commit is that of the code loaded now.
     where = environment(shareable(PROGRAM, given, options.bundle))
@@ -131,14 +132,6 @@ def _evaluate(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 def _expanded(text: str) -> str:
     return ",".join(ABLATIONS) if text == _ALL else text
-
-
-def _selection(options: argparse.Namespace) -> Selection:
-    return Selection(
-        subject_count(options.subjects),
-        names("--contexts", "context", options.contexts, KEYS[CONTEXT]),
-        names("--textures", "texture", options.textures, KEYS[TEXTURE]),
-    )
 
 
 def summary(scores: Mapping[str, Scores]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.cases import Setup
+from benchmarks.quality.cases import CONTEXT, KEYS, TEXTURE, Setup
+from benchmarks.quality.evaluation import Selection
 from benchmarks.quality.subjects import COUNT
 from engines.targets import parse_list
 from moma_rt import backends
@@ -87,6 +88,19 @@ def subject_count(count: int) -> int:
     if not 1 <= count <= COUNT:
         raise InputError(f"--subjects {count}: it must be 1 to {COUNT}")
     return count
+
+
+def selection_of(options: argparse.Namespace) -> Selection:
+    """Return the subjects, contexts and materials to evaluate.
+
+    Raises:
+        InputError: there are not so many subjects, a name is unknown, or nothing is left.
+    """
+    return Selection(
+        subject_count(options.subjects),
+        names("--contexts", "context", options.contexts, KEYS[CONTEXT]),
+        names("--textures", "texture", options.textures, KEYS[TEXTURE]),
+    )
 
 
 def names(option: str, kind: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:

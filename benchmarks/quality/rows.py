@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.environment import bundle_facts, environment, results_path, write_results
 from benchmarks.quality.cases import CONTEXT, FULL, KEYS, TEXTURE, Setup
-from benchmarks.quality.evaluation import Evaluated, Selection, evaluate
+from benchmarks.quality.evaluation import Evaluated, evaluate
 from benchmarks.quality.generation import Maker
 from benchmarks.quality.judge import Judge
 from benchmarks.quality.options import (
@@ -26,9 +26,9 @@ from benchmarks.quality.options import (
     add_setup_options,
     load_runtime,
     names,
+    selection_of,
     setup_of,
     shareable,
-    subject_count,
     usual_guidance,
 )
 from benchmarks.quality.scorers.scorer import Scorers
@@ -81,12 +81,7 @@ def _vary(options: argparse.Namespace, given: Sequence[str]) -> int:
     sweeps = names("--vary", "setting", options.vary, SWEEPS)
     if not sweeps:
         raise InputError(f"--vary {options.vary}: name one of {', '.join(SWEEPS)}")
-    selection = Selection(
-        subject_count(options.subjects),
-        names("--contexts", "context", options.contexts, KEYS[CONTEXT]),
-        names("--textures", "texture", options.textures, KEYS[TEXTURE]),
-    )
-    usual = setup_of(options)
+    selection, usual = selection_of(options), setup_of(options)
     where = environment(shareable(PROGRAM, given, options.bundle))
     runtime, subjects, scorers = load_runtime(options), load_subjects(), Scorers()
     maker, judge = Maker(runtime, subjects, options.max_batch), Judge(scorers, subjects)

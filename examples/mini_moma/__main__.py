@@ -30,20 +30,22 @@ def _run(argv: Sequence[str]) -> int:
         prog=f"python -m {PROGRAM}",
         description="Train the small MoMA: data, then vae, then train. An interrupted stage resumes when run again.",
     )
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    stages = parser.add_subparsers(required=True, metavar="STAGE")
     for stage, module, text in _STAGES:
         p = stages.add_parser(stage, help=text, description=f"{text[0].upper()}{text[1:]}.")
         p.add_argument("--data", type=Path, default=Path("build/mini"), metavar="DIR", help="where all of it is kept")
         p.add_argument("--processes", type=int, default=2, help="processes of one thread each (default: 2)")
         # The parser has no options of its own that could stand before the stage.
         if stage in argv[:1]:
-            importlib.import_module(module).add_options(p)
+            found = importlib.import_module(module)
+            found.add_options(p)
+            p.set_defaults(run=found.run)
     options = parser.parse_args(argv)
     for name, least in _LEAST:
         value = getattr(options, name, None)
         if value is not None and not value >= least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    importlib.import_module(dict((stage, module) for stage, module, _ in _STAGES)[options.stage]).run(options)
+    options.run(options)
     return 0
 
 

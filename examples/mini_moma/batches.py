@@ -60,7 +60,6 @@ class Samples:
             raise InputError(f"{data} has no encoded pictures; first run: python -m examples.mini_moma vae")
         self.tokens = tokens
         self.chunks = [(read_chunk(folder), load_file(latents_file(folder))) for folder in folders]
-        self.count = sum(len(chunk.names) for chunk, _ in self.chunks)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
         """Draw `size` groups, with replacement."""

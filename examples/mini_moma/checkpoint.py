@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from engines.store import partial_folder
 from export.checkpoints import CheckpointRequest, load_checkpoint
 from export.checkpoints.load import MINI
 from export.checkpoints.model import ADAPTERS, LANGUAGE, TEXT_ENCODER, UNET, VAE, VISION, StateDict
@@ -84,14 +85,11 @@ def write_checkpoint(folder: Path, weights: Mapping[str, Any], text_tokens: Path
     if missing := [role for role in _ROLES if role not in weights]:
         raise CheckpointError(f"the trained model lacks {', '.join(missing)}; it has {', '.join(weights) or 'nothing'}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = folder.with_name(f"{PARTIAL_PREFIX}{secrets.token_hex(8)}")
-    try:
+    with partial_folder(folder.parent) as staged:
         _write(staged, weights, text_tokens, language_tokens)
         # Opening compares all names and shapes with those of the networks, and looks for NaN.
         load_checkpoint(CheckpointRequest(MINI, weights=str(staged)))
         _put_in_place(staged, folder)
-    finally:
-        remove_tree(staged)
 
 
 def _write(folder: Path, weights: Mapping[str, Any], text_tokens: Path, language_tokens: Path) -> None:

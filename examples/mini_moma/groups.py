@@ -1,7 +1,6 @@
 """Training samples: a photo of a subject and pictures of it that prompts ask for, in chunks on disk."""
 
 import json
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from engines.store import partial_folder
 from examples.mini_moma.backgrounds import CONTEXTS, SIDE, STUDIO
 from examples.mini_moma.icons import Icon
 from examples.mini_moma.scenes import (
@@ -26,7 +26,7 @@ from examples.mini_moma.scenes import (
     textured,
     varied,
 )
-from moma_rt.files import PARTIAL_PREFIX, remove_tree
+from moma_rt.files import remove_tree
 
 GRID = SIDE // 8
 TARGETS = 4
@@ -116,14 +116,11 @@ def compose_group(icon: Icon, other_name: str, rng: np.random.Generator, draw: D
 
 def write_chunk(folder: Path, groups: Sequence[Group]) -> None:
     """Write groups to a folder, which appears when it is complete."""
-    temporary = folder.with_name(f"{PARTIAL_PREFIX}{secrets.token_hex(8)}")
-    temporary.mkdir(parents=True)
-    try:
-        _write(temporary, groups)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with partial_folder(folder.parent) as partial:
+        _write(partial, groups)
         remove_tree(folder)
-        temporary.replace(folder)
-    finally:
-        remove_tree(temporary)
+        partial.rename(folder)
 
 
 def _write(folder: Path, groups: Sequence[Group]) -> None:

@@ -14,12 +14,11 @@ from examples.mini_moma.batches import Batch, Samples
 from examples.mini_moma.context import SubjectReader
 from examples.mini_moma.groups import GRID
 from examples.mini_moma.model import EMBEDDING, MiniMoma, Tokens
+from export.models.unet import FOREGROUND_THRESHOLD
+from moma_rt.schedulers.solvers import TRAINING_STEPS
+from moma_rt.schedulers.tables import INJECTION_BELOW, alphas_cumprod
 
-# The original injects the reference below this timestep.
-INJECTION_BELOW = 950
-FOREGROUND_THRESHOLD = 0.2
 _PHOTOS = 4
-_TIMESTEPS = 1000
 # Hang et al., "Efficient diffusion training via min-SNR weighting strategy", 2023.
 _MOST_SNR = 5.0
 
@@ -57,7 +56,7 @@ class JointTask:
         parts = {"context.": self.model.context, "reader.": self.reader}
         for prefix, part in parts.items():
             part.load_state_dict({n.removeprefix(prefix): t for n, t in context.items() if n.startswith(prefix)})
-        self.alphas = alphas_cumprod()
+        self.alphas = torch.from_numpy(alphas_cumprod()).float()
         snr = self.alphas / (1 - self.alphas)
         weights = snr.clamp(max=_MOST_SNR) / snr
         self.weights = weights / weights.mean()
@@ -71,7 +70,9 @@ class JointTask:
         recipe, batch = self.recipe, self.samples.draw(rng, _PHOTOS)
         count = len(batch.photo_b)
         # One from each of as many equal parts of the schedule: less noise in the gradient than independent draws.
-        t_b = ((torch.randperm(count) + torch.rand(count)) / count * _TIMESTEPS).long().clamp(max=_TIMESTEPS - 1)
+        t_b = (
+            ((torch.randperm(count) + torch.rand(count)) / count * TRAINING_STEPS).long().clamp(max=TRAINING_STEPS - 1)
+        )
         eps = torch.randn_like(batch.targets_bchw)
         embedding = self.model.context(batch.pixels_pchw, self.tokens.before, batch.texts, batch.photo_b)
         reader_error, explained = self.reader.error(embedding, batch)
@@ -131,7 +132,7 @@ class JointTask:
         mask = torch.where(kind > 0.9, torch.ones_like(true), given)
         (own,) = torch.nonzero(torch.rand(len(true)) < self.recipe.own_foreground, as_tuple=True)
         if len(own):
-            earlier = (t_b + torch.randint(20, 100, t_b.shape)).clamp(max=_TIMESTEPS - 1)
+            earlier = (t_b + torch.randint(20, 100, t_b.shape)).clamp(max=TRAINING_STEPS - 1)
             with torch.no_grad():
                 injected = torch.where(earlier < INJECTION_BELOW, strength, 0.0)
                 known = torch.where((earlier >= INJECTION_BELOW)[:, None], torch.ones_like(mask), mask)
@@ -148,12 +149,6 @@ class _Conditions:
     text_btc: Tensor
     context_bmc: Tensor
     photos: Photos
-
-
-def alphas_cumprod() -> Tensor:
-    """Return Stable Diffusion's noise schedule, float32 [1000]."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, _TIMESTEPS, dtype=torch.float64).square()
-    return (1 - betas).cumprod(0).float()
 
 
 def threshold(mask: Tensor) -> Tensor:

@@ -96,18 +96,19 @@ def train(make_task: MakeTask, plan: Plan) -> dict[str, Tensor]:
     """
     # In this process too, whose errors are a line; those of the others are a traceback.
     own = make_task().module.state_dict()
-    if plan.checkpoint.exists() and _shapes(_load(plan)["module"]) != _shapes(own):
+    state = _load(plan) if plan.checkpoint.exists() else None
+    if state is not None and _shapes(state["module"]) != _shapes(own):
         raise InputError(
             f"{plan.checkpoint} has other weights than this task, such as those of other tokenizers or another version "
             "of this program; delete it to begin anew"
         )
     plan.folder.mkdir(parents=True, exist_ok=True)
-    if not plan.checkpoint.exists() or _load(plan)["step"] < plan.steps:
+    if state is None or state["step"] < plan.steps:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         mp.spawn(_work, (make_task, plan, port), plan.processes)
-    state = _load(plan)
+        state = _load(plan)
     if state["step"] < plan.steps:
         raise InputError(f"{plan.name} stopped at step {state['step']} of {plan.steps}; run it again to go on")
     average: dict[str, Tensor] = state["average"]

@@ -22,14 +22,13 @@ from transformers import (
 from examples.mini_moma.attention import Photos, Pictures, set_processors
 from export.checkpoints.architectures import llama_config
 from export.checkpoints.presets import MINI
+from export.models.unet import REFERENCE_TEXT_TOKENS
 from export.tokenizers import language_tokenizer, save, text_tokenizer
 from moma_rt.errors import InputError
 from moma_rt.inputs.tokenizers import LanguageTokenizer, TextTokenizer, text_prompt
 
 CONTEXT_TOKENS = 4
 EMBEDDING = 1024
-# The original drops the last four text tokens of the reference pass, as if they were context tokens.
-REFERENCE_TEXT_TOKENS = 73
 # Image tokens of a square photo.
 IMAGE_TOKENS = (MINI.vision["image_size"] // MINI.vision["patch_size"]) ** 2
 _MAPPING = ("gate_proj", "up_proj", "down_proj")

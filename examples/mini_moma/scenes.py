@@ -118,13 +118,17 @@ def textured(rgba: Picture, texture: str, rng: Generator) -> Picture:
 
 
 def recolored(rgba: Picture, rng: Generator) -> Picture:
-    """Rotate all colors of a subject [160, 160, RGBA] about the gray axis by a random angle."""
-    angle = rng.uniform(0, 2 * np.pi)
-    cosine, sine = np.cos(angle), np.sin(angle)
-    same, next_, last = (cosine + (1 - cosine) / 3, (1 - cosine) / 3 - sine / 3**0.5, (1 - cosine) / 3 + sine / 3**0.5)
-    rotation = np.array([[same, next_, last], [last, same, next_], [next_, last, same]])
+    """Rotate all colors of a subject [160, 160, RGBA] by a random angle."""
+    rotation = hue_rotation(rng.uniform(0, 2 * np.pi))
     rgb = (rgba[..., :3].astype(float) @ rotation.T).clip(0, 255).astype(np.uint8)
     return np.concatenate([rgb, rgba[..., 3:]], axis=-1)
+
+
+def hue_rotation(angle: float) -> npt.NDArray[np.float64]:
+    """Return the matrix [3, 3] that rotates an RGB color about the gray axis by an angle in radians."""
+    cosine, sine = np.cos(angle), np.sin(angle)
+    same, next_, last = (cosine + (1 - cosine) / 3, (1 - cosine) / 3 - sine / 3**0.5, (1 - cosine) / 3 + sine / 3**0.5)
+    return np.array([[same, next_, last], [last, same, next_], [next_, last, same]])
 
 
 def varied(rgba: Picture, rng: Generator) -> Picture:

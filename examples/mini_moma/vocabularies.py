@@ -6,10 +6,11 @@ from io import BytesIO
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from examples.mini_moma.backgrounds import CONTEXTS
 from examples.mini_moma.scenes import TEXTURES, context_prompt, texture_prompt, with_article
+from export.tokenizers import synthetic_text_tokenizer
 from moma_rt.files import atomic_write
 from moma_rt.inputs.tokenizers import text_prompt
 
@@ -18,7 +19,6 @@ _TEXT_MERGES = 640
 _LANGUAGE_TOKENS = 720
 _END_OF_WORD = "</w>"
 _CONTROL = ("<|startoftext|>", "<|endoftext|>")
-_WORDS = Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 # Words of everyday subjects that the icons' names may lack.
 _MORE_NAMES = ("coffee cup", "thing", "object", "toy", "animal", "dog", "cat", "person", "chair", "shoe", "bag", "vase")
 
@@ -55,13 +55,8 @@ def _train_text(folder: Path, texts: Sequence[str]) -> None:
     """Train byte-level BPE, numbered as CLIP's: bytes, bytes that end a word, merges, control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=_END_OF_WORD))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(_WORDS, behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    clip = synthetic_text_tokenizer()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     # Given as special tokens, symbols that end a word have fixed numbers, by which the trainer chooses among equally
     # frequent pairs; else these would come from the order of a hash table, another in every run.
     ends = [symbol + _END_OF_WORD for symbol in alphabet]

@@ -43,7 +43,7 @@ _BETA_START = 0.00085
 _BETA_END = 0.012
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 # MoMA injects no reference while t >= 950: the layout of the new picture is not yet settled there.
-_INJECTION_BELOW = 950
+INJECTION_BELOW = 950
 
 
 class Column(enum.IntEnum):
@@ -146,7 +146,7 @@ def schedule(
     rows[:, Column.HISTORY_LATENTS] = solution.history_latents
     rows[:, Column.HISTORY_EPS] = solution.history_eps
     rows[:, Column.GUIDANCE] = np.where((low <= timesteps) & (timesteps <= high), guidance_scale, 1.0)
-    rows[:, Column.INJECTION] = timesteps < _INJECTION_BELOW
+    rows[:, Column.INJECTION] = timesteps < INJECTION_BELOW
     return rows.astype(np.float32)
 
 

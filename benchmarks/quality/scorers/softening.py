@@ -9,6 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from examples.mini_moma.scenes import hue_rotation
+
 # A VAE of 24 dB loses about as much as the strongest of these.
 _MOST_BLUR, _MOST_SHRINKING = 1.6, 2.6
 _LUMPS = 0.03
@@ -71,11 +73,8 @@ class Softener:
 
 def hue_turned(cutouts_nchw: Tensor, angles_n: Tensor) -> Tensor:
     """Turn all colours about the gray axis by an angle for each cut-out; white stays white."""
-    cosine, sine = angles_n.cos(), angles_n.sin()
-    same = cosine + (1 - cosine) / 3
-    after, before = (1 - cosine) / 3 - sine / math.sqrt(3), (1 - cosine) / 3 + sine / math.sqrt(3)
-    rows = [torch.stack(row, 1) for row in ((same, after, before), (before, same, after), (after, before, same))]
-    return torch.einsum("nij,njhw->nihw", torch.stack(rows, 1), cutouts_nchw).clamp(0, 255)
+    rotations = np.stack([hue_rotation(angle) for angle in angles_n.tolist()]).astype(np.float32)
+    return torch.einsum("nij,njhw->nihw", torch.from_numpy(rotations), cutouts_nchw).clamp(0, 255)
 
 
 def _sampled(images: Tensor, grid: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Trains the scorers on renders of held-in subjects, and writes them as ONNX."""
 
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from benchmarks.quality.scorers.networks import Embedder, Reader
 from benchmarks.quality.scorers.samples import Samples
 from benchmarks.quality.scorers.scorer import MATERIALS
 from benchmarks.quality.scorers.softening import Softener, hue_turned
+from export.onnx_export import drop_metadata
 
 _LEARNING_RATE, _WEIGHT_DECAY = 3e-3, 1e-2
 _WARM_UP = 0.1
@@ -174,9 +174,8 @@ def _onnx(network: nn.Module, example: Tensor, name: str, outputs: list[str]) ->
         verbose=False,
     )
     assert program is not None
-    file = io.BytesIO()
-    onnx.save(_halved(program.model_proto), file)
-    return file.getvalue()
+    drop_metadata(program.model)
+    return _halved(program.model_proto).SerializeToString(deterministic=True)
 
 
 def _halved(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -109,6 +109,10 @@ def test_trained_networks_are_exported_as_they_are(trained, tmp_path):
     (tmp_path / READER).write_bytes(reader_onnx(reader))
     (tmp_path / EMBEDDER).write_bytes(embedder_onnx(embedder))
     (tmp_path / CARD).write_text("{}")
+    # PyTorch notes for each node the lines it came from, with the paths of this machine.
+    assert all(
+        b".py" not in (folder / name).read_bytes() for folder in (tmp_path, FOLDER) for name in (READER, EMBEDDER)
+    )
     scorers = Scorers(tmp_path)
     pictures = samples.pictures_nkhwc[0]
     reading = scorers.read(pictures)

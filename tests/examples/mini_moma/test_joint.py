@@ -8,7 +8,7 @@ import torch
 
 from examples.mini_moma import joint
 from examples.mini_moma.context import ContextTask
-from examples.mini_moma.joint import JointTask, Recipe, alphas_cumprod, threshold
+from examples.mini_moma.joint import JointTask, Recipe, threshold
 
 # Nothing reads what follows the vision tower's last layer but one.
 UNUSED = ("vision.encoder.layers.2.", "vision.post_layernorm.")
@@ -123,8 +123,8 @@ def test_without_reference_only_the_context_shows_the_subject(task, calls):
     assert all(not state.strength_b.any() for _, _, _, state in calls)
 
 
-def test_noise_is_stable_diffusions():
-    alphas = alphas_cumprod()
+def test_noise_is_stable_diffusions(task):
+    alphas = task.alphas
     assert float(alphas[0]) == pytest.approx(0.99915, abs=1e-6)
     assert float(alphas[-1]) == pytest.approx(0.0046601, abs=1e-6)
 
