@@ -18,6 +18,7 @@ from examples.mini_moma.scenes import Picture
 from examples.mini_moma.vocabularies import train_tokenizers
 from moma_rt.errors import InputError
 from moma_rt.files import atomic_write
+from moma_rt.outputs import writing
 
 _SEED = 20261130
 _BACKGROUNDS = 400
@@ -54,7 +55,8 @@ def _draw_backgrounds(folder: Path, processes: int) -> None:
         drawn = pool.map(_backgrounds_of, (*CONTEXTS, STUDIO))
         for index, place in enumerate(tqdm(drawn, "draw backgrounds", len(places))):
             places[index] = place
-    with atomic_write(folder / "backgrounds.npy") as temporary, temporary.open("wb") as file:
+    path = folder / "backgrounds.npy"
+    with writing(path), atomic_write(path) as temporary, temporary.open("wb") as file:
         np.save(file, places)
 
 

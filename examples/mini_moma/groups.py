@@ -27,6 +27,7 @@ from examples.mini_moma.scenes import (
     varied,
 )
 from moma_rt.files import remove_tree
+from moma_rt.outputs import writing
 
 GRID = SIDE // 8
 TARGETS = 4
@@ -117,7 +118,7 @@ def compose_group(icon: Icon, other_name: str, rng: np.random.Generator, draw: D
 def write_chunk(folder: Path, groups: Sequence[Group]) -> None:
     """Write groups to a folder, which appears when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with partial_folder(folder.parent) as partial:
+    with writing(folder), partial_folder(folder.parent) as partial:
         _write(partial, groups)
         remove_tree(folder)
         partial.rename(folder)

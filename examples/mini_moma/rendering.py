@@ -23,6 +23,7 @@ from tqdm import tqdm
 from examples.mini_moma.icons import ICON_SIDE, Icon
 from moma_rt.errors import InputError
 from moma_rt.files import atomic_write
+from moma_rt.outputs import writing
 
 _CATEGORIES = ("Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities")
 # Icons that are no single object: skies, maps, signs, papers, crosses and the like; and some that nobody wants to see.
@@ -84,7 +85,8 @@ def render_icons(folder: Path) -> tuple[Icon, ...]:
         for icon_set, files in sets.items()
         for icon in _rendered(icon_set.style, files["icons.json"], tqdm(names, f"render {icon_set.style}"))
     )
-    with atomic_write(folder / "icons.npz") as temporary, temporary.open("wb") as file:
+    path = folder / "icons.npz"
+    with writing(path), atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             names=np.array([icon.name for icon in icons]),

@@ -151,8 +151,8 @@ def _mini(request: CheckpointRequest) -> _Plan:
     folder = _MINI_WEIGHTS if request.weights is None else _existing(Path(request.weights))
     if not (folder / "base").is_dir():
         raise CheckpointError(
-            f"{folder} does not hold the small model: it has no base/; run this in a checkout of the repository, or "
-            f"give --weights {RANDOM} or a folder that python -m examples.mini_moma trained"
+            f"{folder} does not hold the small model: it has no base/; train it with python -m examples.mini_moma "
+            f"(docs/mini.md), or give --weights {RANDOM} or a folder of trained weights"
         )
     complete = dataclasses.replace(
         request,

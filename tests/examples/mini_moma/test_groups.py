@@ -4,6 +4,7 @@ import pytest
 from examples.mini_moma import groups as module
 from examples.mini_moma.backgrounds import CONTEXTS, STUDIO
 from examples.mini_moma.groups import BackgroundPool, chunk_folders, compose_group, read_chunk, write_chunk
+from moma_rt.errors import InputError
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_a_chunk_is_replaced_as_a_whole_or_stays(icons, pool, tmp_path, monkeypa
         save(path, array)
 
     monkeypatch.setattr(module.np, "save", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match=rf"cannot write {folder}: No space left on device"):
         write_chunk(folder, [composed(icons, pool, 1)])
     assert len(written) == 2
     assert [path.name for path in folder.parent.iterdir()] == ["train-000"]

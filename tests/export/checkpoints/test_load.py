@@ -82,7 +82,7 @@ def test_where_the_small_models_weights_are_missing(monkeypatch, tmp_path):
     monkeypatch.setattr("export.checkpoints.load._MINI_WEIGHTS", tmp_path)
     message = error_of(CheckpointRequest("mini"))
     assert message.startswith(f"{tmp_path} does not hold the small model")
-    assert "run this in a checkout" in message
+    assert "train it with python -m examples.mini_moma (docs/mini.md), or give --weights random" in message
     assert error_of(CheckpointRequest("mini", weights=f"{tmp_path}/x")).startswith(f"{tmp_path}/x does not exist")
     named_so = tmp_path / "mini"
     named_so.mkdir()
