@@ -35,14 +35,14 @@ class Plan:
     """How long and how fast to train.
 
     Attributes:
-        name: of the stage; files are kept under it.
+        name: of the stage, and of its files.
         folder: where checkpoint and curve are kept.
         steps: optimizer steps in all.
-        rate: learning rate, which falls linearly to zero over the last `decay` (0..1) of the steps.
-        average: of the weights' exponential running mean, which is the result.
+        rate: learning rate; it falls linearly to zero over the last `decay` (0..1) of the steps.
+        average: decay of the weights' exponential moving average (EMA), which is the result.
         seed: of everything random.
-        processes: each computes its own batch on one thread.
-        minutes: stop after so many, to be resumed; None for no limit.
+        processes: number of processes; each computes its own batch on one thread.
+        minutes: time limit, after which training stops and can be resumed; None for no limit.
     """
 
     name: str
@@ -87,7 +87,7 @@ MakeTask = Callable[[], Task]
 
 
 def train(make_task: MakeTask, plan: Plan) -> dict[str, Tensor]:
-    """Train, or go on from the last checkpoint; return the weights' running mean.
+    """Train, or go on from the last checkpoint; return the EMA of the weights.
 
     Interrupted by Ctrl-C or `plan.minutes`, it ends its step and writes a checkpoint first.
 
@@ -116,7 +116,7 @@ def train(make_task: MakeTask, plan: Plan) -> dict[str, Tensor]:
 
 
 def averaged_weights(plan: Plan) -> dict[str, Tensor]:
-    """Return the running mean of the weights at the last checkpoint.
+    """Return the EMA of the weights at the last checkpoint.
 
     Raises:
         InputError: there is no checkpoint.

@@ -28,7 +28,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, then write the running means of all weights to `options.out`.
+    """Train, then write the EMA of all weights to `options.out`.
 
     Raises:
         InputError: an earlier stage has not been run, or training was stopped.
